@@ -1,0 +1,1 @@
+"""Insert BatchNorm into a pretrained network without changing its outputs."""

@@ -1,0 +1,1 @@
+"""The command line of bn-insert: one file a command."""
