@@ -1,0 +1,103 @@
+"""insert_batchnorm: see the graph, calibrate, make identity BatchNorms, splice them in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .calibration import Progress, as_input, calibrate, preserved_random_state
+from .errors import CalibrationError
+from .graph import AnyModule, Kind
+from .identity import identity_batchnorm
+from .moments import Moments
+from .sites import Placement, Site, find_sites
+from .splicing import splice_behind
+
+
+def insert_batchnorm(
+    model: AnyModule,
+    batches: Iterable[Any],
+    *,
+    layers: Iterable[Kind] = ("conv", "dense"),
+    include_output: bool = False,
+    skip: Iterable[str] = (),
+    placement: Placement = "before_activation",
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> AnyModule:
+    """Return a copy of the model with BatchNorm behind its conv and dense layers and unchanged outputs in eval mode.
+
+    On a CPU the outputs are equal bit for bit.  The given model is never changed, nor is PyTorch's random state.
+
+    batches: the calibration set: any iterable of tensors, or of tuples, lists or dicts whose first value is the input
+    (a
+        DataLoader as it is).  It is iterated once; its activations' mean and variance become the running statistics.
+    layers: "conv", "dense" or both.
+    include_output: also behind the output layer (no activation between it and the model's output).
+    skip: glob patterns on qualified names; layers that fit one are left alone.
+    placement: "before_activation" (behind the layer) or "after_activation" (behind the activation that follows it).
+    eps, momentum: of the BatchNorms; momentum None means a cumulative average, as in PyTorch.
+    device: where to calibrate; default: where the model is.  autocast: dtype for the calibration's forward pass.
+    progress: called after each batch with the number of images so far.
+    Raises GraphError when the model cannot be seen, CalibrationError when the batches give no usable statistics.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    >>> result = insert_batchnorm(model, [torch.rand(16, 3, 8, 8)])
+    >>> [type(module).__name__ for module in result]
+    ['Conv2d', 'BatchNorm2d', 'ReLU', 'Flatten', 'Linear']
+    >>> x = torch.rand(2, 3, 8, 8)
+    >>> torch.equal(result(x), model(x))
+    True
+    """
+    with preserved_random_state():
+        first, batches = _peek(batches)
+        example = as_input(first, 0, next(model.parameters()))
+        sites = find_sites(model, example, layers=layers, include_output=include_output, skip=skip, placement=placement)
+        moments = calibrate(model, sites, batches, device=device, autocast=autocast, progress=progress)
+    return insert_at(model, sites, moments, eps=eps, momentum=momentum)
+
+
+def insert_at(
+    model: AnyModule,
+    sites: Sequence[Site],
+    moments: Mapping[str, Moments],
+    *,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+) -> AnyModule:
+    """Return a copy of the model with an identity BatchNorm at each site, made from the site's moments.
+
+    The second half of `insert_batchnorm`, for callers who want to look at sites and moments in between.
+    """
+    result = copy.deepcopy(model)
+    norms = {
+        site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
+    }
+    return cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+
+
+def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
+    weight = next(layer.parameters())
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    try:
+        norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
+    except CalibrationError as error:
+        raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
+    return norm.to(weight.device).train(layer.training)
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    iterator = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError("the calibration set is empty: no batch arrived") from None
+    return first, chain([first], iterator)
