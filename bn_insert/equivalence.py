@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models import VGG
 
-from .calibration import as_input, preserved_random_state
+from .calibration import Progress, as_input, preserved_random_state
 from .errors import CalibrationError
 
 
@@ -36,11 +37,14 @@ class Comparison:
         return (atol is None or self.max_abs <= atol) and (rtol is None or self.max_rel <= rtol)
 
 
-def compare_outputs(reference: nn.Module, candidate: nn.Module, batches: Iterable[Any]) -> Comparison:
+def compare_outputs(
+    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+) -> Comparison:
     """Run both models in eval mode on the same inputs and return how far the outputs are apart.
 
     batches: as for `insert_batchnorm`.  Each model runs where it is, in its own dtype.  Several outputs (tuples, lists,
     dicts) are compared one by one; top-1 is taken from the first.  Training flags and random state are put back.
+    progress: called after each batch with the number of images so far.
     Raises CalibrationError for no data, outputs of different shapes, and reference outputs that are not finite.
 
     >>> model = nn.Linear(4, 3)
@@ -65,10 +69,23 @@ def compare_outputs(reference: nn.Module, candidate: nn.Module, batches: Iterabl
                     same = e.argmax(1) == a.argmax(1)
                     agreeing, predictions = agreeing + int(same.sum()), predictions + same.numel()
             images += len(expected[0])
+            if progress:
+                progress(images)
     if images == 0:
         raise CalibrationError("nothing to compare on: no batch arrived")
     agreement = agreeing / predictions if predictions else float("nan")
     return Comparison(images, max_abs, max_rel, agreement, identical)
+
+
+def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the part of a VGG in front of a classifier that holds NaN or Inf, and a remark; else the model and "".
+
+    torchvision ships VGG16 weights with a NaN classifier, meant for their features alone (IMAGENET1K_FEATURES).
+    """
+    if not isinstance(model, VGG) or all(parameter.isfinite().all() for parameter in model.classifier.parameters()):
+        return model, ""
+    part = nn.Sequential(model.features, model.avgpool)
+    return part, "The classifier holds NaN or Inf: outputs are compared in front of it."
 
 
 @contextmanager

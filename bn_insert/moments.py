@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 # Values per slice. On a CPU a slice stays in the second-level cache between the kernel's two passes over it, and the
 # float32 sums inside the kernel stay short enough to be accurate. A GPU's kernel adds pairwise and wants large
 # launches.
-_SLICE = {"cpu": 1 << 17}
+_SLICE = {"cpu": 1 << 18}
 _SLICE_ELSEWHERE = 1 << 28
 
 # Where |mean| exceeds this many standard deviations, a float32 mean (6e-8 relative) is too coarse a ruler for the std.
@@ -45,6 +45,11 @@ class Moments:
         """Square root of `var`."""
         return self.var.sqrt()
 
+    @property
+    def constant_channels(self) -> int:
+        """Number of channels that had one and the same value throughout (dead ones, for instance)."""
+        return int((self.m2 == 0).sum())
+
     def scaled(self, scale: Float64[Tensor, " channels"]) -> Moments:
         """Return the moments of the same values multiplied by `scale`, channel by channel."""
         return Moments(self.count, self.mean * scale, self.m2 * scale.square())
@@ -63,7 +68,7 @@ def merge(parts: Iterable[Moments]) -> Moments:
     present = list(parts)
     if not present:
         raise ValueError("merge needs at least one set of moments")
-    counts = torch.tensor([part.count for part in present], dtype=torch.float64, device=present[0].mean.device)
+    counts = torch.tensor([part.count for part in present], dtype=torch.float64)
     return _pool(counts, torch.stack([part.mean for part in present]), torch.stack([part.m2 for part in present]))
 
 
@@ -78,43 +83,54 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
     if rows_per_image == 0 or channels == 0:
         empty = torch.zeros(channels, dtype=torch.float64)
         return Moments(0, empty, empty.clone())
-    counts, means, m2s = [], [], []
-    slice_size = _SLICE.get(values.device.type, _SLICE_ELSEWHERE)
-    for images in values.split(max(1, slice_size // (channels * rows_per_image))):
-        rows = images.movedim(1, -1).reshape(-1, channels)
-        for part in rows.split(max(1, slice_size // channels)):
-            mean, m2 = _slice_moments(part)
-            counts.append(len(part))
-            means.append(mean)
-            m2s.append(m2)
-    return _pool(
-        torch.tensor(counts, dtype=torch.float64, device=means[0].device), torch.stack(means), torch.stack(m2s)
-    )
+    slices = list(_slices(values, channels * rows_per_image))
+    counts = torch.tensor([len(rows) for rows in slices], dtype=torch.float64)
+    if values.dtype == torch.float64:
+        return _pool(counts, *_stacked(_double_moments, slices))
+    means, m2s = _stacked(_kernel_moments, slices)
+    coarse = (means.square() * counts.to(means.device)[:, None] > _COARSE_RATIO**2 * m2s).any(0)
+    if coarse.any():
+        columns = coarse.nonzero().squeeze(1)
+        found = _stacked(_double_moments, [rows[:, columns.to(rows.device)] for rows in slices])
+        means[:, columns], m2s[:, columns] = found
+    return _pool(counts, means, m2s)
+
+
+def _slices(values: Tensor, values_per_image: int) -> Iterator[Float[Tensor, "rows channels"]]:
+    channels = values.shape[1]
+    size = _SLICE.get(values.device.type, _SLICE_ELSEWHERE)
+    for images in values.split(max(1, size // values_per_image)):
+        yield from images.movedim(1, -1).reshape(-1, channels).split(max(1, size // channels))
+
+
+def _stacked(
+    moments: Callable[[Tensor], tuple[Tensor, Tensor]], slices: Sequence[Tensor]
+) -> tuple[Float64[Tensor, "slices channels"], Float64[Tensor, "slices channels"]]:
+    """Return means and second central moments, one row a slice."""
+    found = [moments(rows) for rows in slices]
+    means, variances = (torch.stack(column) for column in zip(*found, strict=True))
+    device = means.device if means.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+    counts = torch.tensor([len(rows) for rows in slices], dtype=torch.float64, device=device)
+    return means.to(device, torch.float64), variances.to(device, torch.float64) * counts[:, None]
 
 
 def _pool(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
-    total = counts.sum()
-    weights = counts[:, None]
+    weights = counts.to(means.device)[:, None]
+    total = weights.sum()
     mean = (weights * means).sum(0) / total
     m2 = m2s.sum(0) + (weights * (means - mean).square()).sum(0)
     return Moments(int(total), mean, m2)
 
 
-def _slice_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
-    """Return mean and second central moment of each column, float64."""
-    if rows.dtype == torch.float64:
-        return _double_moments(rows)
-    # The kernel of BatchNorm's own training forward: batch mean and biased variance, the fastest way PyTorch has.
-    mean32, var32 = torch.batch_norm_update_stats(rows.float(), None, None, 0.1)
-    device = rows.device if rows.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
-    mean, m2 = mean32.to(device, torch.float64), var32.to(device, torch.float64) * len(rows)
-    coarse = mean.square() * len(rows) > _COARSE_RATIO**2 * m2
-    if coarse.any():
-        columns = coarse.nonzero().squeeze(1)
-        mean[columns], m2[columns] = _double_moments(rows[:, columns.to(rows.device)].to(device, torch.float64))
-    return mean, m2
+def _kernel_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each column, float32.
+
+    By the kernel of BatchNorm's own training forward, the fastest that PyTorch has.
+    """
+    return torch.batch_norm_update_stats(rows.float(), None, None, 0.1)
 
 
-def _double_moments(rows: Float64[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(rows, 0, correction=0)
-    return mean, var * len(rows)
+def _double_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each column, float64."""
+    var, mean = torch.var_mean(rows.double(), 0, correction=0)
+    return mean, var

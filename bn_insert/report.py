@@ -1,0 +1,73 @@
+"""What an insertion did and found, as plain data for machines."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .equivalence import Comparison
+from .moments import Moments
+from .sites import Layer
+
+
+def insertion_report(
+    layers: Sequence[Layer], moments: Mapping[str, Moments], comparisons: Mapping[str, Comparison]
+) -> dict[str, Any]:
+    """Return layers, statistics per site and comparisons as JSON-ready data.
+
+    Per layer: its name, kind, output shape, parameters, and either `batchnorm` (where it went, and count of values, mean
+    and std per channel) or `reason` (why there is none).
+    """
+    return {
+        "format": "bn-insert report",
+        "version": 1,
+        "layers": [_layer(layer, moments) for layer in layers],
+        "comparisons": {place: asdict(comparison) for place, comparison in comparisons.items()},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the figures depend on."""
+    packages = {name: version(name) for name in ("bn-insert", "torch", "torchvision")}
+    return packages | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _layer(layer: Layer, moments: Mapping[str, Moments]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "name": layer.name,
+        "kind": layer.kind,
+        "type": layer.type_name,
+        "output_shape": list(layer.shape),
+        "parameters": layer.parameters,
+    }
+    if layer.site is None:
+        return result | {"reason": layer.reason}
+    found = moments[layer.name]
+    return result | {
+        "batchnorm": {
+            "behind": layer.site.anchor,
+            "channels": found.channels,
+            "constant_channels": found.constant_channels,
+            "count": found.count,
+            "mean": _numbers(found.mean),
+            "std": _numbers(found.std),
+        }
+    }
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return [float(value) for value in values]

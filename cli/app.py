@@ -1,0 +1,89 @@
+"""The command `bn-insert`: ties the commands together, and turns every error into one message and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .compare import compare
+from .console import print_error
+from .demo import demo
+from .insert import insert
+from .inspect import inspect
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Runs a command; an error of ours becomes one message on stderr and exit code 2, Ctrl-C becomes 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_error("interrupted; nothing was written")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if not _is_expected(error) or ctx.params.get("traceback"):
+                raise
+            print_error(str(error))
+            raise typer.Exit(BAD_INPUT) from None
+
+
+def _stop(signal_number: int, _frame: object) -> None:
+    """End by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + signal_number)
+
+
+def _is_expected(error: Exception) -> bool:
+    from bn_insert.errors import BNInsertError  # noqa: PLC0415 - imports torch, which an error has paid for already
+
+    return isinstance(error, (BNInsertError, OSError))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bn-insert {version('bn-insert')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from, for a bug report.")
+    ] = False,
+) -> None:
+    """Insert BatchNorm into a pretrained VGG without changing its outputs.
+
+    Start with `bn-insert demo`, or with your own checkpoint and a folder of images:
+
+    `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
+    """
+
+
+for command in (insert, inspect, compare, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

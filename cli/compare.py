@@ -1,0 +1,53 @@
+"""`bn-insert compare`: how far two checkpoints' outputs are apart."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .console import image_progress, print_result, print_table
+from .inputs import ImageOptions, open_calibration, open_device, open_model, open_transform
+from .tables import comparison_table
+
+CHECK_FAILED = 1
+
+
+def compare(  # noqa: PLR0917 - options are keyword-only on the command line
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference checkpoint.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to hold against it.", show_default=False)],
+    calibration: opt.Calibration,
+    images: opt.Images = opt.DEFAULT_IMAGES,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    device: opt.Device = None,
+    atol: opt.AbsoluteTolerance = None,
+    rtol: opt.RelativeTolerance = 1e-4,
+) -> None:
+    """Compare the outputs of two checkpoints on images: bit-identical or not, differences, top-1 agreement.
+
+    The exit code is 1 when the difference is past --atol or --rtol. Preprocessing defaults to what is stored beside B.
+
+    Example: `bn-insert compare vgg16.pth vgg16-bn.pth photographs/`
+    """
+    from bn_insert import compare_outputs  # noqa: PLC0415 - torch only when work begins
+
+    image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    transform = open_transform(b, image_options)
+    target = open_device(device)
+    reference, candidate = open_model(a).to(target), open_model(b).to(target)
+    batches = open_calibration(calibration, reference, transform, image_options)
+    with image_progress("comparing", batches.images) as progress:
+        comparison = compare_outputs(reference, candidate, batches, progress=progress)
+    print_table(comparison_table({str(target): comparison}, title=f"{a} against {b}"))
+    if not comparison.within(atol, rtol):
+        print_result("The outputs differ by more than the tolerance.", good=False)
+        raise typer.Exit(CHECK_FAILED)
+    print_result("The outputs are equal bit for bit." if comparison.bit_identical else "Within tolerance.")

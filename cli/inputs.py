@@ -1,0 +1,102 @@
+"""From what stands on the command line to a network and its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from bn_insert.images import Batches, Transform
+    from torch import nn
+
+TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What the user said about images; None stands for the checkpoint's own setting, else ImageNet's."""
+
+    images: int
+    seed: int
+    batch_size: int
+    workers: int
+    resize: int | None
+    crop: int | None
+    mean: str | None
+    std: str | None
+    strict: bool
+
+
+def open_model(checkpoint: str) -> nn.Module:
+    """Return the network of a checkpoint file or of a torchvision name."""
+    from bn_insert.checkpoint import load_checkpoint  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.pretrained import torchvision_checkpoint  # noqa: PLC0415
+
+    if checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists():
+        return torchvision_checkpoint(checkpoint)
+    return load_checkpoint(checkpoint)
+
+
+def open_transform(checkpoint: str, options: ImageOptions) -> Transform:
+    """Return the preprocessing: what the user said, else what is stored beside the checkpoint, else ImageNet's."""
+    from bn_insert.checkpoint import read_settings  # noqa: PLC0415
+    from bn_insert.images import Transform  # noqa: PLC0415
+
+    settings = read_settings(checkpoint) if Path(checkpoint).exists() else None
+    stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
+    return Transform(
+        resize=stored.resize if options.resize is None else options.resize or None,
+        crop=stored.crop if options.crop is None else options.crop or None,
+        mean=stored.mean if options.mean is None else numbers(options.mean, "--mean"),
+        std=stored.std if options.std is None else numbers(options.std, "--std"),
+    )
+
+
+def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:
+    """Return the batches of a folder of images or a tensor file, with the channels that the model takes."""
+    from bn_insert.images import open_batches  # noqa: PLC0415
+
+    return open_batches(
+        source,
+        transform,
+        images=options.images,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        channels=input_channels(model),
+        strict=options.strict,
+    )
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return the number of channels of the images that a network takes: those of its first conv layer."""
+    from torch.nn.modules.conv import _ConvNd  # noqa: PLC0415
+
+    return next((module.in_channels for module in model.modules() if isinstance(module, _ConvNd)), 3)
+
+
+def open_device(name: str | None) -> torch.device:
+    """Return the device of that name, by default cuda where there is one."""
+    import torch  # noqa: PLC0415
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"the device {name!r} cannot be used: {reason}", param_hint="--device") from None
+    return device
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Return "0.5" or "0.5,0.4,0.3" as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not one number or several with commas between", param_hint=option
+        ) from None

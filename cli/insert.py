@@ -1,0 +1,135 @@
+"""`bn-insert insert`: a checkpoint and images in, a checkpoint with BatchNorm and the same outputs out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+from .console import image_progress, print_note, print_result, print_table
+from .inputs import ImageOptions, open_calibration, open_device, open_model, open_transform
+from .tables import comparison_table, site_table
+
+if TYPE_CHECKING:
+    import torch
+    from bn_insert.images import Batches
+    from torch import nn
+
+    from bn_insert import Comparison
+
+CHECK_FAILED = 1
+CHECK_IMAGES = 8  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
+
+
+def insert(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    calibration: opt.Calibration,
+    output: opt.Output,
+    layers: opt.Layers = "conv,dense",
+    include_output: opt.IncludeOutput = False,
+    skip: opt.Skip = None,
+    placement: opt.Placement = "before_activation",
+    eps: Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")] = 1e-5,
+    momentum: Annotated[float, typer.Option(min=0, max=1, help="Of the running statistics, for later training.")] = 0.1,
+    images: opt.Images = opt.DEFAULT_IMAGES,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    device: opt.Device = None,
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Calibrate under bfloat16 autocast; statistics stay float32.")
+    ] = False,
+    atol: opt.AbsoluteTolerance = None,
+    rtol: opt.RelativeTolerance = 1e-4,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was done and found, as JSON.", metavar="FILE.json")
+    ] = None,
+    force: opt.Force = False,
+) -> None:
+    """Insert BatchNorm behind conv and dense layers so that the outputs stay the same, bit for bit on a CPU.
+
+    Each layer's mean and variance are taken from the CALIBRATION images in one pass. The result is checked against the
+    original before anything is written; beyond tolerance nothing is written and the exit code is 1.
+
+    Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
+    """
+    started = time.monotonic()
+    import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
+    from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
+    from bn_insert.report import insertion_report, write_report  # noqa: PLC0415
+
+    from bn_insert import calibrate, insert_at, survey  # noqa: PLC0415
+    from bn_insert.errors import GraphError  # noqa: PLC0415
+
+    for path in filter(None, (output, report)):
+        check_output(path, overwrite=force)
+    image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    transform = open_transform(checkpoint, image_options)
+    target = open_device(device)
+    model = open_model(checkpoint)
+    batches = open_calibration(calibration, model, transform, image_options)
+
+    example = next(iter(batches.head(1))).images
+    kinds = tuple(kind.strip() for kind in layers.split(","))
+    found = survey(model, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
+    sites = [layer.site for layer in found if layer.site]
+    if not sites:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found)
+        raise GraphError(f"nothing to insert in {checkpoint}, nothing was written. {reasons}")
+    with image_progress("calibrating", batches.images) as progress:
+        moments = calibrate(
+            model, sites, batches, device=target, autocast=torch.bfloat16 if amp else None, progress=progress
+        )
+    _note_unreadable(batches)
+    result = insert_at(model, sites, moments, eps=eps, momentum=momentum)
+
+    print_table(site_table(sites, moments))
+    comparisons = _check(model, result, batches.head(CHECK_IMAGES), target)
+    print_table(comparison_table(comparisons))
+    accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
+    if accepted:
+        save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
+    if report:
+        seconds = time.monotonic() - started
+        write_report(
+            insertion_report(found, moments, comparisons, checkpoint, calibration, output, transform, batches, seconds),
+            report,
+            overwrite=force,
+        )
+    if not accepted:
+        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        raise typer.Exit(CHECK_FAILED)
+    print_result(f"Wrote {output}: {len(sites)} BatchNorm layers inserted.")
+
+
+def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:
+    """Compare original and result on the CPU, whose kernel the promise is about, and on the device in use."""
+    import torch  # noqa: PLC0415
+
+    from bn_insert.equivalence import compare_outputs, finite_part  # noqa: PLC0415
+
+    reference, note = finite_part(model)
+    candidate, _ = finite_part(result)
+    if note:
+        print_note(note)
+    comparisons = {}
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        comparisons[str(place)] = compare_outputs(reference.to(place), candidate.to(place), batches)
+    model.cpu()
+    result.cpu()
+    return comparisons
+
+
+def _note_unreadable(batches: Batches) -> None:
+    unreadable = batches.unreadable
+    if unreadable:
+        first = unreadable[0]
+        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")

@@ -1,0 +1,79 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .console import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bn_insert import Comparison, Layer, Moments, Site
+
+
+def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
+    """Return one row a site: channels, range of mean and std over them, and how many are constant."""
+    result = table(
+        "Statistics of the calibration set, per layer",
+        *("layer", "kind", "channels", "mean, min .. max", "std, min .. max", "constant"),
+        right=("channels", "mean, min .. max", "std, min .. max", "constant"),
+    )
+    for site in sites:
+        of_site = moments[site.name]
+        result.add_row(
+            site.name,
+            site.kind,
+            str(site.channels),
+            _span(of_site.mean.tolist()),
+            _span(of_site.std.tolist()),
+            str(of_site.constant_channels or "-"),
+        )
+    return result
+
+
+def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original against result") -> Table:
+    """Return one row a comparison."""
+    result = table(
+        title,
+        *("on", "images", "bit-identical", "max abs", "max relative", "top-1 agreement"),
+        right=("images", "max abs", "max relative", "top-1 agreement"),
+    )
+    for place, comparison in comparisons.items():
+        result.add_row(
+            place,
+            f"{comparison.images:,}",
+            "[bold green]yes[/]" if comparison.bit_identical else "[bold yellow]no[/]",
+            f"{comparison.max_abs:.3g}",
+            f"{comparison.max_rel:.3g}",
+            f"{comparison.top1_agreement:.2%}",
+        )
+    return result
+
+
+def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> Table:
+    """Return one row a conv or dense layer, and whether a BatchNorm is there or would go there."""
+    result = table(
+        "Conv and dense layers",
+        *("layer", "type", "weight", "output", "parameters", "BatchNorm"),
+        right=("parameters",),
+    )
+    for layer in layers:
+        result.add_row(
+            layer.name,
+            layer.type_name,
+            _dimensions(weights[layer.name]),
+            _dimensions(layer.shape[1:]) or "-",
+            f"{layer.parameters:,}",
+            f"[green]goes behind {layer.site.anchor}[/]" if layer.site else layer.reason,
+        )
+    return result
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} .. {max(values):.3g}"
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return " x ".join(str(extent) for extent in shape)
