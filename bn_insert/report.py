@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .atomic import check_writable, real_path
 from .equivalence import Comparison
+from .errors import CheckpointError
 from .moments import Moments
+from .sidecar import sha256, sidecar_path
 from .sites import Layer
 
 
@@ -22,8 +24,8 @@ def insertion_report(
 ) -> dict[str, Any]:
     """Return layers, statistics per site and comparisons as JSON-ready data.
 
-    Per layer: its name, kind, output shape, parameters, and either `batchnorm` (where it went, and count of values, mean
-    and std per channel) or `reason` (why there is none).
+    Per layer: its name, kind, output shape, parameters, and either `batchnorm` (where it went, and count of values,
+    mean and std per channel) or `reason` (why there is none).
     """
     return {
         "format": "bn-insert report",
@@ -40,10 +42,17 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version(), "platform": platform.platform()}
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_facts(path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint's path, and size in bytes and SHA-256 where it is a file."""
+    path = Path(path)
+    return {"path": str(path)} | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path.is_file() else {})
+
+
+def check_report(report: Path, checkpoint: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if a report cannot be written there, or would take the place of checkpoint or settings."""
+    if real_path(report) in (real_path(checkpoint), sidecar_path(real_path(checkpoint))):
+        raise CheckpointError(f"cannot write the report to {report}: the settings of {checkpoint} go there; rename it")
+    check_writable(report, overwrite=overwrite)
 
 
 def _layer(layer: Layer, moments: Mapping[str, Moments]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .insert import insert
 from .inspect import inspect
 
 BAD_INPUT = 2
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 
 
@@ -85,5 +86,11 @@ for command in (insert, inspect, compare, demo):
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; what no command foresaw becomes one message too."""
+    try:
+        app()
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        print_error(f"unexpected {type(error).__name__}: {error}; please report it with what --traceback shows")
+        sys.exit(INTERNAL_ERROR)

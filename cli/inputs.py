@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
 if TYPE_CHECKING:
     import torch
-    from bn_insert.images import Batches, Transform
     from torch import nn
+
+    from bn_insert.graph import Kind
+    from bn_insert.images import Batches, Transform
 
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 
@@ -90,6 +92,11 @@ def open_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise typer.BadParameter(f"the device {name!r} cannot be used: {reason}", param_hint="--device") from None
     return device
+
+
+def layer_kinds(text: str) -> tuple[Kind, ...]:
+    """Return "conv,dense" as kinds of layers; the library checks them."""
+    return tuple(cast("Kind", kind.strip()) for kind in text.split(","))
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

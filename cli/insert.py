@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +11,15 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_note, print_result, print_table
-from .inputs import ImageOptions, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, layer_kinds, open_calibration, open_device, open_model, open_transform
 from .tables import comparison_table, site_table
 
 if TYPE_CHECKING:
     import torch
-    from bn_insert.images import Batches
     from torch import nn
 
     from bn_insert import Comparison
+    from bn_insert.images import Batches
 
 CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
@@ -63,14 +64,16 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     """
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
-    from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.report import insertion_report, write_report  # noqa: PLC0415
 
     from bn_insert import calibrate, insert_at, survey  # noqa: PLC0415
+    from bn_insert.atomic import write_atomically  # noqa: PLC0415
+    from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
     from bn_insert.errors import GraphError  # noqa: PLC0415
+    from bn_insert.report import check_report, file_facts, insertion_report  # noqa: PLC0415
 
-    for path in filter(None, (output, report)):
-        check_output(path, overwrite=force)
+    check_output(output, overwrite=force)
+    if report:
+        check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(checkpoint, image_options)
     target = open_device(device)
@@ -78,12 +81,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     batches = open_calibration(calibration, model, transform, image_options)
 
     example = next(iter(batches.head(1))).images
-    kinds = tuple(kind.strip() for kind in layers.split(","))
+    kinds = layer_kinds(layers)
     found = survey(model, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
     sites = [layer.site for layer in found if layer.site]
     if not sites:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found)
-        raise GraphError(f"nothing to insert in {checkpoint}, nothing was written. {reasons}")
+        raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({reasons})")
     with image_progress("calibrating", batches.images) as progress:
         moments = calibrate(
             model, sites, batches, device=target, autocast=torch.bfloat16 if amp else None, progress=progress
@@ -98,12 +101,17 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if accepted:
         save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
     if report:
-        seconds = time.monotonic() - started
-        write_report(
-            insertion_report(found, moments, comparisons, checkpoint, calibration, output, transform, batches, seconds),
-            report,
-            overwrite=force,
-        )
+        facts = {
+            "checkpoint": file_facts(checkpoint),
+            "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(batches.unreadable)},
+            "output": file_facts(output) if accepted else None,
+            "options": {"layers": kinds, "include_output": include_output, "skip": skip or []}
+            | {"placement": placement, "eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
+            | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
+            "seconds": time.monotonic() - started,
+        }
+        text = json.dumps(facts | insertion_report(found, moments, comparisons), indent=2)
+        write_atomically(report, lambda path: path.write_text(text + "\n"), overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)

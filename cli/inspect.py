@@ -8,7 +8,7 @@ import typer
 
 from . import options as opt
 from .console import print_result, print_table
-from .inputs import input_channels, open_model
+from .inputs import input_channels, layer_kinds, open_model
 from .tables import layer_table
 
 
@@ -31,8 +31,14 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     model = open_model(checkpoint)
     weight = next(model.parameters())
     example = torch.zeros(2, input_channels(model), size, size, dtype=weight.dtype)
-    kinds = tuple(kind.strip() for kind in layers.split(","))
-    found = survey(model, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
+    found = survey(
+        model,
+        example,
+        layers=layer_kinds(layers),
+        include_output=include_output,
+        skip=skip or (),
+        placement=placement,
+    )
     modules = dict(model.named_modules())
     print_table(layer_table(found, {layer.name: modules[layer.name].weight.shape for layer in found}))
     sites = sum(layer.site is not None for layer in found)

@@ -1,0 +1,156 @@
+"""Write files so that whoever looks, at any moment, finds the old file or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import CheckpointError
+
+StrPath = str | os.PathLike[str]
+
+
+def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
+    """Make a file appear at `path` complete, or not at all.
+
+    write: called with the path of an empty file beside the target, which it fills.  overwrite: replace a file that is
+    there; without it such a file is left alone even if it appears while `write` runs.  A symbolic link stays a link,
+    and what it points to is written.  A new file has the mode that the umask gives, a replaced one keeps its own.
+
+    Everything is staged in a folder `.bn-insert-*.tmp` beside the target.  It is removed whatever happens, except by
+    a kill: then it may be deleted by hand, and the target is the old file or the new one.
+    Raises CheckpointError with the path and the reason; then nothing has changed.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "note.txt")
+    >>> write_atomically(path, lambda staged: staged.write_text("whole"))
+    >>> path.read_text()
+    'whole'
+    """
+    check_writable(path, overwrite=overwrite)
+    target = real_path(path)
+    with staging_folder(target) as folder:
+        publish(stage(folder / "file", write, target), target, overwrite=overwrite)
+
+
+def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError if it is plain already that no file can be written there: before the work, not after.
+
+    The rules are those of `write_atomically`.
+    """
+    target = real_path(path)
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if mode is not None and stat.S_ISDIR(mode):
+        raise CheckpointError(f"cannot write {path}: it is a folder; name a file in it")
+    if mode is not None and not stat.S_ISREG(mode):
+        raise CheckpointError(f"cannot write {path}: it is no regular file; choose another name")
+    if mode is not None and not overwrite:
+        raise _exists(path)
+    folder = target.parent
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {path}: the folder {folder} does not let you write; choose another one")
+
+
+def real_path(path: StrPath) -> Path:
+    """Return the file that a path means, with symbolic links followed; it need not exist."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{os.fspath(path)!r} is no usable path: {error}") from error
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target, on the same file system, that is removed with all in it at the end."""
+    folder = target.parent / f".bn-insert-{secrets.token_hex(8)}.tmp"
+    try:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stage(path: Path, write: Callable[[Path], object], target: Path) -> Path:
+    """Fill a file in a staging folder, give it the mode that it will have as `target`, and bring it to the disk."""
+    try:
+        path.touch(exist_ok=False)
+        mode = (target if target.exists() else path).stat().st_mode
+        write(path)
+        path.chmod(stat.S_IMODE(mode))
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the writer of a format makes of a full disk is one fact to us
+        raise _cannot_write(target, error) from error
+    return path
+
+
+def publish(staged: Path, target: Path, *, overwrite: bool) -> None:
+    """Give a staged file its name, in one step that is seen whole or not at all, and bring the name to the disk."""
+    try:
+        if overwrite:
+            staged.replace(target)
+        else:
+            _publish_as_new(staged, target)
+    except FileExistsError as error:
+        raise _exists(target) from error
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    # The file is in place: a file system that cannot sync folders must not make that look like a failure.
+    with suppress(OSError):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _publish_as_new(staged: Path, target: Path) -> None:
+    """Give a staged file a name that must be free: renaming would replace a file that has appeared meanwhile."""
+    try:
+        target.hardlink_to(staged)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here (FAT, some network shares): an empty file claims the name until the rename.
+        target.touch(exist_ok=False)
+        try:
+            staged.replace(target)
+        except BaseException:
+            target.unlink()
+            raise
+
+
+def _exists(path: StrPath) -> CheckpointError:
+    return CheckpointError(f"{path} exists already: choose another name, or replace it with overwrite=True (--force)")
+
+
+def _cannot_write(path: StrPath, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"cannot write {path}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the operating system said, which torch.save hides behind an exception of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,115 @@
+"""Decode image files, batch after batch, in this process or in others."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch.utils.data import DataLoader, Dataset
+
+from .batches import Unreadable
+from .errors import ImageError
+from .image_files import read_pixels
+from .transform import Transform
+
+
+class Chunk(NamedTuple):
+    """What became of one batch of files; `pixels` are None when none could be read or when sizes differ."""
+
+    pixels: UInt8[np.ndarray, "images channels height width"] | None
+    paths: tuple[Path, ...]
+    unreadable: tuple[Unreadable, ...]
+    differing: str = ""
+
+
+def decode(
+    paths: tuple[Path, ...], transform: Transform, *, channels: int, size: int, workers: int, strict: bool
+) -> Generator[Chunk, None, None]:
+    """Give what became of the files, `size` at a time and in their order.
+
+    channels: 1 or 3, what every picture is converted to.  workers: number of processes that decode; 0 decodes in this
+    one.  strict: end a chunk at the first file that cannot be read.  PyTorch's random state is left alone.  Raises
+    ImageError when a process is killed.
+    """
+    chunks = _Chunks(paths, size, transform, channels, strict)
+    if workers == 0:
+        yield from map(chunks.__getitem__, range(len(chunks)))
+        return
+    with warnings.catch_warnings():
+        # About more workers than cores, and about forking a process with threads, as PyTorch's loader always does.
+        warnings.simplefilter("ignore")
+        loader = DataLoader(
+            chunks,
+            batch_size=None,
+            num_workers=min(workers, len(chunks)),
+            collate_fn=_as_it_is,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        decoded = iter(loader)
+    try:
+        yield from decoded
+    except RuntimeError as error:
+        raise ImageError(
+            f"a process that decodes images ended early, perhaps for want of memory ({error}); give fewer workers"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Chunks(Dataset[Chunk]):
+    """Files decoded chunk by chunk: what the worker processes work on.
+
+    Pixels travel as uint8, a fourth of what the input takes, and as NumPy arrays: tensors would travel in shared
+    memory, of which a Docker container has 64 MB, and are no faster.
+    """
+
+    paths: tuple[Path, ...]
+    chunk_size: int
+    transform: Transform
+    channels: int
+    strict: bool
+
+    def __len__(self) -> int:
+        return len(range(0, len(self.paths), self.chunk_size))
+
+    def __getitem__(self, number: int) -> Chunk:
+        start = number * self.chunk_size
+        paths, pixels, unreadable = [], [], []
+        for path in self.paths[start : start + self.chunk_size]:
+            result = read_pixels(path, self.transform, self.channels)
+            if isinstance(result, Unreadable):
+                unreadable.append(result)
+                if self.strict:
+                    break
+            else:
+                paths.append(path)
+                pixels.append(result)
+        differing = _differing(paths, pixels)
+        stacked = np.stack(pixels) if pixels and not differing else None
+        return Chunk(stacked, tuple(paths), tuple(unreadable), differing)
+
+
+def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channels _ _"]]) -> str:
+    """Name the first picture and the first that differs from it in size; empty when all are alike."""
+    other = next((number for number, each in enumerate(pixels) if each.shape != pixels[0].shape), None)
+    if other is None:
+        return ""
+    sizes = (f"{paths[number]} has {pixels[number].shape[2]} x {pixels[number].shape[1]}" for number in (0, other))
+    return " and ".join(sizes)
+
+
+def _begin_worker(_number: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of a terminal; the main one ends the workers, whose tracebacks would say nothing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
