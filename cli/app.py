@@ -44,9 +44,8 @@ def _stop(signal_number: int, _frame: object) -> None:
 
 
 def _is_expected(error: Exception) -> bool:
-    from bn_insert.errors import BNInsertError  # noqa: PLC0415 - imports torch, which an error has paid for already
-
-    return isinstance(error, (BNInsertError, OSError))
+    errors = sys.modules.get("bn_insert.errors")  # not imported here: --help ends by an exception too, and stays quick
+    return isinstance(error, OSError) or (errors is not None and isinstance(error, errors.BNInsertError))
 
 
 def _print_version(wanted: bool) -> None:

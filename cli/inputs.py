@@ -87,7 +87,7 @@ def open_device(name: str | None) -> torch.device:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise typer.BadParameter(f"the device {name!r} cannot be used: {reason}", param_hint="--device") from None
@@ -95,8 +95,11 @@ def open_device(name: str | None) -> torch.device:
 
 
 def layer_kinds(text: str) -> tuple[Kind, ...]:
-    """Return "conv,dense" as kinds of layers; the library checks them."""
-    return tuple(cast("Kind", kind.strip()) for kind in text.split(","))
+    """Return "conv,dense" as kinds of layers."""
+    kinds = tuple(kind.strip() for kind in text.split(","))
+    if not set(kinds) <= {"conv", "dense"}:
+        raise typer.BadParameter(f"{text!r} is not one of: conv, dense, or conv,dense", param_hint="--layers")
+    return cast("tuple[Kind, ...]", kinds)
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
