@@ -46,18 +46,17 @@ def load_checkpoint(path: StrPath, *, model: nn.Module | Callable[[], nn.Module]
     """
     tensors = read_state_dict(Path(path))
     settings = read_settings(path) or Settings()
-    prefix, stripped = without_prefix(tensors)
     try:
         if model is None:
             # Importing torchvision takes as long as everything else here, and only this way needs it.
             from .vgg import vgg_from_state_dict  # noqa: PLC0415
 
-            network = vgg_from_state_dict(stripped)
+            prefix, tensors = without_prefix(tensors)
+            network: nn.Module = vgg_from_state_dict(tensors)
         else:
             network = _architecture(model)
-            if network.state_dict().keys() & tensors.keys():  # then the prefix is the architecture's own
-                prefix, stripped = "", tensors
-            _fill(network, stripped)
+            prefix, tensors = without_prefix(tensors, network.state_dict().keys())
+            _fill(network, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {printable(error)}") from error
     try:
@@ -99,7 +98,7 @@ def save_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     if _suffix(path) == ".safetensors":
-        metadata = {"format": "pt", _HEADER_KEY: settings.to_json()}  # "format" is what other readers ask for
+        metadata = {_HEADER_KEY: settings.to_json()}  # with more keys their order would vary
         write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), overwrite=overwrite)
     else:
         _save_with_sidecar(tensors, settings, real_path(path), overwrite)

@@ -53,7 +53,8 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         """Return settings read from their JSON text; raises CheckpointError naming the field that is wrong."""
-        return cls.from_document(parse_document(text))
+        document = parse_document(text)
+        return cls.from_document(_object(document, "the text"))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Settings:
@@ -111,15 +112,12 @@ class Settings:
             dropouts[name].p = p
 
 
-def parse_document(text: str | bytes) -> dict[str, Any]:
-    """Return a JSON object; raises CheckpointError if the text is none."""
+def parse_document(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raises CheckpointError if the text is no JSON."""
     try:
-        document = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"invalid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"a JSON object was expected, not {_kind(document)}")
-    return document
 
 
 def format_document(document: Mapping[str, Any]) -> str:

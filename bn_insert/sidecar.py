@@ -77,4 +77,4 @@ def _own_document(path: Path) -> Mapping[str, Any] | None:
     if not path.is_file() or path.stat().st_size > _LARGEST_SIDECAR:
         return None
     document = parse_document(path.read_bytes())
-    return document if document.get("format") == FORMAT else None
+    return document if isinstance(document, dict) and document.get("format") == FORMAT else None

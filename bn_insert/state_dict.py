@@ -6,7 +6,7 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
 
@@ -59,12 +59,14 @@ def file_kind(path: Path) -> FileKind:
         raise CheckpointError(f"there is no file {path}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    # Behind the eight bytes of the header's length, which may look like anything, so this comes first: a zip archive
+    # and torch.save's older format have other bytes there.
+    if start[8:9] == b"{":
+        return "safetensors"
     if start.startswith(b"PK\x03\x04"):
         return "zip"
     if start.startswith(b"\x80"):
         return "pickle"
-    if start[8:9] == b"{":  # behind the eight bytes that hold the header's length
-        return "safetensors"
     raise CheckpointError(f"{path} is no checkpoint: {_guess(start)}")
 
 
@@ -87,8 +89,11 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()) -> tuple[str, dict[str, Tensor]]:
     """Return the prefix, maybe stacked, that wrappers such as torch.compile put before all keys, and tensors without.
+
+    wanted: keys of the architecture that the tensors are for, whose own names may begin like that: nothing is taken
+    from keys that fit it already.
 
     >>> tensors = {"module._orig_mod.0.weight": torch.ones(2, 2), "module._orig_mod.0.bias": torch.ones(2)}
     >>> prefix, stripped = without_prefix(tensors)
@@ -98,7 +103,10 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor
     # torch's AveragedModel, which keeps moving averages of weights, has one key of its own beside "module.*".
     keys = [key for key in tensors if key != "n_averaged"]
     common = ""
-    while prefix := next((one for one in PREFIXES if keys and all(key.startswith(common + one) for key in keys)), ""):
+    while keys and not any(key.removeprefix(common) in wanted for key in tensors):
+        prefix = next((one for one in PREFIXES if all(key.startswith(common + one) for key in keys)), None)
+        if prefix is None:
+            break
         common += prefix
     if not common:
         return "", dict(tensors)
@@ -115,7 +123,8 @@ def _read_torch(path: Path, kind: FileKind) -> object:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(record.file_size for record in archive.infolist())
         _check_expansion(path, claimed)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    with path.open("rb") as file:  # given a path, torch.load would let the suffix decide what it is
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _unwrapped(path: Path, content: object) -> Mapping[object, object]:
