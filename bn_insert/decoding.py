@@ -92,8 +92,11 @@ class _Chunks(Dataset[Chunk]):
                 paths.append(path)
                 pixels.append(result)
         differing = _differing(paths, pixels)
-        stacked = np.stack(pixels) if pixels and not differing else None
-        return Chunk(stacked, tuple(paths), tuple(unreadable), differing)
+        if differing or not pixels:
+            return Chunk(None, tuple(paths), tuple(unreadable), differing)
+        # Pillow's order of values is height, width, channels; without `out` stack would keep it.
+        batch = np.stack(pixels, out=np.empty((len(pixels), *pixels[0].shape), np.uint8))
+        return Chunk(batch, tuple(paths), tuple(unreadable))
 
 
 def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channels _ _"]]) -> str:

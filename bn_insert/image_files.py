@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in _SUFFIXES.values() for suff
 
 # Pillow's names for what a picture becomes, by the number of channels that the network takes.
 MODES = {1: "L", 3: "RGB"}
+
+# Without a handler Python prints what Pillow logs about damaged files; a program that has handlers still gets it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def find_images(folder: str | Path) -> list[Path]:

@@ -114,7 +114,7 @@ def read_tensor(path: Path) -> Tensor:
             "save the tensor alone, as torch.save(tensor, path)"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error) or type(error).__name__).splitlines()[0].split())
         raise ImageError(f"{path} is damaged, or no {path.suffix} file: {reason}") from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
@@ -127,8 +127,9 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    # Copy on write: from a read-only array PyTorch makes tensors only under protest.
-    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    # Unlike np.load it takes nothing but .npy, and has no way to a pickle. Copy on write ("c"), because PyTorch makes
+    # tensors from a read-only array only under protest.
+    array = np.lib.format.open_memmap(path, mode="c")
     return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
 
 

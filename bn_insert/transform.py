@@ -96,7 +96,7 @@ class Transform:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Transform:
+    def from_dict(cls, values: Any) -> Transform:
         """Return the transform that `to_dict` described. Raises ImageError for anything else."""
         if not isinstance(values, Mapping) or set(values) != {"resize", "crop", "mean", "std"}:
             raise ImageError(f"a transform has the keys resize, crop, mean and std, but this has {_keys(values)}")
