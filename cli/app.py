@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from .compare import compare
 from .console import print_error
 from .demo import demo
+from .fold import fold
 from .insert import insert
 from .inspect import inspect
 
@@ -81,7 +82,7 @@ def options(
     """
 
 
-for command in (insert, inspect, compare, demo):
+for command in (insert, inspect, compare, fold, demo):
     app.command()(command)
 
 
