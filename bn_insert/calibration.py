@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .distributed import on_every_rank, ranks
 from .errors import CalibrationError
+from .forward import ForwardDone, NotFiniteError, Progress, run_through
 from .graph import working_copy
 from .moments import Moments, merge, moments_of
+from .precision import batch_spread, relative_standard_error
 from .sites import Site
 
-Progress = Callable[[int], None]
+_FEWEST_BATCHES = 8  # fewer say too little about how far batches are apart
+_CHANNELS_WITHIN = 0.99
 
 
 def calibrate(
@@ -24,156 +30,165 @@ def calibrate(
     *,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of each site's activations over the whole calibration set, by the site's name.
 
     One pass of the unmodified network in eval mode, ended behind the last site: a BatchNorm that changes nothing
     changes no statistics downstream either. Moments are pooled over all batches in float64 (not an average of
-    averages).
+    averages). Inside an initialized torch.distributed process group every rank calls this with its own part of the
+    batches, be it empty, and gets the moments of all parts together.
 
     batches: tensors, or tuples, lists or dicts whose first value is the input, of any batch size.
     device: where to run; default: where the model is. autocast: a dtype for the forward; statistics stay float32 or
-    better. progress: called after each batch with the number of images so far. The model is left as it is, and so is
-    PyTorch's random state. Raises CalibrationError for no data, for values that are not finite (naming layer and
-    parameter), and when the model cannot run on a batch.
+    better. tolerance: end early, once the error of mean and std (three standard errors, estimated between batches and
+    relative to std) is below it for 99 % of the channels of every site. progress: called after each batch with the
+    number of images so far.
+    The model is left as it is, and so is PyTorch's random state. Raises CalibrationError for no data, for values that
+    are not finite (naming layer and parameter or image), and when the model cannot run on a batch.
     """
     if not sites:
         return {}
-    network = working_copy(model, device)
-    target = next(network.parameters())
-    recorder = _Recorder(network, sites)
-    context = torch.autocast(target.device.type, autocast) if autocast else nullcontext()
-    images = 0
-    with preserved_random_state(), torch.inference_mode(), recorder, context:
-        for number, batch in enumerate(batches):
-            inputs = as_input(batch, number, target)
-            try:
-                network(_channels_last(inputs))
-            except _LastSiteReached:
-                pass
-            except _NotFiniteError as error:
-                raise CalibrationError(f"{error}{_cause(model, batch, error)}") from None
-            except Exception as error:  # the user's forward may raise anything; here it gains its context
-                raise CalibrationError(
-                    f"the model failed on calibration batch {number} of shape {tuple(inputs.shape)}: {error}"
-                ) from error
-            images += len(inputs)
-            if progress:
-                progress(images)
-    if images == 0:
-        raise CalibrationError("the calibration set is empty: no batch arrived")
-    return recorder.moments()
+    if tolerance is not None and not tolerance > 0:
+        raise CalibrationError(f"tolerance is a number above 0, such as 0.01, not {tolerance}")
+    recorder = Recorder()
 
-
-def as_input(batch: Any, number: int, target: Tensor) -> Tensor:
-    """Return the input tensor of a batch, with the device and dtype of `target`.
-
-    Raises CalibrationError, naming the batch by `number`, when its first value is not a floating tensor.
-    """
-    value = batch
-    while not isinstance(value, Tensor):
-        if isinstance(value, Mapping) and value:
-            value = next(iter(value.values()))
-        elif isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        else:
-            raise CalibrationError(
-                f"calibration batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict "
-                "whose first value is the input tensor"
+    def own_part() -> tuple[int, Statistics]:
+        network = working_copy(model, device)
+        with _recording_behind(sites, network, recorder):
+            images = run_through(
+                network,
+                batches,
+                recorder,
+                autocast=autocast,
+                progress=progress,
+                enough=lambda: tolerance is not None and recorder.precise_to(tolerance * ranks() ** 0.5),
             )
-    if not value.is_floating_point():
-        raise CalibrationError(
-            f"calibration batch {number} holds {value.dtype}; scale and convert images to float first, as for training"
+        return images, recorder.statistics()
+
+    parts = on_every_rank(own_part)
+    if sum(images for images, _ in parts) == 0:
+        raise CalibrationError("the calibration set is empty: no batch arrived")
+    moments = Statistics.merged(statistics for _, statistics in parts).moments()
+    silent = [site.name for site in sites if site.name not in moments]
+    if silent:
+        raise CalibrationError(f"the layer {silent[0]} was never called on the calibration set")
+    return moments
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """By the name of a place in a model: the moments of its values, and how far its batches are apart."""
+
+    pooled: Mapping[str, Moments]
+    spread: Mapping[str, Moments]
+
+    @classmethod
+    def merged(cls, parts: Iterable[Statistics]) -> Statistics:
+        """Return the statistics of all parts together."""
+        pooled: defaultdict[str, list[Moments]] = defaultdict(list)
+        spread: defaultdict[str, list[Moments]] = defaultdict(list)
+        for part in parts:
+            for name, moments in part.pooled.items():
+                pooled[name].append(moments)
+                spread[name].append(part.spread[name])
+        return cls(
+            {name: merge(found) for name, found in pooled.items()},
+            {name: merge(found) for name, found in spread.items()},
         )
-    return value.to(target.device, target.dtype, non_blocking=True)
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the moments with their standard errors."""
+        return {
+            name: replace(moments, standard_error=relative_standard_error(moments, self.spread[name]))
+            for name, moments in self.pooled.items()
+        }
+
+
+class Recorder:
+    """Pools the moments of the values that hooks show it, under one name for each place in a model."""
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
+        self._pending: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._parts: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._batches = 0
+        self.calls: Counter[str] = Counter()
+
+    def record(self, name: str, values: Tensor) -> Moments:
+        """Take and return the moments of values at this place; raises CalibrationError where they are not finite."""
+        moments = moments_of(values)
+        if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+            raise NotFiniteError(name, _first_bad_row(values), values.dtype)
+        self._pending[name].append(moments)
+        return moments
+
+    def commit(self) -> None:
+        """Keep what one pass has shown."""
+        for name, parts in self._pending.items():
+            self.calls[name] += len(parts)
+            of_batch = merge(parts)
+            _append(self._parts[name], of_batch)
+            _append(self._spreads[name], batch_spread(of_batch))
+        self._batches += 1
+        self._pending.clear()
+
+    def discard(self) -> None:
+        """Forget what a pass has shown that is run again."""
+        self._pending.clear()
+
+    def pooled(self, name: str) -> Moments:
+        """Return the moments of everything that this place has shown so far, in the pass at hand too."""
+        return merge([*self._parts[name], *self._pending[name]])
+
+    def statistics(self) -> Statistics:
+        """Return what all places have shown, in host memory."""
+        return Statistics(
+            {name: merge(parts).cpu() for name, parts in self._parts.items()},
+            {name: merge(parts).cpu() for name, parts in self._spreads.items()},
+        )
+
+    def precise_to(self, tolerance: float) -> bool:
+        """Say whether enough channels of every place are known to within `tolerance`, relative to their std."""
+        if self._batches < _FEWEST_BATCHES:
+            return False
+        found = self.statistics().moments().values()
+        return all(moments.error_of(_CHANNELS_WITHIN) <= tolerance for moments in found)
+
+
+def _append(parts: list[Moments], part: Moments) -> None:
+    parts.append(part)
+    if len(parts) >= 64:  # keep memory flat over any number of batches
+        parts[:] = [merge(parts)]
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put PyTorch's random state back afterwards: even `iter(DataLoader)` draws from it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
+def _recording_behind(sites: Sequence[Site], network: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Record what comes out of each site's anchor, and end each pass behind the last one."""
+    calls: Counter[str] = Counter()
+    wanted = Counter({site.name: site.calls for site in sites})
 
+    def begin(*_: object) -> None:
+        calls.clear()
 
-class _LastSiteReached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass whose remaining layers nobody asks about."""
-
-
-class _Recorder:
-    """Hooks that take the moments at each site while a model runs, for as long as the context lasts."""
-
-    def __init__(self, network: nn.Module, sites: Sequence[Site]) -> None:
-        self._network = network
-        self._sites = {site.name: site for site in sites}
-        self._parts: dict[str, list[Moments]] = {site.name: [] for site in sites}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._calls_per_pass = sum(site.calls for site in sites)
-        self._calls = 0
-
-    def __enter__(self) -> None:
-        for site in self._sites.values():
-            anchor = self._network.get_submodule(site.anchor)
-            self._handles.append(anchor.register_forward_hook(self._hook(site)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             # Before returning: an in-place activation behind the layer overwrites this tensor.
-            moments = moments_of(output)
-            if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
-                raise _NotFiniteError(site.name, _first_bad_row(output), output.dtype)
-            parts = self._parts[site.name]
-            parts.append(moments)
-            if len(parts) >= 64:  # keep memory flat over any number of batches
-                parts[:] = [merge(parts)]
-            self._calls += 1
-            if self._calls % self._calls_per_pass == 0:
-                raise _LastSiteReached
+            recorder.record(site.name, output)
+            calls[site.name] += 1
+            if calls >= wanted:
+                raise ForwardDone
 
         return record
 
-    def moments(self) -> dict[str, Moments]:
-        silent = [name for name, parts in self._parts.items() if not parts]
-        if silent:
-            raise CalibrationError(f"the layer {silent[0]} was never called on the calibration set")
-        return {name: merge(parts).cpu() for name, parts in self._parts.items()}
-
-
-class _NotFiniteError(CalibrationError):
-    """Activations that are NaN or Inf; `row` is the first image of the batch that has any."""
-
-    def __init__(self, layer: str, row: int, dtype: torch.dtype) -> None:
-        super().__init__(f"the activations of {layer} are not finite in {dtype}")
-        self.layer = layer
-        self.row = row
+    with ExitStack() as hooks:
+        hooks.callback(network.register_forward_pre_hook(begin).remove)
+        for site in sites:
+            hooks.callback(network.get_submodule(site.anchor).register_forward_hook(hook(site)).remove)
+        yield
 
 
 def _first_bad_row(output: Tensor) -> int:
     return int(output.flatten(1).isfinite().all(1).int().argmin())
-
-
-def _cause(model: nn.Module, batch: Any, error: _NotFiniteError) -> str:
-    """Say which parameter, or which image, makes the activations of a layer not finite."""
-    up_to_layer = list(model.named_parameters())
-    own = [number for number, (name, _) in enumerate(up_to_layer) if name.startswith(f"{error.layer}.")]
-    for name, parameter in up_to_layer[: own[-1] + 1 if own else None]:
-        if not parameter.isfinite().all():
-            return f": the parameter {name} holds NaN or Inf; mend the checkpoint, or leave the layers behind it out"
-    paths = getattr(batch, "paths", ())
-    place = str(paths[error.row]) if error.row < len(paths) else f"image {error.row} of its batch"
-    return f", first for {place}; run in float32, or look at that input"
-
-
-def _channels_last(inputs: Tensor) -> Tensor:
-    # On a CPU this alone takes VGG16's forward to 0.78 of its time, and lets moments_of read activations where they
-    # lie.
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
-
-
-def _described(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else type(value).__name__

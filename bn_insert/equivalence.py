@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torchvision.models import VGG
 
-from .calibration import Progress, as_input, preserved_random_state
 from .errors import CalibrationError
+from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,21 @@ def compare_outputs(
     images, max_abs, max_rel, identical = 0, 0.0, 0.0, True
     agreeing, predictions = 0, 0
     with preserved_random_state(), torch.inference_mode(), evaluating(reference), evaluating(candidate):
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(checked(batches)):
+            if len(as_input(batch, number, reference_tensor(reference))) == 0:
+                continue
             expected = _outputs(reference, batch, number)
             actual = _outputs(candidate, batch, number)
             _check(expected, actual, number)
             for position, (e, a) in enumerate(zip(expected, actual, strict=True)):
-                difference = (a.double() - e.double()).abs().flatten(1)
-                scale = e.double().abs().flatten(1).amax(1)
-                worst = difference.amax(1)
+                # An output that is NaN is off by more than any bound.
+                difference = (a.double() - e.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+                worst = difference.reshape(len(e), -1).amax(1)
+                scale = e.double().abs().reshape(len(e), -1).amax(1)
                 identical &= torch.equal(e, a)
                 max_abs = max(max_abs, float(worst.max()))
                 max_rel = max(max_rel, float(torch.where(worst == 0, 0.0, worst / scale).max()))
-                if position == 0 and e.shape[1] > 1:
+                if position == 0 and e.ndim > 1 and e.shape[1] > 1:
                     same = e.argmax(1) == a.argmax(1)
                     agreeing, predictions = agreeing + int(same.sum()), predictions + same.numel()
             images += len(expected[0])
@@ -82,6 +84,8 @@ def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
 
     torchvision ships VGG16 weights with a NaN classifier, meant for their features alone (IMAGENET1K_FEATURES).
     """
+    from torchvision.models import VGG  # noqa: PLC0415 - takes a second, and the API works without it
+
     if not isinstance(model, VGG) or all(parameter.isfinite().all() for parameter in model.classifier.parameters()):
         return model, ""
     part = nn.Sequential(model.features, model.avgpool)
@@ -101,14 +105,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: nn.Module, batch: Any, number: int) -> list[Tensor]:
-    inputs = as_input(batch, number, next(model.parameters()))
+    inputs = as_input(batch, number, reference_tensor(model))
     try:
         outputs = model(inputs)
     except Exception as error:  # the user's forward may raise anything; here it gains its context
         raise CalibrationError(
             f"{type(model).__name__} failed on batch {number} of shape {tuple(inputs.shape)}: {error}"
         ) from error
-    return [leaf.cpu() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf.cpu().reshape(leaf.shape or (1,)) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _check(expected: list[Tensor], actual: list[Tensor], number: int) -> None:

@@ -19,3 +19,11 @@ class CalibrationError(BNInsertError):
 
 class ImageError(BNInsertError):
     """A folder of images or a tensor file cannot be used as input."""
+
+
+class TrainingError(BNInsertError):
+    """A fine-tuning run cannot begin, go on or be resumed as it was asked for."""
+
+
+class DivergenceError(TrainingError):
+    """The loss, or what a BatchNorm is given, is no longer finite."""

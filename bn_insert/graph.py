@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,11 +53,19 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
     It shares the parameters with the model and so costs no memory, unless `device` is another than theirs.
     """
     shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
-    # Tensors computed from parameters (old-style weight_norm keeps one as an attribute) cannot be copied at all.
-    for module in model.modules():
-        shared |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor) and value.grad_fn}
-    network = copy.deepcopy(model, shared).eval()
+    network = copy.deepcopy(model, _computed(model) | shared).eval()
     return network if device is None else network.to(device)
+
+
+def deep_copy(model: AnyModule) -> AnyModule:
+    """Return an independent copy, also of a model that holds tensors computed from its parameters."""
+    return copy.deepcopy(model, _computed(model))
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Return copies of attributes that deepcopy refuses, such as the weight that old-style weight_norm has computed."""
+    values = chain.from_iterable(vars(module).values() for module in model.modules())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and value.grad_fn}
 
 
 def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
@@ -68,10 +76,14 @@ def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn
 
 @dataclass(frozen=True)
 class Trace:
-    """A model's graph of operations, each of which knows the modules that it happens in."""
+    """A model's graph of operations, each of which knows the modules that it happens in.
+
+    aliases: every name that a module is held under -> the first of them, which is the one in `modules`.
+    """
 
     model: nn.Module
     modules: dict[str, nn.Module]
+    aliases: dict[str, str]
     nodes: tuple[fx.Node, ...]
     outputs: frozenset[fx.Node]
 
@@ -91,11 +103,14 @@ class Trace:
             ) from error
         output = next(node for node in graph.nodes if node.op == "output")
         nodes = tuple(node for node in graph.nodes if node.op == "call_function")
-        return cls(model, dict(model.named_modules()), nodes, frozenset(output.all_input_nodes))
+        first: dict[int, str] = {}
+        held = model.named_modules(remove_duplicate=False)
+        aliases = {name: first.setdefault(id(module), name) for name, module in held}
+        return cls(model, dict(model.named_modules()), aliases, nodes, frozenset(output.all_input_nodes))
 
     def module_names(self, node: fx.Node) -> list[str]:
         """Return the qualified names of the modules around a node, outermost (the model, '') first."""
-        return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        return [self.aliases.get(name, name) for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
     def owner(self, node: fx.Node) -> str:
         """Return the qualified name of the innermost module around a node."""
@@ -183,3 +198,16 @@ def operation(node: fx.Node) -> str:
     """Return an operation's plain name: "conv2d", "relu" (also for the in-place form), ..."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.partition("::")[2].rstrip("_") if schema else getattr(node.target, "__name__", "")
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Return what an operation was called with for the parameter of this name, be it only by default."""
+    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if parameter.name == name:
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, parameter.default_value)
+    raise KeyError(f"{node.target} has no parameter {name}")
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Say whether an operation is an activation function."""
+    return operation(node) in _ACTIVATIONS

@@ -61,7 +61,7 @@ def identity_batchnorm(
     with torch.no_grad():
         norm.weight.copy_(gamma)
         norm.bias.copy_(mean)
-    norm.running_mean = mean
+    norm.running_mean = mean.clone()  # in float64 it is the moments' own tensor
     norm.running_var = var
     return norm
 

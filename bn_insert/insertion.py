@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .calibration import Progress, as_input, calibrate, preserved_random_state
+from .calibration import calibrate
+from .distributed import on_every_rank
 from .errors import CalibrationError
-from .graph import AnyModule, Kind
+from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
+from .graph import AnyModule, Kind, deep_copy
 from .identity import identity_batchnorm
 from .moments import Moments
 from .sites import Placement, Site, find_sites
@@ -23,7 +24,7 @@ def insert_batchnorm(
     model: AnyModule,
     batches: Iterable[Any],
     *,
-    layers: Iterable[Kind] = ("conv", "dense"),
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
     include_output: bool = False,
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
@@ -31,6 +32,7 @@ def insert_batchnorm(
     momentum: float | None = 0.1,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> AnyModule:
     """Return a copy of the model with BatchNorm behind its conv and dense layers and unchanged outputs in eval mode.
@@ -46,7 +48,10 @@ def insert_batchnorm(
     placement: "before_activation" (behind the layer) or "after_activation" (behind the activation that follows it).
     eps, momentum: of the BatchNorms; momentum None means a cumulative average, as in PyTorch.
     device: where to calibrate; default: where the model is.  autocast: dtype for the calibration's forward pass.
+    tolerance: end calibration early, once the statistics are this exact, as `calibrate` says.
     progress: called after each batch with the number of images so far.
+    Inside an initialized torch.distributed process group every rank calls this with its own part of the batches (who
+    shards a stream is up to the caller), and gets the same result from all parts together.
     Raises GraphError when the model cannot be seen, CalibrationError when the batches give no usable statistics.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
@@ -58,10 +63,11 @@ def insert_batchnorm(
     True
     """
     with preserved_random_state():
-        first, batches = _peek(batches)
-        example = as_input(first, 0, next(model.parameters()))
+        example, batches = _peek(model, batches)
         sites = find_sites(model, example, layers=layers, include_output=include_output, skip=skip, placement=placement)
-        moments = calibrate(model, sites, batches, device=device, autocast=autocast, progress=progress)
+        moments = calibrate(
+            model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=progress
+        )
     return insert_at(model, sites, moments, eps=eps, momentum=momentum)
 
 
@@ -77,7 +83,7 @@ def insert_at(
 
     The second half of `insert_batchnorm`, for callers who want to look at sites and moments in between.
     """
-    result = copy.deepcopy(model)
+    result = deep_copy(model)
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
     }
@@ -94,10 +100,20 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
     return norm.to(weight.device).train(layer.training)
 
 
-def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise CalibrationError("the calibration set is empty: no batch arrived") from None
-    return first, chain([first], iterator)
+def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Iterator[Any]]:
+    """Return an example of the input, and all batches; a rank without any batch learns the shape from the others."""
+    reference = reference_tensor(model)
+
+    iterator: Iterator[Any] = iter(())
+    found: list[Any] = []
+
+    def own_shape() -> tuple[int, ...] | None:
+        nonlocal iterator
+        iterator = iter(checked(batches))
+        found.extend(islice(iterator, 1))
+        return tuple(as_input(found[0], 0, reference).shape) if found else None
+
+    shape = next(filter(None, on_every_rank(own_shape)), None)
+    if shape is None:
+        raise CalibrationError("the calibration set is empty: no batch arrived")
+    return torch.zeros(shape, dtype=reference.dtype, device=reference.device), chain(found, iterator)

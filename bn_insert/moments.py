@@ -9,11 +9,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-# Values per slice. On a CPU a slice stays in the second-level cache between the kernel's two passes over it, and the
-# float32 sums inside the kernel stay short enough to be accurate. A GPU's kernel adds pairwise and wants large
-# launches.
-_SLICE = {"cpu": 1 << 18}
-_SLICE_ELSEWHERE = 1 << 28
+# Values per call of the kernel, which reads them twice: on a CPU they stay in the second-level cache meanwhile.
+_VALUES_PER_CALL = 1 << 18
+# The CPU kernel adds up float32 values one after the other, each with a rounding error of 6e-8: so many stay below 1e-5.
+_LONGEST_SUM = 128
 
 # Where |mean| exceeds this many standard deviations, a float32 mean (6e-8 relative) is too coarse a ruler for the std.
 _COARSE_RATIO = 8.0
@@ -23,12 +22,14 @@ _COARSE_RATIO = 8.0
 class Moments:
     """Count, mean and second central moment (sum of squared deviations) of each channel.
 
-    count: number of values per channel.  mean, m2: float64, one entry a channel.
+    count: number of values per channel. mean, m2: float64, one entry a channel. standard_error: where `calibrate` could
+    estimate it, that of mean and std (the larger), relative to std.
     """
 
     count: int
     mean: Float64[Tensor, " channels"]
     m2: Float64[Tensor, " channels"]
+    standard_error: Float64[Tensor, " channels"] | None = None
 
     @property
     def channels(self) -> int:
@@ -52,11 +53,21 @@ class Moments:
 
     def scaled(self, scale: Float64[Tensor, " channels"]) -> Moments:
         """Return the moments of the same values multiplied by `scale`, channel by channel."""
-        return Moments(self.count, self.mean * scale, self.m2 * scale.square())
+        return Moments(self.count, self.mean * scale, self.m2 * scale.square(), self.standard_error)
+
+    def error_of(self, fraction: float) -> float:
+        """Return what this fraction of the channels stay below in error, relative to std: three standard errors.
+
+        nan where no standard error could be estimated.
+        """
+        if self.standard_error is None:
+            return float("nan")
+        return 3 * float(self.standard_error.quantile(fraction))
 
     def cpu(self) -> Moments:
         """Return the same moments in host memory."""
-        return Moments(self.count, self.mean.cpu(), self.m2.cpu())
+        error = None if self.standard_error is None else self.standard_error.cpu()
+        return Moments(self.count, self.mean.cpu(), self.m2.cpu(), error)
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
@@ -75,54 +86,81 @@ def merge(parts: Iterable[Moments]) -> Moments:
 def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
     """Return the moments of each channel (dimension 1) of a tensor, pooled over all other dimensions.
 
-    values: any floating dtype.  A channels_last tensor (or a 2-D one) is read where it lies, others are copied slice by
-    slice.  The relative error against float64 stays below 1e-5 (mean: relative to std), also where |mean| >> std.
+    values: any floating dtype.  A channels_last tensor (or a 2-D one) is read where it lies, others are copied a few
+    images at a time.  The error against float64 stays below 1e-5 (variance: relative; mean: relative to
+    std), also where |mean| >> std.
     """
     channels = values.shape[1]
-    rows_per_image = values[0, 0].numel() if len(values) else 0
-    if rows_per_image == 0 or channels == 0:
+    if values.numel() == 0:
         empty = torch.zeros(channels, dtype=torch.float64)
         return Moments(0, empty, empty.clone())
-    slices = list(_slices(values, channels * rows_per_image))
-    counts = torch.tensor([len(rows) for rows in slices], dtype=torch.float64)
+    parts = list(_parts(values))
     if values.dtype == torch.float64:
-        return _pool(counts, *_stacked(_double_moments, slices))
-    means, m2s = _stacked(_kernel_moments, slices)
-    coarse = (means.square() * counts.to(means.device)[:, None] > _COARSE_RATIO**2 * m2s).any(0)
-    if coarse.any():
-        columns = coarse.nonzero().squeeze(1)
-        found = _stacked(_double_moments, [rows[:, columns.to(rows.device)] for rows in slices])
-        means[:, columns], m2s[:, columns] = found
+        return _pool(*_stacked(parts, _double_moments, channels))
+    counts, means, m2s = _stacked(parts, _kernel_moments, channels)
+    fine = (means.square() * counts[:, None] <= _COARSE_RATIO**2 * m2s) & m2s.isfinite()
+    if not fine.all():
+        columns = (~fine.all(0)).nonzero().squeeze(1)
+        there = columns.to(values.device)
+        rows = [part.reshape(-1, channels)[:, there] for part in parts]
+        pooled = _pool(counts, means, m2s)
+        pooled.mean[columns], pooled.m2[columns] = _mean_and_m2(_pool(*_stacked(rows, _double_moments, len(columns))))
+        return pooled
     return _pool(counts, means, m2s)
 
 
-def _slices(values: Tensor, values_per_image: int) -> Iterator[Float[Tensor, "rows channels"]]:
+def _parts(values: Tensor) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Yield all values as parts whose columns are the channels, maybe several times over.
+
+    On a CPU, rows are laid side by side until a column has no more than _LONGEST_SUM of them.
+    """
     channels = values.shape[1]
-    size = _SLICE.get(values.device.type, _SLICE_ELSEWHERE)
-    for images in values.split(max(1, size // values_per_image)):
-        yield from images.movedim(1, -1).reshape(-1, channels).split(max(1, size // channels))
+    last = values.movedim(1, -1)
+    values_per_image = last[0].numel()
+    # What lies in memory that way is only looked at; else images are copied, a few at a time.
+    pieces = [last] if last.is_contiguous() else last.split(max(1, _VALUES_PER_CALL // values_per_image))
+    rows_per_call = max(1, _VALUES_PER_CALL // (channels * _LONGEST_SUM)) * _LONGEST_SUM
+    for piece in pieces:
+        rows = piece.reshape(-1, channels)
+        if values.device.type != "cpu":  # other kernels add pairwise, and want large launches
+            yield rows
+            continue
+        whole = len(rows) // _LONGEST_SUM * _LONGEST_SUM
+        for start in range(0, whole, rows_per_call):
+            yield rows[start : min(start + rows_per_call, whole)].reshape(_LONGEST_SUM, -1)
+        if whole < len(rows):
+            yield rows[whole:]
 
 
 def _stacked(
-    moments: Callable[[Tensor], tuple[Tensor, Tensor]], slices: Sequence[Tensor]
-) -> tuple[Float64[Tensor, "slices channels"], Float64[Tensor, "slices channels"]]:
-    """Return means and second central moments, one row a slice."""
-    found = [moments(rows) for rows in slices]
-    means, variances = (torch.stack(column) for column in zip(*found, strict=True))
-    device = means.device if means.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
-    counts = torch.tensor([len(rows) for rows in slices], dtype=torch.float64, device=device)
-    return means.to(device, torch.float64), variances.to(device, torch.float64) * counts[:, None]
+    parts: Sequence[Tensor], moments: Callable[[Tensor], tuple[Tensor, Tensor]], channels: int
+) -> tuple[Float64[Tensor, " groups"], Float64[Tensor, "groups channels"], Float64[Tensor, "groups channels"]]:
+    """Return counts, means and second central moments of groups of values, one row a group."""
+    found = [moments(rows) for rows in parts]
+    device = found[0][0].device
+    device = device if device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+    means, variances = (
+        torch.cat(column).to(device, torch.float64).reshape(-1, channels) for column in zip(*found, strict=True)
+    )
+    counts = [float(len(rows)) for rows in parts for _ in range(rows.shape[1] // channels)]
+    weights = torch.tensor(counts, dtype=torch.float64, device=device)
+    return weights, means, variances * weights[:, None]
 
 
 def _pool(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
     weights = counts.to(means.device)[:, None]
     total = weights.sum()
-    mean = (weights * means).sum(0) / total
+    origin = means[0]  # relative to it equal means give exactly that mean
+    mean = origin + (weights * (means - origin)).sum(0) / total
     m2 = m2s.sum(0) + (weights * (means - mean).square()).sum(0)
     return Moments(int(total), mean, m2)
 
 
-def _kernel_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
+def _mean_and_m2(moments: Moments) -> tuple[Tensor, Tensor]:
+    return moments.mean, moments.m2
+
+
+def _kernel_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each column, float32.
 
     By the kernel of BatchNorm's own training forward, the fastest that PyTorch has.
@@ -130,7 +168,8 @@ def _kernel_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tenso
     return torch.batch_norm_update_stats(rows.float(), None, None, 0.1)
 
 
-def _double_moments(rows: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each column, float64."""
-    var, mean = torch.var_mean(rows.double(), 0, correction=0)
-    return mean, var
+def _double_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each column, float64, relative to the first row: constants come out exact."""
+    exact = rows.to("cpu" if rows.device.type not in ("cpu", "cuda") else rows.device, torch.float64)
+    var, mean = torch.var_mean(exact - exact[0], 0, correction=0)
+    return exact[0] + mean, var

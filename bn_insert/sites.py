@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import GraphError
 from .graph import Kind, Trace, layer_kind
@@ -55,7 +56,7 @@ def find_sites(
     model: nn.Module,
     example: Tensor,
     *,
-    layers: Iterable[Kind] = ("conv", "dense"),
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
     include_output: bool = False,
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
@@ -77,7 +78,7 @@ def survey(
     model: nn.Module,
     example: Tensor,
     *,
-    layers: Iterable[Kind] = ("conv", "dense"),
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
     include_output: bool = False,
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
@@ -127,6 +128,11 @@ def _describe(trace: Trace, name: str, module: nn.Module, wishes: _Wishes) -> La
         raise TypeError(f"{name} is neither conv nor dense")
     calls = trace.calls_of(name)
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
+    if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
+        raise GraphError(
+            f"the layer {name} was given one image without a batch axis: a batch has the shape N x C x H x W, and "
+            "batches are an iterable of them, such as [images]"
+        )
     parameters = sum(parameter.numel() for parameter in module.parameters())
     anchor, reason = _anchor(trace, name, kind, calls, wishes)
     site = None
