@@ -95,7 +95,7 @@ def fold_inputs(
     scaled = _scaled(weight, scale, axis, groups)
     if transposed or not affine.shifts:
         return scaled, bias
-    blocks = _blocks(weight, _along(shift, weight, axis, groups))
+    blocks = _blocks(weight, along(shift, weight, axis, groups))
     added = torch.cat([(rows * shifts).flatten(1).sum(1) for rows, shifts in blocks])
     start = torch.zeros_like(added) if bias is None else bias.cpu().double()
     return scaled, _shifted(start, added, bias, weight)
@@ -104,7 +104,7 @@ def fold_inputs(
 def _scaled(weight: Tensor, scale: Tensor, axis: int, groups: int) -> Tensor:
     scaled = torch.empty_like(weight)
     done = 0
-    for rows, scales in _blocks(weight, _along(scale, weight, axis, groups)):
+    for rows, scales in _blocks(weight, along(scale, weight, axis, groups)):
         scaled[done : done + len(rows)] = rows * scales
         done += len(rows)
     return scaled
@@ -120,7 +120,7 @@ def _blocks(weight: Tensor, grid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows.cpu().double(), part
 
 
-def _along(vector: Tensor, weight: Tensor, axis: int, groups: int) -> Tensor:
+def along(vector: Tensor, weight: Tensor, axis: int, groups: int) -> Tensor:
     """Return one value a channel in a shape that multiplies the weight; its second axis counts within each group."""
     grid = vector[:, None]
     if axis == 1:

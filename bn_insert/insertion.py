@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .calibration import calibrate
 from .distributed import on_every_rank
+from .equalization import Edge, find_edges
+from .equalization import equalize as equalize_channels
 from .errors import CalibrationError
 from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
 from .graph import AnyModule, Kind, deep_copy
@@ -28,6 +30,7 @@ def insert_batchnorm(
     include_output: bool = False,
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
+    equalize: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     device: torch.device | str | None = None,
@@ -46,6 +49,9 @@ def insert_batchnorm(
     include_output: also behind the output layer (no activation between it and the model's output).
     skip: glob patterns on qualified names; layers that fit one are left alone.
     placement: "before_activation" (behind the layer) or "after_activation" (behind the activation that follows it).
+    equalize: first scale channels between neighbouring layers by powers of two, where the graph allows it, so that
+    gamma
+        lies between 0.7 and 1.42: what fine-tuning wants. Outputs stay equal bit for bit; the weights do not.
     eps, momentum: of the BatchNorms; momentum None means a cumulative average, as in PyTorch.
     device: where to calibrate; default: where the model is.  autocast: dtype for the calibration's forward pass.
     tolerance: end calibration early, once the statistics are this exact, as `calibrate` says.
@@ -68,7 +74,8 @@ def insert_batchnorm(
         moments = calibrate(
             model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=progress
         )
-    return insert_at(model, sites, moments, eps=eps, momentum=momentum)
+    edges = find_edges(model, example, sites) if equalize else ()
+    return insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
 
 
 def insert_at(
@@ -76,14 +83,18 @@ def insert_at(
     sites: Sequence[Site],
     moments: Mapping[str, Moments],
     *,
+    edges: Sequence[Edge] = (),
     eps: float = 1e-5,
     momentum: float | None = 0.1,
 ) -> AnyModule:
     """Return a copy of the model with an identity BatchNorm at each site, made from the site's moments.
 
+    edges: from `find_edges`: equalized before the BatchNorms go in.
+
     The second half of `insert_batchnorm`, for callers who want to look at sites and moments in between.
     """
     result = deep_copy(model)
+    moments = equalize_channels(result, edges, moments)
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Values per call of the kernel, which reads them twice: on a CPU they stay in the second-level cache meanwhile.
 _VALUES_PER_CALL = 1 << 18
-# The CPU kernel adds up float32 values one after the other, each with a rounding error of 6e-8: so many stay below 1e-5.
+# The CPU kernel adds up float32 values one by one, each with a rounding error of 6e-8: so many stay below 1e-5.
 _LONGEST_SUM = 128
 
 # Where |mean| exceeds this many standard deviations, a float32 mean (6e-8 relative) is too coarse a ruler for the std.

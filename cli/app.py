@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from .compare import compare
 from .console import print_error
 from .demo import demo
+from .finetune import finetune
 from .fold import fold
 from .insert import insert
 from .inspect import inspect
@@ -82,7 +83,7 @@ def options(
     """
 
 
-for command in (insert, inspect, compare, fold, demo):
+for command in (insert, inspect, compare, finetune, fold, demo):
     app.command()(command)
 
 

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM as a wish to stop, which a long job grants when its results are whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Says, when called, whether a signal has asked to stop; `signal_number` says which."""
+
+    def __init__(self) -> None:
+        """Start with no wish."""
+        self.signal_number: int | None = None
+        self._process = os.getpid()
+
+    def __call__(self) -> bool:
+        """Say whether to stop."""
+        return self.signal_number is not None
+
+    def receive(self, signal_number: int, _frame: FrameType | None) -> None:
+        """Note the first signal; end at once on the second."""
+        if os.getpid() != self._process:
+            return  # a process that decodes images: it ends with its parent, which still needs it
+        if self.signal_number is None:
+            self.signal_number = signal_number
+        elif signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            sys.exit(128 + signal_number)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a StopRequest; the handlers before are put back afterwards."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
