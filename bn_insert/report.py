@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .atomic import check_writable, real_path
+from .equalization import Edge
 from .equivalence import Comparison
 from .errors import CheckpointError
 from .moments import Moments
@@ -20,17 +21,22 @@ from .sites import Layer
 
 
 def insertion_report(
-    layers: Sequence[Layer], moments: Mapping[str, Moments], comparisons: Mapping[str, Comparison]
+    layers: Sequence[Layer],
+    moments: Mapping[str, Moments],
+    edges: Sequence[Edge],
+    comparisons: Mapping[str, Comparison],
 ) -> dict[str, Any]:
     """Return layers, statistics per site and comparisons as JSON-ready data.
 
     Per layer: its name, kind, output shape, parameters, and either `batchnorm` (where it went, and count of values,
-    mean and std per channel) or `reason` (why there is none).
+    mean and std per channel) or `reason` (why there is none). edges: what was equalized,
+    or why not; empty without `equalize`.
     """
     return {
         "format": "bn-insert report",
         "version": 1,
         "layers": [_layer(layer, moments) for layer in layers],
+        "edges": [asdict(edge) for edge in edges],
         "comparisons": {place: asdict(comparison) for place, comparison in comparisons.items()},
         "versions": versions(),
     }

@@ -12,7 +12,7 @@ import typer
 from . import options as opt
 from .console import image_progress, print_note, print_result, print_table
 from .inputs import ImageOptions, layer_kinds, open_calibration, open_device, open_model, open_transform
-from .tables import comparison_table, site_table
+from .tables import comparison_table, edge_table, site_table
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
     placement: opt.Placement = "before_activation",
+    equalize: Annotated[
+        bool, typer.Option("--equalize", help="First scale channels by powers of two: what fine-tuning wants.")
+    ] = False,
     eps: Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")] = 1e-5,
     momentum: Annotated[float, typer.Option(min=0, max=1, help="Of the running statistics, for later training.")] = 0.1,
     images: opt.Images = opt.DEFAULT_IMAGES,
@@ -65,7 +68,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import calibrate, insert_at, survey  # noqa: PLC0415
+    from bn_insert import calibrate, find_edges, insert_at, survey  # noqa: PLC0415
     from bn_insert.atomic import write_atomically  # noqa: PLC0415
     from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
     from bn_insert.errors import GraphError  # noqa: PLC0415
@@ -92,9 +95,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             model, sites, batches, device=target, autocast=torch.bfloat16 if amp else None, progress=progress
         )
     _note_unreadable(batches)
-    result = insert_at(model, sites, moments, eps=eps, momentum=momentum)
+    edges = find_edges(model, example, sites) if equalize else []
+    result = insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
 
     print_table(site_table(sites, moments))
+    if edges:
+        print_table(edge_table(edges))
     comparisons = _check(model, result, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
@@ -106,11 +112,18 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(batches.unreadable)},
             "output": file_facts(output) if accepted else None,
             "options": {"layers": kinds, "include_output": include_output, "skip": skip or []}
-            | {"placement": placement, "eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
+            | {
+                "placement": placement,
+                "equalize": equalize,
+                "eps": eps,
+                "momentum": momentum,
+                "seed": seed,
+                "batch_size": batch_size,
+            }
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
         }
-        text = json.dumps(facts | insertion_report(found, moments, comparisons), indent=2)
+        text = json.dumps(facts | insertion_report(found, moments, edges, comparisons), indent=2)
         write_atomically(report, lambda path: path.write_text(text + "\n"), overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)

@@ -10,7 +10,7 @@ from .console import table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_insert import Comparison, Layer, Moments, Site
+    from bn_insert import Comparison, Edge, Layer, Moments, Site
 
 
 def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
@@ -49,6 +49,15 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
             f"{comparison.max_rel:.3g}",
             f"{comparison.top1_agreement:.2%}",
         )
+    return result
+
+
+def edge_table(edges: Sequence[Edge]) -> Table:
+    """Return how many edges were equalized, and one row for each that was not."""
+    left = [edge for edge in edges if edge.reason]
+    result = table(f"Equalized: {len(edges) - len(left)} of {len(edges)} layers", "not equalized", "why")
+    for edge in left:
+        result.add_row(edge.site, edge.reason)
     return result
 
 
