@@ -46,16 +46,17 @@ def batchnorm_affine(
 ) -> Affine:
     """Return scale = gamma / sqrt(var + eps) and shift = beta - mean * scale, in float64 on the CPU.
 
-    Where PyTorch's CPU kernel multiplies by exactly 1 and beta equals the mean, they are exactly 1 and 0.
+    Where PyTorch's CPU kernel multiplies by exactly a power of two, as in BatchNorms that `insert_batchnorm` makes,
+    that is the scale: multiplying a weight by it is exact.
     """
     dtype = torch.float64 if var.dtype == torch.float64 else torch.float32  # as the kernel computes for half types
     mean, var = mean.detach().to("cpu", dtype), var.detach().to("cpu", dtype)
     gamma = torch.ones_like(var) if gamma is None else gamma.detach().to("cpu", dtype)
     beta = torch.zeros_like(var) if beta is None else beta.detach().to("cpu", dtype)
-    untouched = (kernel_factor(gamma, var, eps) == 1) & (beta == mean)
-    scale = gamma.double() / (var.double() + eps).sqrt()
-    shift = beta.double() - mean.double() * scale
-    return Affine(scale.masked_fill(untouched, 1), shift.masked_fill(untouched, 0))
+    factor = kernel_factor(gamma, var, eps).double()
+    exact = factor.frexp().mantissa.abs() == 0.5  # of powers of two alone
+    scale = torch.where(exact, factor, gamma.double() / (var.double() + eps).sqrt())
+    return Affine(scale, beta.double() - mean.double() * scale)
 
 
 def fold_outputs(

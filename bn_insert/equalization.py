@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import cast
 
 import torch
@@ -88,22 +88,63 @@ def power_of_two_scales(moments: Moments) -> Float64[Tensor, " channels"]:
     return torch.where(exponents.isfinite(), exponents, 0.0).exp2()
 
 
+def balance(model: nn.Module, edges: Sequence[Edge], *, eps: float) -> dict[str, Float64[Tensor, " channels"]]:
+    """Bring the weight norm of each output channel next to 1, in place, and return what its BatchNorm has to undo.
+
+    In training a BatchNorm makes the layer in front of it blind to its weights' scale, and so to SGD's: the effective
+    learning rate is lr / |w|^2 (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017, section
+    2). Weights that are small because inputs are large would be lost in the first steps.
+
+    The factors are powers of two, by the sites' names; the outputs of these layers are multiplied by them. They stay 1
+    where the product would not be exact, and large enough for eps to count for nothing beside a variance.
+    """
+    least = 2.0 ** math.ceil(math.log2(eps / 0.01) / 2)
+    factors = {}
+    for edge in edges:
+        if not edge.reason:
+            layer = model.get_submodule(edge.site)
+            exponents = -_output_norms(layer).log2().floor()
+            wanted = torch.where(exponents.isfinite(), exponents, 0.0).exp2().clamp_min(least)
+            factors[edge.site] = _multiply_outputs(layer, wanted)
+    return factors
+
+
+def _output_norms(layer: nn.Module) -> Float64[Tensor, " channels"]:
+    weight, _ = _parameters(layer)
+    grouped = weight.detach().cpu().double()
+    if _outputs(layer) == 0:
+        return grouped.flatten(1).norm(dim=1)
+    return grouped.view(_groups(layer), -1, weight.shape[1], weight[0, 0].numel()).norm(dim=(1, 3)).flatten()
+
+
+def _multiply_outputs(layer: nn.Module, wanted: Float64[Tensor, " channels"]) -> Float64[Tensor, " channels"]:
+    """Multiply a layer's output channels in place where that is exact, and return the factor that each really got."""
+    weight, bias = _parameters(layer)
+    factors = torch.where(_exact_outputs(layer, wanted), wanted, 1.0)
+    with torch.no_grad():
+        weight.mul_(_grid(layer, _outputs(layer), factors))
+        if bias is not None:
+            bias.mul_(factors.to(bias))
+    return factors
+
+
+def _exact_outputs(layer: nn.Module, factors: Float64[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
+    _, bias = _parameters(layer)
+    exact = _exact_channels(layer, _outputs(layer), factors)
+    return exact if bias is None else exact & _is_exact(bias, factors.to(bias)).cpu()
+
+
 def _scale_exactly(model: nn.Module, edge: Edge, wanted: Float64[Tensor, " channels"]) -> Float64[Tensor, " channels"]:
     """Scale one edge's layers in place where that is exact, and return the scale that each channel really got."""
     layer = model.get_submodule(edge.site)
-    weight, bias = _parameters(layer)
     readers = [(model.get_submodule(consumer.name), consumer) for consumer in edge.consumers]
-    exact = _exact_channels(layer, _outputs(layer), 1 / wanted)
-    if bias is not None:
-        exact &= _is_exact(bias, (1 / wanted).to(bias))
+    exact = _exact_outputs(layer, 1 / wanted)
     for reader, consumer in readers:
         columns = _exact_channels(reader, _inputs(reader), _columns(reader, consumer, wanted))
         exact &= _of_consumer(columns, consumer, len(wanted)).all(1)
-    scale = torch.where(exact.cpu(), wanted, 1.0)
+    scale = torch.where(exact, wanted, 1.0)
+    _multiply_outputs(layer, 1 / scale)
     with torch.no_grad():
-        weight.mul_(_grid(layer, _outputs(layer), 1 / scale))
-        if bias is not None:
-            bias.mul_((1 / scale).to(bias))
         for reader, consumer in readers:
             factors = _grid(reader, _inputs(reader), _columns(reader, consumer, scale))
             _parameters(reader)[0].mul_(factors)
@@ -150,7 +191,8 @@ def _exact_channels(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"])
     """Say for each channel on an axis of the weight whether multiplying keeps every bit of it."""
     weight, _ = _parameters(layer)
     exact = _is_exact(weight, _grid(layer, axis, factors)).reshape(*weight.shape[:2], -1).all(2)
-    return exact.all(1) if axis == 0 else exact.view(_groups(layer), -1, exact.shape[1]).all(1).flatten()
+    exact = exact.all(1) if axis == 0 else exact.view(_groups(layer), -1, exact.shape[1]).all(1).flatten()
+    return exact.cpu()
 
 
 def _is_exact(values: Tensor, factors: Tensor) -> Bool[Tensor, "*shape"]:
@@ -256,8 +298,8 @@ def _reshaped(node: fx.Node, values: _Values, place: str) -> _Values:
     before, after = _shape_of(values.node), _shape_of(node)
     if before[:2] == after[:2]:  # positions among themselves
         return replace(values, node=node)
-    if values.axis == 1 and after == (before[0], prod(before[1:])):
-        positions = prod(before[2:])
+    if values.axis == 1 and after == (before[0], math.prod(before[1:])):
+        positions = math.prod(before[2:])
         return _Values(node, 1, values.first * positions, values.repeat * positions)
     raise _BlockedError(f"{place} mixes channels")
 

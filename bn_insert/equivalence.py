@@ -107,7 +107,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _outputs(model: nn.Module, batch: Any, number: int) -> list[Tensor]:
     inputs = as_input(batch, number, reference_tensor(model))
     try:
-        outputs = model(inputs)
+        outputs = model(inputs.clone())  # it may work on them in place, and the other model takes them too
     except Exception as error:  # the user's forward may raise anything; here it gains its context
         raise CalibrationError(
             f"{type(model).__name__} failed on batch {number} of shape {tuple(inputs.shape)}: {error}"

@@ -120,7 +120,7 @@ class _Passes:
     def _pass(self, inputs: Tensor) -> None:
         self._record.discard()
         with suppress(ForwardDone):
-            self._network(inputs)
+            self._network(inputs.clone())  # it may work on them in place, and they are the caller's
         self._record.commit()
 
 

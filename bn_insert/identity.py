@@ -38,7 +38,7 @@ def identity_batchnorm(
     variance, are moved by a few float steps to where the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
 
     dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.  dtype: of parameters and statistics.
-    Raises CalibrationError for fewer than two values per channel, and for moments that are not finite in `dtype`.
+    Raises CalibrationError for fewer than two values per channel, for eps or dims out of range, and for moments that are not finite in `dtype`.
     Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
 
     >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
@@ -47,6 +47,9 @@ def identity_batchnorm(
     >>> torch.equal(norm(x), x)
     True
     """
+    check_eps(eps)
+    if dims not in _BATCHNORMS:
+        raise CalibrationError(f"dims is 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
     if moments.count < 2:
         raise CalibrationError(
             f"a variance needs at least two values per channel and the calibration set gave {moments.count}; "
@@ -64,6 +67,12 @@ def identity_batchnorm(
     norm.running_mean = mean.clone()  # in float64 it is the moments' own tensor
     norm.running_var = var
     return norm
+
+
+def check_eps(eps: float) -> None:
+    """Raise CalibrationError unless eps is above 0."""
+    if not eps > 0:
+        raise CalibrationError(f"eps is a number above 0, such as 1e-5, not {eps}: it keeps constant channels defined")
 
 
 def kernel_factor(

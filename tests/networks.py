@@ -229,6 +229,20 @@ class RegisteredBackwards(nn.Module):
         return self.head(F.relu(self.hidden(F.relu(self.conv(x)).mean((2, 3)))))
 
 
+class ViewsActivations(nn.Module):
+    """A forward that changes its input in place, and flattens by a view that channels_last activations do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.hidden = nn.Linear(8 * 6 * 6, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.mul_(2))
+        return self.head(F.relu(self.hidden(F.relu(x).view(len(x), -1))))
+
+
 class ControlledByValues(nn.Module):
     """A forward that decides by the values of its input, which no exported graph can hold."""
 

@@ -11,6 +11,7 @@ from networks import (
     HeldAsAttributes,
     RegisteredBackwards,
     Tripwire,
+    ViewsActivations,
     features,
     images,
     randomised,
@@ -136,6 +137,14 @@ def test_both_calls_count_also_where_no_later_site_keeps_the_pass_going(network:
     (site,) = find_sites(model, whole)
     found = calibrate(model, [site], whole.split(5))
     assert_moments(found[site.name], activations(model, [site.anchor], [whole])[site.anchor])
+
+
+def test_a_forward_that_channels_last_breaks_gives_the_moments_of_its_ordinary_pass() -> None:
+    model, whole = randomised(ViewsActivations()), images(12, 8)
+    expected = activations(model, ["conv", "hidden"], [whole.clone()])
+    found = calibrate(model, find_sites(model, whole), whole.split(5))
+    for name in ("conv", "hidden"):
+        assert_moments(found[name], expected[name])
 
 
 def test_dropout_is_inactive_in_a_model_that_trains() -> None:

@@ -44,6 +44,13 @@ def test_a_model_equals_its_insertion() -> None:
     assert compare_outputs(model, result, [images(4, 16, seed=2)]) == Comparison(4, 0.0, 0.0, 1.0, True)
 
 
+def test_a_model_that_works_on_its_input_in_place_equals_itself_and_leaves_the_batch_alone() -> None:
+    model, x = passing(lambda x: x.sub_(1)), features(4, 5)
+    before = x.clone()
+    assert compare_outputs(model, model, [x]).bit_identical
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_differences_equal_those_of_a_plain_float64_computation(batch_size: int) -> None:
     x = features(8, 5) * torch.logspace(-2, 2, 8)[:, None]

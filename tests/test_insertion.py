@@ -344,12 +344,13 @@ def test_a_model_of_any_shape_is_untouched(network: Callable[[], nn.Module]) -> 
     assert everything_of(model) == before
 
 
-def test_the_given_inputs_are_untouched() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_given_inputs_are_untouched_by_a_model_that_works_on_them_in_place(layout: torch.memory_format) -> None:
     model = sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    x = images(4, 8)
-    before = x.clone()
-    insert_batchnorm(model, [x.contiguous(memory_format=torch.channels_last), x])
-    assert torch.equal(x, before)
+    given = images(4, 8).contiguous(memory_format=layout)
+    before = given.clone()
+    insert_batchnorm(model, [given])
+    assert torch.equal(given, before)
 
 
 # The result
