@@ -38,8 +38,8 @@ def identity_batchnorm(
     variance, are moved by a few float steps to where the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
 
     dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.  dtype: of parameters and statistics.
-    Raises CalibrationError for fewer than two values per channel, for eps or dims out of range, and for moments that are not finite in `dtype`.
-    Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
+    Raises CalibrationError for fewer than two values per channel, for eps or dims out of range, and for moments that
+    are not finite in `dtype`. Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
 
     >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
     >>> norm = identity_batchnorm(moments, 2).eval()
