@@ -56,8 +56,18 @@ class Batches(ABC):
         """Return the first `count` images that can be read (all where there are fewer) as a set of their own."""
 
     @abstractmethod
+    def part(self, rank: int, ranks: int) -> Batches:
+        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+
+    @abstractmethod
     def sample(self, count: int | None, seed: int) -> Batches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
+
+
+def dealt(items: Sequence[T], batch_size: int, rank: int, ranks: int) -> list[T]:
+    """Return the items of every ranks-th batch, from number `rank` on: whole batches, none twice and none left out."""
+    starts = range(rank * batch_size, len(items), ranks * batch_size)
+    return [item for start in starts for item in items[start : start + batch_size]]
 
 
 def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:

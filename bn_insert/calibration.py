@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import on_every_rank, ranks
 from .errors import CalibrationError
 from .forward import ForwardDone, NotFiniteError, Progress, run_through
 from .graph import working_copy
 from .moments import Moments, merge, moments_of
 from .precision import batch_spread, relative_standard_error
+from .process_group import Ranks, on_every_rank
 from .sites import Site
 
 _FEWEST_BATCHES = 8  # fewer say too little about how far batches are apart
@@ -63,7 +63,7 @@ def calibrate(
                 recorder,
                 autocast=autocast,
                 progress=progress,
-                enough=lambda: tolerance is not None and recorder.precise_to(tolerance * ranks() ** 0.5),
+                enough=lambda: tolerance is not None and recorder.precise_to(tolerance * Ranks.current().count ** 0.5),
             )
         return images, recorder.statistics()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .batches import Batch, Batches, Unreadable, check_at_least, pinned, sample
+from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .decoding import Chunk, decode
 from .errors import ImageError
 from .image_files import IMAGE_SUFFIXES, MODES, find_images
@@ -137,6 +137,11 @@ class ImageBatches(Batches):
         check_at_least(1, images=count)
         return replace(self, limit=min(count, self.images))
 
+    def part(self, rank: int, ranks: int) -> ImageBatches:
+        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+        share = dealt(self.paths[: self.images], self.batch_size, rank, ranks)
+        return replace(self, paths=tuple(share), limit=None)
+
     def sample(self, count: int | None, seed: int) -> ImageBatches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
         return replace(self, paths=tuple(sample(self.paths[: self.images], count, seed)), limit=None)
@@ -148,6 +153,8 @@ class ImageBatches(Batches):
         decodes was killed, and if strict for the first file that cannot be read.
         """
         missing = self.images
+        if missing == 0:  # a process may have no share
+            return
         size = min(self.batch_size, missing)
         # A single batch is ready no earlier with a second process, and is read here without reading ahead.
         workers = 0 if missing == size else self.workers

@@ -11,7 +11,6 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from .calibration import calibrate
-from .distributed import on_every_rank
 from .equalization import Edge, balance, find_edges
 from .equalization import equalize as equalize_channels
 from .errors import CalibrationError
@@ -19,6 +18,7 @@ from .forward import Progress, as_input, checked, preserved_random_state, refere
 from .graph import AnyModule, Kind, deep_copy
 from .identity import check_eps, identity_batchnorm
 from .moments import Moments
+from .process_group import on_every_rank
 from .sites import Placement, Site, find_sites
 from .splicing import splice_behind
 

@@ -1,9 +1,9 @@
-"""The processes that train one network together, as torchrun starts them."""
+"""The processes that work on one network together, as torchrun starts them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor, nn
+
+from .errors import BNInsertError, CalibrationError
 
 T = TypeVar("T")
 
@@ -68,6 +70,37 @@ class Ranks:
         """Return once all ranks have come here."""
         if self.count > 1:
             dist.barrier()
+
+
+def on_every_rank(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank, and return all ranks' results, in the order of the ranks, on each of them.
+
+    Without an initialized process group: the one result. Results travel by pickle; let them be small.
+    When `work` raises on a rank, that error is raised there, and a CalibrationError that quotes it on all the others:
+    no rank is left waiting.
+    """
+    ranks = Ranks.current()
+    if ranks.count == 1:
+        return [work()]
+    result, error = _attempt(work)
+    outcomes = ranks.gathered((result, None if error is None else _message(error)))
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(outcomes):
+        if message is not None:
+            raise CalibrationError(f"rank {rank} failed: {message}")
+    return [found for found, _ in outcomes]  # type: ignore[misc]  # without a message there is a result
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # noqa: BLE001 - raised again by the caller, once the other ranks know
+        return None, error
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, BNInsertError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

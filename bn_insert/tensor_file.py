@@ -16,7 +16,7 @@ from jaxtyping import Float32, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from .batches import Batch, Batches, Unreadable, check_at_least, pinned, sample
+from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .errors import ImageError
 
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
@@ -76,6 +76,10 @@ class TensorBatches(Batches):
         """Return the first `count` images (all where there are fewer) as a set of their own."""
         check_at_least(1, images=count)
         return replace(self, rows=self.rows[:count])
+
+    def part(self, rank: int, ranks: int) -> TensorBatches:
+        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+        return replace(self, rows=dealt(self.rows, self.batch_size, rank, ranks))
 
     def sample(self, count: int | None, seed: int) -> TensorBatches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""

@@ -59,10 +59,10 @@ def print_table(result: Table) -> None:
 
 
 @contextmanager
-def image_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def image_progress(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a bar with images per second and time left on stderr; call what it gives with the images done so far."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    with Progress(*columns, console=stderr(), transient=True, disable=not shown) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Comparison
-    from bn_insert.images import Batches
+    from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
@@ -51,6 +51,10 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     amp: Annotated[
         bool, typer.Option("--amp", help="Calibrate under bfloat16 autocast; statistics stay float32.")
     ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Stop when mean and std are known this exactly, relative to std; 0.01, say. [all images]"),
+    ] = None,
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
     report: Annotated[
@@ -72,6 +76,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert.atomic import write_atomically  # noqa: PLC0415
     from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
     from bn_insert.errors import GraphError  # noqa: PLC0415
+    from bn_insert.process_group import Ranks, process_group  # noqa: PLC0415
     from bn_insert.report import check_report, file_facts, insertion_report  # noqa: PLC0415
 
     check_output(output, overwrite=force)
@@ -79,7 +84,6 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(checkpoint, image_options)
-    target = open_device(device)
     model = open_model(checkpoint)
     batches = open_calibration(calibration, model, transform, image_options)
 
@@ -90,11 +94,23 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if not sites:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found)
         raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({reasons})")
-    with image_progress("calibrating", batches.images) as progress:
-        moments = calibrate(
-            model, sites, batches, device=target, autocast=torch.bfloat16 if amp else None, progress=progress
-        )
-    _note_unreadable(batches)
+    with process_group(open_device(device)) as target:
+        ranks = Ranks.current()
+        share = batches.part(ranks.rank, ranks.count)
+        with image_progress("calibrating", share.images, shown=ranks.first) as progress:
+            moments = calibrate(
+                model,
+                sites,
+                share,
+                device=target,
+                autocast=torch.bfloat16 if amp else None,
+                tolerance=tolerance,
+                progress=progress,
+            )
+        unreadable = [file for files in ranks.gathered(share.unreadable) for file in files]
+    if not ranks.first:
+        return  # one process checks and writes
+    _note_unreadable(unreadable)
     edges = find_edges(model, example, sites) if equalize else []
     result = insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
 
@@ -109,7 +125,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         facts = {
             "checkpoint": file_facts(checkpoint),
-            "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(batches.unreadable)},
+            "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
             "output": file_facts(output) if accepted else None,
             "options": {"layers": kinds, "include_output": include_output, "skip": skip or []}
             | {
@@ -131,6 +147,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     print_result(f"Wrote {output}: {len(sites)} BatchNorm layers inserted.")
 
 
+def _note_unreadable(unreadable: list[Unreadable]) -> None:
+    if unreadable:
+        first = unreadable[0]
+        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
+
+
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:
     """Compare original and result on the CPU, whose kernel the promise is about, and on the device in use."""
     import torch  # noqa: PLC0415
@@ -147,10 +169,3 @@ def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.
     model.cpu()
     result.cpu()
     return comparisons
-
-
-def _note_unreadable(batches: Batches) -> None:
-    unreadable = batches.unreadable
-    if unreadable:
-        first = unreadable[0]
-        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
