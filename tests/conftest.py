@@ -1,9 +1,16 @@
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Give each of xdist's workers one thread: together they have as many as the machine has cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
