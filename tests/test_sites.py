@@ -70,7 +70,7 @@ def test_include_output_adds_the_output_layer_behind_the_layer_itself(placement:
         ("conv", VGG_LAYERS[:2]),
         ("dense", VGG_LAYERS[2:4]),
     ],
-    ids=str,
+    ids=["tuple", "list", "set", "conv", "dense"],
 )
 def test_layers_are_asked_for_by_kind_in_any_iterable_or_as_one_word(
     layers: Any, expected: list[str], unchecked: Unchecked
