@@ -88,35 +88,6 @@ def power_of_two_scales(moments: Moments) -> Float64[Tensor, " channels"]:
     return torch.where(exponents.isfinite(), exponents, 0.0).exp2()
 
 
-def balance(model: nn.Module, edges: Sequence[Edge], *, eps: float) -> dict[str, Float64[Tensor, " channels"]]:
-    """Bring the weight norm of each output channel next to 1, in place, and return what its BatchNorm has to undo.
-
-    In training a BatchNorm makes the layer in front of it blind to its weights' scale, and so to SGD's: the effective
-    learning rate is lr / |w|^2 (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017, section
-    2). Weights that are small because inputs are large would be lost in the first steps.
-
-    The factors are powers of two, by the sites' names; the outputs of these layers are multiplied by them. They stay 1
-    where the product would not be exact, and large enough for eps to count for nothing beside a variance.
-    """
-    least = 2.0 ** math.ceil(math.log2(eps / 0.01) / 2)
-    factors = {}
-    for edge in edges:
-        if not edge.reason:
-            layer = model.get_submodule(edge.site)
-            exponents = -_output_norms(layer).log2().floor()
-            wanted = torch.where(exponents.isfinite(), exponents, 0.0).exp2().clamp_min(least)
-            factors[edge.site] = _multiply_outputs(layer, wanted)
-    return factors
-
-
-def _output_norms(layer: nn.Module) -> Float64[Tensor, " channels"]:
-    weight, _ = _parameters(layer)
-    grouped = weight.detach().cpu().double()
-    if _outputs(layer) == 0:
-        return grouped.flatten(1).norm(dim=1)
-    return grouped.view(_groups(layer), -1, weight.shape[1], weight[0, 0].numel()).norm(dim=(1, 3)).flatten()
-
-
 def _multiply_outputs(layer: nn.Module, wanted: Float64[Tensor, " channels"]) -> Float64[Tensor, " channels"]:
     """Multiply a layer's output channels in place where that is exact, and return the factor that each really got."""
     weight, bias = _parameters(layer)
@@ -234,7 +205,7 @@ def _consumers(trace: Trace, site: Site) -> Iterator[Consumer]:
         if values.node in trace.outputs:
             raise _BlockedError("its values are an output of the model")
         for user in values.node.users:
-            if user.op != "call_function":
+            if user.op != "call_function" or not user.users:  # what nobody reads does not count
                 continue
             if user in layers:
                 if layers[user] in seen:
@@ -267,7 +238,8 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
     """Return where the channels lie behind an operation that is positively homogeneous in each of them."""
     name = operation(node)
     place = f"{name} ({trace.owner(node)})" if trace.owner(node) else name
-    if name in _ELEMENTWISE | _COPIES or _is_rectifier(node):
+    # getitem: of a max pooling that gives values and their positions.
+    if name in _ELEMENTWISE | _COPIES or _is_rectifier(node) or (name == "getitem" and node.args[1] == 0):
         return replace(values, node=node)
     if name in _SPATIAL and values.axis == 1 and values.repeat == 1:
         return replace(values, node=node)

@@ -7,11 +7,10 @@ from itertools import chain, islice
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor, nn
 
 from .calibration import calibrate
-from .equalization import Edge, balance, find_edges
+from .equalization import Edge, find_edges
 from .equalization import equalize as equalize_channels
 from .errors import CalibrationError
 from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
@@ -97,14 +96,9 @@ def insert_at(
     check_eps(eps)
     result = deep_copy(model)
     moments = equalize_channels(result, edges, moments)
-    # Behind an activation the way back would need a BatchNorm that is an exact identity: it cannot go into the layer.
-    beside = {site.name for site in sites if site.anchor == site.name}
-    factors = balance(result, [edge for edge in edges if edge.site in beside], eps=eps)
-    norms = {}
-    for site in sites:
-        factor = factors.get(site.name, torch.ones(site.channels, dtype=torch.float64))
-        norm = _norm_for(result.get_submodule(site.name), site, moments[site.name].scaled(factor), eps, momentum)
-        norms[site] = _undoing(norm, factor)
+    norms = {
+        site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
+    }
     return cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
 
 
@@ -116,14 +110,6 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
     return norm.to(weight.device).train(layer.training)
-
-
-def _undoing(norm: nn.Module, factor: Float64[Tensor, " channels"]) -> nn.Module:
-    """Divide gamma and beta by powers of two: the BatchNorm then takes such factors back, exactly."""
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.div_(factor.to(parameter))
-    return norm
 
 
 def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Iterator[Any]]:
