@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float64, Shaped
@@ -196,6 +196,8 @@ def _consumers(trace: Trace, site: Site) -> Iterator[Consumer]:
     calls = trace.calls_of(site.name)
     if len(calls) != 1:
         raise _BlockedError(f"{site.name} is called {len(calls)} times")
+    if calls[0].meta["val"].dtype == torch.float16:
+        raise _BlockedError("small float16 activations are subnormal, and scaling would change how they are rounded")
     _check_own_weights(trace, calls[0])
     layers = {node: name for name, node in trace.layer_nodes()}
     seen: set[str] = set()
@@ -205,7 +207,7 @@ def _consumers(trace: Trace, site: Site) -> Iterator[Consumer]:
         if values.node in trace.outputs:
             raise _BlockedError("its values are an output of the model")
         for user in values.node.users:
-            if user.op != "call_function" or not user.users:  # what nobody reads does not count
+            if user.op != "call_function" or not (user.users or _writes(user)):  # what nobody reads does not count
                 continue
             if user in layers:
                 if layers[user] in seen:
@@ -241,7 +243,8 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
     # getitem: of a max pooling that gives values and their positions.
     if name in _ELEMENTWISE | _COPIES or _is_rectifier(node) or (name == "getitem" and node.args[1] == 0):
         return replace(values, node=node)
-    if name in _SPATIAL and values.axis == 1 and values.repeat == 1:
+    # With an axis fewer, pooling takes the channels for positions.
+    if name in _SPATIAL and values.repeat == 1 and len(_shape_of(values.node)) == 2 + int(name[-2]):
         return replace(values, node=node)
     if name in _RESHAPES:
         return _reshaped(node, values, place)
@@ -254,6 +257,12 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
     if name in {"add", "sub", "mul", "div"}:
         raise _BlockedError(f"{place} joins it with other values")
     raise _BlockedError(f"{place} behind it does not keep the scale")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Say whether an operation changes its input in place, which others may read under another name."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _is_rectifier(node: fx.Node) -> bool:
@@ -277,15 +286,18 @@ def _reshaped(node: fx.Node, values: _Values, place: str) -> _Values:
 
 
 def _reduces_positions(node: fx.Node, values: _Values) -> bool:
-    dims = argument(node, "dim")
+    # mean() over everything has no parameter for dimensions.
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     axes = [dims] if isinstance(dims, int) else (dims or [])
     return bool(axes) and all(axis % len(_shape_of(values.node)) > values.axis for axis in axes)
 
 
 def _pads_positions_with_zeros(node: fx.Node, values: _Values) -> bool:
+    if len(argument(node, "pad")) > 2 * (len(_shape_of(values.node)) - 2):
+        return False
     if operation(node) == "pad" and argument(node, "mode") != "constant":
         return values.repeat == 1  # reflected or repeated values keep the scale of their channel
-    return not argument(node, "value") and len(argument(node, "pad")) <= 2 * (len(_shape_of(values.node)) - 2)
+    return not argument(node, "value")
 
 
 def _concatenated(node: fx.Node, values: _Values, place: str) -> _Values:
