@@ -31,7 +31,8 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
             "-" if of_site.standard_error is None else f"{of_site.error_of(0.99):.2g}",
             str(of_site.constant_channels or "-"),
         )
-    result.caption = "error: of mean and std as an estimate for all such images, relative to std, for 99 % of channels"
+    result.caption = "error: estimated, of mean and std, relative to std, for 99 % of the channels"
+    result.caption_justify = "left"
     return result
 
 
@@ -55,11 +56,11 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
 
 
 def edge_table(edges: Sequence[Edge]) -> Table:
-    """Return how many edges were equalized, and one row for each that was not."""
-    left = [edge for edge in edges if edge.reason]
-    result = table(f"Equalized: {len(edges) - len(left)} of {len(edges)} layers", "not equalized", "why")
-    for edge in left:
-        result.add_row(edge.site, edge.reason)
+    """Return one row an edge: what reads the layer, or why it keeps its scale."""
+    done = sum(not edge.reason for edge in edges)
+    result = table(f"Equalized: {done} of {len(edges)} layers", "layer", "read by, or why it keeps its scale")
+    for edge in edges:
+        result.add_row(edge.site, edge.reason or ", ".join(consumer.name for consumer in edge.consumers))
     return result
 
 
