@@ -23,10 +23,19 @@ _COPIES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout
 }
 _SPATIAL = {
     *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    *(f"{kind}{dims}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
 }
-_RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
+# Operations that cut values off, and their parameters that say where.
+_BOUNDS = {
+    **{"clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)},
+    **{"hardtanh": ("min_val", "max_val"), "threshold": ("threshold", "value")},
+}
+_RESHAPES = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
 _REDUCTIONS = {"mean", "sum", "amax"}
+_CONCATENATIONS = {"cat", "concat", "concatenate"}
+
+_BLOCK = 1 << 22  # weights checked at a time: the first dense layer of a VGG16 has a hundred million
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def _of_consumer(inputs: Tensor, consumer: Consumer, channels: int) -> Shaped[Te
 def _grid(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
     """Return one factor a channel, in the weight's dtype and in a shape that multiplies it."""
     weight, _ = _parameters(layer)
-    return along(factors, weight, axis, _groups(layer)).to(weight)
+    return along(factors.to(weight), weight, axis, _groups(layer))
 
 
 def _groups(layer: nn.Module) -> int:
@@ -161,7 +170,10 @@ def _groups(layer: nn.Module) -> int:
 def _exact_channels(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Bool[Tensor, " n"]:
     """Say for each channel on an axis of the weight whether multiplying keeps every bit of it."""
     weight, _ = _parameters(layer)
-    exact = _is_exact(weight, _grid(layer, axis, factors)).reshape(*weight.shape[:2], -1).all(2)
+    grid = _grid(layer, axis, factors).expand(len(weight), *(-1 for _ in weight.shape[1:]))
+    rows = max(1, _BLOCK // max(1, weight[:1].numel()))
+    blocks = zip(weight.split(rows), grid.split(rows), strict=True)
+    exact = torch.cat([_is_exact(part, by).reshape(len(part), weight.shape[1], -1).all(2) for part, by in blocks])
     exact = exact.all(1) if axis == 0 else exact.view(_groups(layer), -1, exact.shape[1]).all(1).flatten()
     return exact.cpu()
 
@@ -230,10 +242,11 @@ def _consumer(trace: Trace, name: str, node: fx.Node, values: _Values) -> Consum
 
 def _check_own_weights(trace: Trace, node: fx.Node) -> None:
     """Weight and bias must be the layer's own parameters as they are, read by nothing else."""
-    for tensor in node.args[1:3]:
+    for name in ("weight", "bias"):
+        tensor = argument(node, name)
         if isinstance(tensor, fx.Node) and (tensor.op != "placeholder" or len(tensor.users) != 1):
             what = "shared with another layer" if tensor.op == "placeholder" else "computed in each forward pass"
-            raise _BlockedError(f"the weight of {trace.owner(node)} is {what}")
+            raise _BlockedError(f"the {name} of {trace.owner(node)} is {what}")
 
 
 def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
@@ -241,7 +254,9 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
     name = operation(node)
     place = f"{name} ({trace.owner(node)})" if trace.owner(node) else name
     # getitem: of a max pooling that gives values and their positions.
-    if name in _ELEMENTWISE | _COPIES or _is_rectifier(node) or (name == "getitem" and node.args[1] == 0):
+    shifts = "alpha_dropout" in name and argument(node, "train")  # what it drops gets a value of its own
+    copies = name in _ELEMENTWISE | _COPIES and not shifts
+    if copies or _is_rectifier(node) or (name == "getitem" and node.args[1] == 0):
         return replace(values, node=node)
     # With an axis fewer, pooling takes the channels for positions.
     if name in _SPATIAL and values.repeat == 1 and len(_shape_of(values.node)) == 2 + int(name[-2]):
@@ -252,7 +267,7 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
         return replace(values, node=node)
     if name in {"pad", "constant_pad_nd"} and _pads_positions_with_zeros(node, values):
         return replace(values, node=node)
-    if name == "cat":
+    if name in _CONCATENATIONS:
         return _concatenated(node, values, place)
     if name in {"add", "sub", "mul", "div"}:
         raise _BlockedError(f"{place} joins it with other values")
@@ -266,13 +281,9 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _is_rectifier(node: fx.Node) -> bool:
-    """Say whether a clamp or threshold only cuts off at zero, as ReLU does."""
-    name = operation(node)
-    if name == "threshold":
-        return argument(node, "threshold") == 0 and argument(node, "value") == 0
-    if name == "clamp_min":
-        return argument(node, "min") == 0
-    return name == "clamp" and argument(node, "min") == 0 and argument(node, "max") is None
+    """Say whether an operation only cuts values off at zero, as ReLU does."""
+    bounds = [argument(node, parameter) for parameter in _BOUNDS.get(operation(node), ())]
+    return bool(bounds) and all(bound is None or bound in (0, math.inf, -math.inf) for bound in bounds)
 
 
 def _reshaped(node: fx.Node, values: _Values, place: str) -> _Values:
