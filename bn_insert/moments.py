@@ -80,7 +80,9 @@ def merge(parts: Iterable[Moments]) -> Moments:
     if not present:
         raise ValueError("merge needs at least one set of moments")
     counts = torch.tensor([part.count for part in present], dtype=torch.float64)
-    return _pool(counts, torch.stack([part.mean for part in present]), torch.stack([part.m2 for part in present]))
+    return _pool(
+        counts, torch.stack([part.mean for part in present]), torch.stack([part.m2 for part in present]).sum(0)
+    )
 
 
 def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
@@ -96,17 +98,17 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
         return Moments(0, empty, empty.clone())
     parts = list(_parts(values))
     if values.dtype == torch.float64:
-        return _pool(*_stacked(parts, _double_moments, channels))
-    counts, means, m2s = _stacked(parts, _kernel_moments, channels)
-    fine = (means.square() * counts[:, None] <= _COARSE_RATIO**2 * m2s) & m2s.isfinite()
-    if not fine.all():
-        columns = (~fine.all(0)).nonzero().squeeze(1)
+        return _pooled(parts, *_stacked(parts, _double_moments, channels))
+    means, variances = _stacked(parts, _kernel_moments, channels)
+    pooled = _pooled(parts, means, variances)
+    coarse = ~((means.square() <= _COARSE_RATIO**2 * variances).all(0).to(pooled.m2.device) & pooled.m2.isfinite())
+    if coarse.any():
+        columns = coarse.nonzero().squeeze(1)
         there = columns.to(values.device)
         rows = [part.reshape(-1, channels)[:, there] for part in parts]
-        pooled = _pool(counts, means, m2s)
-        pooled.mean[columns], pooled.m2[columns] = _mean_and_m2(_pool(*_stacked(rows, _double_moments, len(columns))))
-        return pooled
-    return _pool(counts, means, m2s)
+        exact = _pooled(rows, *_stacked(rows, _double_moments, len(columns)))
+        pooled.mean[columns], pooled.m2[columns] = exact.mean, exact.m2
+    return pooled
 
 
 def _parts(values: Tensor) -> Iterator[Float[Tensor, "rows columns"]]:
@@ -134,30 +136,31 @@ def _parts(values: Tensor) -> Iterator[Float[Tensor, "rows columns"]]:
 
 def _stacked(
     parts: Sequence[Tensor], moments: Callable[[Tensor], tuple[Tensor, Tensor]], channels: int
-) -> tuple[Float64[Tensor, " groups"], Float64[Tensor, "groups channels"], Float64[Tensor, "groups channels"]]:
-    """Return counts, means and second central moments of groups of values, one row a group."""
-    found = [moments(rows) for rows in parts]
-    device = found[0][0].device
-    device = device if device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
-    means, variances = (
-        torch.cat(column).to(device, torch.float64).reshape(-1, channels) for column in zip(*found, strict=True)
-    )
-    counts = [float(len(rows)) for rows in parts for _ in range(rows.shape[1] // channels)]
-    weights = torch.tensor(counts, dtype=torch.float64, device=device)
-    return weights, means, variances * weights[:, None]
+) -> tuple[Float[Tensor, "groups channels"], Float[Tensor, "groups channels"]]:
+    """Return means and biased variances of groups of values, one row a group; a part is one group or several."""
+    means, variances = zip(*(moments(rows) for rows in parts), strict=True)
+    return torch.cat(means).reshape(-1, channels), torch.cat(variances).reshape(-1, channels)
 
 
-def _pool(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
+def _pooled(parts: Sequence[Tensor], means: Tensor, variances: Tensor) -> Moments:
+    channels = means.shape[1]
+    device = means.device if means.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+    counts = torch.tensor([len(rows) for rows in parts], dtype=torch.float64, device=device)
+    groups = torch.tensor([rows.shape[1] // channels for rows in parts], device=device)
+    weights = counts.repeat_interleave(groups)
+    within = variances.to(device, torch.float64).mul_(weights[:, None]).sum(0)
+    return _pool(weights, means.to(device, torch.float64), within)
+
+
+def _pool(counts: Tensor, means: Tensor, within: Tensor) -> Moments:
+    """Return the moments of groups of values together; within: the sum of the groups' second central moments."""
     weights = counts.to(means.device)[:, None]
     total = weights.sum()
     origin = means[0]  # relative to it equal means give exactly that mean
-    mean = origin + (weights * (means - origin)).sum(0) / total
-    m2 = m2s.sum(0) + (weights * (means - mean).square()).sum(0)
-    return Moments(int(total), mean, m2)
-
-
-def _mean_and_m2(moments: Moments) -> tuple[Tensor, Tensor]:
-    return moments.mean, moments.m2
+    deviations = means - origin
+    shift = (weights * deviations).sum(0) / total
+    m2 = within + deviations.sub_(shift).square_().mul_(weights).sum(0)
+    return Moments(int(total), origin + shift, m2)
 
 
 def _kernel_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
