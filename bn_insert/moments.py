@@ -15,7 +15,9 @@ _VALUES_PER_CALL = 1 << 18
 _LONGEST_SUM = 128
 
 # Where |mean| exceeds this many standard deviations, a float32 mean (6e-8 relative) is too coarse a ruler for the std.
-_COARSE_RATIO = 8.0
+# Those of the whole channel, not of one group: in a patch of blue sky a group's are next to nothing, and the errors of
+# groups' means, relative to their sizes, add up to no more than sqrt(mean^2 + var).
+_COARSE_RATIO = 6.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
         return _pooled(parts, *_stacked(parts, _double_moments, channels))
     means, variances = _stacked(parts, _kernel_moments, channels)
     pooled = _pooled(parts, means, variances)
-    coarse = ~((means.square() <= _COARSE_RATIO**2 * variances).all(0).to(pooled.m2.device) & pooled.m2.isfinite())
+    coarse = ~((pooled.mean.square() * pooled.count <= _COARSE_RATIO**2 * pooled.m2) & pooled.m2.isfinite())
     if coarse.any():
         columns = coarse.nonzero().squeeze(1)
         there = columns.to(values.device)

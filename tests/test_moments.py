@@ -63,6 +63,24 @@ def test_moments_of_sparse_activations_equal_a_float64_reference(shape: tuple[in
     assert_moments(moments_of(values), values)
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_moments_of_images_with_flat_patches_equal_a_float64_reference(share: float) -> None:
+    """A sky of one value: in its groups of neighbouring values |mean| is any number of times std."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(2, 64, 60, 60, generator=generator).contiguous(memory_format=torch.channels_last)
+    values[:, :, : int(share * 60)] = 5 * torch.rand(64, generator=generator)[:, None, None]
+    assert_moments(moments_of(values), values)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_flat_patches_do_not_cost_the_slow_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(2, 64, 60, 60).contiguous(memory_format=torch.channels_last)
+    values[:, :, :30] = 2.0
+    monkeypatch.setattr("bn_insert.moments._double_moments", None)
+    assert_moments(moments_of(values), values)
+
+
 def test_moments_of_heavy_tailed_values_equal_a_float64_reference() -> None:
     values = torch.randn(SHAPES["many-rows"], generator=torch.Generator().manual_seed(4)).mul(2).exp()
     assert_moments(moments_of(values), values)
