@@ -11,6 +11,9 @@ from typing import Any
 
 import griffe
 
+# What begins a sentence on the whole function, behind the last parameter.
+_BEHIND_ITEMS = re.compile(r" (?=(?:Raises|Source|Inside|In a torch|Every|Each|The model is)\b)")
+
 
 class DocstringsAsMarkdown(griffe.Extension):
     """Rewrites each docstring when griffe, which mkdocstrings reads the code with, has collected its object."""
@@ -32,16 +35,13 @@ def _rewrite(documented: griffe.Object, names: list[str]) -> None:
 def as_markdown(docstring: str, names: list[str]) -> str:
     """Return a docstring with a list item for each `name: ...` or `name, name: ...` and a block for each example.
 
-    >>> print(as_markdown("Add. left: one number. right: another.\\n\\n>>> 1 + 1\\n2", ["left", "right"]))
+    >>> print(as_markdown("Add. left: one number. right: another. Raises nothing: ever.", ["left", "right"]))
     Add.
     <BLANKLINE>
     - **left**: one number.
     - **right**: another.
     <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    Raises nothing: ever.
     """
     paragraphs = re.split(r"\n\s*\n", docstring.strip())
     return "\n\n".join(_example(text) if text.startswith(">>>") else _items(text, names) for text in paragraphs)
@@ -61,5 +61,5 @@ def _items(text: str, names: list[str]) -> str:
     if not rest:
         return text
     items = [f"- **{names}**: {text.strip()}" for names, text in zip(rest[::2], rest[1::2], strict=True)]
-    last, *after = re.split(r" (?=(?:Raises|Source|Inside|In a torch|Every|Each|The model is) )", items.pop(), maxsplit=1)
+    last, *after = _BEHIND_ITEMS.split(items.pop(), maxsplit=1)
     return "\n\n".join(filter(None, [first.strip(), "\n".join([*items, last]), *after]))

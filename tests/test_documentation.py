@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -19,10 +20,11 @@ from pathlib import Path
 import pytest
 from labelled_digits import link_digits
 from small_vggs import small_vgg
-from torch import nn
+from typer.testing import CliRunner
 
 from bn_insert.checkpoint import save_checkpoint
 from bn_insert.demo import images_path
+from cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,10 +58,14 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
+def name_of(page: Path) -> str:
+    return page.stem
+
+
 BLOCKS = {page: blocks_of(page) for page in PAGES}
 
 
-def run_python(block: Block, _folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_python(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     padding = "\n" * block.line  # so that a traceback names the line of the page
     exec(compile(padding + block.code, str(block.page), "exec"), {"__name__": "__main__"})
@@ -69,57 +75,47 @@ def run_python(block: Block, _folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert expected in printed, f"{block} shows\n{expected}\nand printed\n{printed}"
 
 
-def run_shell(block: Block, folder: Path, _capsys: pytest.CaptureFixture[str]) -> None:
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(folder / ".bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "HOME": str(folder),  # shell completion is installed there
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, f"{block}\n{block.code}\n{result.stdout}\n{result.stderr}"
+def run_shell(block: Block, _capsys: pytest.CaptureFixture[str]) -> None:
+    for command in block.code.replace("\\\n", " ").splitlines():
+        if command.startswith("bn-insert "):  # in this process: starting one for each would take most of the time
+            result = CliRunner().invoke(app, shlex.split(command)[1:])
+            assert result.exit_code == 0, f"{block}\n{command}\n{result.output}\n{result.exception!r}"
+        else:
+            ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+            assert ran.returncode == 0, f"{block}\n{command}\n{ran.stdout}\n{ran.stderr}"
 
 
-RUNNERS: dict[str, Callable[[Block, Path, pytest.CaptureFixture[str]], None]] = {
+RUNNERS: dict[str, Callable[[Block, pytest.CaptureFixture[str]], None]] = {
     "python": run_python,
     "sh": run_shell,
 }
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages call a reader's own: a checkpoint, photographs, labelled images."""
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labelled images."""
     save_checkpoint(small_vgg(), tmp_path / "vgg16.pth")
     (tmp_path / "photographs").mkdir()
     for image in sorted((images_path() / "3").iterdir())[:12]:
         (tmp_path / "photographs" / image.name).symlink_to(image)
     link_digits(tmp_path / "flowers", train=2, val=1, classes=4)
-    command = tmp_path / ".bin" / "bn-insert"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cli "$@"\n')
-    command.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # torchrun
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Where shell completion is installed, and for which shell: not those of whoever runs the tests.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in BLOCKS[page])], ids=lambda page: page.stem)
-def test_the_code_blocks_of_a_page_run_in_their_order(
-    page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in BLOCKS[page])], ids=name_of)
+def test_the_code_blocks_of_a_page_run_in_their_order(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in BLOCKS[page]:
         if block.runs:
-            RUNNERS[block.language](block, folder, capsys)
+            RUNNERS[block.language](block, capsys)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_code_block_runs_or_is_output_or_says_why_it_cannot_run(page: Path) -> None:
     for block in BLOCKS[page]:
         assert block.language in {*RUNNERS, "text"}, f"{block}: {block.language!r} is neither python, sh nor text"
