@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"^# not run by the tests: \S.+$", re.MULTILINE)
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
-SHOWN = re.compile(r"^print\(.*\)\n((?:# .*(?:\n|\Z))+)", re.MULTILINE)
+SHOWN = re.compile(r"^ *print\(.*\)\n((?:# .*(?:\n|\Z))+)", re.MULTILINE)
 # The commands of these are read out of the README and run by .ci/run.
 SET_UP = re.compile(r"<!-- set-up -->.*?<!-- end of set-up -->", re.DOTALL)
 
