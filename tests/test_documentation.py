@@ -122,6 +122,21 @@ def test_a_code_block_runs_or_is_output_or_says_why_it_cannot_run(page: Path) ->
         assert "not run by" not in block.code or NOT_RUN.search(block.code), f"{block} does not say why it is not run"
 
 
-def test_the_readme_and_most_pages_have_blocks_that_run() -> None:
+def test_pages_have_blocks_that_run() -> None:
     assert any(block.runs for block in BLOCKS[ROOT / "README.md"])
     assert sum(block.runs for blocks in BLOCKS.values() for block in blocks) >= 15
+
+
+# The documentation's own links are checked when the site is built.
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_files_that_a_page_outside_of_docs_links_to_are_there(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/fine-tuning.md"])
+def test_accuracies_that_are_quoted_are_among_those_that_the_benchmark_wrote(name: str) -> None:
+    measured = (ROOT / "benchmarks" / "results" / "finetuning.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\b0\.\d{3}\b\*?", (ROOT / name).read_text(encoding="utf-8"))
+    assert quoted
+    assert {figure for figure in quoted if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d*])", measured)} == set()
