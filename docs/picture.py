@@ -1,0 +1,76 @@
+"""Make docs/demo.svg: what `bn-insert demo` prints, from a real run.
+
+    python docs/picture.py
+
+The picture needs nothing from elsewhere: rich's own template names a font on another site, this one takes the reader's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+from cli import console
+from cli.demo import demo
+
+WIDTH = 96  # columns
+
+# rich fills in {these}; textLength, which it gives each piece of text, fits any monospaced font to its place.
+TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
+<title>bn-insert demo in a terminal</title>
+<style>
+.{unique_id}-matrix {{
+    font: {char_height}px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+    line-height: {line_height}px;
+}}
+.{unique_id}-title {{ font: 18px system-ui, sans-serif; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/>
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+def main() -> None:
+    """Run the demo and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo.svg")
+    output = parser.parse_args().output
+    output.write_text(picture_of_demo(), encoding="utf-8")
+
+
+def picture_of_demo() -> str:
+    """Return an SVG of the terminal: the command, and all that it prints."""
+    screen = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
+    screen.print(Text.assemble(("$ ", "bold green"), "bn-insert demo --output digits-bn.pth"))
+    # The commands make their console at each use, by these two names.
+    console.stdout = console.stderr = lambda: screen
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        demo(Path("digits-bn.pth"))
+    screen.print()  # the picture ends at the baseline of the last line
+    return screen.export_svg(title="bn-insert", theme=MONOKAI, code_format=TEMPLATE, unique_id="demo")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command itself does
+    main()
