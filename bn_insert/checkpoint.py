@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Change
-from .atomic import StrPath, check_writable, publish, real_path, stage, staging_folder, write_atomically
+from .atomic import StrPath, check_writable, publish, real_path, stage, stage_file, staging_folder
 from .errors import CheckpointError
 from .forward import reference_tensor
 from .model_function import make_network
 from .settings import Settings
-from .sidecar import read_sidecar, sidecar_path, transitional_json
+from .sidecar import is_left_over, read_sidecar, sidecar_path, transitional_json
 from .state_dict import file_kind, is_plain, printable, read_metadata, read_state_dict, without_prefix
 
 __all__ = ["check_output", "load_checkpoint", "read_settings", "save_checkpoint"]
@@ -104,17 +104,31 @@ def save_checkpoint(
     0.001
     """
     check_output(path, overwrite=overwrite)
+    with staging_folder(real_path(path)) as folder:
+        stage_checkpoint(model, path, folder, transform=transform, overwrite=overwrite)()
+
+
+def stage_checkpoint(
+    model: nn.Module,
+    path: StrPath,
+    folder: Path,
+    *,
+    transform: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Callable[[], None]:
+    """Write into a staging folder what `save_checkpoint` would write, and return the function that puts it in place."""
     network = _network(model)
     try:
         tensors = _tensors(network)
         settings = Settings.of(network, transform)
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    target = real_path(path)
     if _suffix(path) == ".safetensors":
         metadata = {_HEADER_KEY: settings.to_json()}  # with more keys their order would vary
-        write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), overwrite=overwrite)
-    else:
-        _save_with_sidecar(tensors, settings, real_path(path), overwrite)
+        write = partial(safetensors.torch.save_file, tensors, metadata=metadata)
+        return stage_file(target, write, folder, overwrite=overwrite)
+    return _stage_with_sidecar(tensors, settings, target, folder, overwrite)
 
 
 def check_output(path: StrPath, *, overwrite: bool = False) -> None:
@@ -124,7 +138,7 @@ def check_output(path: StrPath, *, overwrite: bool = False) -> None:
     check_writable(path, overwrite=overwrite)
     if _suffix(path) in _PICKLED:
         target = real_path(path)
-        check_writable(sidecar_path(target), overwrite=overwrite)
+        check_writable(sidecar_path(target), overwrite=overwrite or is_left_over(target))
         for other in (target.with_suffix(suffix) for suffix in _PICKLED):
             if other != target and other.exists():
                 raise CheckpointError(
@@ -154,26 +168,32 @@ def _suffix(path: StrPath) -> str:
     return Path(path).suffix.lower()
 
 
-def _save_with_sidecar(tensors: dict[str, Tensor], settings: Settings, target: Path, overwrite: bool) -> None:
+def _stage_with_sidecar(
+    tensors: dict[str, Tensor], settings: Settings, target: Path, folder: Path, overwrite: bool
+) -> Callable[[], None]:
     sidecar = sidecar_path(target)
     # All is written before the first name changes: a full disk changes nothing.
-    with staging_folder(target) as folder:
-        staged = stage(folder / "checkpoint", partial(_pickle, tensors), target)
-        staged_sidecar = stage(folder / "settings", partial(_write_text, settings.to_json()), sidecar)
-        if overwrite and target.exists():
-            transition = stage(
-                folder / "transition", lambda path: _write_text(transitional_json(settings, target), path), sidecar
-            )
-            publish(transition, sidecar, overwrite=True)
-            publish(staged, target, overwrite=True)
-            publish(staged_sidecar, sidecar, overwrite=True)
-            return
-        publish(staged_sidecar, sidecar, overwrite=overwrite)
+    staged = stage(folder / target.name, partial(_pickle, tensors), target)
+    final = stage(folder / sidecar.name, partial(_write_text, settings.to_json()), sidecar)
+    first = stage(
+        folder / f"{sidecar.name}.first",
+        lambda path: _write_text(transitional_json(settings, target), path),
+        sidecar,
+    )
+
+    def put_in_place() -> None:
+        left_over = is_left_over(target)
+        is_new = left_over or not sidecar.exists()
+        publish(first, sidecar, overwrite=overwrite or left_over)
         try:
             publish(staged, target, overwrite=overwrite)
         except BaseException:
-            sidecar.unlink(missing_ok=True)  # it was made above, and without its checkpoint it would be in the way
+            if is_new:
+                sidecar.unlink(missing_ok=True)  # it was made above, and without its checkpoint it would be in the way
             raise
+        publish(final, sidecar, overwrite=True)
+
+    return put_in_place
 
 
 def _pickle(tensors: dict[str, Tensor], path: Path) -> None:

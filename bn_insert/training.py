@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .atomic import write_atomically
+from .atomic import stage_file, staging_folder
 from .batches import sample
-from .checkpoint import save_checkpoint
+from .checkpoint import stage_checkpoint
 from .class_folders import ClassFolders, LabelledBatch, LabelledImage
 from .equivalence import evaluating
 from .errors import CalibrationError, DivergenceError, ImageError, TrainingError
@@ -29,7 +30,7 @@ from .parameter_groups import parameter_groups
 from .process_group import Ranks
 from .recalibration import recalibrate
 from .training_settings import TrainingSettings
-from .training_state import TrainingState, random_state, save_state, set_random_state
+from .training_state import TrainingState, random_state, set_random_state, write_state
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
@@ -59,12 +60,17 @@ class Training:
         settings: TrainingSettings,
         device: torch.device,
         ranks: Ranks,
+        replaced: Sequence[str],
         on_step: Callable[[StepMetrics], None] | None,
         stop: Callable[[], bool] | None,
     ) -> None:
-        """Take a network that is ready to be trained; raises TrainingError where batches would be too small."""
+        """Take a network that is ready to be trained; raises TrainingError where batches would be too small.
+
+        replaced: names of another run's results, which stay in the folder until this run has results of its own.
+        """
         self.network, self.images, self.folder, self.settings = network, images, folder, settings
         self.device, self.ranks, self.on_step, self.stop = device, ranks, on_step, stop
+        self.replaced = tuple(replaced)
         self.optimizer = _optimizer(network, settings)
         self.parallel: nn.Module = network
         if ranks.count > 1:
@@ -253,19 +259,41 @@ class Training:
                 self.optimizer.state_dict(),
                 generators,
             )
-            transform = self.images.transform.to_dict()
-            save_checkpoint(self.network, self.folder / LAST, transform=transform, overwrite=True)
-            if state.history:
-                if state.step == 0 and state.best is state.history[-1]:
-                    save_checkpoint(self.network, self.folder / BEST, transform=transform, overwrite=True)
-                write_metrics(state.history, self.folder / METRICS)
-                write_curves(state.history, self.folder / CURVES)
-            names = "".join(f"{name}\n" for name in self.images.classes)
-            write_atomically(
-                self.folder / CLASSES, lambda path: path.write_text(names, encoding="utf-8"), overwrite=True
-            )
-            save_state(state, self.folder / STATE)
+            self._write()
         self.ranks.wait()
+
+    def _write(self) -> None:
+        """Write all files, each whole; on a full disk none of them changes."""
+        state = self.state
+        transform = self.images.transform.to_dict()
+        names = "".join(f"{name}\n" for name in self.images.classes)
+        checkpoints = [LAST]
+        writers: dict[str, Callable[[Path], object]] = {}
+        if state.history:
+            if state.step == 0 and state.best is state.history[-1]:
+                checkpoints.append(BEST)
+            writers[METRICS] = partial(write_metrics, state.history)
+            writers[CURVES] = partial(write_curves, state.history)
+        writers[CLASSES] = lambda path: path.write_text(names, encoding="utf-8")
+        writers[STATE] = partial(write_state, state)
+        with staging_folder(self.folder / STATE) as staging:
+            staged = {
+                name: stage_checkpoint(self.network, self.folder / name, staging, transform=transform, overwrite=True)
+                for name in checkpoints
+            }
+            for name, write in writers.items():
+                staged[name] = stage_file(self.folder / name, write, staging, overwrite=True)
+            if self.replaced:  # without its state nobody can resume the old run with files of this one
+                (self.folder / STATE).unlink(missing_ok=True)
+            *others, state_file = staged.values()
+            for put_in_place in others:
+                put_in_place()
+            written = {*staged, *(Path(name).with_suffix(".json").name for name in checkpoints)}
+            for name in self.replaced:
+                if name not in written:
+                    (self.folder / name).unlink(missing_ok=True)
+            self.replaced = ()
+            state_file()
 
     def _order(self, images: tuple[LabelledImage, ...], epoch: int) -> list[LabelledImage]:
         """Return this rank's share of the images, in the order of an epoch."""
