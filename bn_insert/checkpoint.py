@@ -273,7 +273,11 @@ def _filled(
             ) from error
         described += " with the changes that its settings tell of"
         prefix, named = without_prefix(tensors, network.state_dict().keys())
-    _check_fit(described, _other_shapes(network, named))
+    without_memory = [
+        key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
+    ]
+    absent = [f"{key} is not in the file" for key in without_memory if key not in named]
+    _check_fit(described, absent + _other_shapes(network, named))  # before memory is taken: settings may tell anything
     _give_memory(network, device)
     try:
         missing, unexpected = network.load_state_dict(named, strict=False)
