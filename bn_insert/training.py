@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,8 +142,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         images, labels = self._on_device(batch)
-        with self._autocast():
-            logits = self.parallel(images)
+        logits = self._logits(images)
         loss = _loss(logits, labels, self.settings.label_smoothing)
         right = (logits.detach().argmax(1) == labels).sum()
         wish = bool(self.stop and self.stop())
@@ -161,6 +160,27 @@ class Training:
         if self.on_step:
             self.on_step(StepMetrics(state.epoch + 1, state.step, self.steps, mean))
         return totals[3] > 0 or self._stopped_alone()
+
+    def _logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Return the network's outputs; raises TrainingError where it is no classifier for these images."""
+        name, classes = type(self.network).__name__, len(self.images.classes)
+        try:
+            with self._autocast():
+                logits = self.parallel(images)
+        except (torch.OutOfMemoryError, DivergenceError):
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {_first_line(error)}; its last dense "
+                "layer is taken for the output layer, and all images have one size (--crop)"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), classes):
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise TrainingError(
+                f"{name} gives {given} for a batch of {len(images)} images, not one logit for each of {classes} "
+                "classes; only classifiers can be fine-tuned"
+            )
+        return logits
 
     def _complete_epoch(self, started: float) -> EpochMetrics:
         """Re-estimate, validate, and write everything."""
@@ -217,10 +237,17 @@ class Training:
             yield self._on_device(batch)[0]
 
     def _features(self, inputs: Iterator[Tensor]) -> Iterator[Tensor]:
-        for images in inputs:
-            with evaluating(self.network), self._autocast():
-                features = self.network.avgpool(self.network.features(images))  # type: ignore[operator]
-            yield features.flatten(1)
+        """Give what the classifier is given for each batch of images."""
+        seen: list[Tensor] = []
+        classifier = self.network.get_submodule("classifier")
+        with ExitStack() as hooks:
+            hooks.callback(classifier.register_forward_pre_hook(lambda _module, given: seen.append(given[0])).remove)
+            for images in inputs:
+                with evaluating(self.network), self._autocast():
+                    self.network(images)
+                if not seen:
+                    raise TrainingError(f"{type(self.network).__name__} does not call its classifier")
+                yield seen.pop()
 
     def _validate(self) -> tuple[float, float]:
         """Return loss and accuracy on all validation images."""
@@ -328,6 +355,10 @@ class Training:
 
 class _StoppedError(Exception):
     """Ends re-estimation or validation; both are done again when the run is resumed."""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
