@@ -264,7 +264,9 @@ def learn(case: Case, folder: Path) -> None:
         shutil.rmtree(folder)
 
     if case.before:
-        prepare(case, folder)
+        folder.mkdir()
+        undisturbed([argument.format(output=case.output) for argument in case.before], folder)
+        shutil.copytree(folder, template(case, folder))
         remember("old")
     if tuning:
         folder.mkdir()
@@ -277,9 +279,15 @@ def learn(case: Case, folder: Path) -> None:
 
 def prepare(case: Case, folder: Path) -> None:
     """Make the folder as it is when the command begins."""
-    folder.mkdir()
     if case.before:
-        undisturbed([argument.format(output=case.output) for argument in case.before], folder)
+        shutil.copytree(template(case, folder), folder)
+    else:
+        folder.mkdir()
+
+
+def template(case: Case, folder: Path) -> Path:
+    """Return where the folder is kept as it is when the command begins."""
+    return folder.parent / f"before {case.name}"
 
 
 def kill_once(case: Case, folder: Path, generator: random.Random) -> tuple[str, bool]:
@@ -353,6 +361,8 @@ def main() -> None:
                 wrong.append(f"kill {number}, {case.name}: {error}")
                 print(wrong[-1], flush=True)
             shutil.rmtree(folder)
+            if (number + 1) % 20 == 0:
+                print(f"{number + 1} kills, {len(wrong)} wrong", flush=True)
     lines = [f"# {options.kills} kills with SIGKILL, seed {options.seed}", ""]
     lines += report(everything, counts, temporary, wrong)
     print("\n".join(lines))

@@ -84,7 +84,8 @@ def real_path(path: StrPath) -> Path:
 def output_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, for files to be written into; check that they can be.
 
-    When the block fails, those folders that were made here and are still empty are removed.
+    What killed processes have left in it is removed.  When the block fails, those folders that were made here and are
+    still empty are removed.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -93,6 +94,7 @@ def output_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise _cannot_write(folder, error) from error
         check_writable(folder / "any file")
+        _remove_abandoned(folder)
         yield
     except BaseException:
         for each in missing:
