@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .forward import preserved_random_state
 from .freezing import freeze_batchnorm
 from .metrics import EpochMetrics
 from .output_layer import output_layer, replace_output
-from .process_group import Ranks
+from .process_group import Ranks, on_every_rank
 from .training import RESULTS, STATE, StepMetrics, Training
 from .training_settings import TrainingSettings
 from .training_state import load_state
@@ -99,7 +99,8 @@ def finetune(
         if resume and state_path.exists():
             training.go_on_from(load_state(state_path))
         ranks.wait()  # none has looked into the folder after the first changes it
-        with output_folder(folder) if ranks.first else nullcontext():
+        with ExitStack() as results:
+            on_every_rank(lambda: results.enter_context(output_folder(folder)) if ranks.first else None)
             finished = training.run(on_epoch)
     state = training.state
     return FineTuning(tuple(state.history), state.best, interrupted=not finished)

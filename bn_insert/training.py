@@ -27,7 +27,7 @@ from .errors import CalibrationError, DivergenceError, ImageError, TrainingError
 from .freezing import trains_on_batches
 from .metrics import EpochMetrics, write_curves, write_metrics
 from .parameter_groups import parameter_groups
-from .process_group import Ranks
+from .process_group import Ranks, on_every_rank
 from .recalibration import recalibrate
 from .training_settings import TrainingSettings
 from .training_state import TrainingState, random_state, set_random_state, write_state
@@ -278,16 +278,9 @@ class Training:
 
     def _save(self) -> None:
         """Write what the run has come to; the state last, so that it never tells of files that are not there."""
-        state = self.state
-        generators = self.ranks.gathered(random_state(self.device))
-        if self.ranks.first:
-            state.model, state.optimizer, state.random = (
-                self.network.state_dict(),
-                self.optimizer.state_dict(),
-                generators,
-            )
-            self._write()
-        self.ranks.wait()
+        self.state.model, self.state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        self.state.random = self.ranks.gathered(random_state(self.device))
+        on_every_rank(lambda: self._write() if self.ranks.first else None)  # no rank waits for one whose disk is full
 
     def _write(self) -> None:
         """Write all files, each whole; on a full disk none of them changes."""
