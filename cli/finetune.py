@@ -111,6 +111,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     With several processes: `torchrun --nproc-per-node 2 -m cli finetune ...`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
+
+    No VGG: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model torchvision.models:alexnet`
     """
     from bn_insert.class_folders import open_class_folders  # noqa: PLC0415 - torch only when work begins
     from bn_insert.errors import DivergenceError  # noqa: PLC0415
