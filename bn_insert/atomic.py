@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from .errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, and nothing abandoned is removed
+    fcntl = None  # type: ignore[assignment]
+
+_STAGING = re.compile(r"\.bn-insert-[0-9a-f]{16}\.tmp")
 
 StrPath = str | os.PathLike[str]
 
@@ -23,7 +32,7 @@ def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrit
     and what it points to is written.  A new file has the mode that the umask gives, a replaced one keeps its own.
 
     Everything is staged in a folder `.bn-insert-*.tmp` beside the target.  It is removed whatever happens, except by
-    a kill: then it may be deleted by hand, and the target is the old file or the new one.
+    a kill: then the target is the old file or the new one, and the next write beside it removes the folder.
     Raises CheckpointError with the path and the reason; then nothing has changed.
 
     >>> import tempfile
@@ -35,7 +44,7 @@ def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrit
     check_writable(path, overwrite=overwrite)
     target = real_path(path)
     with staging_folder(target) as folder:
-        publish(stage(folder / "file", write, target), target, overwrite=overwrite)
+        stage_file(target, write, folder, overwrite=overwrite)()
 
 
 def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
@@ -72,17 +81,85 @@ def real_path(path: StrPath) -> Path:
 
 
 @contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside the target, on the same file system, that is removed with all in it at the end."""
-    folder = target.parent / f".bn-insert-{secrets.token_hex(8)}.tmp"
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, for files to be written into; check that they can be.
+
+    What killed processes have left in it is removed.  When the block fails, those folders that were made here and are
+    still empty are removed.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        check_writable(folder / "any file")
+        _remove_abandoned(folder)
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target, on the same file system, that is removed with all in it at the end.
+
+    Folders beside it that killed processes have left are removed too.
+    """
+    _remove_abandoned(target.parent)
+    with ExitStack() as cleaning:
+        try:
+            folder = _new_staging_folder(target.parent, cleaning)
         except OSError as error:
             raise _cannot_write(target, error) from error
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_staging_folder(parent: Path, cleaning: ExitStack) -> Path:
+    # A folder is locked as long as its process lives. Another process may take it for abandoned in the moment before,
+    # so one that is not there and locked gives way to another; without any locks nobody removes anything.
+    for _ in range(3):
+        folder = parent / f".bn-insert-{secrets.token_hex(8)}.tmp"
+        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir()
+        if _lock(folder, cleaning) and folder.exists():
+            return folder
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _remove_abandoned(parent: Path) -> None:
+    with suppress(OSError):
+        for folder in [each for each in parent.iterdir() if _STAGING.fullmatch(each.name)]:
+            with ExitStack() as locks:
+                if not folder.is_symlink() and _lock(folder, locks):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path, closing: ExitStack) -> bool:
+    """Lock a folder until `closing` ends or the process does; say whether that went."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        closing.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is in use, gone, or on a file system without locks
+        return False
+    return True
+
+
+def stage_file(
+    target: Path, write: Callable[[Path], object], folder: Path, *, overwrite: bool = False
+) -> Callable[[], None]:
+    """Fill a file in a staging folder, and return the function that gives it its name.
+
+    Several files that are staged before the first gets its name come all or, on a full disk, none.
+    """
+    return partial(publish, stage(folder / target.name, write, target), target, overwrite=overwrite)
 
 
 def stage(path: Path, write: Callable[[Path], object], target: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .atomic import StrPath, check_writable, publish, real_path, stage, staging_folder, write_atomically
+from .architecture import Architecture, Change
+from .atomic import StrPath, check_writable, publish, real_path, stage, stage_file, staging_folder
 from .errors import CheckpointError
+from .forward import reference_tensor
+from .model_function import make_network
 from .settings import Settings
-from .sidecar import read_sidecar, sidecar_path, transitional_json
+from .sidecar import is_left_over, read_sidecar, sidecar_path, transitional_json
 from .state_dict import file_kind, is_plain, printable, read_metadata, read_state_dict, without_prefix
 
 __all__ = ["check_output", "load_checkpoint", "read_settings", "save_checkpoint"]
@@ -26,7 +29,7 @@ _HEADER_KEY = "bn-insert"
 _MISMATCHES_SHOWN = 8
 
 
-def load_checkpoint(path: StrPath, *, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load_checkpoint(path: StrPath, *, model: str | nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Return the network of a checkpoint file, in eval mode, on the CPU; no code from the file is ever run.
 
     A VGG is rebuilt from keys and shapes alone, with the dtypes of the file (`vgg.vgg_from_state_dict` has the rules).
@@ -35,9 +38,12 @@ def load_checkpoint(path: StrPath, *, model: nn.Module | Callable[[], nn.Module]
 
     path: .pth, .pt, .bin or .safetensors; the format is told by the content.  A state dict, or a dict with one under
         "state_dict", "model", "model_state_dict" or "model_ema"; prefixes "module.", "model." and "_orig_mod." go.
-    model: the architecture where it is no VGG: a module, of which a copy is returned, or what makes one. Its dtype and
-        device stay.
-    Raises CheckpointError with the path, the reason and the way out.
+    model: the architecture where it is no VGG: a module, of which a copy is returned, or a function without arguments
+        that makes one, or that function's name as "package.module:function", which is imported. Its dtype and device
+        stay. The checkpoint is loaded strictly. It may be the architecture without the BatchNorms that bn-insert put
+        in: what bn-insert did (inserting, folding, another output layer) is stored with the settings and done again.
+    A checkpoint whose settings name such a function is not read without `model`: only the caller decides what code is
+    imported.  Raises CheckpointError with the path, the reason and the way out.
 
     >>> from bn_insert.demo import network_path
     >>> model = load_checkpoint(network_path())
@@ -46,19 +52,23 @@ def load_checkpoint(path: StrPath, *, model: nn.Module | Callable[[], nn.Module]
     """
     tensors = read_state_dict(Path(path))
     settings = read_settings(path) or Settings()
+    given = None if model is None else _made(model)
     try:
-        if model is None:
+        if given is None:
             # Importing torchvision takes as long as everything else here, and only this way needs it.
             from .vgg import vgg_from_state_dict  # noqa: PLC0415
 
+            _check_needs_no_function(settings.architecture)
             prefix, tensors = without_prefix(tensors)
             network: nn.Module = vgg_from_state_dict(tensors)
+            architecture = Architecture() if prefix else settings.architecture
         else:
-            network = _architecture(model)
-            prefix, tensors = without_prefix(tensors, network.state_dict().keys())
-            _fill(network, tensors)
+            network, changes, prefix = _filled(given, tensors, settings.architecture)
+            architecture = Architecture(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {printable(error)}") from error
+    if architecture != Architecture():
+        architecture.keep_with(network)
     try:
         settings.without_prefix(prefix).apply_to(network)
     except CheckpointError as error:
@@ -74,6 +84,9 @@ def save_checkpoint(
     model: nn.Module, path: StrPath, *, transform: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> None:
     """Write a model's state dict, and its settings: eps and momentum of BatchNorm, p of dropout, and the transform.
+
+    The settings also hold what bn-insert changed in the model's architecture, so that `load_checkpoint` can do it again
+    to a network as its own function makes it.
 
     `.safetensors` takes the settings into its header.  A `.pth` or `.pt` is a plain dict of tensors, as
     `load_state_dict` takes it; its settings go into a file beside it, `NAME.json`.  What torch.compile, DataParallel or
@@ -91,17 +104,31 @@ def save_checkpoint(
     0.001
     """
     check_output(path, overwrite=overwrite)
+    with staging_folder(real_path(path)) as folder:
+        stage_checkpoint(model, path, folder, transform=transform, overwrite=overwrite)()
+
+
+def stage_checkpoint(
+    model: nn.Module,
+    path: StrPath,
+    folder: Path,
+    *,
+    transform: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Callable[[], None]:
+    """Write into a staging folder what `save_checkpoint` would write, and return the function that puts it in place."""
     network = _network(model)
     try:
         tensors = _tensors(network)
         settings = Settings.of(network, transform)
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    target = real_path(path)
     if _suffix(path) == ".safetensors":
         metadata = {_HEADER_KEY: settings.to_json()}  # with more keys their order would vary
-        write_atomically(path, partial(safetensors.torch.save_file, tensors, metadata=metadata), overwrite=overwrite)
-    else:
-        _save_with_sidecar(tensors, settings, real_path(path), overwrite)
+        write = partial(safetensors.torch.save_file, tensors, metadata=metadata)
+        return stage_file(target, write, folder, overwrite=overwrite)
+    return _stage_with_sidecar(tensors, settings, target, folder, overwrite)
 
 
 def check_output(path: StrPath, *, overwrite: bool = False) -> None:
@@ -111,7 +138,7 @@ def check_output(path: StrPath, *, overwrite: bool = False) -> None:
     check_writable(path, overwrite=overwrite)
     if _suffix(path) in _PICKLED:
         target = real_path(path)
-        check_writable(sidecar_path(target), overwrite=overwrite)
+        check_writable(sidecar_path(target), overwrite=overwrite or is_left_over(target))
         for other in (target.with_suffix(suffix) for suffix in _PICKLED):
             if other != target and other.exists():
                 raise CheckpointError(
@@ -141,26 +168,32 @@ def _suffix(path: StrPath) -> str:
     return Path(path).suffix.lower()
 
 
-def _save_with_sidecar(tensors: dict[str, Tensor], settings: Settings, target: Path, overwrite: bool) -> None:
+def _stage_with_sidecar(
+    tensors: dict[str, Tensor], settings: Settings, target: Path, folder: Path, overwrite: bool
+) -> Callable[[], None]:
     sidecar = sidecar_path(target)
     # All is written before the first name changes: a full disk changes nothing.
-    with staging_folder(target) as folder:
-        staged = stage(folder / "checkpoint", partial(_pickle, tensors), target)
-        staged_sidecar = stage(folder / "settings", partial(_write_text, settings.to_json()), sidecar)
-        if overwrite and target.exists():
-            transition = stage(
-                folder / "transition", lambda path: _write_text(transitional_json(settings, target), path), sidecar
-            )
-            publish(transition, sidecar, overwrite=True)
-            publish(staged, target, overwrite=True)
-            publish(staged_sidecar, sidecar, overwrite=True)
-            return
-        publish(staged_sidecar, sidecar, overwrite=overwrite)
+    staged = stage(folder / target.name, partial(_pickle, tensors), target)
+    final = stage(folder / sidecar.name, partial(_write_text, settings.to_json()), sidecar)
+    first = stage(
+        folder / f"{sidecar.name}.first",
+        lambda path: _write_text(transitional_json(settings, target), path),
+        sidecar,
+    )
+
+    def put_in_place() -> None:
+        left_over = is_left_over(target)
+        is_new = left_over or not sidecar.exists()
+        publish(first, sidecar, overwrite=overwrite or left_over)
         try:
             publish(staged, target, overwrite=overwrite)
         except BaseException:
-            sidecar.unlink(missing_ok=True)  # it was made above, and without its checkpoint it would be in the way
+            if is_new:
+                sidecar.unlink(missing_ok=True)  # it was made above, and without its checkpoint it would be in the way
             raise
+        publish(final, sidecar, overwrite=True)
+
+    return put_in_place
 
 
 def _pickle(tensors: dict[str, Tensor], path: Path) -> None:
@@ -198,34 +231,92 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _architecture(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def _made(model: str | nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Return a network of the caller's own architecture, with values that do not matter."""
+    if isinstance(model, str):
+        model = make_network(model)
     made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(made, nn.Module):
         raise CheckpointError(f"model should be a module or make one, and made a {type(made).__name__}")
+    if any(isinstance(value, Tensor) and value.is_meta for value in made.state_dict().values()):
+        raise CheckpointError("the given model is on the meta device, which has no memory; make it on the CPU")
     return made
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the tensors into the model, in place; all of them, and into all that it has."""
-    wanted = model.state_dict()
-    if any(isinstance(value, Tensor) and value.is_meta for value in wanted.values()):
-        raise CheckpointError("the given model is on the meta device, which has no memory; make it on the CPU")
-    mismatches = [
+def _check_needs_no_function(architecture: Architecture) -> None:
+    if name := architecture.function:
+        raise CheckpointError(
+            f"its settings name the function that makes its network, {name}, and code is imported only when you ask "
+            f"for it: if you trust that code, pass model={name!r} (--model {name})"
+        )
+
+
+def _filled(
+    network: nn.Module, tensors: dict[str, Tensor], architecture: Architecture
+) -> tuple[nn.Module, tuple[Change, ...], str]:
+    """Load the tensors into the network, in place; all of them, and into all that it has.
+
+    Changes of the checkpoint's architecture are made first, unless the network has the checkpoint's keys and shapes
+    without. Return the network, the changes that were made, and the prefix that the checkpoint's keys have lost.
+    """
+    device, described = reference_tensor(network).device, type(network).__name__
+    changes: tuple[Change, ...] = ()
+    prefix, named = without_prefix(tensors, network.state_dict().keys())
+    if architecture.changes and not _has_all_of(network, named):
+        changes = architecture.changes
+        try:
+            network = architecture.make_changes(network)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"its settings tell of changes that cannot be made to {described}: {error}; pass the architecture that "
+                "the changes were made to"
+            ) from error
+        described += " with the changes that its settings tell of"
+        prefix, named = without_prefix(tensors, network.state_dict().keys())
+    without_memory = [
+        key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
+    ]
+    absent = [f"{key} is not in the file" for key in without_memory if key not in named]
+    _check_fit(described, absent + _other_shapes(network, named))  # before memory is taken: settings may tell anything
+    _give_memory(network, device)
+    try:
+        missing, unexpected = network.load_state_dict(named, strict=False)
+    except RuntimeError as error:  # an architecture may load its tensors in ways of its own
+        raise CheckpointError(f"the checkpoint does not fit {described}: {error}") from error
+    mismatches = [f"{key} is not in the file" for key in missing]
+    _check_fit(described, mismatches + [f"{key} is not in the model" for key in unexpected])
+    return network, changes, prefix
+
+
+def _has_all_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether a network has the keys and shapes of these tensors, and no others."""
+    different = network.state_dict().keys() ^ tensors.keys()
+    # PyTorch itself loads a BatchNorm without its counter.
+    return all(key.endswith("num_batches_tracked") for key in different) and not _other_shapes(network, tensors)
+
+
+def _other_shapes(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    return [
         f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(value.shape)} in the model"
-        for key, value in wanted.items()
+        for key, value in network.state_dict().items()
         if key in tensors and isinstance(value, Tensor) and value.shape != tensors[key].shape
     ]
-    if not mismatches:
-        try:
-            missing, unexpected = model.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:  # an architecture may load its tensors in ways of its own
-            raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {error}") from error
-        mismatches = [f"{key} is not in the file" for key in missing]
-        mismatches += [f"{key} is not in the model" for key in unexpected]
+
+
+def _give_memory(network: nn.Module, device: torch.device) -> None:
+    """Put modules that are on the meta device onto a device, in place, with zeros for values."""
+    for module in network.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device=device, recurse=False)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.detach().zero_()
+
+
+def _check_fit(described: str, mismatches: Sequence[str]) -> None:
     if mismatches:
         shown = "; ".join(mismatches[:_MISMATCHES_SHOWN])
         more = f"; and {len(mismatches) - _MISMATCHES_SHOWN} more" if len(mismatches) > _MISMATCHES_SHOWN else ""
         raise CheckpointError(
-            f"the checkpoint does not fit {type(model).__name__}: {shown}{more}; pass the architecture that it was "
-            "written from"
+            f"the checkpoint does not fit {described}: {shown}{more}; pass the architecture that it was written from"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from collections.abc import Generator, Sequence
@@ -110,8 +111,11 @@ def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channe
 
 def _begin_worker(_number: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of a terminal; the main one ends the workers, whose tracebacks would say nothing.
+    # Signals to a whole process group (Ctrl-C, what schedulers send) are for the main process, which ends the workers
+    # when its results are whole: a worker that dies of one would end it with a traceback of PyTorch's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def _as_it_is(chunk: Any) -> Any:

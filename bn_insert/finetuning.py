@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .atomic import StrPath
+from .atomic import StrPath, output_folder
 from .class_folders import ClassFolders
 from .errors import TrainingError
 from .forward import preserved_random_state
 from .freezing import freeze_batchnorm
 from .metrics import EpochMetrics
 from .output_layer import output_layer, replace_output
-from .process_group import Ranks
+from .process_group import Ranks, on_every_rank
 from .training import RESULTS, STATE, StepMetrics, Training
 from .training_settings import TrainingSettings
 from .training_state import load_state
@@ -56,7 +57,8 @@ def finetune(
 
     The copy gets a new output layer where the model's outputs are not as many as the classes, float32 for half
     precision, and the memory format channels_last.
-    output_dir: is made; one that holds results is refused unless `resume` or `overwrite` (which removes them) is given.
+    output_dir: is made; one that holds results is refused unless `resume` or `overwrite` is given. The latter replaces
+        them, when this run's first results are there.
     resume: go on from state.pth with the same settings and images; on a CPU that gives exactly the weights that an
         uninterrupted run gives. Without results in the folder the run begins.
     stop: asked after each step; True ends the run there, with state.pth and last.pth written. Statistics are not
@@ -90,17 +92,16 @@ def finetune(
             settings=settings,
             device=torch.device(device),
             ranks=ranks,
+            replaced=() if resume else begun,
             on_step=on_step,
             stop=stop,
         )
         if resume and state_path.exists():
             training.go_on_from(load_state(state_path))
         ranks.wait()  # none has looked into the folder after the first changes it
-        if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in begun if not resume else ():
-                (folder / name).unlink()
-        finished = training.run(on_epoch)
+        with ExitStack() as results:
+            on_every_rank(lambda: results.enter_context(output_folder(folder)) if ranks.first else None)
+            finished = training.run(on_epoch)
     state = training.state
     return FineTuning(tuple(state.history), state.best, interrupted=not finished)
 

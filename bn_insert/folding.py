@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
+from .architecture import Architecture, Folding
 from .errors import GraphError
 from .graph import AnyModule, Trace, argument, deep_copy, is_activation, layer_kind, operation
 from .splicing import take_out
@@ -62,8 +63,14 @@ def fold_batchnorm(model: AnyModule, example: Tensor) -> AnyModule:
             _merge(result.get_submodule(name), fold, fold_outputs)
         for name in fold.ahead:
             _merge(result.get_submodule(name), fold, fold_inputs)
+    layers = [(name, result.get_submodule(name)) for fold in plan for name in (*fold.behind, *fold.ahead)]
+    biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
+    norms = {fold.norm: trace.runs_in_sequence(fold.norm) for fold in plan}
     # Another class only if the model itself is a wrapper around one layer.
-    return cast(AnyModule, take_out(result, {fold.norm: trace.runs_in_sequence(fold.norm) for fold in plan}))
+    result = cast(AnyModule, take_out(result, norms))
+    if norms:
+        Architecture.of(model).changed(Folding(norms, tuple(sorted(biases)))).keep_with(result)
+    return result
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError
 from .moments import Moments
 
-_BATCHNORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+BATCHNORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d,
     2: nn.BatchNorm2d,
     3: nn.BatchNorm3d,
@@ -48,7 +48,7 @@ def identity_batchnorm(
     True
     """
     check_eps(eps)
-    if dims not in _BATCHNORMS:
+    if dims not in BATCHNORMS:
         raise CalibrationError(f"dims is 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
     if moments.count < 2:
         raise CalibrationError(
@@ -60,7 +60,7 @@ def identity_batchnorm(
     if not (mean.isfinite().all() and rounded_var.isfinite().all()):
         raise CalibrationError(f"mean or variance is not finite in {dtype}")
     var, gamma = _exact_factors(rounded_var, eps)
-    norm = _BATCHNORMS[dims](moments.channels, eps=eps, momentum=momentum, device="cpu", dtype=dtype)
+    norm = BATCHNORMS[dims](moments.channels, eps=eps, momentum=momentum, device="cpu", dtype=dtype)
     with torch.no_grad():
         norm.weight.copy_(gamma)
         norm.bias.copy_(mean)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .architecture import Architecture, Insertion
 from .calibration import calibrate
 from .equalization import Edge, find_edges
 from .equalization import equalize as equalize_channels
@@ -99,7 +100,10 @@ def insert_at(
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
     }
-    return cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+    result = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+    if sites:
+        Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(result)
+    return result
 
 
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:

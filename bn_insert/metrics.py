@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .atomic import StrPath, write_atomically
-
 
 @dataclass(frozen=True)
 class EpochMetrics:
@@ -28,20 +26,16 @@ class EpochMetrics:
     seconds: float
 
 
-def write_metrics(epochs: Sequence[EpochMetrics], path: StrPath) -> None:
-    """Write the epochs as CSV, one line each, in place of what is there."""
-
-    def write(staged: Path) -> None:
-        with staged.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
-            table.writeheader()
-            table.writerows(asdict(epoch) for epoch in epochs)
-
-    write_atomically(path, write, overwrite=True)
+def write_metrics(epochs: Sequence[EpochMetrics], path: Path) -> None:
+    """Write the epochs as CSV, one line each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(epoch) for epoch in epochs)
 
 
-def write_curves(epochs: Sequence[EpochMetrics], path: StrPath) -> None:
-    """Write a PNG with loss and accuracy over the epochs, in place of what is there."""
+def write_curves(epochs: Sequence[EpochMetrics], path: Path) -> None:
+    """Write a PNG with loss and accuracy over the epochs."""
     # Without pyplot: no window system is asked for, and no global state is touched.
     from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that only this function needs
 
@@ -55,4 +49,4 @@ def write_curves(epochs: Sequence[EpochMetrics], path: StrPath) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    write_atomically(path, lambda staged: figure.savefig(staged, format="png", dpi=120), overwrite=True)
+    figure.savefig(path, format="png", dpi=120)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .architecture import Architecture, NewOutput
 from .errors import TrainingError
 
 
@@ -45,6 +46,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
             parameter.zero_()
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(output.training))
+    Architecture.of(model).changed(NewOutput(name, classes)).keep_with(model)
 
 
 def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:

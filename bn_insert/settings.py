@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .architecture import Architecture
 from .errors import CheckpointError
 
 FORMAT = "bn-insert"
 VERSION = 1
-_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "replaces"}  # "replaces": see sidecar.py
+_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture", "replaces"}  # last: sidecar.py
 _LARGEST = sys.float_info.max
 
 
@@ -33,12 +34,13 @@ class Settings:
     """What is stored with a checkpoint beside its tensors.
 
     batchnorm, dropout: by qualified layer name; dropout is the probability p.  transform: the preprocessing of images,
-    any JSON object.
+    any JSON object.  architecture: how its modules can be built again.
     """
 
     batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=dict)
     transform: Mapping[str, Any] | None = None
+    architecture: Architecture = field(default_factory=Architecture)
 
     @classmethod
     def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None) -> Settings:
@@ -48,7 +50,7 @@ class Settings:
             for name, norm in _batchnorms(model).items()
         }
         dropout = {name: float(module.p) for name, module in _dropouts(model).items()}
-        return cls.from_json(cls(batchnorm, dropout, transform).to_json())
+        return cls.from_json(cls(batchnorm, dropout, transform, Architecture.of(model)).to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -74,7 +76,13 @@ class Settings:
             for name, value in _object(document.get("dropout", {}), "dropout").items()
         }
         transform = document.get("transform")
-        return cls(batchnorm, dropout, None if transform is None else _object(transform, "transform"))
+        architecture = _object(document.get("architecture", {}), "architecture")
+        return cls(
+            batchnorm,
+            dropout,
+            None if transform is None else _object(transform, "transform"),
+            Architecture.from_document(architecture),
+        )
 
     def to_document(self) -> dict[str, Any]:
         """Return the settings as the JSON object that `from_document` takes."""
@@ -84,7 +92,11 @@ class Settings:
             "batchnorm": {name: {"eps": norm.eps, "momentum": norm.momentum} for name, norm in self.batchnorm.items()},
             "dropout": dict(self.dropout),
         }
-        return document if self.transform is None else document | {"transform": dict(self.transform)}
+        if self.transform is not None:
+            document["transform"] = dict(self.transform)
+        if self.architecture != Architecture():
+            document["architecture"] = self.architecture.to_document()
+        return document
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
@@ -94,7 +106,7 @@ class Settings:
         """Return the settings for layers whose names have lost a prefix, as the keys of a state dict do in reading."""
         batchnorm = {name.removeprefix(prefix): norm for name, norm in self.batchnorm.items()}
         dropout = {name.removeprefix(prefix): p for name, p in self.dropout.items()}
-        return Settings(batchnorm, dropout, self.transform)
+        return Settings(batchnorm, dropout, self.transform, self.architecture)
 
     def apply_to(self, model: nn.Module) -> None:
         """Set eps, momentum and p of the model's layers, in place.

@@ -4,7 +4,8 @@ A checkpoint and its sidecar are two files, and no file system replaces two file
 sidecar, checkpoint, sidecar: the first sidecar holds the new settings and under "replaces" the old ones together with
 the SHA-256 of the old checkpoint. Killed before the checkpoint is renamed, the digest says that the old settings hold;
 killed after it, that the new ones do. The last sidecar is without "replaces", so that in the end nothing is hashed in
-reading, and a checkpoint that its owner trained on and saved over keeps its settings.
+reading, and a checkpoint that its owner trained on and saved over keeps its settings. A first checkpoint is written in
+the same order, and a sidecar with "replaces" that stands alone is known to be left over from a kill.
 """
 
 from __future__ import annotations
@@ -54,11 +55,22 @@ def read_sidecar(checkpoint: Path) -> Settings | None:
         ) from error
 
 
+def is_left_over(checkpoint: Path) -> bool:
+    """Say whether the settings stand there without checkpoint because the process that wrote both was killed."""
+    try:
+        document = None if checkpoint.exists() else _own_document(sidecar_path(checkpoint))
+    except (OSError, CheckpointError):
+        return False
+    return document is not None and "replaces" in document
+
+
 def transitional_json(settings: Settings, checkpoint: Path) -> str:
     """Return a sidecar's text that is right for the checkpoint that is there now, and for one that will replace it.
 
     settings: of the checkpoint to come.
     """
+    if not checkpoint.exists():
+        return format_document(settings.to_document() | {"replaces": {}})
     try:
         old = read_sidecar(checkpoint)
     except CheckpointError:

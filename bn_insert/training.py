@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .atomic import write_atomically
+from .atomic import stage_file, staging_folder
 from .batches import sample
-from .checkpoint import save_checkpoint
+from .checkpoint import stage_checkpoint
 from .class_folders import ClassFolders, LabelledBatch, LabelledImage
 from .equivalence import evaluating
 from .errors import CalibrationError, DivergenceError, ImageError, TrainingError
 from .freezing import trains_on_batches
 from .metrics import EpochMetrics, write_curves, write_metrics
 from .parameter_groups import parameter_groups
-from .process_group import Ranks
+from .process_group import Ranks, on_every_rank
 from .recalibration import recalibrate
 from .training_settings import TrainingSettings
-from .training_state import TrainingState, random_state, save_state, set_random_state
+from .training_state import TrainingState, random_state, set_random_state, write_state
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
@@ -59,12 +60,17 @@ class Training:
         settings: TrainingSettings,
         device: torch.device,
         ranks: Ranks,
+        replaced: Sequence[str],
         on_step: Callable[[StepMetrics], None] | None,
         stop: Callable[[], bool] | None,
     ) -> None:
-        """Take a network that is ready to be trained; raises TrainingError where batches would be too small."""
+        """Take a network that is ready to be trained; raises TrainingError where batches would be too small.
+
+        replaced: names of another run's results, which stay in the folder until this run has results of its own.
+        """
         self.network, self.images, self.folder, self.settings = network, images, folder, settings
         self.device, self.ranks, self.on_step, self.stop = device, ranks, on_step, stop
+        self.replaced = tuple(replaced)
         self.optimizer = _optimizer(network, settings)
         self.parallel: nn.Module = network
         if ranks.count > 1:
@@ -136,8 +142,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         images, labels = self._on_device(batch)
-        with self._autocast():
-            logits = self.parallel(images)
+        logits = self._logits(images)
         loss = _loss(logits, labels, self.settings.label_smoothing)
         right = (logits.detach().argmax(1) == labels).sum()
         wish = bool(self.stop and self.stop())
@@ -155,6 +160,27 @@ class Training:
         if self.on_step:
             self.on_step(StepMetrics(state.epoch + 1, state.step, self.steps, mean))
         return totals[3] > 0 or self._stopped_alone()
+
+    def _logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Return the network's outputs; raises TrainingError where it is no classifier for these images."""
+        name, classes = type(self.network).__name__, len(self.images.classes)
+        try:
+            with self._autocast():
+                logits = self.parallel(images)
+        except (torch.OutOfMemoryError, DivergenceError):
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {_first_line(error)}; its last dense "
+                "layer is taken for the output layer, and all images have one size (--crop)"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), classes):
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise TrainingError(
+                f"{name} gives {given} for a batch of {len(images)} images, not one logit for each of {classes} "
+                "classes; only classifiers can be fine-tuned"
+            )
+        return logits
 
     def _complete_epoch(self, started: float) -> EpochMetrics:
         """Re-estimate, validate, and write everything."""
@@ -211,10 +237,17 @@ class Training:
             yield self._on_device(batch)[0]
 
     def _features(self, inputs: Iterator[Tensor]) -> Iterator[Tensor]:
-        for images in inputs:
-            with evaluating(self.network), self._autocast():
-                features = self.network.avgpool(self.network.features(images))  # type: ignore[operator]
-            yield features.flatten(1)
+        """Give what the classifier is given for each batch of images."""
+        seen: list[Tensor] = []
+        classifier = self.network.get_submodule("classifier")
+        with ExitStack() as hooks:
+            hooks.callback(classifier.register_forward_pre_hook(lambda _module, given: seen.append(given[0])).remove)
+            for images in inputs:
+                with evaluating(self.network), self._autocast():
+                    self.network(images)
+                if not seen:
+                    raise TrainingError(f"{type(self.network).__name__} does not call its classifier")
+                yield seen.pop()
 
     def _validate(self) -> tuple[float, float]:
         """Return loss and accuracy on all validation images."""
@@ -245,27 +278,42 @@ class Training:
 
     def _save(self) -> None:
         """Write what the run has come to; the state last, so that it never tells of files that are not there."""
+        self.state.model, self.state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        self.state.random = self.ranks.gathered(random_state(self.device))
+        on_every_rank(lambda: self._write() if self.ranks.first else None)  # no rank waits for one whose disk is full
+
+    def _write(self) -> None:
+        """Write all files, each whole; on a full disk none of them changes."""
         state = self.state
-        generators = self.ranks.gathered(random_state(self.device))
-        if self.ranks.first:
-            state.model, state.optimizer, state.random = (
-                self.network.state_dict(),
-                self.optimizer.state_dict(),
-                generators,
-            )
-            transform = self.images.transform.to_dict()
-            save_checkpoint(self.network, self.folder / LAST, transform=transform, overwrite=True)
-            if state.history:
-                if state.step == 0 and state.best is state.history[-1]:
-                    save_checkpoint(self.network, self.folder / BEST, transform=transform, overwrite=True)
-                write_metrics(state.history, self.folder / METRICS)
-                write_curves(state.history, self.folder / CURVES)
-            names = "".join(f"{name}\n" for name in self.images.classes)
-            write_atomically(
-                self.folder / CLASSES, lambda path: path.write_text(names, encoding="utf-8"), overwrite=True
-            )
-            save_state(state, self.folder / STATE)
-        self.ranks.wait()
+        transform = self.images.transform.to_dict()
+        names = "".join(f"{name}\n" for name in self.images.classes)
+        checkpoints = [LAST]
+        writers: dict[str, Callable[[Path], object]] = {}
+        if state.history:
+            if state.step == 0 and state.best is state.history[-1]:
+                checkpoints.append(BEST)
+            writers[METRICS] = partial(write_metrics, state.history)
+            writers[CURVES] = partial(write_curves, state.history)
+        writers[CLASSES] = lambda path: path.write_text(names, encoding="utf-8")
+        writers[STATE] = partial(write_state, state)
+        with staging_folder(self.folder / STATE) as staging:
+            staged = {
+                name: stage_checkpoint(self.network, self.folder / name, staging, transform=transform, overwrite=True)
+                for name in checkpoints
+            }
+            for name, write in writers.items():
+                staged[name] = stage_file(self.folder / name, write, staging, overwrite=True)
+            if self.replaced:  # without its state nobody can resume the old run with files of this one
+                (self.folder / STATE).unlink(missing_ok=True)
+            *others, state_file = staged.values()
+            for put_in_place in others:
+                put_in_place()
+            written = {*staged, *(Path(name).with_suffix(".json").name for name in checkpoints)}
+            for name in self.replaced:
+                if name not in written:
+                    (self.folder / name).unlink(missing_ok=True)
+            self.replaced = ()
+            state_file()
 
     def _order(self, images: tuple[LabelledImage, ...], epoch: int) -> list[LabelledImage]:
         """Return this rank's share of the images, in the order of an epoch."""
@@ -300,6 +348,10 @@ class Training:
 
 class _StoppedError(Exception):
     """Ends re-estimation or validation; both are done again when the run is resumed."""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

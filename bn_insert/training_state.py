@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import write_atomically
 from .errors import CheckpointError, TrainingError
 from .metrics import EpochMetrics
 from .training_settings import TrainingSettings
@@ -61,16 +60,12 @@ class TrainingState:
                 raise TrainingError(f"{path} is of another run: its {name} are not those of this one; {advice}")
 
 
-def save_state(state: TrainingState, path: Path) -> None:
-    """Write a state, in place of what is there. Raises CheckpointError; then nothing has changed."""
+def write_state(state: TrainingState, path: Path) -> None:
+    """Write a state."""
     content = {each.name: getattr(state, each.name) for each in fields(TrainingState)}
     content |= {"format": _FORMAT, "history": [asdict(epoch) for epoch in state.history]}
-
-    def write(staged: Path) -> None:
-        with staged.open("wb") as file:
-            torch.save(content, file)
-
-    write_atomically(path, write, overwrite=True)
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_state(path: Path) -> TrainingState:

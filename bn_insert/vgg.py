@@ -114,7 +114,7 @@ class _Block:
 def _refuse(reason: str) -> NoReturn:
     raise CheckpointError(
         f"this is no VGG in torchvision's layout: {reason}; for another architecture pass it: "
-        "load_checkpoint(path, model=...)"
+        "load_checkpoint(path, model=...) (--model package.module:function)"
     )
 
 

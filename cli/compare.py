@@ -8,7 +8,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_result, print_table
-from .inputs import ImageOptions, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_device, open_model, open_transform
 from .tables import comparison_table
 
 CHECK_FAILED = 1
@@ -18,6 +18,16 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     a: Annotated[str, typer.Argument(metavar="A", help="The reference checkpoint.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to hold against it.", show_default=False)],
     calibration: opt.Calibration,
+    model: opt.Model = None,
+    model_b: Annotated[
+        str | None,
+        typer.Option(
+            "--model-b",
+            metavar="PACKAGE.MODULE:FUNCTION",
+            help="As --model, for B alone where it is another architecture.",
+            show_default=False,
+        ),
+    ] = None,
     images: opt.Images = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -36,13 +46,19 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     The exit code is 1 when the difference is past --atol or --rtol. Preprocessing defaults to what is stored beside B.
 
     Example: `bn-insert compare vgg16.pth vgg16-bn.pth photographs/`
+
+    No VGG: `bn-insert compare alexnet.pth alexnet-bn.pth photographs/ --model torchvision.models:alexnet`
     """
     from bn_insert import compare_outputs  # noqa: PLC0415 - torch only when work begins
 
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(b, image_options)
     target = open_device(device)
-    reference, candidate = open_model(a).to(target), open_model(b).to(target)
+    # --model is for both, but a name of torchvision's beside a file needs none.
+    model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
+    if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
+        model_b = model
+    reference, candidate = open_model(a, model_a).to(target), open_model(b, model_b).to(target)
     batches = open_calibration(calibration, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)

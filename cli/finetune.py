@@ -35,6 +35,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     output_dir: Annotated[
         Path, typer.Option("--output-dir", metavar="DIR", help="Where results go; is made.", show_default=False)
     ],
+    model: opt.Model = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[
         int, typer.Option("-b", "--batch-size", min=1, help="Images a step; with torchrun, of each process.")
@@ -110,6 +111,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     With several processes: `torchrun --nproc-per-node 2 -m cli finetune ...`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
+
+    No VGG: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model torchvision.models:alexnet`
     """
     from bn_insert.class_folders import open_class_folders  # noqa: PLC0415 - torch only when work begins
     from bn_insert.errors import DivergenceError  # noqa: PLC0415
@@ -141,14 +144,14 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
     transform = open_transform(checkpoint, image_options)
-    model = open_model(checkpoint)
-    images = open_class_folders(data, transform, channels=input_channels(model), workers=workers)
+    network = open_model(checkpoint, model)
+    images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     with process_group(open_device(device)) as target, stop_on_signals() as stop:
         first = Ranks.current().first
         with _Display(epochs, len(images.train)) as display:
             try:
                 result = train(
-                    model,
+                    network,
                     images,
                     output_dir,
                     settings,

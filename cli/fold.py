@@ -28,6 +28,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
             show_default=False,
         ),
     ] = None,
+    model: opt.Model = None,
     seed: opt.Seed = 0,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -44,6 +45,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     anything is written; beyond tolerance nothing is written and the exit code is 1.
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
+
+    No VGG: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
     from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
@@ -55,20 +58,20 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
     transform = open_transform(checkpoint, image_options)
-    model = open_model(checkpoint)
+    network = open_model(checkpoint, model)
     if calibration is None:
         side = transform.crop or transform.resize or DEFAULT_SIDE
         generator = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(CHECK_IMAGES, input_channels(model), side, side, generator=generator)]
+        inputs = [torch.randn(CHECK_IMAGES, input_channels(network), side, side, generator=generator)]
         print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
     else:
-        inputs = [batch.images for batch in open_calibration(calibration, model, transform, image_options)]
-    norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
+        inputs = [batch.images for batch in open_calibration(calibration, network, transform, image_options)]
+    norms = sum(isinstance(module, _BatchNorm) for module in network.modules())
     if norms == 0:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
-    result = fold_batchnorm(model, inputs[0])
+    result = fold_batchnorm(network, inputs[0])
     left = sum(isinstance(module, _BatchNorm) for module in result.modules())
-    comparison = compare_outputs(model, result, inputs)
+    comparison = compare_outputs(network, result, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,14 +34,29 @@ class ImageOptions:
     strict: bool
 
 
-def open_model(checkpoint: str) -> nn.Module:
-    """Return the network of a checkpoint file or of a torchvision name."""
+def open_model(checkpoint: str, function: str | None = None) -> nn.Module:
+    """Return the network of a checkpoint file or of a torchvision name.
+
+    function: "package.module:function" that makes the architecture, from --model; this imports and calls it.
+    """
     from bn_insert.checkpoint import load_checkpoint  # noqa: PLC0415 - torch only when work begins
     from bn_insert.pretrained import torchvision_checkpoint  # noqa: PLC0415
 
-    if checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists():
+    if is_torchvision_name(checkpoint):
+        if function is not None:
+            raise typer.BadParameter(
+                f"{checkpoint} is torchvision's network, whose architecture is known; --model is for checkpoint files",
+                param_hint="--model",
+            )
         return torchvision_checkpoint(checkpoint)
-    return load_checkpoint(checkpoint)
+    if function is not None and (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)  # as for python -m; the function may import more when it is called
+    return load_checkpoint(checkpoint, model=function)
+
+
+def is_torchvision_name(checkpoint: str) -> bool:
+    """Say whether it is no file, and the name of a network that torchvision has weights for."""
+    return checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists()
 
 
 def open_transform(checkpoint: str, options: ImageOptions) -> Transform:

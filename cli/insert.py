@@ -29,6 +29,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     calibration: opt.Calibration,
     output: opt.Output,
+    model: opt.Model = None,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -68,6 +69,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     original before anything is written; beyond tolerance nothing is written and the exit code is 1.
 
     Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
+
+    No VGG: `bn-insert insert alexnet.pth photographs/ -o alexnet-bn.pth --model torchvision.models:alexnet`
     """
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
@@ -84,12 +87,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(checkpoint, image_options)
-    model = open_model(checkpoint)
-    batches = open_calibration(calibration, model, transform, image_options)
+    network = open_model(checkpoint, model)
+    batches = open_calibration(calibration, network, transform, image_options)
 
     example = next(iter(batches.head(1))).images
     kinds = layer_kinds(layers)
-    found = survey(model, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
+    found = survey(network, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
     sites = [layer.site for layer in found if layer.site]
     if not sites:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found)
@@ -99,7 +102,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         share = batches.part(ranks.rank, ranks.count)
         with image_progress("calibrating", share.images, shown=ranks.first) as progress:
             moments = calibrate(
-                model,
+                network,
                 sites,
                 share,
                 device=target,
@@ -111,13 +114,13 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if not ranks.first:
         return  # one process checks and writes
     _note_unreadable(unreadable)
-    edges = find_edges(model, example, sites) if equalize else []
-    result = insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
+    edges = find_edges(network, example, sites) if equalize else []
+    result = insert_at(network, sites, moments, edges=edges, eps=eps, momentum=momentum)
 
     print_table(site_table(sites, moments))
     if edges:
         print_table(edge_table(edges))
-    comparisons = _check(model, result, batches.head(CHECK_IMAGES), target)
+    comparisons = _check(network, result, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
@@ -127,7 +130,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "checkpoint": file_facts(checkpoint),
             "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
             "output": file_facts(output) if accepted else None,
-            "options": {"layers": kinds, "include_output": include_output, "skip": skip or []}
+            "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {
                 "placement": placement,
                 "equalize": equalize,

@@ -14,6 +14,7 @@ from .tables import layer_table
 
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
+    model: opt.Model = None,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -23,24 +24,27 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     """Show every conv and dense layer, and whether a BatchNorm is there, would go there, or why not.
 
     Example: `bn-insert inspect vgg16.pth`
+
+    No VGG: `bn-insert inspect alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
     from bn_insert import survey  # noqa: PLC0415
+    from bn_insert.forward import reference_tensor  # noqa: PLC0415
 
-    model = open_model(checkpoint)
-    weight = next(model.parameters())
-    example = torch.zeros(2, input_channels(model), size, size, dtype=weight.dtype)
+    network = open_model(checkpoint, model)
+    dtype = reference_tensor(network).dtype
+    example = torch.zeros(2, input_channels(network), size, size, dtype=dtype)
     found = survey(
-        model,
+        network,
         example,
         layers=layer_kinds(layers),
         include_output=include_output,
         skip=skip or (),
         placement=placement,
     )
-    modules = dict(model.named_modules())
+    modules = dict(network.named_modules())
     print_table(layer_table(found, {layer.name: modules[layer.name].weight.shape for layer in found}))
     sites = sum(layer.site is not None for layer in found)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")

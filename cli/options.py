@@ -17,6 +17,16 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="For checkpoints that are no VGG: a function without arguments that returns the network; it is imported, "
+        "also from the current folder.",
+        show_default=False,
+    ),
+]
 Calibration = Annotated[
     Path,
     typer.Argument(
