@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .errors import ImageError
+from .torch_file import load_torch_file
 
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 
@@ -146,8 +146,7 @@ def _read_safetensors(path: Path) -> Tensor:
 
 
 def _read_torch(path: Path) -> Tensor:
-    # Only the zip format can be mapped; torch.save wrote another before PyTorch 1.6.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    content = load_torch_file(path, mapped=True)
     if isinstance(content, Mapping):
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if len(tensors) != 1:
