@@ -113,6 +113,8 @@ def supervised(seed: int, numbers: range) -> Iterator[Result]:
             process.kill()  # it may carry on what went wrong
             process.join()
             print(f"case {number} ({result.kind}, {result.mutation}): {result.detail}", flush=True)
+        if number % 1000 < 2:
+            print(f"at case {number}", flush=True)
         yield result
     if connection is not None:
         connection.close()

@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -90,10 +90,17 @@ def _check_pickle(file: _Bounded, size: int) -> None:
         machine.step(opcode, argument)
 
 
+@runtime_checkable
+class _Readable(Protocol):
+    def read(self, count: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+
 class _Bounded:
     """A file that refuses to read more than it can hold: Python would make room for it first."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
+    def __init__(self, file: _Readable, size: int) -> None:
         self._file = file
         self._size = size
 

@@ -66,7 +66,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
     if norms == 0:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
-    result = fold_batchnorm(model, inputs[0])
+    result = fold_batchnorm(model, inputs[0].to(next(model.parameters()).dtype))
     left = sum(isinstance(module, _BatchNorm) for module in result.modules())
     comparison = compare_outputs(model, result, inputs)
     print_table(comparison_table({"cpu": comparison}))

@@ -87,7 +87,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     model = open_model(checkpoint)
     batches = open_calibration(calibration, model, transform, image_options)
 
-    example = next(iter(batches.head(1))).images
+    example = next(iter(batches.head(1))).images.to(next(model.parameters()).dtype)
     kinds = layer_kinds(layers)
     found = survey(model, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
     sites = [layer.site for layer in found if layer.site]
