@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .errors import ImageError
+from .state_dict import printable
 from .torch_file import load_torch_file
 
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
@@ -118,7 +119,7 @@ def read_tensor(path: Path) -> Tensor:
             "save the tensor alone, as torch.save(tensor, path)"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        reason = " ".join((str(error) or type(error).__name__).splitlines()[0].split())
+        reason = printable(" ".join((str(error) or type(error).__name__).splitlines()[0].split()))[:200]
         raise ImageError(f"{path} is damaged, or no {path.suffix} file: {reason}") from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
@@ -158,7 +159,8 @@ def _read_torch(path: Path) -> Tensor:
 
 
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
-    found = f" ({', '.join(map(str, names[:4]))}{', ...' if len(names) > 4 else ''})" if names else ""
+    shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
+    found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
     return ImageError(f"{path} holds {len(names)} tensors{found}; save the one with the images alone")
 
 
