@@ -152,7 +152,9 @@ def _bits_flipped(content: bytes, generator: random.Random) -> bytes:
 
 def _overwritten(content: bytes, generator: random.Random) -> bytes:
     start = _place(content, generator)
-    value = generator.choice((b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80", generator.randbytes(4)))
+    value = generator.choice(
+        (b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80", generator.randbytes(4))
+    )
     value *= generator.choice((1, 1, 2, 8))
     return (content[:start] + value + content[start + len(value) :])[: len(content)]
 
@@ -164,7 +166,9 @@ def _cut_out(content: bytes, generator: random.Random) -> bytes:
 
 def _repeated(content: bytes, generator: random.Random) -> bytes:
     start = _place(content, generator)
-    return content[:start] + content[start : start + generator.randint(1, 400)] * generator.randint(2, 9) + content[start:]
+    return (
+        content[:start] + content[start : start + generator.randint(1, 400)] * generator.randint(2, 9) + content[start:]
+    )
 
 
 def _inserted(content: bytes, generator: random.Random) -> bytes:
@@ -203,7 +207,7 @@ BYTES: tuple[tuple[str, Mutation], ...] = (
 # Structures
 
 
-def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:
+def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:  # noqa: PLR0911 - a return for each format
     if kind.form == "zip":
         return [
             ("zip: entries altered", _zip_entries),
@@ -230,7 +234,11 @@ def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:
             ("contents altered", lambda _, generator: _contents(kind, generator)),
         ]
     if kind.form == "npy":
-        return [("npy: header altered", _npy_header), ("npy: header altered", _npy_header), ("payload", _npy_payload(trap))]
+        return [
+            ("npy: header altered", _npy_header),
+            ("npy: header altered", _npy_header),
+            ("payload", _npy_payload(trap)),
+        ]
     if kind.form == "json":
         return [("json: values altered", _json_values), ("json: text altered", _json_text)]
     if kind.form == "png":
@@ -259,8 +267,11 @@ def _state_contents(state: dict[str, Any], generator: random.Random, simple: boo
 
     def renamed() -> object:
         other = generator.choice(
-            ("", "features", "features.99.weight", "features.-1.weight", f"features.{10**30}.weight", "\x1b[31mred\x07")
-            + (key.upper(), key + ".", "." + key, "módulo", "\ud800" if not simple else "x", generator.choice(keys))
+            (
+                *("", "features", "features.99.weight", "features.-1.weight", f"features.{10**30}.weight"),
+                *("\x1b[31mred\x07", key.upper(), key + ".", "." + key, "módulo", "x" if simple else "\ud800"),
+                generator.choice(keys),
+            )
         )
         return without() | {other: value}
 
@@ -283,7 +294,7 @@ def _state_contents(state: dict[str, Any], generator: random.Random, simple: boo
         itself["state_dict"] = itself
         changes += [
             lambda: state | {key: torch.zeros(1).expand(10**6, 10**6)},
-            lambda: state | {key: value.flatten()[:1].expand(value.shape)},
+            lambda: state | {key: value.flatten()[:1].expand(value.shape or (1,))},
             lambda: state | {key: value.to_sparse() if value.dim() else value},
             lambda: state | {key: value.to("meta")},
             lambda: state | {key: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)},
@@ -293,7 +304,7 @@ def _state_contents(state: dict[str, Any], generator: random.Random, simple: boo
             lambda: itself,
             lambda: list(state.items()),
             lambda: OrderedDict(state),
-            lambda: nn.ParameterDict(state) if generator.random() < 0.5 else network(),
+            lambda: network() if generator.random() < 0.5 else {key: nn.Parameter(value, False)},
         ]
     return generator.choice(changes)()
 
@@ -309,10 +320,10 @@ def _tensor_contents(values: Tensor, generator: random.Random, simple: bool) -> 
     if not simple:
         changes += [
             lambda: values[:1, :, :1, :1].expand(10**5, 3, 300, 300),
-            lambda: values.to_sparse(),
+            values.to_sparse,
             lambda: values.to("meta"),
             lambda: values[:, :, :, ::2],
-            lambda: values.requires_grad_(),
+            values.requires_grad_,
             lambda: generator.choice((None, 1, [values], {"a": 1}, {1: values}, "text")),
             lambda: torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
         ]
@@ -351,6 +362,7 @@ def _zip_entries(content: bytes, generator: random.Random) -> bytes:
     entries = _entries(content)
     place = generator.randrange(len(entries))
     name, data = entries[place]
+    order = generator.choice((b"big", b"little", b"middle", b""))
     names = ("../../" + name, "/" + name, name + "\0", "", name.upper(), name.replace("/", "\\"), "x" * 60_000)
     changes: list[Callable[[], list[tuple[str, bytes]]]] = [
         lambda: [entry for entry in entries if entry is not entries[place]],
@@ -359,9 +371,8 @@ def _zip_entries(content: bytes, generator: random.Random) -> bytes:
         lambda: [*entries[:place], (name, generator.choice(BYTES)[1](data or b"x", generator)), *entries[place + 1 :]],
         lambda: [*entries[:place], (name, data * 3), *entries[place + 1 :]],
         lambda: [*entries[:place], (name, b""), *entries[place + 1 :]],
-        lambda: [(other.replace("archive", "other"), each) if other != name else (other, each) for other, each in entries],
-        lambda: [(other, generator.choice((b"big", b"little", b"middle", b""))) if "byteorder" in other else (other, each)
-                 for other, each in entries],
+        lambda: [(other if other == name else other.replace("archive", "other"), each) for other, each in entries],
+        lambda: [(other, order if "byteorder" in other else each) for other, each in entries],
         lambda: [("archive/" + other, each) for other, each in entries],
         lambda: generator.sample(entries, len(entries)),
     ]  # fmt: skip
@@ -550,7 +561,9 @@ def _safetensors_header(content: bytes, generator: random.Random) -> bytes:
         settings = metadata.get("bn-insert", "{}").encode()
         text = _json_values(settings, generator).decode(errors="replace")
         changed = header | {
-            "__metadata__": generator.choice(({"bn-insert": text}, {"bn-insert": 1}, [], {"x": "y"}, {"bn-insert": "x"}))
+            "__metadata__": generator.choice(
+                ({"bn-insert": text}, {"bn-insert": 1}, [], {"x": "y"}, {"bn-insert": "x"})
+            )
         }
     text = json.dumps(changed).encode()
     if generator.random() < 0.1:
@@ -564,7 +577,15 @@ def _safetensors_header(content: bytes, generator: random.Random) -> bytes:
 def _npy_header(content: bytes, generator: random.Random) -> bytes:
     (length,) = struct.unpack("<H", content[8:10])
     data = content[10 + length :]
-    shapes = ("(3, 3, 4, 5)", "(180,)", "()", "(0, 3, 4, 5)", "(-3, -3, 4, 5)", f"({10**15}, 3, 4, 5)", "(3, 3, 4, 5.0)")
+    shapes = (
+        "(3, 3, 4, 5)",
+        "(180,)",
+        "()",
+        "(0, 3, 4, 5)",
+        "(-3, -3, 4, 5)",
+        f"({10**15}, 3, 4, 5)",
+        "(3, 3, 4, 5.0)",
+    )
     descriptions = (
         *("'<f4'", "'>f4'", "'<f8'", "'<f2'", "'|u1'", "'|O'", "'<c8'", "'<U1'", "'|S0'", "'|V0'", "'<M8[s]'", "'x'"),
         *("[('a', '<f4')]", "('<f4', (2,))", "'<f16'", "'|b1'", "'<u2'", "{}", "1", "'<i8'", "None"),
@@ -575,7 +596,7 @@ def _npy_header(content: bytes, generator: random.Random) -> bytes:
         + generator.choice((shapes[0], *shapes)) + ", }"
     )  # fmt: skip
     header = generator.choice((header, header, header, "(" * 5000, "{" * 200, "[" + "0," * 4000 + "]", "0" * 9000, ""))
-    version = generator.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\9\0", b"\0\0"))
+    version = generator.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\x09\0", b"\0\0"))
     form = "<H" if version[:1] == b"\1" else "<I"
     text = header.encode() + b"\n"
     return content[:6] + version + struct.pack(form, generator.choice((len(text), len(text), 0, 65535))) + text + data
@@ -603,7 +624,9 @@ def _json_values(content: bytes, generator: random.Random) -> bytes:
     )
     for _ in range(generator.choice((1, 1, 2, 4))):
         target, key = document, generator.choice(list(document) or ["x"])
-        while isinstance(target, dict) and isinstance(target.get(key), dict) and target[key] and generator.random() < 0.8:
+        while (
+            isinstance(target, dict) and isinstance(target.get(key), dict) and target[key] and generator.random() < 0.8
+        ):
             target, key = target[key], generator.choice(list(target[key]))
         action = generator.randrange(4)
         if action == 0:

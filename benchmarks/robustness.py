@@ -79,7 +79,9 @@ def main() -> None:
     print(f"{options.cases} cases, seed {options.seed}", flush=True)
     with ThreadPoolExecutor(options.processes) as pool:
         shares = [range(first, options.cases, options.processes) for first in range(options.processes)]
-        results = [result for part in pool.map(lambda share: list(supervised(options.seed, share)), shares) for result in part]
+        results = [
+            result for part in pool.map(lambda share: list(supervised(options.seed, share)), shares) for result in part
+        ]
     text = table(results, options.seed, time.monotonic() - start)
     print(text)
     if options.output:
@@ -380,7 +382,7 @@ def table(results: list[Result], seed: int, seconds: float) -> str:
         f"# {len(results):,} damaged files, seed {seed}",
         "",
         f"`python benchmarks/robustness.py --cases {len(results)} --seed {seed}`, {seconds:.0f} s. "
-        f"\"{BAD}\" would be: another exception than a BNInsertError, a message that does not name the file or is more "
+        f'"{BAD}" would be: another exception than a BNInsertError, a message that does not name the file or is more '
         f"than a line, a warning, something printed, a crash, over {CPU_LIMIT:g} s of processor time, over "
         f"{MEMORY_LIMIT >> 30} GiB of memory or a failed attempt at more, a file made by a payload, or a result that "
         "breaks its reader's promises.",
@@ -401,9 +403,15 @@ def table(results: list[Result], seed: int, seconds: float) -> str:
     bad = [result for result in results if result.outcome == BAD]
     lines += [f"- case {one.number} ({one.kind}, {one.mutation}): {one.detail}" for one in bad] + [""] * bool(bad)
     payloads = sum("payload" in result.mutation for result in results)
-    lines += [f"{payloads:,} of the files held a payload that makes a file when it is run; none was made." * (not bad), ""]
+    lines += [
+        f"{payloads:,} of the files held a payload that makes a file when it is run; none was made." * (not bad),
+        "",
+    ]
     found = versions() | {name: version(name) for name in ("pillow", "numpy", "safetensors")}
-    lines += [", ".join(f"{name} {number}" for name, number in found.items()), f"{os.cpu_count()} x {platform.machine()}"]
+    lines += [
+        ", ".join(f"{name} {number}" for name, number in found.items()),
+        f"{os.cpu_count()} x {platform.machine()}",
+    ]
     return "\n".join([*lines, ""])
 
 

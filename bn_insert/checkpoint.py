@@ -215,6 +215,11 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for key, value in wanted.items()
         if key in tensors and isinstance(value, Tensor) and value.shape != tensors[key].shape
     ]
+    mismatches += [
+        f"{key} is of {tensors[key].dtype} in the file and of {value.dtype} in the model"
+        for key, value in wanted.items()
+        if key in tensors and isinstance(value, Tensor) and tensors[key].is_complex() and not value.is_complex()
+    ]
     if not mismatches:
         try:
             missing, unexpected = model.load_state_dict(tensors, strict=False)

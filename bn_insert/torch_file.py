@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -86,7 +86,7 @@ def _check_pickles(file: BufferedReader, size: int) -> None:
 
 def _check_pickle(file: _Bounded, size: int) -> None:
     machine = _Machine(size)
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):
         machine.step(opcode, argument)
 
 

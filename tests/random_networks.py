@@ -126,7 +126,7 @@ def built(network: Network, seed: int | None = None) -> nn.Module:
     generator = torch.Generator().manual_seed(network.seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 10 ** (network.log_scale * (2 * float(torch.rand((), generator=generator)) - 1))
+            parameter.mul_(10 ** (network.log_scale * (2 * float(torch.rand((), generator=generator)) - 1)))
     return model
 
 

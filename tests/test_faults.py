@@ -115,7 +115,9 @@ def test_activations_that_overflow_in_a_deep_layer_name_that_layer_and_the_image
         model[4].weight *= 1e20
     batch = Batch(images(4, 12), tuple(Path(f"{name}.png") for name in "abcd"))
     batch.images[:1] = 0
-    with pytest.raises(CalibrationError, match=r"activations of 4 are not finite in torch\.float32, first for [ab]\.png"):
+    with pytest.raises(
+        CalibrationError, match=r"activations of 4 are not finite in torch\.float32, first for [ab]\.png"
+    ):
         insert_batchnorm(model, [batch], include_output=True)
 
 
