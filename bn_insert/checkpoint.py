@@ -277,7 +277,7 @@ def _filled(
         key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
     ]
     absent = [f"{key} is not in the file" for key in without_memory if key not in named]
-    _check_fit(described, absent + _other_shapes(network, named))  # before memory is taken: settings may tell anything
+    _check_fit(described, absent + _misfits(network, named))  # before memory is taken: settings may tell anything
     _give_memory(network, device)
     try:
         missing, unexpected = network.load_state_dict(named, strict=False)
@@ -292,14 +292,20 @@ def _has_all_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Say whether a network has the keys and shapes of these tensors, and no others."""
     different = network.state_dict().keys() ^ tensors.keys()
     # PyTorch itself loads a BatchNorm without its counter.
-    return all(key.endswith("num_batches_tracked") for key in different) and not _other_shapes(network, tensors)
+    return all(key.endswith("num_batches_tracked") for key in different) and not _misfits(network, tensors)
 
 
-def _other_shapes(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def _misfits(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    wanted = network.state_dict()
+    both = {key: (tensors[key], value) for key, value in wanted.items() if key in tensors and isinstance(value, Tensor)}
     return [
-        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(value.shape)} in the model"
-        for key, value in network.state_dict().items()
-        if key in tensors and isinstance(value, Tensor) and value.shape != tensors[key].shape
+        f"{key} is {tuple(stored.shape)} in the file and {tuple(value.shape)} in the model"
+        for key, (stored, value) in both.items()
+        if value.shape != stored.shape
+    ] + [
+        f"{key} is of {stored.dtype} in the file and of {value.dtype} in the model"
+        for key, (stored, value) in both.items()
+        if stored.is_complex() and not value.is_complex()
     ]
 
 

@@ -91,17 +91,25 @@ class _Passes:
         self._largest: int | None = None
 
     def run(self, inputs: Tensor) -> None:
-        for part in inputs.split(self._largest or len(inputs)):
-            try:
-                self._attempt(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
+        done = 0
+        while done < len(inputs):
+            part = inputs[done : done + (self._largest or len(inputs))]
+            if self._fits(part):
+                done += len(part)
+            else:  # outside of the except clause, whose traceback would keep the activations in memory
                 self._largest = len(part) // 2
                 warnings.warn(
                     f"a batch of {len(part)} does not fit into memory: going on with {self._largest}", stacklevel=2
                 )
-                self.run(part)
+
+    def _fits(self, inputs: Tensor) -> bool:
+        try:
+            self._attempt(inputs)
+        except torch.OutOfMemoryError:
+            if len(inputs) == 1:
+                raise
+            return False
+        return True
 
     def _attempt(self, inputs: Tensor) -> None:
         # channels_last: on a CPU it alone takes VGG16's forward to 0.78 of its time, and lets moments_of read

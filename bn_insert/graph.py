@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import GraphError
+from .forward import as_input, reference_tensor
 
 Kind = Literal["conv", "dense"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -91,8 +92,10 @@ class Trace:
     def of(cls, model: nn.Module, example: Tensor) -> Trace:
         """Trace the model in eval mode; nothing heavy is computed, and the model is left alone.
 
+        example: an input batch; only its shape matters.
         Raises GraphError with the cause when torch.export cannot see through the model.
         """
+        example = as_input(example, 0, reference_tensor(model))
         try:
             graph = torch.export.export(working_copy(model), (example,), strict=False).graph
         except Exception as error:  # whatever the user's forward or torch.export raises is one fact to us

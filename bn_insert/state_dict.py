@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import stat
 import warnings
-import zipfile
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
@@ -15,14 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .torch_file import RefusedError, check_expansion, load_torch_file
 
 FileKind = Literal["zip", "pickle", "safetensors"]
 
 PREFIXES = ("module.", "model.", "_orig_mod.")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema")
-
-# torch.save and safetensors compress nothing, so tensors (shared ones counted twice) stay near the size of their file.
-_LARGEST_EXPANSION = 10
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -37,7 +34,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # How a stranger's file was written (old pickle protocols, typed storages) is not the reader's concern.
             warnings.simplefilter("ignore")
-            content: object = _read_safetensors(path) if kind == "safetensors" else _read_torch(path, kind)
+            content: object = _read_safetensors(path) if kind == "safetensors" else load_torch_file(path)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a parser raises on a damaged file is one fact to us
@@ -118,15 +115,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
 
 
-def _read_torch(path: Path, kind: FileKind) -> object:
-    if kind == "zip":
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(record.file_size for record in archive.infolist())
-        _check_expansion(path, claimed)
-    with path.open("rb") as file:  # given a path, torch.load would let the suffix decide what it is
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-
-
 def _unwrapped(path: Path, content: object) -> Mapping[object, object]:
     # A pickle can hold a dict that holds itself: more than two layers of wrapping are nobody's checkpoint.
     for _ in range(3):
@@ -167,20 +155,16 @@ def _checked(path: Path, content: Mapping[object, object]) -> dict[str, Tensor]:
         tensors[key] = value.detach()
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
-    _check_expansion(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    try:
+        check_expansion(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    except RefusedError as error:
+        raise _unreadable(path, error) from error
     return tensors
 
 
-def _check_expansion(path: Path, claimed: int) -> None:
-    size = path.stat().st_size
-    if claimed > _LARGEST_EXPANSION * size:
-        raise CheckpointError(
-            f"{path} claims to hold {claimed:,} bytes of tensors in a file of {size:,} bytes: it is damaged, or made "
-            "to exhaust memory, and is not read"
-        )
-
-
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, RefusedError):
+        return CheckpointError(f"{path} is not read: {printable(error)}; fetch or write it again")
     text = str(error)
     if wanted := re.search(r"(?:Unsupported (?:global: GLOBAL|class)|unsupported GLOBAL) ([\w.]+)", text):
         return CheckpointError(

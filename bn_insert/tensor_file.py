@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .errors import ImageError
+from .state_dict import printable
+from .torch_file import load_torch_file
 
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 
@@ -118,7 +119,7 @@ def read_tensor(path: Path) -> Tensor:
             "save the tensor alone, as torch.save(tensor, path)"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        reason = " ".join((str(error) or type(error).__name__).splitlines()[0].split())
+        reason = printable(" ".join((str(error) or type(error).__name__).splitlines()[0].split()))[:200]
         raise ImageError(f"{path} is damaged, or no {path.suffix} file: {reason}") from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
@@ -146,8 +147,7 @@ def _read_safetensors(path: Path) -> Tensor:
 
 
 def _read_torch(path: Path) -> Tensor:
-    # Only the zip format can be mapped; torch.save wrote another before PyTorch 1.6.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    content = load_torch_file(path, mapped=True)
     if isinstance(content, Mapping):
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if len(tensors) != 1:
@@ -159,7 +159,8 @@ def _read_torch(path: Path) -> Tensor:
 
 
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
-    found = f" ({', '.join(map(str, names[:4]))}{', ...' if len(names) > 4 else ''})" if names else ""
+    shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
+    found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
     return ImageError(f"{path} holds {len(names)} tensors{found}; save the one with the images alone")
 
 

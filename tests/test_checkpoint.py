@@ -785,7 +785,8 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_unpacked(tmp_p
         for name, content in records.items():
             archive.writestr(name, content)
     message = refusal_of(lambda: load_checkpoint(tmp_path / "bomb.pth"))
-    assert "made to exhaust memory, and is not read" in message
+    assert "is not read: it claims to hold" in message
+    assert "made to exhaust memory" in message
 
 
 @pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "old.pth", "tiny.json"])
@@ -811,3 +812,9 @@ def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path
         except CheckpointError:
             outcomes["refused"] += 1
     assert outcomes["refused"] > 10
+
+
+def test_complex_weights_for_a_real_architecture_are_refused_and_not_cut(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2, 2, dtype=torch.complex64), "bias": torch.ones(2)}, tmp_path / "x.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "x.pth", model=nn.Linear(2, 2)))
+    assert "weight is of torch.complex64 in the file and of torch.float32 in the model" in message
