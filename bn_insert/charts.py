@@ -182,7 +182,8 @@ def _rows(names: Iterable[str], row: float) -> tuple[Figure, Axes]:
     labels = [_shortened(name) for name in names]
     figure = _figure(0.6 + row * max(len(labels), 2))
     axes = figure.subplots()
-    axes.set_yticks(range(len(labels)), labels)
+    for label in axes.set_yticks(range(len(labels)), labels):
+        label.label1.set_parse_math(False)  # a dollar sign in a name begins no formula
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     return figure, axes
@@ -234,7 +235,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
 
     for axes in figure.axes:
         _style(axes)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = io.StringIO()
     with mpl.rc_context(settings), warnings.catch_warnings():

@@ -160,4 +160,4 @@ def _train_mode(agreements: Sequence[TrainModeAgreement] | str) -> dict[str, Any
 
 
 def _numbers(values: Tensor) -> list[float]:
-    return [float(value) for value in values]
+    return [float(value) for value in values.detach()]

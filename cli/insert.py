@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
-from .console import image_progress, print_note, print_result, print_table
+from .console import image_progress, print_error, print_note, print_result, print_table
 from .inputs import ImageOptions, layer_kinds, open_calibration, open_device, open_model, open_transform
 from .tables import comparison_table, edge_table, site_table
 
@@ -18,10 +17,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Comparison
+    from bn_insert import Comparison, TrainModeAgreement
     from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
+INTERRUPTED = 130
+# For the report's train-mode figures, six forward passes over them: on a CPU 0.4 of the time of the default calibration.
+TRAIN_MODE_IMAGES = 64
 CHECK_IMAGES = 8  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
 
 
@@ -58,7 +60,11 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
     report: Annotated[
-        Path | None, typer.Option(help="Write what was done and found, as JSON.", metavar="FILE.json")
+        Path | None,
+        typer.Option(
+            help="Write what was done and found, and how far train mode is from eval mode: a page, or JSON by name.",
+            metavar="FILE.html|FILE.json",
+        ),
     ] = None,
     force: opt.Force = False,
 ) -> None:
@@ -72,12 +78,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import calibrate, find_edges, insert_at, survey  # noqa: PLC0415
-    from bn_insert.atomic import write_atomically  # noqa: PLC0415
+    from bn_insert import calibrate, find_edges, survey  # noqa: PLC0415
     from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.errors import GraphError  # noqa: PLC0415
+    from bn_insert.errors import CheckpointError, GraphError  # noqa: PLC0415
+    from bn_insert.insertion import insert_with_norms  # noqa: PLC0415
     from bn_insert.process_group import Ranks, process_group  # noqa: PLC0415
-    from bn_insert.report import check_report, file_facts, insertion_report  # noqa: PLC0415
+    from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
 
     check_output(output, overwrite=force)
     if report:
@@ -112,7 +118,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         return  # one process checks and writes
     _note_unreadable(unreadable)
     edges = find_edges(model, example, sites) if equalize else []
-    result = insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
+    result, norms = insert_with_norms(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
 
     print_table(site_table(sites, moments))
     if edges:
@@ -123,6 +129,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if accepted:
         save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
     if report:
+        # Behind the checkpoint: nothing that goes wrong here loses it.
         facts = {
             "checkpoint": file_facts(checkpoint),
             "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
@@ -139,8 +146,17 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
         }
-        text = json.dumps(facts | insertion_report(found, moments, edges, comparisons), indent=2)
-        write_atomically(report, lambda path: path.write_text(text + "\n"), overwrite=force)
+        written = f"{output} is written and whole" if accepted else "nothing was written"
+        try:
+            agreements = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
+            print_note(f"For the report: {agreements}" if isinstance(agreements, str) else _reading(agreements))
+            data = facts | insertion_report(found, moments, norms, edges, comparisons, agreements)
+            write_report(report, data, overwrite=force)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {written}") from error
+        except KeyboardInterrupt:
+            print_error(f"interrupted; {written}, the report {report} is not")
+            raise typer.Exit(INTERRUPTED) from None
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
@@ -151,6 +167,23 @@ def _note_unreadable(unreadable: list[Unreadable]) -> None:
     if unreadable:
         first = unreadable[0]
         print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
+
+
+def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> list[TrainModeAgreement] | str:
+    """Return how far train mode is from eval mode, or why that cannot be measured."""
+    from bn_insert import CalibrationError, train_mode_agreement  # noqa: PLC0415
+
+    try:
+        with image_progress("train mode", batches.images) as progress:
+            return train_mode_agreement(result, batches, device=device, progress=progress)
+    except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
+        return str(error)
+
+
+def _reading(agreements: list[TrainModeAgreement]) -> str:
+    from bn_insert.train_mode import agreement_reading  # noqa: PLC0415
+
+    return agreement_reading(agreements)
 
 
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:
