@@ -47,8 +47,9 @@ def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
         _boxes("mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"], "symlog"),
         _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], "log"),
         _gamma(norms),
-        _constant(norms),
     ]
+    if any(norm["constant_channels"] or norm["near_constant_channels"] for norm in norms.values()):
+        charts.append(_constant(norms))
     if any(norm["standard_error"] for norm in norms.values()):
         note = "Estimated from how far batches are apart. More images make it smaller."
         title = "Standard error of mean and std, relative to std"
@@ -172,7 +173,7 @@ def _constant(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
         axes.barh(range(len(norms)), share, left=done, height=0.6, color=_SERIES_COLORS[number])
         done += share
     axes.set_xlabel("% of the layer's channels")
-    axes.set_xlim(0, max(1.0, 1.05 * float(done.max(initial=0))))
+    axes.set_xlim(0, 1.05 * float(done.max()))
     note = "Near-constant: a standard deviation below 1 % of the layer's median."
     return Chart("constant", title, note, _svg(figure, "constant", title), ((1, "constant"), (2, "near-constant")))
 

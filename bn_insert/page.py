@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from .charts import agreement_chart, insertion_charts, run_charts
@@ -20,9 +21,15 @@ def page(data: Mapping[str, Any]) -> str:
 
 def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
     agreements = data["train_mode"]["agreements"]
+    inserted = [layer for layer in data["layers"] if "batchnorm" in layer]
     return {
         "data": data,
-        "inserted": [layer for layer in data["layers"] if "batchnorm" in layer],
+        "name": PurePath(data["checkpoint"]["path"]).name,
+        "inserted": inserted,
+        "moved": any(layer["batchnorm"]["behind"] != layer["name"] for layer in inserted),
+        "constant": any(
+            layer["batchnorm"][key] for layer in inserted for key in ("constant_channels", "near_constant_channels")
+        ),
         "others": [layer for layer in data["layers"] if "batchnorm" not in layer],
         "charts": insertion_charts(data),
         "agreement_chart": agreement_chart(agreements) if agreements else None,
