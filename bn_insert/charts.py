@@ -44,8 +44,10 @@ def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
     """Return the charts of what `insertion_report` gives."""
     norms = {layer["name"]: layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer}
     charts = [
-        _boxes("mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"], "symlog"),
-        _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], "log"),
+        _boxes(
+            "mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"], scale="symlog"
+        ),
+        _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], scale="log"),
         _gamma(norms),
     ]
     if any(norm["constant_channels"] or norm["near_constant_channels"] for norm in norms.values()):
@@ -53,7 +55,7 @@ def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
     if any(norm["standard_error"] for norm in norms.values()):
         note = "Estimated from how far batches are apart. More images make it smaller."
         title = "Standard error of mean and std, relative to std"
-        charts.append(_boxes("error", title, note, norms, ["standard_error"], "log"))
+        charts.append(_boxes("error", title, note, norms, ["standard_error"], scale="log"))
     return charts
 
 
@@ -104,6 +106,8 @@ def run_charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapping[str, Any]], str]]) -> Chart:
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     figure = _figure(2.8)
     axes = figure.subplots()
     percent = "accuracy" in name
@@ -117,7 +121,7 @@ def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapp
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("%" if percent else "")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = tuple((number % SERIES + 1, label) for number, label, _, _ in lines if label)
     return Chart(name, title, "", _svg(figure, name, title), legend)
 
@@ -127,7 +131,7 @@ def _gamma(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
     keys = ["gamma_before_equalization", "gamma"] if equalized else ["gamma"]
     title = "Gamma before and after equalization" if equalized else "Gamma"
     note = "" if equalized else "Without equalization gamma is the standard deviation of its channel."
-    return _boxes("gamma", title, note, norms, keys, "log", ("before", "after")[-len(keys) :] if equalized else ())
+    return _boxes("gamma", title, note, norms, keys, scale="log", labels=("before", "after") if equalized else ())
 
 
 def _boxes(
@@ -136,6 +140,7 @@ def _boxes(
     note: str,
     norms: Mapping[str, Mapping[str, Any]],
     keys: Sequence[str],
+    *,
     scale: str,
     labels: Sequence[str] = (),
 ) -> Chart:
@@ -194,6 +199,15 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-_LONGEST_NAME + 10 :]}"
 
 
+def _short(value: float, _position: int | None = None) -> str:
+    """Return a power of ten in few characters."""
+    return (
+        f"{value:g}"
+        if value == 0 or 1e-3 <= abs(value) < 1e4
+        else f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
+    )
+
+
 def _whole_decades(axes: Axes, values: Sequence[float]) -> None:
     """Make the axis logarithmic, from one power of ten to another: two of them at least are labelled."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
@@ -204,7 +218,7 @@ def _whole_decades(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(10.0**low, 10.0 ** max(high, low + 1))
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
     # The formatter of logarithms writes formulas, which only matplotlib's own drawing of text understands.
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -218,7 +232,7 @@ def _symmetric_logarithm(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(-top if min(values, default=0) < 0 else 0, top if max(values, default=0) > 0 else 0)
     axes.set_xticks([-top, -top / 10, -top / 100, 0, top / 100, top / 10, top])
     axes.set_xlim(-top if min(values, default=0) < 0 else 0, top if max(values, default=0) > 0 else 0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -236,7 +250,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
 
     for axes in figure.axes:
         _style(axes)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = io.StringIO()
     with mpl.rc_context(settings), warnings.catch_warnings():
@@ -248,7 +262,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     # Several charts stand in one page: without this their ids would be the same.
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub("|".join(_COLORS), lambda color: _COLORS[color.group()], svg)
-    return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))  # noqa: S704
+    return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
 
 
 def _style(axes: Axes) -> None:
@@ -262,5 +276,3 @@ def _style(axes: Axes) -> None:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(_INK)
         label.set_fontsize(9)
-
-

@@ -43,9 +43,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     different = {name: values for name, values in rows.items() if len(set(values)) > 1}
     return {
         "runs": runs,
-        "best": [
-            next((epoch for epoch in run["epochs"] if epoch["epoch"] == run["best_epoch"]), None) for run in runs
-        ],
+        "best": [next((epoch for epoch in run["epochs"] if epoch["epoch"] == run["best_epoch"]), None) for run in runs],
         "charts": run_charts(runs),
         "different": different,
         "same": {name: values[0] for name, values in rows.items() if name not in different},

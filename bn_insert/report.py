@@ -35,6 +35,7 @@ def insertion_report(
     norms: Mapping[str, nn.Module],
     edges: Sequence[Edge],
     comparisons: Mapping[str, Comparison],
+    *,
     agreements: Sequence[TrainModeAgreement] | str,
 ) -> dict[str, Any]:
     """Return layers, statistics per site and comparisons as JSON-ready data.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .errors import CalibrationError
@@ -124,14 +125,14 @@ def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0
 
 def _normalize_by_batch(network: nn.Module) -> None:
     """Make a working copy's BatchNorms compute what they compute in train mode, without keeping account of it."""
-    norms = [module for module in network.modules() if trains_on_batches(module)]
+    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and trains_on_batches(each)]
     if not norms:
         raise CalibrationError(
             f"{type(network).__name__} has no BatchNorm that train mode normalizes by the batch: it is the same in both"
         )
     for norm in norms:
         # Without them eval mode too takes the batch's, and SyncBatchNorm waits for no other process.
-        norm.running_mean = norm.running_var = None
+        norm.running_mean, norm.running_var = None, None
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 INTERRUPTED = 130
-# For the report's train-mode figures, six forward passes over them: on a CPU 0.4 of the time of the default calibration.
+# For the report's train-mode figures: six forward passes over each, little beside calibration with many images.
 TRAIN_MODE_IMAGES = 64
 CHECK_IMAGES = 8  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
 
@@ -80,7 +82,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     from bn_insert import calibrate, find_edges, survey  # noqa: PLC0415
     from bn_insert.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.errors import CheckpointError, GraphError  # noqa: PLC0415
+    from bn_insert.errors import GraphError  # noqa: PLC0415
     from bn_insert.insertion import insert_with_norms  # noqa: PLC0415
     from bn_insert.process_group import Ranks, process_group  # noqa: PLC0415
     from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
@@ -147,16 +149,10 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "seconds": time.monotonic() - started,
         }
         written = f"{output} is written and whole" if accepted else "nothing was written"
-        try:
+        with _without_losing(written, report):
             agreements = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
-            print_note(f"For the report: {agreements}" if isinstance(agreements, str) else _reading(agreements))
-            data = facts | insertion_report(found, moments, norms, edges, comparisons, agreements)
+            data = facts | insertion_report(found, moments, norms, edges, comparisons, agreements=agreements)
             write_report(report, data, overwrite=force)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {written}") from error
-        except KeyboardInterrupt:
-            print_error(f"interrupted; {written}, the report {report} is not")
-            raise typer.Exit(INTERRUPTED) from None
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
@@ -169,21 +165,33 @@ def _note_unreadable(unreadable: list[Unreadable]) -> None:
         print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
 
 
+@contextmanager
+def _without_losing(written: str, report: Path) -> Iterator[None]:
+    """Say what is written already where the report fails, or is not waited for."""
+    from bn_insert.errors import CheckpointError  # noqa: PLC0415
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {written}") from error
+    except KeyboardInterrupt:
+        print_error(f"interrupted; {written}, the report {report} is not")
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> list[TrainModeAgreement] | str:
     """Return how far train mode is from eval mode, or why that cannot be measured."""
     from bn_insert import CalibrationError, train_mode_agreement  # noqa: PLC0415
+    from bn_insert.train_mode import agreement_reading  # noqa: PLC0415
 
     try:
         with image_progress("train mode", batches.images) as progress:
-            return train_mode_agreement(result, batches, device=device, progress=progress)
+            agreements = train_mode_agreement(result, batches, device=device, progress=progress)
     except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
+        print_note(f"Train mode could not be measured for the report: {error}")
         return str(error)
-
-
-def _reading(agreements: list[TrainModeAgreement]) -> str:
-    from bn_insert.train_mode import agreement_reading  # noqa: PLC0415
-
-    return agreement_reading(agreements)
+    print_note(agreement_reading(agreements))
+    return agreements
 
 
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:

@@ -52,7 +52,8 @@ def cut_texts(driver: Any) -> list[str]:
         const found = [];
         for (const svg of document.querySelectorAll("figure svg")) {
           const frame = svg.getBoundingClientRect();
-          const texts = [...svg.querySelectorAll("text")].map((text) => [text.textContent, text.getBoundingClientRect()]);
+          const elements = [...svg.querySelectorAll("text")];
+          const texts = elements.map((text) => [text.textContent, text.getBoundingClientRect()]);
           texts.forEach(([text, box], number) => {
             if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 ||
                 box.bottom > frame.bottom + 1) found.push(`${text} leaves its chart`);

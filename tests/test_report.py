@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 from dataclasses import replace
@@ -25,7 +27,18 @@ HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
-    """Return the report of an insertion that has really been made."""
+    """Return the report of an insertion that has really been made, to be changed at will."""
+    return copy.deepcopy(_insertion(equalize, agreements)) | {
+        "checkpoint": {"path": name, "bytes": 12345, "sha256": "a" * 64},
+        "calibration": {"source": f"photos of {name}", "images": 24, "skipped": 1},
+        "output": {"path": name, "bytes": 12345, "sha256": "b" * 64},
+        "options": {"layers": ["conv"], "skip": [name], "equalize": equalize, "transform": {"resize": None}},
+        "seconds": 1.5,
+    }
+
+
+@functools.cache
+def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
     model, x = randomised(small_vgg()), images(24)
     layers = survey(model, x[:1])
     sites = [layer.site for layer in layers if layer.site]
@@ -33,15 +46,8 @@ def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vg
     edges = find_edges(model, x[:1], sites) if equalize else []
     result, norms = insert_with_norms(model, sites, moments, edges=edges)
     found = train_mode_agreement(result, [x]) if agreements else "too few images"
-    facts = {
-        "checkpoint": {"path": name, "bytes": 12345, "sha256": "a" * 64},
-        "calibration": {"source": f"photos of {name}", "images": 24, "skipped": 1},
-        "output": {"path": name, "bytes": 12345, "sha256": "b" * 64},
-        "options": {"layers": ["conv"], "skip": [name], "equalize": equalize, "transform": {"resize": None}},
-        "seconds": 1.5,
-    }
     comparison = {"cpu": compare_outputs(model, result, [x])}
-    return facts | insertion_report(layers, moments, norms, edges, comparison, found)
+    return insertion_report(layers, moments, norms, edges, comparison, agreements=found)
 
 
 def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings: Any) -> dict[str, Any]:
@@ -97,7 +103,7 @@ class Page(HTMLParser):
 
 
 PAGES = {
-    "insertion": lambda: insertion(),
+    "insertion": insertion,
     "without equalization": lambda: insertion(equalize=False, agreements=False),
     "one run": lambda: runs_report([run("plain")]),
     "ten runs": lambda: runs_report([run(f"run {number}", lr=0.1 / (number + 1)) for number in range(10)]),
@@ -183,7 +189,7 @@ def test_near_constant_channels_are_counted_beside_the_constant_ones() -> None:
     sites = [layer.site for layer in layers if layer.site]
     moments = calibrate(model, sites, [x])
     _, norms = insert_with_norms(model, sites, moments)
-    first = insertion_report(layers, moments, norms, [], {}, "")["layers"][0]["batchnorm"]
+    first = insertion_report(layers, moments, norms, [], {}, agreements="")["layers"][0]["batchnorm"]
     assert (first["near_constant_channels"], first["constant_channels"]) == (1, first["std"].count(0.0))
     assert first["constant_channels"] >= 1
 
