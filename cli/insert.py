@@ -91,8 +91,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    transform = open_transform(checkpoint, image_options)
-    model = open_model(checkpoint)
+    transform, model = open_transform(checkpoint, image_options), open_model(checkpoint)
     batches = open_calibration(calibration, model, transform, image_options)
 
     example = next(iter(batches.head(1))).images
@@ -148,11 +147,10 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
         }
-        written = f"{output} is written and whole" if accepted else "nothing was written"
-        with _without_losing(written, report):
+        with _without_losing(output if accepted else None, report):
             agreements = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
-            data = facts | insertion_report(found, moments, norms, edges, comparisons, agreements=agreements)
-            write_report(report, data, overwrite=force)
+            findings = insertion_report(found, moments, norms, edges, comparisons, agreements=agreements)
+            write_report(report, facts | findings, overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
@@ -166,10 +164,11 @@ def _note_unreadable(unreadable: list[Unreadable]) -> None:
 
 
 @contextmanager
-def _without_losing(written: str, report: Path) -> Iterator[None]:
+def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
     """Say what is written already where the report fails, or is not waited for."""
     from bn_insert.errors import CheckpointError  # noqa: PLC0415
 
+    written = f"{output} is written and whole" if output else "nothing was written"
     try:
         yield
     except CheckpointError as error:
