@@ -22,6 +22,7 @@ from .output_layer import replace_output
 from .parameter_groups import parameter_groups
 from .recalibration import recalibrate
 from .sites import Layer, Site, find_sites, survey
+from .train_mode import TrainModeAgreement, smallest_agreeing, train_mode_agreement
 
 __all__ = [
     "BNInsertError",
@@ -35,6 +36,7 @@ __all__ = [
     "Layer",
     "Moments",
     "Site",
+    "TrainModeAgreement",
     "TrainingError",
     "calibrate",
     "compare_outputs",
@@ -51,5 +53,7 @@ __all__ = [
     "recalibrate",
     "replace_output",
     "save_checkpoint",
+    "smallest_agreeing",
     "survey",
+    "train_mode_agreement",
 ]

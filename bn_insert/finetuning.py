@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,12 +49,14 @@ def finetune(
     on_step: Callable[[StepMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> FineTuning:
     """Train a copy of a classifier on labelled images, and write into a folder what comes of it.
 
     After each epoch BatchNorm's running statistics are estimated anew on training images (`settings.recalibrate`), the
     network is validated, and these are written, each whole or not at all: metrics.csv, curves.png, last.pth, best.pth
-    when its validation accuracy is the highest so far, classes.txt, and state.pth, from which a run can be resumed.
+    when its validation accuracy is the highest so far, classes.txt, state.pth, from which a run can be resumed, and the
+    run's page report.html with its data, report.json.
 
     The copy gets a new output layer where the model's outputs are not as many as the classes, float32 for half
     precision, and the memory format channels_last.
@@ -63,6 +66,7 @@ def finetune(
         uninterrupted run gives. Without results in the folder the run begins.
     stop: asked after each step; True ends the run there, with state.pth and last.pth written. Statistics are not
         re-estimated then: nobody who stops a run wants to wait.
+    facts: JSON-ready values that the report shows as they are: which checkpoint the model is from, say.
     In a torch.distributed process group all ranks call it: batches are per rank, gradients are averaged by
     DistributedDataParallel, and the first rank alone writes.
     Each epoch's last batch is left out where it is one image and a BatchNorm would have to normalize by it.
@@ -95,6 +99,7 @@ def finetune(
             replaced=() if resume else begun,
             on_step=on_step,
             stop=stop,
+            facts=facts or {},
         )
         if resume and state_path.exists():
             training.go_on_from(load_state(state_path))

@@ -94,16 +94,29 @@ def insert_at(
 
     The second half of `insert_batchnorm`, for callers who want to look at sites and moments in between.
     """
+    return insert_with_norms(model, sites, moments, edges=edges, eps=eps, momentum=momentum)[0]
+
+
+def insert_with_norms(
+    model: AnyModule,
+    sites: Sequence[Site],
+    moments: Mapping[str, Moments],
+    *,
+    edges: Sequence[Edge] = (),
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+) -> tuple[AnyModule, dict[str, nn.Module]]:
+    """Return what `insert_at` does, and in it the BatchNorm of each site, by the site's name."""
     check_eps(eps)
     result = deep_copy(model)
     moments = equalize_channels(result, edges, moments)
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
     }
-    result = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+    spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
     if sites:
-        Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(result)
-    return result
+        Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(spliced)
+    return spliced, {site.name: norm for site, norm in norms.items()}
 
 
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:

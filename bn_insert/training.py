@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .atomic import stage_file, staging_folder
@@ -23,18 +24,20 @@ from .batches import sample
 from .checkpoint import stage_checkpoint
 from .class_folders import ClassFolders, LabelledBatch, LabelledImage
 from .equivalence import evaluating
-from .errors import CalibrationError, DivergenceError, ImageError, TrainingError
+from .errors import CalibrationError, CheckpointError, DivergenceError, ImageError, TrainingError
 from .freezing import trains_on_batches
 from .metrics import EpochMetrics, write_curves, write_metrics
 from .parameter_groups import parameter_groups
 from .process_group import Ranks, on_every_rank
 from .recalibration import recalibrate
+from .report import run_report, write_report
 from .training_settings import TrainingSettings
 from .training_state import TrainingState, random_state, set_random_state, write_state
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
-RESULTS = (STATE, METRICS, CURVES, CLASSES, BEST, LAST, "best.json", "last.json")
+REPORTS = ("report.json", "report.html")
+RESULTS = (STATE, METRICS, CURVES, CLASSES, *REPORTS, BEST, LAST, "best.json", "last.json")
 _ADVICE = "a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), or BatchNorm in it (insert --equalize)"
 
 
@@ -63,11 +66,13 @@ class Training:
         replaced: Sequence[str],
         on_step: Callable[[StepMetrics], None] | None,
         stop: Callable[[], bool] | None,
+        facts: Mapping[str, Any],
     ) -> None:
         """Take a network that is ready to be trained; raises TrainingError where batches would be too small.
 
         replaced: names of another run's results, which stay in the folder until this run has results of its own.
         """
+        self.facts = facts
         self.network, self.images, self.folder, self.settings = network, images, folder, settings
         self.device, self.ranks, self.on_step, self.stop = device, ranks, on_step, stop
         self.replaced = tuple(replaced)
@@ -314,6 +319,27 @@ class Training:
                     (self.folder / name).unlink(missing_ok=True)
             self.replaced = ()
             state_file()
+            self._write_reports()
+
+    def _write_reports(self) -> None:
+        facts = {
+            "data": {
+                "folder": str(self.images.folder),
+                "classes": len(self.images.classes),
+                "training_images": len(self.images.train),
+                "validation_images": len(self.images.val),
+                "preprocessing": self.images.transform.to_dict(),
+            },
+            "batchnorms": sum(isinstance(module, _BatchNorm) for module in self.network.modules()),
+            "device": str(self.device),
+            "processes": self.ranks.count,
+        }
+        data = run_report(self.folder.resolve().name, self.settings, self.state.history, {**self.facts, **facts})
+        try:
+            for name in REPORTS:
+                write_report(self.folder / name, data, overwrite=True)
+        except CheckpointError as error:  # the run itself is saved, and worth more
+            warnings.warn(f"{error}; all else is saved, and training goes on", stacklevel=2)
 
     def _order(self, images: tuple[LabelledImage, ...], epoch: int) -> list[LabelledImage]:
         """Return this rank's share of the images, in the order of an epoch."""

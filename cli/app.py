@@ -12,12 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from .compare import compare
+from .compare_modes import compare_modes
 from .console import print_error
 from .demo import demo
 from .finetune import finetune
 from .fold import fold
 from .insert import insert
 from .inspect import inspect
+from .report import report
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
@@ -83,7 +85,7 @@ def options(
     """
 
 
-for command in (insert, inspect, compare, finetune, fold, demo):
+for command in (insert, inspect, compare, compare_modes, finetune, fold, report, demo):
     app.command()(command)
 
 

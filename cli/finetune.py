@@ -106,8 +106,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Train a checkpoint on labelled images; its output layer is replaced where the number of classes differs.
 
-    DIR gets best and last checkpoints (best.pth, last.pth), metrics.csv, curves.png, classes.txt, and state.pth, from
-    which --resume goes on. Ctrl-C ends after the step in hand with everything saved, a second one at once.
+    DIR gets best and last checkpoints (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html (and its
+    data, report.json), and state.pth, from which --resume goes on. `bn-insert report` holds several DIRs together.
+    Ctrl-C ends after the step in hand with everything saved, a second one at once.
     With several processes: `torchrun --nproc-per-node 2 -m cli finetune ...`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
@@ -118,6 +119,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert.errors import DivergenceError  # noqa: PLC0415
     from bn_insert.finetuning import finetune as train  # noqa: PLC0415
     from bn_insert.process_group import Ranks, process_group  # noqa: PLC0415
+    from bn_insert.report import file_facts  # noqa: PLC0415
     from bn_insert.training_settings import TrainingSettings  # noqa: PLC0415
 
     settings = TrainingSettings(
@@ -161,6 +163,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     on_step=display.step if first else None,
                     on_epoch=display.epoch if first else None,
                     stop=stop,
+                    facts={"checkpoint": file_facts(checkpoint)} if first else {},
                 )
             except DivergenceError as error:
                 display.close()

@@ -118,6 +118,16 @@ def layer_kinds(text: str) -> tuple[Kind, ...]:
     return cast("tuple[Kind, ...]", kinds)
 
 
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Return "4,8" as batch sizes."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not one whole number or several with commas between", param_hint="--batch-sizes"
+        ) from None
+
+
 def numbers(text: str, option: str) -> tuple[float, ...]:
     """Return "0.5" or "0.5,0.4,0.3" as numbers."""
     try:

@@ -10,7 +10,7 @@ from .console import table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_insert import Comparison, Edge, Layer, Moments, Site
+    from bn_insert import Comparison, Edge, Layer, Moments, Site, TrainModeAgreement
 
 
 def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
@@ -51,6 +51,21 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
             f"{comparison.max_abs:.3g}",
             f"{comparison.max_rel:.3g}",
             f"{comparison.top1_agreement:.2%}",
+        )
+    return result
+
+
+def agreement_table(agreements: Sequence[TrainModeAgreement]) -> Table:
+    """Return one row a batch size: how far train mode is from eval mode."""
+    columns = ("batch size", "images", "top-1 agreement", "KL divergence", "relative logit error")
+    result = table("Train mode against eval mode", *columns, right=columns)
+    for each in agreements:
+        result.add_row(
+            f"{each.batch_size:,}",
+            f"{each.images:,}",
+            f"{each.top1_agreement:.2%}",
+            f"{each.kl_divergence:.3g}",
+            f"{each.relative_logit_error:.3g}",
         )
     return result
 

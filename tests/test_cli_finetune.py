@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from cli.interruption import StopRequest, stop_on_signals
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
 BRIEF = (*AS_IT_IS, "--device", "cpu", "-b", "8", "--lr", "0.003")
 FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES |= {"report.html", "report.json"}
 # Several processes with threads that spin while they wait would starve each other.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
 HEADER = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds"
@@ -74,6 +76,11 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert {path.name for path in Path("run").iterdir()} == FILES
     assert len(re.findall(r"^epoch [12] of 2: lr .* accuracy .*%; .* s$", trained.stdout, re.MULTILINE)) == 2
     assert "Wrote run: best validation accuracy" in trained.stdout
+    told = json.loads(Path("run/report.json").read_text())["runs"][0]
+    assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 9, "bn.pth")
+    with Path("run/metrics.csv").open() as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [each["val_loss"] for each in told["epochs"]]
+    assert Path("run/report.html").read_text().count("<figure") == 3
     folded = run("fold", "run/best.pth", "-o", "plain.pth")
     assert folded.exit_code == 0, folded.output
     assert load_checkpoint("plain.pth").state_dict().keys() == load_checkpoint(network_path()).state_dict().keys()
@@ -189,3 +196,22 @@ def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> N
     stop._process = -1
     stop.receive(signal.SIGTERM, None)
     assert not stop()
+
+
+def test_report_holds_runs_together(run: Run, digits: Path) -> None:
+    for name, rate in (("plain", "0.003"), ("higher <b>", "0.01")):
+        trained = run("finetune", network_path(), digits, "--output-dir", name, "--epochs", 1, *BRIEF, "--lr", rate)
+        assert trained.exit_code == 0, trained.output
+    result = run("report", "plain", "higher <b>", "-o", "both.html")
+    assert result.exit_code == 0, result.output
+    assert "Wrote both.html: 2 runs." in result.stdout
+    text = Path("both.html").read_text()
+    assert text.count("<figure") == 5
+    assert "higher &lt;b&gt;" in text
+    assert "higher <b>" not in text
+    run("report", "plain", "higher <b>", "-o", "both.json")
+    assert [each["name"] for each in json.loads(Path("both.json").read_text())["runs"]] == ["plain", "higher <b>"]
+    assert_refused(run("report", "plain", "-o", "both.html"), "both.html exists already", "--force")
+    assert_refused(run("report", "plain", "none", "-o", "x.html"), "none/report.json cannot be read", "output folder")
+    assert_refused(run("report", "plain", "-o", "x.txt"), "ends in .html or .json")
+    assert not Path("x.html").exists()

@@ -30,6 +30,7 @@ from bn_insert.training_state import load_state
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
 FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES |= {"report.html", "report.json"}
 
 
 @pytest.fixture(autouse=True)
