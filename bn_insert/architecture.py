@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import CheckpointError
-from .graph import Kind, layer_kind
+from .graph import Kind, layer_kind, unwrapped
 from .identity import BATCHNORMS
 from .sites import Site
 from .splicing import splice_behind, take_out
@@ -122,7 +122,7 @@ class Architecture:
     @classmethod
     def of(cls, model: nn.Module) -> Architecture:
         """Return what is kept with a network; nothing where it was not made or changed by bn-insert."""
-        kept = vars(model).get(_ATTRIBUTE)
+        kept = vars(unwrapped(model)).get(_ATTRIBUTE)
         return kept if isinstance(kept, cls) else cls()
 
     def keep_with(self, model: nn.Module) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .architecture import Architecture, Change
 from .atomic import StrPath, check_writable, publish, real_path, stage, stage_file, staging_folder
 from .errors import CheckpointError
-from .forward import reference_tensor
 from .model_function import make_network
+from .model_inputs import reference_tensor
 from .settings import Settings
 from .sidecar import is_left_over, read_sidecar, sidecar_path, transitional_json
 from .state_dict import file_kind, is_plain, printable, read_metadata, read_state_dict, without_prefix

@@ -56,7 +56,7 @@ class Edge:
     reason: str = ""
 
 
-def find_edges(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> list[Edge]:
+def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Edge]:
     """Return one edge a site, in the sites' order: its consumers, or the reason why it cannot be equalized.
 
     Everything between must be positively homogeneous per channel (ReLU, LeakyReLU, PReLU, pooling, dropout, flatten,

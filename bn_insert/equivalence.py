@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import CalibrationError
-from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
+from .forward import Progress, checked, preserved_random_state
+from .graph import unwrapped
+from .model_inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def compare_outputs(
 ) -> Comparison:
     """Run both models in eval mode on the same inputs and return how far the outputs are apart.
 
-    batches: as for `insert_batchnorm`.  Each model runs where it is, in its own dtype.  Several outputs (tuples, lists,
+    batches: as for `insert_batchnorm`.  Each model runs where it is, in its own dtype; of a DataParallel,
+    DistributedDataParallel or compiled model the module in it.  Several outputs (tuples, lists,
     dicts) are compared one by one; top-1 is taken from the first.  Training flags and random state are put back.
     progress: called after each batch with the number of images so far.
     Raises CalibrationError for no data, outputs of different shapes, and reference outputs that are not finite.
@@ -52,9 +55,10 @@ def compare_outputs(
     """
     images, max_abs, max_rel, identical = 0, 0.0, 0.0, True
     agreeing, predictions = 0, 0
+    reference, candidate = unwrapped(reference), unwrapped(candidate)
     with preserved_random_state(), torch.inference_mode(), evaluating(reference), evaluating(candidate):
         for number, batch in enumerate(checked(batches)):
-            if len(as_input(batch, number, reference_tensor(reference))) == 0:
+            if len(Inputs.of(batch, number, reference)) == 0:
                 continue
             expected = _outputs(reference, batch, number)
             actual = _outputs(candidate, batch, number)
@@ -108,12 +112,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: nn.Module, batch: Any, number: int) -> list[Tensor]:
-    inputs = as_input(batch, number, reference_tensor(model))
+    inputs = Inputs.of(batch, number, model)
     try:
-        outputs = model(inputs.clone())  # it may work on them in place, and the other model takes them too
+        outputs = inputs.run(model)
     except Exception as error:  # the user's forward may raise anything; here it gains its context
         raise CalibrationError(
-            f"{type(model).__name__} failed on batch {number} of shape {tuple(inputs.shape)}: {error}"
+            f"{type(model).__name__} failed on batch {number} of shape {inputs.shapes}: {error}"
         ) from error
     return [leaf.cpu().reshape(leaf.shape or (1,)) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 

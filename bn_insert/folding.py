@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from .architecture import Architecture, Folding
 from .errors import GraphError
-from .graph import AnyModule, Trace, argument, deep_copy, is_activation, layer_kind, operation
+from .graph import AnyModule, Trace, argument, deep_copy, is_activation, layer_kind, operation, unwrapped
 from .splicing import take_out
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -28,14 +28,15 @@ _ALIASES = _DROPOUTS | _COPIES | _RESHAPES
 _PASSED = _ALIASES | _MAXIMA | _AVERAGES | _ADAPTIVE_AVERAGES | {"pad"}
 
 
-def fold_batchnorm(model: AnyModule, example: Tensor) -> AnyModule:
+def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     """Return a copy of the model in which each BatchNorm is merged into the conv or dense layer that it belongs to.
 
     Eval outputs stay the same but for rounding (weights are computed in float64 and rounded once). Channels that the
     BatchNorm leaves exactly alone, as after `insert_batchnorm` on a CPU, keep their weights and bias bit for bit.
     The given model is never changed; dtype, device, memory format, requires_grad and training flags are kept.
 
-    example: one input batch; only its shape and dtype matter. A model without BatchNorm is copied without a look.
+    model: as for `insert_batchnorm`. example: one batch, as there; only its shape matters. A model without BatchNorm is
+    copied without a look.
 
     A BatchNorm goes into the layer in front of it when it alone takes that layer's values; behind an activation, into
     the next layer where that is exact: a dense layer, or a conv that does not pad with zeros. Pooling, dropout and
@@ -53,6 +54,7 @@ def fold_batchnorm(model: AnyModule, example: Tensor) -> AnyModule:
     >>> [type(module).__name__ for module in fold_batchnorm(model, torch.zeros(1, 3, 8, 8))]
     ['Conv2d', 'ReLU', 'Flatten', 'Linear']
     """
+    model = unwrapped(model)
     result = deep_copy(model)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .model_inputs import Inputs, reference_tensor
 
 Progress = Callable[[int], None]
 
@@ -54,13 +55,12 @@ def run_through(
     Images run in channels_last where the forward allows it, and in smaller batches where memory ends.
     PyTorch's random state is put back. Raises CalibrationError, saying which batch, layer, parameter or image.
     """
-    target = reference_tensor(network)
     passes = _Passes(network, record)
-    context = torch.autocast(target.device.type, autocast) if autocast else nullcontext()
+    context = torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext()
     images = 0
     with preserved_random_state(), torch.inference_mode(), context:
         for number, batch in enumerate(checked(batches)):
-            inputs = as_input(batch, number, target)
+            inputs = Inputs.of(batch, number, network)
             if len(inputs) == 0:
                 continue
             try:
@@ -71,7 +71,7 @@ def run_through(
                 raise
             except Exception as error:  # the user's forward may raise anything; here it gains its context
                 raise CalibrationError(
-                    f"the model failed on calibration batch {number} of shape {tuple(inputs.shape)}: {error}"
+                    f"the model failed on calibration batch {number} of shape {inputs.shapes}: {error}"
                 ) from error
             images += len(inputs)
             if progress:
@@ -90,10 +90,10 @@ class _Passes:
         self._channels_last = True
         self._largest: int | None = None
 
-    def run(self, inputs: Tensor) -> None:
+    def run(self, inputs: Inputs) -> None:
         done = 0
         while done < len(inputs):
-            part = inputs[done : done + (self._largest or len(inputs))]
+            part = inputs.rows(done, done + (self._largest or len(inputs)))
             if self._fits(part):
                 done += len(part)
             else:  # outside of the except clause, whose traceback would keep the activations in memory
@@ -102,7 +102,7 @@ class _Passes:
                     f"a batch of {len(part)} does not fit into memory: going on with {self._largest}", stacklevel=2
                 )
 
-    def _fits(self, inputs: Tensor) -> bool:
+    def _fits(self, inputs: Inputs) -> bool:
         try:
             self._attempt(inputs)
         except torch.OutOfMemoryError:
@@ -111,12 +111,12 @@ class _Passes:
             return False
         return True
 
-    def _attempt(self, inputs: Tensor) -> None:
+    def _attempt(self, inputs: Inputs) -> None:
         # channels_last: on a CPU it alone takes VGG16's forward to 0.78 of its time, and lets moments_of read
         # activations where they lie.
-        attempted = self._channels_last and inputs.ndim == 4
+        attempted = self._channels_last and any(tensor.ndim == 4 for tensor in inputs.tensors)
         try:
-            self._pass(inputs.contiguous(memory_format=torch.channels_last) if attempted else inputs)
+            self._pass(inputs.mapped(_in_channels_last) if attempted else inputs)
         except (CalibrationError, torch.OutOfMemoryError):
             raise
         except Exception:  # a forward may use x.view(...), which takes contiguous activations only
@@ -125,42 +125,11 @@ class _Passes:
             self._pass(inputs)
             self._channels_last = False
 
-    def _pass(self, inputs: Tensor) -> None:
+    def _pass(self, inputs: Inputs) -> None:
         self._record.discard()
         with suppress(ForwardDone):
-            self._network(inputs.clone())  # it may work on them in place, and they are the caller's
+            inputs.run(self._network)
         self._record.commit()
-
-
-def as_input(batch: Any, number: int, target: Tensor) -> Tensor:
-    """Return the input tensor of a batch, with the device and dtype of `target`.
-
-    Raises CalibrationError, naming the batch by `number`, when its first value is not a floating tensor.
-    """
-    value = batch
-    while not isinstance(value, Tensor):
-        if isinstance(value, Mapping) and value:
-            value = next(iter(value.values()))
-        elif isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        else:
-            raise CalibrationError(
-                f"calibration batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict "
-                "whose first value is the input tensor"
-            )
-    if not value.is_floating_point():
-        raise CalibrationError(
-            f"calibration batch {number} holds {value.dtype}; scale and convert images to float first, as for training"
-        )
-    return value.to(target.device, target.dtype, non_blocking=True)
-
-
-def reference_tensor(model: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype that a model's inputs need: its first floating parameter or buffer."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor
-    return torch.zeros(())
 
 
 @contextmanager
@@ -169,6 +138,10 @@ def preserved_random_state() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def _in_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
@@ -181,7 +154,7 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
     return batches
 
 
-def _cause(network: nn.Module, inputs: Tensor, batch: Any, error: NotFiniteError) -> str:
+def _cause(network: nn.Module, inputs: Inputs, batch: Any, error: NotFiniteError) -> str:
     """Say which parameter, or which image, makes the activations of a layer not finite."""
     for name in _modules_called(network, inputs):
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):
@@ -195,7 +168,7 @@ def _cause(network: nn.Module, inputs: Tensor, batch: Any, error: NotFiniteError
     return f", first for {place}; run in float32, or look at that input"
 
 
-def _modules_called(network: nn.Module, inputs: Tensor) -> list[str]:
+def _modules_called(network: nn.Module, inputs: Inputs) -> list[str]:
     """Return the names of the modules that a pass calls up to where it fails, in order."""
     called: list[str] = []
     with ExitStack() as hooks:
@@ -203,11 +176,7 @@ def _modules_called(network: nn.Module, inputs: Tensor) -> list[str]:
             note = lambda *_, name=name: called.append(name)  # noqa: E731
             hooks.callback(module.register_forward_pre_hook(note).remove)
         try:
-            network(inputs)
+            inputs.run(network)
         except Exception:  # noqa: BLE001 - the failure that we are looking into
             return called
     return called
-
-
-def _described(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else type(value).__name__

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import GraphError
-from .forward import as_input, reference_tensor
+from .model_inputs import Inputs
 
 Kind = Literal["conv", "dense"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -48,18 +51,36 @@ def layer_kind(module: nn.Module) -> Kind | None:
     return "dense" if isinstance(module, nn.Linear) else None
 
 
+def unwrapped(model: AnyModule) -> AnyModule:
+    """Return the module in a DataParallel, DistributedDataParallel or compiled model, else the model itself."""
+    inner: nn.Module = model
+    while True:
+        if isinstance(inner, nn.DataParallel | DistributedDataParallel):
+            inner = inner.module
+        elif type(inner).__name__ == "OptimizedModule" and "_orig_mod" in inner._modules:  # torch.compile
+            inner = inner.get_submodule("_orig_mod")
+        else:
+            return cast(AnyModule, inner)
+
+
 def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
     """Return a copy in eval mode, to be run and thrown away: changing its flags and hooks leaves the model's alone.
 
     It shares the parameters with the model and so costs no memory, unless `device` is another than theirs.
+    Of a wrapped model: a copy of the module in it.
     """
+    model = unwrapped(model)
     shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
     network = copy.deepcopy(model, _computed(model) | shared).eval()
     return network if device is None else network.to(device)
 
 
 def deep_copy(model: AnyModule) -> AnyModule:
-    """Return an independent copy, also of a model that holds tensors computed from its parameters."""
+    """Return an independent copy, also of a model that holds tensors computed from its parameters.
+
+    Of a wrapped model: a copy of the module in it.
+    """
+    model = unwrapped(model)
     return copy.deepcopy(model, _computed(model))
 
 
@@ -89,21 +110,20 @@ class Trace:
     outputs: frozenset[fx.Node]
 
     @classmethod
-    def of(cls, model: nn.Module, example: Tensor) -> Trace:
+    def of(cls, model: nn.Module, example: Any) -> Trace:
         """Trace the model in eval mode; nothing heavy is computed, and the model is left alone.
 
-        example: an input batch; only its shape matters.
-        Raises GraphError with the cause when torch.export cannot see through the model.
+        example: a batch, as `insert_batchnorm` takes it; only its shape matters.
+        Raises GraphError with the cause when the model cannot run on it, or torch.export cannot see through the model.
         """
-        example = as_input(example, 0, reference_tensor(model))
+        model = unwrapped(model)
+        inputs = Inputs.of(example, 0, model)
         try:
-            graph = torch.export.export(working_copy(model), (example,), strict=False).graph
+            with _quiet_export():
+                program = torch.export.export(working_copy(model), inputs.args, dict(inputs.kwargs), strict=False)
         except Exception as error:  # whatever the user's forward or torch.export raises is one fact to us
-            cause = str(error).strip().splitlines() or [type(error).__name__]
-            raise GraphError(
-                f"torch.export cannot see through {type(model).__name__} for an input of shape {tuple(example.shape)}: "
-                f"{cause[0]}. Pass the submodule that holds the layers, or an input of the shape that the model takes"
-            ) from error
+            raise GraphError(_why_not_seen(model, inputs, error)) from error
+        graph = program.graph
         output = next(node for node in graph.nodes if node.op == "output")
         nodes = tuple(node for node in graph.nodes if node.op == "call_function")
         first: dict[int, str] = {}
@@ -195,6 +215,38 @@ class Trace:
         children = {prefix + child for child, _ in container.named_children()}
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]
         return all(parent in names for names in inside)
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep torch.export from printing the traceback of what it raises anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _why_not_seen(model: nn.Module, inputs: Inputs, error: Exception) -> str:
+    name, cause = type(model).__name__, _first_line(error)
+    try:
+        with torch.random.fork_rng(devices=()), torch.inference_mode():
+            inputs.run(working_copy(model))
+    except Exception as own:  # noqa: BLE001 - the same as above, and clearer
+        return (
+            f"{name} cannot run on an input of shape {inputs.shapes}: {_first_line(own)}. Give inputs of the shape "
+            "that it takes"
+        )
+    return (
+        f"torch.export cannot see through {name} for an input of shape {inputs.shapes}: {cause}. Pass a submodule that "
+        "holds the layers and has no such code in its forward"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def operation(node: fx.Node) -> str:

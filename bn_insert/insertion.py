@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .architecture import Architecture, Insertion
 from .calibration import calibrate
 from .equalization import Edge, find_edges
 from .equalization import equalize as equalize_channels
 from .errors import CalibrationError
-from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
+from .forward import Progress, checked, preserved_random_state
 from .graph import AnyModule, Kind, deep_copy
 from .identity import check_eps, identity_batchnorm
+from .model_inputs import Inputs, reference_tensor
 from .moments import Moments
 from .process_group import on_every_rank
 from .sites import Placement, Site, find_sites
@@ -43,16 +46,17 @@ def insert_batchnorm(
 
     On a CPU the outputs are equal bit for bit.  The given model is never changed, nor is PyTorch's random state.
 
+    model: of a DataParallel, DistributedDataParallel or compiled model the module in it is taken, and returned.
     batches: the calibration set: any iterable of tensors, or of tuples, lists or dicts whose first value is the input
-    (a
-        DataLoader as it is).  It is iterated once; its activations' mean and variance become the running statistics.
+        (a DataLoader as it is).  Where the forward takes several inputs, a batch is a tuple that begins with them or a
+        dict with their names; where its one parameter is annotated as a dict, that dict; each maybe in a tuple with
+        labels.  It is iterated once; its activations' mean and variance become the running statistics.
     layers: "conv", "dense" or both.
     include_output: also behind the output layer (no activation between it and the model's output).
     skip: glob patterns on qualified names; layers that fit one are left alone.
     placement: "before_activation" (behind the layer) or "after_activation" (behind the activation that follows it).
     equalize: first scale channels between neighbouring layers by powers of two, where the graph allows it, so that
-    gamma
-        lies between 0.7 and 1.42: what fine-tuning wants. Outputs stay equal bit for bit; the weights do not.
+        gamma lies between 0.7 and 1.42. Outputs stay equal bit for bit; the weights do not.
     eps, momentum: of the BatchNorms; momentum None means a cumulative average, as in PyTorch.
     device: where to calibrate; default: where the model is.  autocast: dtype for the calibration's forward pass.
     tolerance: end calibration early, once the statistics are this exact, as `calibrate` says.
@@ -129,20 +133,32 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
     return norm.to(weight.device).train(layer.training)
 
 
-def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Iterator[Any]]:
-    """Return an example of the input, and all batches; a rank without any batch learns the shape from the others."""
-    reference = reference_tensor(model)
+@dataclass(frozen=True)
+class _Like:
+    """What one input tensor is like."""
 
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[Any]]:
+    """Return an example of the input, and all batches; a rank without any batch learns the shapes from the others."""
     iterator: Iterator[Any] = iter(())
     found: list[Any] = []
 
-    def own_shape() -> tuple[int, ...] | None:
+    def own_shapes() -> Inputs | None:
         nonlocal iterator
         iterator = iter(checked(batches))
         found.extend(islice(iterator, 1))
-        return tuple(as_input(found[0], 0, reference).shape) if found else None
+        if not found:
+            return None
+        return Inputs.of(found[0], 0, model).mapped(lambda tensor: _Like(tuple(tensor.shape), tensor.dtype))
 
-    shape = next(filter(None, on_every_rank(own_shape)), None)
-    if shape is None:
+    shapes = next((each for each in on_every_rank(own_shapes) if each is not None), None)
+    if shapes is None:
         raise CalibrationError("the calibration set is empty: no batch arrived")
-    return torch.zeros(shape, dtype=reference.dtype, device=reference.device), chain(found, iterator)
+    device = reference_tensor(model).device
+    zeros = tree_map_only(
+        _Like, lambda like: torch.zeros(like.shape, dtype=like.dtype, device=device), (shapes.args, dict(shapes.kwargs))
+    )
+    return Inputs(*zeros), chain(found, iterator)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import GraphError
@@ -54,7 +54,7 @@ class Layer:
 
 def find_sites(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     *,
     layers: Kind | Iterable[Kind] = ("conv", "dense"),
     include_output: bool = False,
@@ -63,7 +63,7 @@ def find_sites(
 ) -> list[Site]:
     """Return the places where a BatchNorm goes, in the order in which a forward pass completes them.
 
-    example: one input batch; only its shape and dtype matter.  The other arguments are those of `insert_batchnorm`.
+    example: one batch; only its shape matters.  It and the other arguments are as for `insert_batchnorm`.
     Raises GraphError when the model cannot be seen, or a `skip` pattern fits no layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
@@ -76,7 +76,7 @@ def find_sites(
 
 def survey(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     *,
     layers: Kind | Iterable[Kind] = ("conv", "dense"),
     include_output: bool = False,

@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .errors import CalibrationError
-from .forward import Progress, as_input, checked, preserved_random_state, reference_tensor
+from .forward import Progress, checked, preserved_random_state
 from .freezing import trains_on_batches
 from .graph import working_copy
+from .model_inputs import Inputs
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -70,11 +71,10 @@ def train_mode_agreement(
     evaluated, trained = working_copy(model, device), working_copy(model, device)
     _normalize_by_batch(trained)
     totals = [_Totals(size) for size in dict.fromkeys(batch_sizes)]
-    target = reference_tensor(evaluated)
     images = 0
     with preserved_random_state(), torch.inference_mode():
         for number, batch in enumerate(checked(batches)):
-            inputs = as_input(batch, number, target)
+            inputs = _only_tensor(Inputs.of(batch, number, evaluated))
             if len(inputs) == 0:
                 continue
             logits = _logits(evaluated, inputs, "in eval mode")
@@ -181,6 +181,12 @@ class _Totals:
         error = (self.squared_error / self.squared_logits) ** 0.5 if self.squared_logits else float("nan")
         agreement, divergence = self.agreeing / self.predictions, self.divergence / self.predictions
         return TrainModeAgreement(self.size, self.images, agreement, divergence, error)
+
+
+def _only_tensor(inputs: Inputs) -> Tensor:
+    if len(inputs.tensors) > 1:
+        raise CalibrationError("train mode is measured on images alone, and this model's forward takes several inputs")
+    return inputs.tensors[0]
 
 
 def _rows(logits: Tensor) -> Tensor:

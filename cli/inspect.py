@@ -30,7 +30,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
     from bn_insert import survey  # noqa: PLC0415
-    from bn_insert.forward import reference_tensor  # noqa: PLC0415
+    from bn_insert.model_inputs import reference_tensor  # noqa: PLC0415
 
     network = open_model(checkpoint, model)
     dtype = reference_tensor(network).dtype
