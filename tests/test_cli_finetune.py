@@ -77,7 +77,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert len(re.findall(r"^epoch [12] of 2: lr .* accuracy .*%; .* s$", trained.stdout, re.MULTILINE)) == 2
     assert "Wrote run: best validation accuracy" in trained.stdout
     told = json.loads(Path("run/report.json").read_text())["runs"][0]
-    assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 9, "bn.pth")
+    assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
     with Path("run/metrics.csv").open() as file:
         assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [each["val_loss"] for each in told["epochs"]]
     assert Path("run/report.html").read_text().count("<figure") == 3

@@ -348,6 +348,19 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
     assert {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()} == before
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_data: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bn_insert.report.page", fail)
+    with pytest.warns(UserWarning, match=r"report\.html: No space left on device; all else is saved"):
+        result = finetune(network, digits, tmp_path, BRIEF)
+    assert len(result.epochs) == 2
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.html"}
+
+
 # Settings
 
 
