@@ -21,7 +21,7 @@ from bn_insert.report import versions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from architectures import ARCHITECTURES, made  # noqa: E402 - it lies with the tests
+from architectures import ARCHITECTURES, made
 
 
 def row(name: str) -> list[str]:
@@ -69,7 +69,7 @@ def main() -> None:
     lines = [
         "# Networks that the tool is held to",
         "",
-        "Outputs: eval mode, CPU, against the original's. Fold back, exact: the original's tensors are there again, bit",
+        "Outputs: eval mode, CPU, against the original's. Fold back, exact: the original's tensors are there again bit",
         "for bit, and where it was equalized the outputs are.",
         "",
         "| network | BatchNorms inserted | outputs | with `equalize` | equalized layers | fold back | |",

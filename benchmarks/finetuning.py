@@ -54,9 +54,7 @@ def _grid(arguments: argparse.Namespace) -> list[Setting]:
     """Seed by seed, so that a grid cut short has the first seeds complete."""
     axes = product(range(arguments.seeds), arguments.methods, arguments.input_range, arguments.learning_rates)
     return [
-        Setting(
-            arguments.dataset, input_range, method, rate, seed, arguments.steps, arguments.precision, arguments.decay
-        )
+        Setting(arguments.dataset, input_range, method, rate, seed, arguments.steps, arguments.precision)
         for seed, method, input_range, rate in axes
     ]
 
@@ -89,7 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=LEARNING_RATES)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--decay", action="store_true", help="learning rate falling linearly to 0")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     return parser

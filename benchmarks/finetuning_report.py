@@ -20,13 +20,11 @@ COLOURS = {
     "fresh": "#4c78a8",
     "identity": "#e0a030",
     "equalized": "#2a9d5c",
-    "balanced": "#7b3294",
 }
 _COMPARISON = (
     "Each way with re-estimated statistics, at one learning rate for both input ranges: the one whose worse accuracy\n"
     "is best. Plain training has the best rate of each input range."
 )
-_OTHERS = '"Falling to 0": linearly, from the rate given at the first step to 0 behind the last.'
 
 
 @dataclass(frozen=True)
@@ -104,21 +102,18 @@ class Curve:
 
 def write_table(results: Sequence[Result], path: Path) -> None:
     """Write the Markdown report."""
-    main = _with_constant_rate(results)
-    sections = [_heading(main)]
-    for dataset, input_range in _panels(main):
-        curves = _curves(main, dataset, input_range)
+    results = _with_most_steps(results)
+    sections = [_heading(results)]
+    for dataset, input_range in _panels(results):
+        curves = _curves(results, dataset, input_range)
         sections += [f"## {dataset}, pixels {input_range}", _accuracies(curves), _summary(curves)]
-    sections += ["## Against plain training", _COMPARISON, _comparison(main)]
-    others = [result for result in results if result not in main]
-    if others:
-        sections += ["## Other numbers of steps and schedules", _OTHERS, _other_schedules(others)]
+    sections += ["## Against plain training", _COMPARISON, _comparison(results)]
     path.write_text("\n\n".join(sections) + "\n")
 
 
 def write_figure(results: Sequence[Result], path: Path) -> None:
     """Write the figure: accuracy over learning rate, a panel for each data set and input range."""
-    results = _with_constant_rate(results)
+    results = _with_most_steps(results)
     panels = _panels(results)
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(11, 3.6 * rows + 1.2), layout="constrained")
@@ -169,10 +164,10 @@ def _precision(name: str) -> str:
     return "float32" if name == "float32" else "bfloat16 by autocast, weights and statistics float32"
 
 
-def _with_constant_rate(results: Sequence[Result]) -> list[Result]:
-    """The runs of the main table: those with the most steps, at a constant learning rate."""
+def _with_most_steps(results: Sequence[Result]) -> list[Result]:
+    """The runs of one table: those with the most steps."""
     steps = max(result.setting.steps for result in results)
-    return [result for result in results if result.setting.steps == steps and not result.setting.decay]
+    return [result for result in results if result.setting.steps == steps]
 
 
 def _panels(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -268,30 +263,6 @@ def _common_rate(curves: Sequence[Curve]) -> float | None:
         return None
     rates = set.intersection(*(set(curve.learning_rates) for curve in curves))
     return max(rates, key=lambda rate: min(curve.accuracy(rate) or 0.0 for curve in curves), default=None)
-
-
-def _other_schedules(results: Sequence[Result]) -> str:
-    groups: dict[tuple[str, str, str, int, str], list[Result]] = {}
-    for result in results:
-        setting = result.setting
-        schedule = "falling to 0" if setting.decay else "constant"
-        key = (setting.dataset, setting.input_range, setting.method, setting.steps, schedule)
-        groups.setdefault(key, []).append(result)
-    rows = [["data", "method", "steps", "learning rate", "seeds", "accuracy"]]
-    for (dataset, input_range, method, steps, schedule), runs in sorted(groups.items()):
-        curve = Curve(method, method != "none", tuple(runs))
-        rows += [
-            [
-                f"{dataset}, {input_range}",
-                curve.label,
-                str(steps),
-                f"{rate:g}, {schedule}",
-                str(len(curve.seeds(rate))),
-                _cell(curve, rate),
-            ]
-            for rate in curve.learning_rates
-        ]
-    return _table(rows)
 
 
 def _steps(found: tuple[int, float] | None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,11 @@ METHODS = {
     "fresh": "fresh BatchNorm (gamma 1, beta 0)",
     "identity": "identity BatchNorm",
     "equalized": "equalized + identity BatchNorm",
-    "balanced": "equalized, conv weights of norm 1 to 2",
 }
 BATCH = 32
 MOMENTUM = 0.9
 HIDDEN = 256
-CALIBRATION_IMAGES = 128
+CALIBRATION_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Setting:
     seed: int
     steps: int
     precision: str
-    decay: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,6 @@ def _evaluation_steps(steps: int) -> set[int]:
 def _train(model: nn.Module, split: Split, setting: Setting) -> Iterator[float]:
     """Take the setting's steps one by one, giving each one's loss; a loss that is not finite changes nothing."""
     optimizer = torch.optim.SGD(model.parameters(), setting.learning_rate, momentum=MOMENTUM, fused=True)
-    end = 0.0 if setting.decay else 1.0
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=setting.steps)
     for indices in _batches(len(split.train_images), setting.steps, setting.seed):
         model.train()
         with _autocast(setting):
@@ -134,7 +130,6 @@ def _train(model: nn.Module, split: Split, setting: Setting) -> Iterator[float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
         yield loss.item()
 
 
@@ -158,42 +153,12 @@ def _features(method: str, checkpoint: Path, dataset: str, input_range: str) -> 
     if method in ("none", "head"):
         return vgg.get_submodule("features")
     images = _split(dataset, input_range).train_images[:CALIBRATION_IMAGES]
-    equalize = method in ("equalized", "balanced")
-    inserted = insert_batchnorm(vgg, images.split(BATCH), layers=["conv"], equalize=equalize)
+    inserted = insert_batchnorm(vgg, images.split(BATCH), layers=["conv"], equalize=method == "equalized")
     features = inserted.get_submodule("features")
-    if method == "balanced":
-        _balance(features)
     if method == "fresh":
         for norm in _norms(features):
             norm.reset_parameters()
     return features
-
-
-@torch.no_grad()
-def _balance(features: nn.Module) -> None:
-    """Scale each conv's output channels by powers of two to a weight norm in [1, 2); its BatchNorm undoes it.
-
-    Behind a BatchNorm in training mode the scale of a weight w means nothing but its rate, learning_rate / |w|^2.
-    """
-    for conv, norm in _pairs(features):
-        norms = conv.weight.flatten(1).norm(dim=1)
-        scale = torch.where(norms > 0, torch.exp2(-norms.log2().floor()), 1.0)
-        _scale_channels(conv, norm, scale)
-        norm.weight.copy_((cast(Tensor, norm.running_var) + norm.eps).sqrt() / scale)
-
-
-def _scale_channels(conv: nn.Conv2d, norm: nn.BatchNorm2d, scale: Tensor) -> None:
-    """Scale a conv's outputs, and the statistics of the BatchNorm behind it with them."""
-    conv.weight *= scale.view(-1, 1, 1, 1)
-    cast(Tensor, conv.bias).mul_(scale)
-    cast(Tensor, norm.running_mean).mul_(scale)
-    cast(Tensor, norm.running_var).mul_(scale**2)
-
-
-def _pairs(features: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    convs = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
-    norms = [module for module in features.modules() if isinstance(module, nn.BatchNorm2d)]
-    return list(zip(convs, norms, strict=True))
 
 
 def _head(seed: int, *, normalized: bool) -> nn.Sequential:

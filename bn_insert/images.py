@@ -179,7 +179,9 @@ class ImageBatches(Batches):
         """Keep account of the files that could not be read."""
         if self.strict and chunk.unreadable:
             path, reason = chunk.unreadable[0]
-            raise ImageError(f"cannot read {path}: {reason}; mend or remove it, or leave out strict to skip such files")
+            raise ImageError(
+                f"cannot read {path}: {reason}; mend or remove it, or leave out strict (--strict) to skip such files"
+            )
         if chunk.differing:
             raise ImageError(
                 f"pictures of one batch differ in size: {chunk.differing}; give a crop (--crop), or a batch size of 1"

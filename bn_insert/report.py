@@ -106,7 +106,10 @@ def check_suffix(report: Path) -> None:
 def check_report(report: Path, checkpoint: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if a report cannot be written there, or would take the place of checkpoint or settings."""
     check_suffix(report)
-    if real_path(report) in (real_path(checkpoint), sidecar_path(real_path(checkpoint))):
+    taken = [real_path(checkpoint)]
+    if checkpoint.suffix.lower() != ".safetensors":  # whose settings are in its header
+        taken.append(sidecar_path(taken[0]))
+    if real_path(report) in taken:
         raise CheckpointError(f"cannot write the report to {report}: the settings of {checkpoint} go there; rename it")
     check_writable(report, overwrite=overwrite)
 

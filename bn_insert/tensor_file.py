@@ -119,8 +119,12 @@ def read_tensor(path: Path) -> Tensor:
             "save the tensor alone, as torch.save(tensor, path)"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise anything
-        reason = printable(" ".join((str(error) or type(error).__name__).splitlines()[0].split()))[:200]
-        raise ImageError(f"{path} is damaged, or no {path.suffix} file: {reason}") from error
+        # The text of a KeyError and its like is the bare key, which says nothing.
+        text = str(error) if " " in str(error) else type(error).__name__
+        reason = printable(" ".join(text.splitlines()[0].split()))[:200]
+        raise ImageError(
+            f"{path} is damaged, or no {path.suffix} file ({reason}); write it again, as torch.save(tensor, path)"
+        ) from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
     # A view may repeat its memory: a file of 1 kB then stands for terabytes.

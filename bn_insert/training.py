@@ -38,7 +38,7 @@ STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "cla
 BEST, LAST = "best.pth", "last.pth"
 REPORTS = ("report.json", "report.html")
 RESULTS = (STATE, METRICS, CURVES, CLASSES, *REPORTS, BEST, LAST, "best.json", "last.json")
-_ADVICE = "a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), or BatchNorm in it (insert --equalize)"
+_ADVICE = "a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), or BatchNorm in it (bn-insert insert)"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Transform:
         """Check the values, so that no picture has to be read to find a mistake."""
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and not 1 <= size <= _LONGEST_SIDE:
-                raise ImageError(f"{name} is {size}; give 1 to {_LONGEST_SIDE} pixels, or None to leave it out")
+                raise ImageError(f"{name} is {size}; give 1 to {_LONGEST_SIDE} pixels, or leave it out")
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         if not len(mean) or not mean.isfinite().all():
             raise ImageError(f"mean is {self.mean}; give one finite value for all channels, or one a channel")

@@ -28,6 +28,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     std: opt.Std = None,
     strict: opt.Strict = False,
     device: opt.Device = None,
+    model: opt.Model = None,
 ) -> None:
     """Compare a checkpoint in train mode with itself in eval mode, by batch size: is it ready to train?
 
@@ -43,9 +44,9 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(checkpoint, image_options)
     target = open_device(device)
-    model = open_model(checkpoint)
-    batches = open_calibration(calibration, model, transform, image_options)
+    network = open_model(checkpoint, model)
+    batches = open_calibration(calibration, network, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
-        found = train_mode_agreement(model, batches, wanted, device=target, progress=progress)
+        found = train_mode_agreement(network, batches, wanted, device=target, progress=progress)
     print_table(agreement_table(found))
     print_result(agreement_reading(found))

@@ -62,7 +62,9 @@ def print_table(result: Table) -> None:
 def image_progress(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a bar with images per second and time left on stderr; call what it gives with the images done so far."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True, disable=not shown) as progress:
+    console = stderr()
+    shown &= console.is_terminal  # in a log each bar would leave a blank line
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 

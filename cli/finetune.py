@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DIVERGED = 1
 INTERRUPTED = 130
 
+_EPOCHS_THAT_TELL = 3
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
 _NETWORK = "Network"
@@ -228,6 +229,8 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
         print_result(
             f"Wrote {output_dir}: best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}."
         )
+        if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_THAT_TELL:
+            print_note("No epoch was better than the first: the network may keep more of what it knew at a lower --lr.")
 
 
 def _exit_code(stop: StopRequest) -> int:

@@ -314,9 +314,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "depthwise convs": Architecture(_convs(nn.Conv2d, groups=8)),
     "a conv called twice": Architecture(Shared),
     "a subclass of Conv2d": Architecture(_convs(OwnConv)),
-    "weight_norm": Architecture(
-        _weight_normalized, folds_exactly=False, note="not folded: the weights are computed", randomise=False
-    ),
+    "weight_norm": Architecture(_weight_normalized, randomise=False),
     "dense layers on 3-D inputs": Architecture(Tokens),
     "some BatchNorm already": Architecture(
         _half_normalized, folds_exactly=False, note="folding takes the old BatchNorm too"

@@ -140,3 +140,10 @@ def test_accuracies_that_are_quoted_are_among_those_that_the_benchmark_wrote(nam
     quoted = re.findall(r"\b0\.\d{3}\b\*?", (ROOT / name).read_text(encoding="utf-8"))
     assert quoted
     assert {figure for figure in quoted if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d*])", measured)} == set()
+
+
+def test_the_readme_has_the_table_of_networks_that_the_benchmark_wrote() -> None:
+    written = (ROOT / "benchmarks" / "results" / "architectures.md").read_text(encoding="utf-8")
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")

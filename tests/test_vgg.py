@@ -313,7 +313,9 @@ def test_a_state_dict_that_makes_no_vgg_is_refused_with_key_reason_and_way_out(
         vgg_from_state_dict(change(dict(small_vgg().state_dict())))
     message = str(refusal.value)
     assert message.startswith("this is no VGG in torchvision's layout: ")
-    assert message.endswith("; for another architecture pass it: load_checkpoint(path, model=...)")
+    assert message.endswith(
+        "; for another architecture pass it: load_checkpoint(path, model=...) (--model package.module:function)"
+    )
     assert [fragment for fragment in fragments if fragment not in message] == [], message
 
 
