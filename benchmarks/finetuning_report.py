@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 GOOD = 0.9
 SEEDS = 3
+ADVISED = (0.003, 0.01)
 COLOURS = {
     "none": "#777777",
     "head": "#b0a080",
@@ -106,7 +107,7 @@ def write_table(results: Sequence[Result], path: Path) -> None:
     sections = [_heading(results)]
     for dataset, input_range in _panels(results):
         curves = _curves(results, dataset, input_range)
-        sections += [f"## {dataset}, pixels {input_range}", _accuracies(curves), _summary(curves)]
+        sections += [f"## {dataset}, pixels {input_range}", _accuracies(curves), _by_steps(curves), _summary(curves)]
     sections += ["## Against plain training", _COMPARISON, _comparison(results)]
     path.write_text("\n\n".join(sections) + "\n")
 
@@ -198,12 +199,23 @@ def _accuracies(curves: Sequence[Curve]) -> str:
     return _table(rows)
 
 
-def _cell(curve: Curve, rate: float) -> str:
+def _cell(curve: Curve, rate: float, step: int | None = None) -> str:
     if not curve.seeds(rate):
         return "-"
-    accuracy = curve.accuracy(rate)
+    accuracy = curve.accuracy(rate, step)
     mark = "*" if len(curve.seeds(rate)) < SEEDS else ""
     return ("nan" if accuracy is None else f"{accuracy:.3f}") + mark
+
+
+def _by_steps(curves: Sequence[Curve]) -> str:
+    """Accuracy after each measured step, as each way is judged, at its best rate and at the rates that are advised."""
+    steps = sorted({step for curve in curves for step in curve.steps})
+    rows = [["method", "rate", *(f"after {step} steps" for step in steps)]]
+    for curve in curves:
+        if curve.final:
+            rates = sorted({curve.best()[1], *(ADVISED if curve.method != "none" else ())} & {*curve.learning_rates})
+            rows += [[curve.label, f"{rate:g}", *(_cell(curve, rate, step) for step in steps)] for rate in rates]
+    return _table(rows)
 
 
 def _summary(curves: Sequence[Curve]) -> str:

@@ -34,7 +34,7 @@ class Inputs:
         if isinstance(batch, Inputs):
             return batch
         target = reference_tensor(model)
-        inputs = _read(batch, number, _Signature.of(model))
+        inputs = _read(batch, batch, number, _Signature.of(model))
         return inputs.mapped(
             lambda tensor: tensor.to(
                 target.device, target.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True
@@ -101,7 +101,7 @@ def _text(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
-def _read(value: Any, number: int, signature: _Signature) -> Inputs:
+def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
     several = len(signature.required) > 1
     if isinstance(value, Tensor) and not several:
         if not value.is_floating_point():
@@ -116,19 +116,19 @@ def _read(value: Any, number: int, signature: _Signature) -> Inputs:
         if set(signature.required) <= value.keys() and signature.required:
             return _checked((), {name: value[name] for name in signature.required}, number)
         if not several:
-            return _read(next(iter(value.values())), number, signature)
+            return _read(next(iter(value.values())), batch, number, signature)
     if isinstance(value, (tuple, list)) and value:
         if not several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
-            return _read(value[0], number, signature)
+            return _read(value[0], batch, number, signature)
         if len(value) >= len(signature.required):
             return _checked(tuple(value[: len(signature.required)]), {}, number)
     if several:
         raise CalibrationError(
-            f"calibration batch {number} is {_described(value)}, but {signature.model} takes "
+            f"calibration batch {number} is {_described(batch)}, but {signature.model} takes "
             f"{', '.join(signature.required)}; give a tuple of these, or a dict with these names"
         )
     raise CalibrationError(
-        f"calibration batch {number} is {_described(value)}; a batch is a tensor, or a tuple, list or dict whose first "
+        f"calibration batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
         "value is the input tensor"
     )
 

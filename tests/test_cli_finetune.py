@@ -139,7 +139,7 @@ def test_two_processes_write_the_same_files_and_finish(run: Run, digits: Path) -
 
 def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
     result = run("finetune", network_path(), digits, "--output-dir", "run", *BRIEF, "--lr", "1e6")
-    assert_refused(result, "--lr-warmup-epochs", "insert --equalize", "nothing was written", code=1)
+    assert_refused(result, "--lr-warmup-epochs", "bn-insert insert", "nothing was written", code=1)
 
 
 @pytest.mark.parametrize(

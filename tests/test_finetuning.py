@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
 ) -> None:
     settings = replace(BRIEF, lr=1e6, batch_size=20, batchnorm="freeze")
     model = load_checkpoint(network_path())
-    with pytest.raises(DivergenceError, match=r"epoch 1 .*--lr-warmup-epochs.*--equalize.*nothing was"):
+    with pytest.raises(DivergenceError, match=r"epoch 1 .*--lr-warmup-epochs.*bn-insert insert.*nothing was"):
         finetune(model, digits, tmp_path / "at once", settings)
     assert not (tmp_path / "at once").exists()
     # The rate explodes in the second epoch: what the first gave is still there.

@@ -89,7 +89,7 @@ def test_something_else_than_a_dict_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"resize": 0}, "resize is 0; give 1 to 16384 pixels, or None to leave it out"),
+        ({"resize": 0}, "resize is 0; give 1 to 16384 pixels, or leave it out"),
         ({"crop": -3}, "crop is -3; give 1 to 16384 pixels"),
         ({"crop": 10**6}, "crop is 1000000; give 1 to 16384 pixels"),
         ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\); give one value above 0"),
