@@ -17,6 +17,7 @@ from networks import images, randomised, torchvision_vgg
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import VGG
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.vgg import make_layers
 
 
@@ -213,8 +214,9 @@ class TakesTwo(TakesDict):
 
 
 def _ssd_backbone() -> nn.Module:
-    detector = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None)
-    return detector.backbone
+    """SSD300's, on a VGG16 that is narrow wherever SSD does not ask for a width."""
+    convs = [8, 8, "M", 8, 8, "M", 16, 16, 16, "M", 16, 16, 512, "M", 16, 16, 512, "M"]
+    return SSDFeatureExtractorVGG(make_layers(convs), highres=False)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
