@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .model_function import make_network
 from .model_inputs import reference_tensor
 from .settings import Settings
-from .sidecar import is_left_over, read_sidecar, sidecar_path, transitional_json
+from .sidecar import is_foreign, is_left_over, read_sidecar, sidecar_path, transitional_json
 from .state_dict import file_kind, is_plain, printable, read_metadata, read_state_dict, without_prefix
 
 __all__ = ["check_output", "load_checkpoint", "read_settings", "save_checkpoint"]
@@ -139,6 +139,11 @@ def check_output(path: StrPath, *, overwrite: bool = False) -> None:
     if _suffix(path) in _PICKLED:
         target = real_path(path)
         check_writable(sidecar_path(target), overwrite=overwrite or is_left_over(target))
+        if is_foreign(sidecar_path(target)):
+            raise CheckpointError(
+                f"cannot write {path}: its settings go into {sidecar_path(target)}, and that is another kind of file; "
+                "rename one of them"
+            )
         for other in (target.with_suffix(suffix) for suffix in _PICKLED):
             if other != target and other.exists():
                 raise CheckpointError(

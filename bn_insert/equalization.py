@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .affine import along
-from .graph import Trace, argument, operation
+from .graph import Trace, argument, operation, unwrapped
 from .moments import Moments
 from .sites import Site
 
@@ -80,10 +80,11 @@ def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Mome
     are multiplied by it: exact in floating point, so that the outputs stay the same bit for bit. A channel whose
     weights would overflow, or lose bits as subnormal numbers, keeps its scale, and so does a constant one.
 
-    edges: as `find_edges` gives. moments: by the sites' names. Source: Nagel et al., "Data-Free Quantization Through
-    Weight Equalization and Bias Correction", 2019, arXiv:1906.04721; there with real scales, from weight ranges.
+    model: as for `insert_batchnorm`. edges: as `find_edges` gives. moments: by the sites' names. Source: Nagel et al.,
+    "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721; there with real
+    scales, from weight ranges.
     """
-    result = dict(moments)
+    model, result = unwrapped(model), dict(moments)
     for edge in edges:
         if not edge.reason:
             scale = _scale_exactly(model, edge, power_of_two_scales(moments[edge.site]))

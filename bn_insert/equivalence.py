@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import CalibrationError
 from .forward import Progress, checked, preserved_random_state
-from .graph import unwrapped
+from .graph import working_copy
 from .model_inputs import Inputs
 
 
@@ -55,8 +55,8 @@ def compare_outputs(
     """
     images, max_abs, max_rel, identical = 0, 0.0, 0.0, True
     agreeing, predictions = 0, 0
-    reference, candidate = unwrapped(reference), unwrapped(candidate)
-    with preserved_random_state(), torch.inference_mode(), evaluating(reference), evaluating(candidate):
+    reference, candidate = working_copy(reference), working_copy(candidate)  # what a forward leaves in them is lost
+    with preserved_random_state(), torch.inference_mode():
         for number, batch in enumerate(checked(batches)):
             if len(Inputs.of(batch, number, reference)) == 0:
                 continue

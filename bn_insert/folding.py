@@ -209,10 +209,11 @@ def _checked(trace: Trace, layers: Mapping[fx.Node, str], found: Sequence[fx.Nod
         if not set(nodes) <= set(found):
             raise _NotExactError(f"{_described(trace, nodes[0])} is also called elsewhere")
         weight = cast(fx.Node, argument(nodes[0], "weight"))
-        if weight.op != "placeholder" or "weight" not in trace.modules[name]._parameters:
+        computed = [each for each in ("weight", "bias") if each not in trace.modules[name]._parameters]
+        if weight.op != "placeholder" or computed:
             raise _NotExactError(
-                f"the weight of {_described(trace, nodes[0])} is computed (weight_norm, a parametrization): "
-                "make it a plain parameter first"
+                f"the {(computed or ['weight'])[0]} of {_described(trace, nodes[0])} is computed (weight_norm, a "
+                "parametrization): make it a plain parameter first"
             )
         if not all(user in layers for user in weight.users):
             raise _NotExactError(f"the weight of {_described(trace, nodes[0])} is also used elsewhere")

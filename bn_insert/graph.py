@@ -91,9 +91,12 @@ def _computed(model: nn.Module) -> dict[int, Any]:
 
 
 def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
+    """Return another parameter with the same memory, or a copy on another device.
+
+    Another one, since a forward may set `weight.data`.
+    """
     moved = parameter.detach() if device is None else parameter.detach().to(device)
-    same = moved.device == parameter.device
-    return parameter if same else nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,12 @@ def identity_batchnorm(
 
 
 def check_eps(eps: float) -> None:
-    """Raise CalibrationError unless eps is above 0."""
-    if not eps > 0:
-        raise CalibrationError(f"eps is a number above 0, such as 1e-5, not {eps}: it keeps constant channels defined")
+    """Raise CalibrationError unless eps is finite, and a normal number in float32: below, kernels round it away."""
+    if not torch.finfo(torch.float32).tiny <= eps < float("inf"):
+        raise CalibrationError(
+            f"eps is a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as 1e-5, not {eps}: it "
+            "keeps constant channels defined"
+        )
 
 
 def kernel_factor(

@@ -18,6 +18,8 @@ _LONGEST_SUM = 128
 # Those of the whole channel, not of one group: in a patch of blue sky a group's are next to nothing, and the errors of
 # groups' means, relative to their sizes, add up to no more than sqrt(mean^2 + var).
 _COARSE_RATIO = 6.0
+# Below it, float32 squares are subnormal and lose bits.
+_SMALLEST_VARIANCE = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,8 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
         return _pooled(parts, *_stacked(parts, _double_moments, channels))
     means, variances = _stacked(parts, _kernel_moments, channels)
     pooled = _pooled(parts, means, variances)
-    coarse = ~((pooled.mean.square() * pooled.count <= _COARSE_RATIO**2 * pooled.m2) & pooled.m2.isfinite())
+    tiny = (pooled.m2 > 0) & (pooled.m2 < _SMALLEST_VARIANCE * pooled.count)
+    coarse = ~((pooled.mean.square() * pooled.count <= _COARSE_RATIO**2 * pooled.m2) & pooled.m2.isfinite()) | tiny
     if coarse.any():
         columns = coarse.nonzero().squeeze(1)
         there = columns.to(values.device)

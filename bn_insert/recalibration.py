@@ -37,7 +37,8 @@ def recalibrate(
     (momentum None) goes on from there with the right weight. Everything else is as it was, and so is PyTorch's random
     state; the given model is never changed. A BatchNorm that is never called keeps its statistics.
 
-    batches: as for `insert_batchnorm`; after training, of the training images.
+    batches: as for `insert_batchnorm`; after training, of the training images. Each process takes its own: inside a
+        process group give all of them the same batches, or take one's result.
     earlier: what a BatchNorm's values are normalized with on their way to the deeper ones. "batch": each batch's own
         statistics, as in training; give shuffled batches of the training's size. Where a batch has one value a channel
         (a last batch of one image behind a dense layer), everything seen so far is used. "running": the running

@@ -64,6 +64,14 @@ def is_left_over(checkpoint: Path) -> bool:
     return document is not None and "replaces" in document
 
 
+def is_foreign(sidecar: Path) -> bool:
+    """Say whether a file stands there that bn-insert has not written, nor damaged in what it had."""
+    try:
+        return sidecar.is_file() and _own_document(sidecar) is None
+    except (OSError, CheckpointError):
+        return False
+
+
 def transitional_json(settings: Settings, checkpoint: Path) -> str:
     """Return a sidecar's text that is right for the checkpoint that is there now, and for one that will replace it.
 

@@ -29,6 +29,9 @@ _ALLOCATES = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(\w+\.)*\w*(T
 _KEY, _NUMEL = 2, 4
 
 
+_ARCHIVE = b"PK\x03\x04"
+
+
 class RefusedError(ValueError):
     """The file asks for more memory or time than its size can justify."""
 
@@ -39,7 +42,8 @@ def load_torch_file(path: Path, *, mapped: bool = False) -> object:
     mapped: map it into memory instead of reading it, where its format allows.
     Raises RefusedError, and whatever the readers raise on a damaged file.
     """
-    archived = zipfile.is_zipfile(path)
+    with path.open("rb") as file:  # as torch.load decides: an archive may also stand at the end of another file
+        archived = file.read(len(_ARCHIVE)) == _ARCHIVE
     if archived:
         mapped &= _check_archive(path)
     else:

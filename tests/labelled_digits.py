@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from bn_insert.class_folders import ClassFolders, open_class_folders
@@ -18,7 +19,7 @@ def link_digits(folder: Path, train: int = 4, val: int = 2, classes: int = 10) -
         for part, chosen in (("train", images[:train]), ("val", images[train : train + val])):
             (folder / part / str(digit)).mkdir(parents=True)
             for image in chosen:
-                (folder / part / str(digit) / image.name).symlink_to(image)
+                shutil.copy(image, folder / part / str(digit))
     return folder
 
 

@@ -14,6 +14,8 @@ from bn_insert import (
     GraphError,
     calibrate,
     compare_outputs,
+    equalize,
+    find_edges,
     find_sites,
     fold_batchnorm,
     insert_batchnorm,
@@ -74,6 +76,10 @@ def test_every_step_takes_a_wrapped_model_for_the_module_in_it(wrap: Any) -> Non
     assert all(torch.equal(moments[name].mean, expected[name].mean) for name in expected)
     inserted = insert_batchnorm(wrapped, [batch])
     assert same_tensors(inserted, insert_batchnorm(plain, [batch]))
+    equalized, expected_equalized = wrap(made("VGG for CIFAR, one dense layer")), made("VGG for CIFAR, one dense layer")
+    for model in (equalized, expected_equalized):
+        equalize(model, find_edges(model, batch, sites), moments)
+    assert same_tensors(unwrapped(equalized), expected_equalized)
     assert same_tensors(recalibrate(wrap(inserted), [batch]), recalibrate(inserted, [batch]))
     assert same_tensors(fold_batchnorm(wrap(inserted), batch), plain)
 
@@ -90,6 +96,39 @@ def test_a_network_in_distributed_data_parallel_is_taken_for_the_module_in_it(tm
         assert same_tensors(fold_batchnorm(nn.parallel.DistributedDataParallel(inserted), batch), plain)
     finally:
         dist.destroy_process_group()
+
+
+class WritesItsWeight(nn.Conv2d):
+    """A conv that sets its own weight in each pass, as constrained layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-0.01, 0.01)
+        return super().forward(x)
+
+
+def test_a_forward_that_sets_its_own_weights_sets_those_of_a_copy() -> None:
+    model = nn.Sequential(WritesItsWeight(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    before = model[0].weight.detach().clone()
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(GraphError, match="torch.export cannot see through"):
+        insert_batchnorm(model, [x])
+    compare_outputs(model, model, [x])
+    assert torch.equal(model[0].weight, before)
+
+
+class Remembers(nn.Conv2d):
+    """A conv that keeps its last output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_comparing_leaves_nothing_in_the_models() -> None:
+    model = nn.Sequential(Remembers(3, 8, 3))
+    compare_outputs(model, model, [torch.randn(4, 3, 8, 8)])
+    assert not hasattr(model[0], "last")
+    assert model.training
 
 
 # Batches

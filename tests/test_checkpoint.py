@@ -350,16 +350,16 @@ def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"format": "other"}', "[1, 2]", "3", '{"features.0": "conv"}'])
-def test_foreign_json_beside_a_checkpoint_is_passed_over_and_not_replaced_unasked(text: str, tmp_path: Path) -> None:
+def test_foreign_json_beside_a_checkpoint_is_passed_over_and_never_replaced(text: str, tmp_path: Path) -> None:
     torch.save(plain_state(), tmp_path / "vgg.pth")
     (tmp_path / "vgg.json").write_text(text)
     assert read_settings(tmp_path / "vgg.pth") is None
     assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
     (tmp_path / "vgg.pth").unlink()
     assert "vgg.json exists already" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth"))
+    with_overwrite = refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth", overwrite=True))
+    assert "vgg.json, and that is another kind of file; rename one of them" in with_overwrite
     assert contents(tmp_path) == {"vgg.json": text.encode()}
-    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth", overwrite=True)
-    assert_same(load_checkpoint(tmp_path / "vgg.pth"), small_vgg(SPEC))
 
 
 def test_a_folder_or_a_huge_file_with_the_name_of_the_settings_is_passed_over(tmp_path: Path) -> None:

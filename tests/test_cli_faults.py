@@ -193,7 +193,7 @@ write_atomically(sys.argv[1], lambda path: (path.write_text("half"), print(flush
 @pytest.mark.skipif(not INTERRUPTION.exists(), reason="benchmarks are not in this distribution")
 def test_killed_at_random_moments_every_output_is_whole() -> None:
     done = subprocess.run(
-        [sys.executable, INTERRUPTION, "--kills", "4", "--seed", "1"],
+        [sys.executable, INTERRUPTION, "--kills", "2", "--seed", "1"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

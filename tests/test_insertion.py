@@ -134,6 +134,12 @@ def test_outputs_are_bit_identical_under_autocast() -> None:
         assert_same_outputs(model, result, images(3, 16, seed=2))
 
 
+@pytest.mark.parametrize("eps", [0.0, -1.0, 1e-40, float("inf"), float("nan")])
+def test_an_eps_that_no_kernel_can_add_is_refused(eps: float) -> None:
+    with pytest.raises(CalibrationError, match="eps is a finite number"):
+        insert_batchnorm(small_vgg(), [images(6, 16)], eps=eps)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 1e-3, 0.5])
 def test_outputs_are_bit_identical_for_any_eps(eps: float) -> None:
     model = small_vgg()

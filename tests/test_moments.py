@@ -86,6 +86,12 @@ def test_moments_of_heavy_tailed_values_equal_a_float64_reference() -> None:
     assert_moments(moments_of(values), values)
 
 
+@pytest.mark.parametrize("std", [1e-12, 1e-16, 1e-20, 1e-25])
+def test_moments_of_tiny_values_equal_a_float64_reference(std: float) -> None:
+    values = torch.randn(SHAPES["images"], generator=torch.Generator().manual_seed(6)) * std + std
+    assert_moments(moments_of(values), values)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("mean_in_stds", [0, 30])
 def test_moments_of_every_floating_dtype_equal_a_float64_reference(dtype: torch.dtype, mean_in_stds: float) -> None:

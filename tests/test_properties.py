@@ -20,7 +20,7 @@ from bn_insert import fold_batchnorm, insert_batchnorm, load_checkpoint, save_ch
 EXAMPLES = int(os.environ.get("BN_INSERT_EXAMPLES", "0"))
 
 whatever = settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 6,
     derandomize=not EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

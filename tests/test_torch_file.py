@@ -46,7 +46,15 @@ def in_old_format(path: Path, opcodes: bytes) -> None:
     path.write_bytes(whole.replace(pickle.dumps({}, 2), b"\x80\x02" + opcodes + b".", 1))
 
 
-@pytest.mark.parametrize("write", [in_archive, in_old_format])
+def in_front_of_an_archive(path: Path, opcodes: bytes) -> None:
+    """A file that zip readers take for an archive, by its end, and torch.load for the old format, by its beginning."""
+    in_old_format(path, opcodes)
+    archive = path.with_suffix(".zip")
+    torch.save({}, archive)
+    path.write_bytes(path.read_bytes() + archive.read_bytes())
+
+
+@pytest.mark.parametrize("write", [in_archive, in_old_format, in_front_of_an_archive])
 @pytest.mark.parametrize("wanted", BOMBS)
 def test_a_file_that_asks_for_the_impossible_is_refused_with_the_reason(
     wanted: str, write: Callable[[Path, bytes], None], tmp_path: Path
