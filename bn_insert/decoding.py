@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +56,8 @@ def decode(
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        decoded = iter(loader)
+        with _signals_held_back():
+            decoded = iter(loader)
     try:
         yield from decoded
     except RuntimeError as error:
@@ -109,13 +112,32 @@ def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channe
     return " and ".join(sizes)
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let no signal end a worker process before it has begun; this one gets its own a moment later."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(_number: int) -> None:
     torch.set_num_threads(1)
     # Signals to a whole process group (Ctrl-C, what schedulers send) are for the main process, which ends the workers
     # when its results are whole: a worker that dies of one would end it with a traceback of PyTorch's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # not on Windows
+    if sys.platform != "win32":
         os.setpgrp()
+        while signal.sigpending() & _SIGNALS:  # sent to the group while this process was in it
+            signal.sigwait(_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _as_it_is(chunk: Any) -> Any:
