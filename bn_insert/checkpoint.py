@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Change
 from .atomic import StrPath, check_writable, publish, real_path, stage, stage_file, staging_folder
 from .errors import CheckpointError
+from .graph import unwrapped
 from .model_function import make_network
 from .model_inputs import reference_tensor
 from .settings import Settings
@@ -117,7 +118,7 @@ def stage_checkpoint(
     overwrite: bool = False,
 ) -> Callable[[], None]:
     """Write into a staging folder what `save_checkpoint` would write, and return the function that puts it in place."""
-    network = _network(model)
+    network = unwrapped(model)
     try:
         tensors = _tensors(network)
         settings = Settings.of(network, transform)
@@ -209,14 +210,6 @@ def _pickle(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _network(model: nn.Module) -> nn.Module:
-    """Return the network inside what torch.compile, DataParallel and DistributedDataParallel put around it."""
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        inner = model.module
-    return _network(inner) if isinstance(inner, nn.Module) else model
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

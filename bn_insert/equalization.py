@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .affine import along
-from .graph import Trace, argument, operation, unwrapped
+from .graph import Trace, argument, operation, unwrapped, writes_in_place
 from .moments import Moments
 from .sites import Site
 
@@ -220,7 +220,9 @@ def _consumers(trace: Trace, site: Site) -> Iterator[Consumer]:
         if values.node in trace.outputs:
             raise _BlockedError("its values are an output of the model")
         for user in values.node.users:
-            if user.op != "call_function" or not (user.users or _writes(user)):  # what nobody reads does not count
+            if user.op != "call_function" or not (
+                user.users or writes_in_place(user)
+            ):  # what nobody reads does not count
                 continue
             if user in layers:
                 if layers[user] in seen:
@@ -273,12 +275,6 @@ def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
     if name in {"add", "sub", "mul", "div"}:
         raise _BlockedError(f"{place} joins it with other values")
     raise _BlockedError(f"{place} behind it does not keep the scale")
-
-
-def _writes(node: fx.Node) -> bool:
-    """Say whether an operation changes its input in place, which others may read under another name."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _is_rectifier(node: fx.Node) -> bool:

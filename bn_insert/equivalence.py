@@ -58,10 +58,11 @@ def compare_outputs(
     reference, candidate = working_copy(reference), working_copy(candidate)  # what a forward leaves in them is lost
     with preserved_random_state(), torch.inference_mode():
         for number, batch in enumerate(checked(batches)):
-            if len(Inputs.of(batch, number, reference)) == 0:
+            inputs = Inputs.of(batch, number, reference)
+            if len(inputs) == 0:
                 continue
-            expected = _outputs(reference, batch, number)
-            actual = _outputs(candidate, batch, number)
+            expected = _outputs(reference, inputs, number)
+            actual = _outputs(candidate, Inputs.of(batch, number, candidate), number)
             _check(expected, actual, number)
             for position, (e, a) in enumerate(zip(expected, actual, strict=True)):
                 # An output that is NaN is off by more than any bound.
@@ -111,8 +112,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _outputs(model: nn.Module, batch: Any, number: int) -> list[Tensor]:
-    inputs = Inputs.of(batch, number, model)
+def _outputs(model: nn.Module, inputs: Inputs, number: int) -> list[Tensor]:
     try:
         outputs = inputs.run(model)
     except Exception as error:  # the user's forward may raise anything; here it gains its context

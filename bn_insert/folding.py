@@ -15,7 +15,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from .architecture import Architecture, Folding
 from .errors import GraphError
-from .graph import AnyModule, Trace, argument, deep_copy, is_activation, layer_kind, operation, unwrapped
+from .graph import (
+    AnyModule,
+    Trace,
+    argument,
+    deep_copy,
+    is_activation,
+    layer_kind,
+    operation,
+    unwrapped,
+    writes_in_place,
+)
 from .splicing import take_out
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -228,15 +238,10 @@ def _check_not_overwritten(trace: Trace, calls: Sequence[fx.Node]) -> None:
             node = _source(node) or node
             shared = node.op != "call_function" or len(node.users) > 1
         behind = trace.reached(call, lambda node: operation(node) in _ALIASES)
-        if shared and (overwriting := [node for node in behind if _mutates(node)]):
+        if shared and (overwriting := [node for node in behind if writes_in_place(node)]):
             raise _NotExactError(
                 f"{_described(trace, overwriting[0])} works in place on values that are also used elsewhere"
             )
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
 
 
 def _check_input(trace: Trace, layer: fx.Node, affine: Affine) -> None:

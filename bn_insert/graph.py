@@ -57,7 +57,7 @@ def unwrapped(model: AnyModule) -> AnyModule:
     while True:
         if isinstance(inner, nn.DataParallel | DistributedDataParallel):
             inner = inner.module
-        elif type(inner).__name__ == "OptimizedModule" and "_orig_mod" in inner._modules:  # torch.compile
+        elif "_orig_mod" in inner._modules:  # torch.compile
             inner = inner.get_submodule("_orig_mod")
         else:
             return cast(AnyModule, inner)
@@ -269,3 +269,9 @@ def argument(node: fx.Node, name: str) -> Any:
 def is_activation(node: fx.Node) -> bool:
     """Say whether an operation is an activation function."""
     return operation(node) in _ACTIVATIONS
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Say whether an operation changes its input in place, which others may read under another name."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

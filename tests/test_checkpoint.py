@@ -7,14 +7,14 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from full_disk import file_size_limit
 from safetensors import safe_open
 from small_vggs import Conv, Dense, Spec, images, small_vgg
 from torch import Tensor, nn
@@ -450,18 +450,6 @@ def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert message == f"cannot write {tmp_path / 'vgg.pth'}: Read-only file system"
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "does not let you write" in refusal_of(lambda: check_output(tmp_path / "vgg.pth"))
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the operating system refuse larger files, as a full disk does."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import file_size_limit
 from labelled_digits import link_digits
 from typer.testing import CliRunner, Result
 
@@ -63,17 +64,6 @@ def finetune(inputs: Path) -> Command:
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Return every path below a folder, with the bytes of files."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the operating system refuse larger files, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager
