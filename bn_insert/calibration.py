@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .errors import CalibrationError
 from .forward import ForwardDone, NotFiniteError, Progress, run_through
 from .graph import working_copy
+from .micro_batches import run_in_micro_batches
+from .model_inputs import reference_tensor
 from .moments import Moments, merge, moments_of
 from .precision import batch_spread, relative_standard_error
 from .process_group import Ranks, on_every_rank
@@ -56,7 +58,10 @@ def calibrate(
 
     def own_part() -> tuple[int, Statistics]:
         network = working_copy(model, device)
-        with _recording_behind(sites, network, recorder):
+        calls: Counter[str] = Counter()
+        if reference_tensor(network).device.type == "cpu":  # a GPU wants as much at once as there is
+            run_in_micro_batches(network, calls)
+        with _recording_behind(sites, network, recorder, calls):
             images = run_through(
                 network,
                 batches,
@@ -165,9 +170,10 @@ def _append(parts: list[Moments], part: Moments) -> None:
 
 
 @contextmanager
-def _recording_behind(sites: Sequence[Site], network: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Record what comes out of each site's anchor, and end each pass behind the last one."""
-    calls: Counter[str] = Counter()
+def _recording_behind(
+    sites: Sequence[Site], network: nn.Module, recorder: Recorder, calls: Counter[str]
+) -> Iterator[None]:
+    """Record what comes out of each site's anchor, and end each pass behind the last one; `calls` counts in it."""
     wanted = Counter({site.name: site.calls for site in sites})
 
     def begin(*_: object) -> None:

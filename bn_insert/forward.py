@@ -94,7 +94,12 @@ class _Passes:
         done = 0
         while done < len(inputs):
             part = inputs.rows(done, done + (self._largest or len(inputs)))
-            if self._fits(part):
+            try:
+                fits = self._fits(part)
+            except NotFiniteError as error:
+                error.row += done
+                raise
+            if fits:
                 done += len(part)
             else:  # outside of the except clause, whose traceback would keep the activations in memory
                 self._largest = len(part) // 2

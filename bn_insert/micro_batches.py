@@ -1,0 +1,114 @@
+"""Run the conv stages of a network on a few images at a time, so that activations stay in the processor's cache.
+
+What one conv layer of a VGG gives for 32 images of 224 x 224 has 411 MB: written to memory, read again by the ReLU
+behind it, and asked from the operating system page by page.  One image's 13 MB are still in the cache when the
+statistics, the ReLU and the next layer read them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby, pairwise
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .forward import ForwardDone, NotFiniteError
+from .graph import working_copy
+
+# What goes into or comes out of a module, for the images that it is given at a time: half of a usual last-level cache,
+# and small enough for the memory allocator to use again, where it gives larger blocks back to the system.
+_BYTES_AT_A_TIME = 16 << 20
+
+# In eval mode these treat each image by itself.
+_IMAGE_BY_IMAGE = {
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.LocalResponseNorm, nn.ZeroPad2d),
+}
+
+
+def run_in_micro_batches(network: nn.Module, calls: Counter[str]) -> None:
+    """Make a working copy run its sequences of conv layers on a few images at a time; the results are the same.
+
+    Changes the network: hooks of the modules in such a sequence are then called once for each part of a batch.
+    calls: what hooks count during a pass of the network. Each part of a batch finds the same counts, as if it came
+    alone, and ForwardDone takes effect when all parts have raised it.
+    Of a sequence that holds anything else than convs, pools, activations and their like nothing is changed.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Sequential) and _can_be_split(module):
+            module.forward = _InMicroBatches(module, calls)  # type: ignore[method-assign]
+
+
+def _can_be_split(sequence: nn.Sequential) -> bool:
+    """Say whether a sequence has convs, and runs each image by itself without anyone from outside looking on."""
+    children = list(sequence.children())
+    return (
+        type(sequence).forward is nn.Sequential.forward
+        and any(isinstance(child, nn.Conv2d) for child in children)
+        and all(type(child) in _IMAGE_BY_IMAGE for child in children)
+        and all(child.running_mean is not None for child in children if isinstance(child, _BatchNorm))
+        and all(child.start_dim > 0 for child in children if isinstance(child, nn.Flatten))
+        and not any(child._forward_hooks or child._forward_pre_hooks for child in children)
+    )
+
+
+class _InMicroBatches:
+    """The forward of an nn.Sequential: as many images at a time as each stretch of its modules has room for."""
+
+    def __init__(self, sequence: nn.Sequential, calls: Counter[str]) -> None:
+        self._modules = list(sequence)
+        self._on_meta = list(working_copy(sequence, "meta"))  # has shapes, and neither memory nor work
+        self._calls = calls
+        self._bytes_per_image = lru_cache(self._bytes_per_image_of)
+
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
+        if input.ndim != 4:
+            return _run(self._modules, input)
+        for modules, parts in self._stretches(input):
+            input = self._in_parts(modules, input, parts)  # noqa: A001
+        return input
+
+    def _stretches(self, images: Tensor) -> Iterator[tuple[list[nn.Module], int]]:
+        """Yield the modules that follow each other and want the batch in the same number of parts."""
+        sizes = self._bytes_per_image(images.shape[1:], images.dtype)
+        parts = [ceil(len(images) / max(1, _BYTES_AT_A_TIME // size)) or 1 for size in sizes]
+        for number, members in groupby(zip(parts, self._modules, strict=True), key=lambda pair: pair[0]):
+            yield [module for _, module in members], number
+
+    def _in_parts(self, modules: Sequence[nn.Module], images: Tensor, parts: int) -> Tensor:
+        before = dict(self._calls)
+        outputs: list[Tensor] = []
+        start, done = 0, False
+        for part in images.tensor_split(parts):
+            self._calls.clear()
+            self._calls.update(before)
+            try:
+                outputs.append(_run(modules, part))
+            except ForwardDone:
+                done = True
+            except NotFiniteError as error:
+                error.row += start
+                raise
+            start += len(part)
+        if done:
+            raise ForwardDone
+        return torch.cat(outputs) if parts > 1 else outputs[0]
+
+    def _bytes_per_image_of(self, shape: torch.Size, dtype: torch.dtype) -> list[int]:
+        """Return, for each module, the larger of what one image of this shape takes in front of it and behind it."""
+        values = [torch.empty(1, *shape, dtype=dtype, device="meta")]
+        for module in self._on_meta:
+            values.append(module(values[-1]))
+        return [max(given.nbytes, made.nbytes, 1) for given, made in pairwise(values)]
+
+
+def _run(modules: Sequence[nn.Module], images: Tensor) -> Tensor:
+    for module in modules:
+        images = module(images)
+    return images
