@@ -20,7 +20,7 @@ from .model_function import make_network
 from .model_inputs import reference_tensor
 from .settings import Settings
 from .sidecar import is_foreign, is_left_over, read_sidecar, sidecar_path, transitional_json
-from .state_dict import file_kind, is_plain, printable, read_metadata, read_state_dict, without_prefix
+from .state_dict import file_kind, independent, is_plain, printable, read_metadata, read_state_dict, without_prefix
 
 __all__ = ["check_output", "load_checkpoint", "read_settings", "save_checkpoint"]
 
@@ -30,7 +30,9 @@ _HEADER_KEY = "bn-insert"
 _MISMATCHES_SHOWN = 8
 
 
-def load_checkpoint(path: StrPath, *, model: str | nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load_checkpoint(
+    path: StrPath, *, model: str | nn.Module | Callable[[], nn.Module] | None = None, mapped: bool = False
+) -> nn.Module:
     """Return the network of a checkpoint file, in eval mode, on the CPU; no code from the file is ever run.
 
     A VGG is rebuilt from keys and shapes alone, with the dtypes of the file (`vgg.vgg_from_state_dict` has the rules).
@@ -43,6 +45,8 @@ def load_checkpoint(path: StrPath, *, model: str | nn.Module | Callable[[], nn.M
         that makes one, or that function's name as "package.module:function", which is imported. Its dtype and device
         stay. The checkpoint is loaded strictly. It may be the architecture without the BatchNorms that bn-insert put
         in: what bn-insert did (inserting, folding, another output layer) is stored with the settings and done again.
+    mapped: leave a VGG's values in the file, from which they are read when they are used: quick, for a look at the
+        layers. The file has to stay as it is meanwhile, and damage that only changes values goes unnoticed.
     A checkpoint whose settings name such a function is not read without `model`: only the caller decides what code is
     imported.  Raises CheckpointError with the path, the reason and the way out.
 
@@ -51,7 +55,7 @@ def load_checkpoint(path: StrPath, *, model: str | nn.Module | Callable[[], nn.M
     >>> type(model).__name__, len(model.features), model.training
     ('VGG', 16, False)
     """
-    tensors = read_state_dict(Path(path))
+    tensors = read_state_dict(Path(path), mapped=mapped)
     settings = read_settings(path) or Settings()
     given = None if model is None else _made(model)
     try:
@@ -61,7 +65,7 @@ def load_checkpoint(path: StrPath, *, model: str | nn.Module | Callable[[], nn.M
 
             _check_needs_no_function(settings.architecture)
             prefix, tensors = without_prefix(tensors)
-            network: nn.Module = vgg_from_state_dict(tensors)
+            network: nn.Module = vgg_from_state_dict(tensors if mapped else independent(tensors))
             architecture = Architecture() if prefix else settings.architecture
         else:
             network, changes, prefix = _filled(given, tensors, settings.architecture)
@@ -214,19 +218,11 @@ def _write_text(text: str, path: Path) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state dict as plain tensors on the CPU, contiguous, none sharing memory with another."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for key, value in model.state_dict().items():
+    state = model.state_dict()
+    for key, value in state.items():
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value):
             raise CheckpointError(f"{key} is no ordinary dense tensor with values, and only those can be stored")
-        tensor = value.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage()
-        # A view would drag its whole storage into the file, and safetensors takes no tensors that share one.
-        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[key] = tensor
-    return tensors
+    return independent(state)
 
 
 def _made(model: str | nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -45,7 +45,7 @@ _LAYOUTS: dict[tuple[int, ...], tuple[Role, ...]] = {
 
 
 def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | None = None) -> VGG:
-    """Return the VGG, in eval mode, whose tensors these are; it holds copies of them.
+    """Return the VGG, in eval mode, whose tensors these are: it holds them, and no copies.
 
     Modules without parameters leave gaps in the numbering of torchvision's `features.N` and `classifier.N`, and the
     gaps tell them: behind a conv stand ReLU, and MaxPool if there is room for it; behind a dense layer ReLU, and
@@ -66,10 +66,7 @@ def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | N
         vgg = VGG(_features(convs), num_classes=1, init_weights=False)
         vgg.avgpool = nn.AdaptiveAvgPool2d(_pooled_size(convs, dense)) if dense else nn.Identity()
         vgg.classifier = _classifier(dense) if dense else nn.Identity()
-    tensors = {
-        key: torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor.detach())
-        for key, tensor in state_dict.items()
-    }
+    tensors = {key: tensor.detach() for key, tensor in state_dict.items()}
     for layer in layers:
         if layer.kind == "batchnorm":  # counted only since PyTorch 0.4.1, and cast with the rest by some tools
             key = f"{layer.name}.num_batches_tracked"

@@ -34,10 +34,11 @@ class ImageOptions:
     strict: bool
 
 
-def open_model(checkpoint: str, function: str | None = None) -> nn.Module:
+def open_model(checkpoint: str, function: str | None = None, *, mapped: bool = False) -> nn.Module:
     """Return the network of a checkpoint file or of a torchvision name.
 
     function: "package.module:function" that makes the architecture, from --model; this imports and calls it.
+    mapped: leave its values in the file, for a look at its layers.
     """
     from bn_insert.checkpoint import load_checkpoint  # noqa: PLC0415 - torch only when work begins
     from bn_insert.pretrained import torchvision_checkpoint  # noqa: PLC0415
@@ -51,7 +52,7 @@ def open_model(checkpoint: str, function: str | None = None) -> nn.Module:
         return torchvision_checkpoint(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)  # as for python -m; the function may import more when it is called
-    return load_checkpoint(checkpoint, model=function)
+    return load_checkpoint(checkpoint, model=function, mapped=mapped)
 
 
 def is_torchvision_name(checkpoint: str) -> bool:

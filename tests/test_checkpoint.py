@@ -806,3 +806,41 @@ def test_complex_weights_for_a_real_architecture_are_refused_and_not_cut(tmp_pat
     torch.save({"weight": torch.ones(2, 2, dtype=torch.complex64), "bias": torch.ones(2)}, tmp_path / "x.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "x.pth", model=nn.Linear(2, 2)))
     assert "weight is of torch.complex64 in the file and of torch.float32 in the model" in message
+
+
+@pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
+def test_a_loaded_network_holds_its_tensors_alone_and_the_file_may_change(name: str, tmp_path: Path) -> None:
+    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    save_checkpoint(vgg, tmp_path / name)
+    loaded = load_checkpoint(tmp_path / name)
+    with (tmp_path / name).open("r+b") as file:
+        file.write(bytes((tmp_path / name).stat().st_size))
+    state = loaded.state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    assert all(value.is_contiguous() and torch.equal(value, vgg.state_dict()[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
+def test_a_mapped_network_has_the_values_of_the_file_and_writing_to_it_leaves_the_file_alone(
+    name: str, tmp_path: Path
+) -> None:
+    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    save_checkpoint(vgg, tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    loaded = load_checkpoint(tmp_path / name, mapped=True)
+    assert all(torch.equal(value, vgg.state_dict()[key]) for key, value in loaded.state_dict().items())
+    with torch.no_grad():
+        loaded.features[0].weight.zero_()
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_tensors_that_share_memory_in_the_file_do_not_in_the_network(tmp_path: Path) -> None:
+    state = small_vgg(Spec((Conv(), Conv(), Conv()))).state_dict()
+    shared = torch.rand(1000)
+    for key, value in state.items():
+        if key.endswith("bias"):
+            state[key] = shared[: len(value)]
+    torch.save(state, tmp_path / "network.pth")
+    loaded = load_checkpoint(tmp_path / "network.pth").state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == len(state)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in loaded.values())
