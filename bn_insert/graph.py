@@ -69,10 +69,18 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
     It shares the parameters with the model and so costs no memory, unless `device` is another than theirs.
     Of a wrapped model: a copy of the module in it.
     """
+    network = shared_copy(model, device).eval()
+    return network if device is None else network.to(device)
+
+
+def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
+    """Return a copy whose parameters share their memory with the model's, unless `device` is another than theirs.
+
+    Of a wrapped model: a copy of the module in it.
+    """
     model = unwrapped(model)
     shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
-    network = copy.deepcopy(model, _computed(model) | shared).eval()
-    return network if device is None else network.to(device)
+    return copy.deepcopy(model, _computed(model) | shared)
 
 
 def deep_copy(model: AnyModule) -> AnyModule:

@@ -17,7 +17,7 @@ from .equalization import Edge, find_edges
 from .equalization import equalize as equalize_channels
 from .errors import CalibrationError
 from .forward import Progress, checked, preserved_random_state
-from .graph import AnyModule, Kind, deep_copy
+from .graph import AnyModule, Kind, deep_copy, shared_copy
 from .identity import check_eps, identity_batchnorm
 from .model_inputs import Inputs, reference_tensor
 from .moments import Moments
@@ -109,10 +109,14 @@ def insert_with_norms(
     edges: Sequence[Edge] = (),
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    shared: bool = False,
 ) -> tuple[AnyModule, dict[str, nn.Module]]:
-    """Return what `insert_at` does, and in it the BatchNorm of each site, by the site's name."""
+    """Return what `insert_at` does, and in it the BatchNorm of each site, by the site's name.
+
+    shared: weights that stay as they are share their memory with the model's, for callers who change neither.
+    """
     check_eps(eps)
-    result = deep_copy(model)
+    result = shared_copy(model) if shared and not edges else deep_copy(model)
     moments = equalize_channels(result, edges, moments)
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites

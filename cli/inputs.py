@@ -88,6 +88,7 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         workers=options.workers,
         channels=input_channels(model),
         strict=options.strict,
+        pin_memory=True,
     )
 
 

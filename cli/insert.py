@@ -26,7 +26,7 @@ CHECK_FAILED = 1
 INTERRUPTED = 130
 # For the report's train-mode figures: six forward passes over each, little beside calibration with many images.
 TRAIN_MODE_IMAGES = 64
-CHECK_IMAGES = 4  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
+CHECK_IMAGES = 2  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
 
 
 def insert(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -111,7 +111,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         return  # one process checks and writes
     _note_unreadable(unreadable)
     edges = find_edges(network, example, sites) if equalize else []
-    result, norms = insert_with_norms(network, sites, moments, edges=edges, eps=eps, momentum=momentum)
+    result, norms = insert_with_norms(network, sites, moments, edges=edges, eps=eps, momentum=momentum, shared=True)
 
     print_table(site_table(sites, moments))
     if edges:
