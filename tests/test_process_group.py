@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from typer.testing import CliRunner
 
+from bn_insert import calibrate, find_sites, load_checkpoint
 from bn_insert.demo import images_path, network_path
+from cli.app import app
 
 # One thread each: PyTorch's kernels add up in another order with another number of threads.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--device", "cpu")
+INSERT = ("insert", network_path(), images_path(), *AS_IT_IS)
 
 
 def run(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -25,16 +29,26 @@ def run(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedPro
     )
 
 
-def insert(folder: Path, ranks: int, output: str, *options: object) -> dict[str, Tensor]:
-    arguments = ("insert", network_path(), images_path(), "-o", output, *AS_IT_IS, *options)
-    done = run(folder, ranks, "-m", "cli", *arguments)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / output)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_the_written_file_is_that_of_one_process_within_one_float_step(tmp_path: Path) -> None:
-    alone = insert(tmp_path, 1, "alone.pth", "--images", 100, "-b", 16)
-    shared = insert(tmp_path, 2, "shared.pth", "--images", 100, "-b", 16)
+    options = (
+        *INSERT,
+        "-b",
+        16,
+        "--images",
+        20,
+    )  # a batch of 16 for the first process, 4 for the second, 0 for the third
+    assert CliRunner().invoke(app, [*map(str, options), "-o", str(tmp_path / "alone.pth")]).exit_code == 0
+    done = run(tmp_path, 3, "-m", "cli", *options, "-o", "shared.pth")
+    assert done.returncode == 0, done.stderr
+    alone, shared = (torch.load(tmp_path / name) for name in ("alone.pth", "shared.pth"))
     assert alone.keys() == shared.keys()
     for key, expected in alone.items():
         up = (
@@ -72,31 +86,22 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module")
-def api_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api")
-    (folder / "script.py").write_text(API)
-    done = run(folder, 3, "script.py")
+def test_ranks_with_uneven_parts_one_of_them_empty_get_one_processs_statistics_and_all_the_same_model(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "script.py").write_text(API)
+    done = run(tmp_path, 3, "script.py")
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_every_rank_gets_the_same_model_from_the_api(api_run: Path) -> None:
-    first, *others = (torch.load(api_run / f"rank{rank}.pth") for rank in range(3))
+    first, *others = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(3))
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
 
-
-def test_statistics_of_uneven_parts_one_of_them_empty_equal_one_process_within_1e_12(
-    api_run: Path, tmp_path: Path
-) -> None:
-    alone = API.replace('dist.init_process_group("gloo")\nrank = dist.get_rank()', "rank = 0")
-    alone = alone.replace("[x[:16], x[16:32]], 1", "list(x.split(16)), 1").replace("dist.destroy_process_group()", "")
-    (tmp_path / "script.py").write_text(alone)
-    done = run(tmp_path, 1, "script.py")
-    assert done.returncode == 0, done.stderr
-    expected, found = torch.load(tmp_path / "moments0.pth"), torch.load(api_run / "moments2.pth")
-    for name, (count, mean, m2) in expected.items():
-        assert found[name][0] == count
-        torch.testing.assert_close(found[name][1], mean, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(found[name][2], m2, rtol=1e-12, atol=1e-15)
+    model = load_checkpoint(network_path())
+    x = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = calibrate(model, find_sites(model, x), x.split(16))
+    found = torch.load(tmp_path / "moments2.pth")  # of the rank without images
+    assert found.keys() == expected.keys()
+    for name, moments in expected.items():
+        assert found[name][0] == moments.count
+        torch.testing.assert_close(found[name][1], moments.mean, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(found[name][2], moments.m2, rtol=1e-12, atol=1e-15)
