@@ -60,6 +60,10 @@ class Batches(ABC):
         """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
 
     @abstractmethod
+    def with_pinned_memory(self) -> Batches:
+        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+
+    @abstractmethod
     def sample(self, count: int | None, seed: int) -> Batches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
 
@@ -90,5 +94,5 @@ def check_at_least(least: int, **options: int | None) -> None:
 
 
 def pinned(images: Tensor) -> Tensor:
-    """Return the images in page-locked memory, from which a GPU copies while it computes; as they are without a GPU."""
+    """Return the images in page-locked memory; as they are without a GPU."""
     return images.pin_memory() if torch.cuda.is_available() else images

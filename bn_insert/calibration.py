@@ -58,10 +58,7 @@ def calibrate(
 
     def own_part() -> tuple[int, Statistics]:
         network = working_copy(model, device)
-        calls: Counter[str] = Counter()
-        if reference_tensor(network).device.type == "cpu":  # a GPU wants as much at once as there is
-            run_in_micro_batches(network, calls)
-        with _recording_behind(sites, network, recorder, calls):
+        with _recording_behind(sites, network, recorder):
             images = run_through(
                 network,
                 batches,
@@ -170,10 +167,9 @@ def _append(parts: list[Moments], part: Moments) -> None:
 
 
 @contextmanager
-def _recording_behind(
-    sites: Sequence[Site], network: nn.Module, recorder: Recorder, calls: Counter[str]
-) -> Iterator[None]:
-    """Record what comes out of each site's anchor, and end each pass behind the last one; `calls` counts in it."""
+def _recording_behind(sites: Sequence[Site], network: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Record what comes out of each site's anchor, and end each pass behind the last one."""
+    calls: Counter[str] = Counter()
     wanted = Counter({site.name: site.calls for site in sites})
 
     def begin(*_: object) -> None:
@@ -191,8 +187,13 @@ def _recording_behind(
 
     with ExitStack() as hooks:
         hooks.callback(network.register_forward_pre_hook(begin).remove)
+        own: set[int] = set()
         for site in sites:
-            hooks.callback(network.get_submodule(site.anchor).register_forward_hook(hook(site)).remove)
+            handle = network.get_submodule(site.anchor).register_forward_hook(hook(site))
+            hooks.callback(handle.remove)
+            own.add(handle.id)
+        if reference_tensor(network).device.type == "cpu":  # a GPU wants as much at once as there is
+            run_in_micro_batches(network, calls, own)
         yield
 
 

@@ -31,7 +31,7 @@ _MISMATCHES_SHOWN = 8
 
 
 def load_checkpoint(
-    path: StrPath, *, model: str | nn.Module | Callable[[], nn.Module] | None = None, mapped: bool = False
+    path: StrPath, *, model: str | nn.Module | Callable[[], nn.Module] | None = None, mmap: bool = False
 ) -> nn.Module:
     """Return the network of a checkpoint file, in eval mode, on the CPU; no code from the file is ever run.
 
@@ -45,8 +45,9 @@ def load_checkpoint(
         that makes one, or that function's name as "package.module:function", which is imported. Its dtype and device
         stay. The checkpoint is loaded strictly. It may be the architecture without the BatchNorms that bn-insert put
         in: what bn-insert did (inserting, folding, another output layer) is stored with the settings and done again.
-    mapped: leave a VGG's values in the file, from which they are read when they are used: quick, for a look at the
-        layers. The file has to stay as it is meanwhile, and damage that only changes values goes unnoticed.
+    mmap: leave a VGG's values in the file, from which they are read when they are used, as in `torch.load`: quick, for
+        a look at the layers. The file has to stay as it is meanwhile, damage that only changes values goes unnoticed,
+        and tensors that share memory in the file do so in the network.
     A checkpoint whose settings name such a function is not read without `model`: only the caller decides what code is
     imported.  Raises CheckpointError with the path, the reason and the way out.
 
@@ -55,7 +56,7 @@ def load_checkpoint(
     >>> type(model).__name__, len(model.features), model.training
     ('VGG', 16, False)
     """
-    tensors = read_state_dict(Path(path), mapped=mapped)
+    tensors = read_state_dict(Path(path), mmap=mmap)
     settings = read_settings(path) or Settings()
     given = None if model is None else _made(model)
     try:
@@ -65,7 +66,7 @@ def load_checkpoint(
 
             _check_needs_no_function(settings.architecture)
             prefix, tensors = without_prefix(tensors)
-            network: nn.Module = vgg_from_state_dict(tensors if mapped else independent(tensors))
+            network: nn.Module = vgg_from_state_dict(tensors if mmap else _own(tensors, path))
             architecture = Architecture() if prefix else settings.architecture
         else:
             network, changes, prefix = _filled(given, tensors, settings.architecture)
@@ -172,6 +173,13 @@ def read_settings(path: StrPath) -> Settings | None:
         raise CheckpointError(
             f"{path}: the settings in its header are damaged: {printable(error)}; write it again"
         ) from error
+
+
+def _own(tensors: Mapping[str, Tensor], path: StrPath) -> dict[str, Tensor]:
+    """Return tensors just read from a file that share memory neither with each other nor with the file."""
+    if file_kind(Path(path)) == "safetensors":  # a mapped file
+        return {key: tensor.clone() for key, tensor in tensors.items()}
+    return independent(tensors)
 
 
 def _suffix(path: StrPath) -> str:

@@ -142,6 +142,10 @@ class ImageBatches(Batches):
         share = dealt(self.paths[: self.images], self.batch_size, rank, ranks)
         return replace(self, paths=tuple(share), limit=None)
 
+    def with_pinned_memory(self) -> ImageBatches:
+        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, pin_memory=True)
+
     def sample(self, count: int | None, seed: int) -> ImageBatches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
         return replace(self, paths=tuple(sample(self.paths[: self.images], count, seed)), limit=None)

@@ -8,14 +8,14 @@ statistics, the ReLU and the next layer read them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence, Set
 from itertools import groupby, pairwise
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .forward import ForwardDone, NotFiniteError
 from .graph import working_copy
@@ -25,58 +25,72 @@ from .graph import working_copy
 _BYTES_AT_A_TIME = 16 << 20
 
 # In eval mode these treat each image by itself.
-_IMAGE_BY_IMAGE = {
+_PER_IMAGE = {
     *(nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.LocalResponseNorm, nn.ZeroPad2d),
 }
 
 
-def run_in_micro_batches(network: nn.Module, calls: Counter[str]) -> None:
-    """Make a working copy run its sequences of conv layers on a few images at a time; the results are the same.
+def run_in_micro_batches(network: nn.Module, calls: Counter[str], own_hooks: Set[int]) -> None:
+    """Make a working copy run its sequences of conv layers on a few images at a time; outputs are equal to rounding.
 
     Changes the network: hooks of the modules in such a sequence are then called once for each part of a batch.
     calls: what hooks count during a pass of the network. Each part of a batch finds the same counts, as if it came
     alone, and ForwardDone takes effect when all parts have raised it.
-    Of a sequence that holds anything else than convs, pools, activations and their like nothing is changed.
+    own_hooks: ids of the hooks that take parts. While there are others, which may look at whole batches, a sequence
+    runs whole; always so one that holds anything else than convs, pools, activations and their like.
     """
     for module in network.modules():
-        if isinstance(module, nn.Sequential) and _can_be_split(module):
-            module.forward = _InMicroBatches(module, calls)  # type: ignore[method-assign]
+        if isinstance(module, nn.Sequential) and _is_per_image(module):
+            module.forward = _InMicroBatches(module, calls, own_hooks)  # type: ignore[method-assign]
 
 
-def _can_be_split(sequence: nn.Sequential) -> bool:
-    """Say whether a sequence has convs, and runs each image by itself without anyone from outside looking on."""
+def _is_per_image(sequence: nn.Sequential) -> bool:
+    """Say whether a sequence has convs, and runs each image by itself."""
     children = list(sequence.children())
     return (
         type(sequence).forward is nn.Sequential.forward
         and any(isinstance(child, nn.Conv2d) for child in children)
-        and all(type(child) in _IMAGE_BY_IMAGE for child in children)
+        and all(type(child) in _PER_IMAGE for child in children)
         and all(child.running_mean is not None for child in children if isinstance(child, _BatchNorm))
         and all(child.start_dim > 0 for child in children if isinstance(child, nn.Flatten))
-        and not any(child._forward_hooks or child._forward_pre_hooks for child in children)
+        and not any(getattr(child, "return_indices", False) for child in children)
+        and not any("forward" in vars(module) for module in (sequence, *children))  # somebody else's in its place
     )
 
 
 class _InMicroBatches:
     """The forward of an nn.Sequential: as many images at a time as each stretch of its modules has room for."""
 
-    def __init__(self, sequence: nn.Sequential, calls: Counter[str]) -> None:
+    def __init__(self, sequence: nn.Sequential, calls: Counter[str], own_hooks: Set[int]) -> None:
         self._modules = list(sequence)
-        self._on_meta = list(working_copy(sequence, "meta"))  # has shapes, and neither memory nor work
         self._calls = calls
-        self._bytes_per_image = lru_cache(self._bytes_per_image_of)
+        self._own_hooks = own_hooks
+        self._values_per_image: dict[torch.Size, list[int]] = {}
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
-        if input.ndim != 4:
+        if input.ndim != 4 or self._is_watched():
             return _run(self._modules, input)
         for modules, parts in self._stretches(input):
             input = self._in_parts(modules, input, parts)  # noqa: A001
         return input
 
+    def _is_watched(self) -> bool:
+        """Say whether there are hooks of others; a forward may set them while it runs, to tap activations."""
+        hooks = (hooks for module in self._modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
+        return bool(
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or any(not ids.keys() <= self._own_hooks for ids in hooks)
+        )
+
     def _stretches(self, images: Tensor) -> Iterator[tuple[list[nn.Module], int]]:
         """Yield the modules that follow each other and want the batch in the same number of parts."""
-        sizes = self._bytes_per_image(images.shape[1:], images.dtype)
+        shape = images.shape[1:]
+        if shape not in self._values_per_image:
+            self._values_per_image[shape] = _values_per_image(self._modules, shape)
+        sizes = [values * images.element_size() for values in self._values_per_image[shape]]
         parts = [ceil(len(images) / max(1, _BYTES_AT_A_TIME // size)) or 1 for size in sizes]
         for number, members in groupby(zip(parts, self._modules, strict=True), key=lambda pair: pair[0]):
             yield [module for _, module in members], number
@@ -100,12 +114,14 @@ class _InMicroBatches:
             raise ForwardDone
         return torch.cat(outputs) if parts > 1 else outputs[0]
 
-    def _bytes_per_image_of(self, shape: torch.Size, dtype: torch.dtype) -> list[int]:
-        """Return, for each module, the larger of what one image of this shape takes in front of it and behind it."""
-        values = [torch.empty(1, *shape, dtype=dtype, device="meta")]
-        for module in self._on_meta:
-            values.append(module(values[-1]))
-        return [max(given.nbytes, made.nbytes, 1) for given, made in pairwise(values)]
+
+def _values_per_image(modules: Sequence[nn.Module], shape: torch.Size) -> list[int]:
+    """Return, for each module, the larger number of values in front of it and behind it for one image of this shape."""
+    on_meta = working_copy(nn.Sequential(*modules), "meta").float()  # has shapes, and neither memory nor work
+    values = [torch.empty(1, *shape, device="meta")]
+    for module in on_meta:
+        values.append(module.forward(values[-1]))  # without hooks
+    return [max(given.numel(), made.numel(), 1) for given, made in pairwise(values)]
 
 
 def _run(modules: Sequence[nn.Module], images: Tensor) -> Tensor:

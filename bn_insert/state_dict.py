@@ -22,13 +22,13 @@ PREFIXES = ("module.", "model.", "_orig_mod.")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema")
 
 
-def read_state_dict(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+def read_state_dict(path: Path, *, mmap: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a .pth, .pt, .bin or .safetensors file, by key, on the CPU.
 
-    mapped: map the file into memory instead of reading it, where its format allows.
+    mmap: map the file into memory instead of reading it, where its format allows; safetensors are always mapped.
 
     The format is told by the content.  A dict under one of WRAPPERS is taken out of its wrapper; keys stay as they are.
-    Tensors may share memory with each other: `independent` makes copies of those.
+    Tensors may share memory with each other or with the file: copy what is kept.
     Raises CheckpointError for everything else, and no code from the file is ever run.
     """
     kind = file_kind(path)
@@ -36,9 +36,7 @@ def read_state_dict(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # How a stranger's file was written (old pickle protocols, typed storages) is not the reader's concern.
             warnings.simplefilter("ignore")
-            content: object = (
-                _read_safetensors(path, mapped) if kind == "safetensors" else load_torch_file(path, mapped=mapped)
-            )
+            content: object = _read_safetensors(path) if kind == "safetensors" else load_torch_file(path, mapped=mmap)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a parser raises on a damaged file is one fact to us
@@ -132,10 +130,9 @@ def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()
     return common, {key.removeprefix(common): tensors[key] for key in keys}
 
 
-def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-    return tensors if mapped else {key: tensor.clone() for key, tensor in tensors.items()}
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _unwrapped(path: Path, content: object) -> Mapping[object, object]:

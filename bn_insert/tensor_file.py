@@ -82,6 +82,10 @@ class TensorBatches(Batches):
         """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
         return replace(self, rows=dealt(self.rows, self.batch_size, rank, ranks))
 
+    def with_pinned_memory(self) -> TensorBatches:
+        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, pin_memory=True)
+
     def sample(self, count: int | None, seed: int) -> TensorBatches:
         """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
         return replace(self, rows=sample(self.rows, count, seed))

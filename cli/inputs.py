@@ -34,11 +34,11 @@ class ImageOptions:
     strict: bool
 
 
-def open_model(checkpoint: str, function: str | None = None, *, mapped: bool = False) -> nn.Module:
+def open_model(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> nn.Module:
     """Return the network of a checkpoint file or of a torchvision name.
 
     function: "package.module:function" that makes the architecture, from --model; this imports and calls it.
-    mapped: leave its values in the file, for a look at its layers.
+    mmap: leave its values in the file, for a look at its layers.
     """
     from bn_insert.checkpoint import load_checkpoint  # noqa: PLC0415 - torch only when work begins
     from bn_insert.pretrained import torchvision_checkpoint  # noqa: PLC0415
@@ -52,7 +52,7 @@ def open_model(checkpoint: str, function: str | None = None, *, mapped: bool = F
         return torchvision_checkpoint(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)  # as for python -m; the function may import more when it is called
-    return load_checkpoint(checkpoint, model=function, mapped=mapped)
+    return load_checkpoint(checkpoint, model=function, mmap=mmap)
 
 
 def is_torchvision_name(checkpoint: str) -> bool:
@@ -88,7 +88,6 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         workers=options.workers,
         channels=input_channels(model),
         strict=options.strict,
-        pin_memory=True,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -165,6 +166,8 @@ def _calibrate(
 
     ranks = Ranks.current()
     share = batches.part(ranks.rank, ranks.count)
+    if device.type == "cuda":
+        share = share.with_pinned_memory()
     images = 0
     with image_progress("calibrating", share.images, shown=ranks.first) as progress:
 
@@ -192,12 +195,14 @@ def _sites(found: Sequence[Layer], checkpoint: str) -> list[Site]:
 
 
 def _note_calibration(images: int, moments: Mapping[str, Moments], tolerance: float | None) -> None:
-    print_note(f"Calibrated on {images} images. Original and result on up to {CHECK_IMAGES} of them:")
     errors = [found.error_of(0.99) for found in moments.values()]
-    if tolerance is not None and not all(error <= tolerance for error in errors):
-        known = all(error >= 0 for error in errors)  # nan where batches were too few
-        reached = f"the error is {max(errors):.2g}" if known else "too few batches tell how large the error is"
-        print_note(f"The tolerance {tolerance:g} was not reached: {reached}; give more images.")
+    error = nan if any(map(isnan, errors)) else max(errors)
+    reached = f", to an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
+    print_note(f"Calibrated on {images} images{reached}. Original and result on up to {CHECK_IMAGES} of them:")
+    if tolerance is not None and isnan(error):
+        print_note("The error cannot be told from one batch: give more images, or smaller batches (-b).")
+    elif tolerance is not None and error > tolerance:
+        print_note(f"The tolerance {tolerance:g} was not reached; give more images.")
 
 
 def _note_unreadable(unreadable: list[Unreadable]) -> None:

@@ -32,7 +32,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert import survey  # noqa: PLC0415
     from bn_insert.model_inputs import reference_tensor  # noqa: PLC0415
 
-    network = open_model(checkpoint, model, mapped=True)
+    network = open_model(checkpoint, model, mmap=True)
     dtype = reference_tensor(network).dtype
     example = torch.zeros(2, input_channels(network), size, size, dtype=dtype)
     found = survey(

@@ -92,6 +92,15 @@ def test_after_running_out_of_memory_outputs_stay_bit_identical_and_the_smaller_
     assert result.sizes == [8]  # nothing of the calibration's own copy is left in the result
 
 
+def test_a_value_that_is_not_finite_is_told_by_its_place_in_the_batch_that_was_halved() -> None:
+    whole = images(12, 12)
+    whole[9, 0, 3, 3] = torch.inf
+    limited = LimitedMemory(plain(), room_for=4)
+    with warnings.catch_warnings(), pytest.raises(CalibrationError, match="image 9 of its batch"):
+        warnings.simplefilter("ignore")
+        calibrate(limited, find_sites(limited, whole), [whole])
+
+
 def test_one_image_that_does_not_fit_is_an_error_with_its_shape() -> None:
     limited = LimitedMemory(plain(), room_for=0)
     with warnings.catch_warnings(), pytest.raises(CalibrationError) as caught:

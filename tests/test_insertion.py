@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
-from bn_insert import CalibrationError, GraphError, insert_batchnorm
+from bn_insert import CalibrationError, GraphError, calibrate, find_edges, find_sites, insert_batchnorm
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
+from bn_insert.insertion import insert_with_norms
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -561,3 +562,21 @@ def test_layers_registered_in_another_order_than_called_get_their_own_statistics
     for name in ("conv", "hidden"):
         mean, _ = mean_and_var(activations(model, [name], [whole])[name])
         torch.testing.assert_close(result.get_submodule(name)[1].running_mean, mean.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+def test_weights_are_shared_with_the_original_only_where_asked_and_where_they_stay_as_they_are(equalized: bool) -> None:
+    model, x = small_vgg(), images(8, 16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    sites = find_sites(model, x)
+    moments = calibrate(model, sites, [x])
+    edges = find_edges(model, x, sites) if equalized else []
+    result, norms = insert_with_norms(model, sites, moments, edges=edges, shared=True)
+    own, _ = insert_with_norms(model, sites, moments, edges=edges)
+    assert torch.equal(result(x), own(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    storages = {parameter.data_ptr() for parameter in model.parameters()}
+    weights = (result.features[0].weight, result.classifier[0].weight)
+    assert all((weight.data_ptr() in storages) != equalized for weight in weights)
+    assert storages.isdisjoint(parameter.data_ptr() for parameter in own.parameters())
+    assert storages.isdisjoint(parameter.data_ptr() for norm in norms.values() for parameter in norm.parameters())

@@ -8,7 +8,8 @@ from networks import images, randomised, small_vgg
 from references import activations, assert_moments
 from torch import Tensor, nn
 
-from bn_insert import CalibrationError, calibrate, find_sites, micro_batches
+from bn_insert import CalibrationError, Moments, calibrate, calibration, find_sites, micro_batches
+from bn_insert.moments import moments_of
 
 ONE_IMAGE = 8 * 16 * 16 * 4  # bytes of what small_vgg's first conv gives for an image of 16 x 16
 
@@ -20,14 +21,20 @@ def _room_for_three_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared(network: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor]]]:
     """Return the network split, and what each of its modules without children gives, call by call."""
-    micro_batches.run_in_micro_batches(network, Counter())
     seen: dict[str, list[Tensor]] = {}
-    for name, module in network.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: seen.setdefault(name, []).append(output.clone())
-            )
+    own = {
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.setdefault(name, []).append(output.clone())
+        ).id
+        for name, module in network.named_modules()
+        if not list(module.children())
+    }
+    micro_batches.run_in_micro_batches(network, Counter(), own)
     return network, seen
+
+
+def sizes(outputs: list[Tensor]) -> list[int]:
+    return [len(output) for output in outputs]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -43,10 +50,29 @@ def test_a_split_network_gives_the_same_outputs(memory_format: torch.memory_form
 def test_parts_are_of_even_size_and_grow_where_activations_shrink() -> None:
     network, seen = prepared(small_vgg())
     network(images(10, 16))
-    sizes = {name: [len(output) for output in outputs] for name, outputs in seen.items()}
-    assert sizes["features.0"] == [3, 3, 2, 2]
-    assert len(sizes["features.3"]) < 4
-    assert sizes["classifier.0"] == [10]
+    assert sizes(seen["features.0"]) == [3, 3, 2, 2]
+    assert sizes(seen["features.3"]) == [5, 5]
+    assert sizes(seen["classifier.0"]) == [10]
+
+
+def test_images_of_several_sizes_are_split_each_by_its_own_size() -> None:
+    network, seen = prepared(small_vgg())
+    for size in (16, 32, 16):
+        network(images(10, size))
+    assert sizes(seen["features.0"]) == [3, 3, 2, 2, *[1] * 10, 3, 3, 2, 2]
+
+
+def test_calibration_sees_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(values: Tensor) -> Moments:
+        seen.append(len(values))
+        return moments_of(values)
+
+    monkeypatch.setattr(calibration, "moments_of", counted)
+    model, whole = small_vgg(), images(10, 16)
+    calibrate(model, find_sites(model, whole, layers="conv", skip=["features.3"]), [whole])
+    assert seen == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("layers", ["conv", ("conv", "dense")])
@@ -59,16 +85,6 @@ def test_moments_of_split_batches_equal_the_float64_reference(placement: Any, la
     assert {site.name for site in sites} == found.keys()
     for site in sites:
         assert_moments(found[site.name], expected[site.anchor])
-
-
-def test_images_of_several_sizes_are_split_each_by_its_own_size() -> None:
-    model = small_vgg().features
-    batches = [images(10, 16), images(10, 32), images(10, 16, seed=2)]
-    sites = find_sites(model, batches[0])
-    found = calibrate(model, sites, batches)
-    for site in sites:
-        outputs = [activations(model, [site.name], [batch])[site.name] for batch in batches]
-        assert_moments(found[site.name], torch.cat([output.movedim(1, 0).flatten(1) for output in outputs], 1).t())
 
 
 def test_a_value_that_is_not_finite_is_told_by_its_place_in_the_whole_batch() -> None:
@@ -106,18 +122,142 @@ def _watched() -> nn.Module:
     return activation
 
 
+def _replaced() -> nn.Module:
+    activation = nn.ReLU()
+    activation.forward = lambda x: x - x.mean(0)  # type: ignore[method-assign]
+    return activation
+
+
 def _flat() -> nn.Module:
     return nn.Flatten(0, 1)
 
 
-@pytest.mark.parametrize("module", [LooksAtTheBatch, _norm_by_batch, _watched, _flat])
+class TwoSequences(nn.Module):
+    """Two sequences of convs; under autocast the second is given bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.PReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.PReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sequences_behind_each_other_run_in_every_dtype(dtype: torch.dtype) -> None:
+    model, whole = randomised(TwoSequences()).to(dtype), images(10, 16)
+    sites = find_sites(model, whole, include_output=True)
+    found = calibrate(model, sites, [whole])
+    expected = activations(model, [site.name for site in sites], [whole.to(dtype)])
+    for site in sites:
+        assert_moments(found[site.name], expected[site.name], 1e-5 if dtype != torch.bfloat16 else 1e-2)
+
+
+def test_sequences_behind_each_other_run_under_autocast() -> None:
+    model, whole = randomised(TwoSequences()), images(10, 16)
+    sites = find_sites(model, whole, include_output=True)
+    exact = calibrate(model, sites, [whole])
+    found = calibrate(model, sites, [whole], autocast=torch.bfloat16)
+    for name, moments in exact.items():
+        assert found[name].count == moments.count
+        moving = moments.std > 0
+        assert ((found[name].mean - moments.mean).abs() / moments.std)[moving].max() < 0.05
+
+
+class Taps(nn.Module):
+    """Takes an activation out of its features by a hook that is there during the forward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tapped: list[Tensor] = []
+        handle = self.features[1].register_forward_hook(lambda _module, _inputs, output: tapped.append(output))
+        self.features(x)
+        handle.remove()
+        return self.head(tapped[0])
+
+
+def test_a_forward_that_taps_activations_by_hooks_gets_those_of_the_whole_batch() -> None:
+    model, whole = randomised(Taps()), images(10, 16)
+    sites = find_sites(model, whole, include_output=True)
+    expected = activations(model, [site.name for site in sites], [whole])
+    found = calibrate(model, sites, [whole])
+    assert "head" in found
+    for site in sites:
+        assert_moments(found[site.name], expected[site.name])
+
+
+def test_a_hook_on_all_modules_sees_whole_batches() -> None:
+    seen: list[int] = []
+    model, whole = small_vgg(), images(10, 16)
+    sites = find_sites(model, whole)
+    handle = nn.modules.module.register_module_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))
+    try:
+        calibrate(model, sites, [whole])
+    finally:
+        handle.remove()
+    assert set(seen) == {10}
+
+
+class Unpools(nn.Module):
+    """Keeps the indices of a pool, as SegNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
+        self.up = nn.MaxUnpool2d(2)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.up(*self.down(x)))
+
+
+def test_a_pool_that_returns_indices_too_runs_whole() -> None:
+    model, whole = randomised(Unpools()), images(10, 16)
+    sites = find_sites(model, whole, include_output=True)
+    found = calibrate(model, sites, [whole])
+    expected = activations(model, [site.name for site in sites], [whole])
+    for site in sites:
+        assert_moments(found[site.name], expected[site.name])
+
+
+MADE = {
+    nn.Conv2d: lambda: nn.Conv2d(8, 8, 3),
+    nn.Linear: lambda: nn.Linear(16, 4),
+    nn.BatchNorm1d: lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(8)),
+    nn.BatchNorm2d: lambda: nn.BatchNorm2d(8),
+    nn.MaxPool2d: lambda: nn.MaxPool2d(2),
+    nn.AvgPool2d: lambda: nn.AvgPool2d(2),
+    nn.AdaptiveMaxPool2d: lambda: nn.AdaptiveMaxPool2d(3),
+    nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d(3),
+    nn.LocalResponseNorm: lambda: nn.LocalResponseNorm(3),
+    nn.ZeroPad2d: lambda: nn.ZeroPad2d(1),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(micro_batches._PER_IMAGE, key=lambda kind: kind.__name__))
+def test_every_module_that_is_split_gives_what_it_gives_whole(kind: type[nn.Module]) -> None:
+    made = MADE.get(kind, kind)()
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *(made if isinstance(made, nn.Sequential) else [made]))
+    whole = images(10, 16)
+    expected = randomised(network)(whole)
+    split, seen = prepared(network)
+    torch.testing.assert_close(split(whole), expected, rtol=1e-5, atol=1e-5)
+    assert len(sizes(seen["0"])) > 1
+
+
+@pytest.mark.parametrize("module", [LooksAtTheBatch, _norm_by_batch, _watched, _replaced, _flat])
 def test_what_may_look_at_the_whole_batch_is_given_the_whole_batch(module: Callable[[], nn.Module]) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), module(), nn.ReLU()).eval()
     whole = images(10, 16)
     expected = network(whole)
     split, seen = prepared(network)
     assert torch.equal(split(whole), expected)
-    assert [len(output) for output in seen["0"]] == [10]
+    assert sizes(seen["0"]) == [10]
 
 
 class Skips(nn.Sequential):

@@ -38,13 +38,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_the_written_file_is_that_of_one_process_within_one_float_step(tmp_path: Path) -> None:
-    options = (
-        *INSERT,
-        "-b",
-        16,
-        "--images",
-        20,
-    )  # a batch of 16 for the first process, 4 for the second, 0 for the third
+    # A batch of 16 for the first process, 4 for the second, none for the third.
+    options = (*INSERT, "-b", 16, "--images", 20)
     assert CliRunner().invoke(app, [*map(str, options), "-o", str(tmp_path / "alone.pth")]).exit_code == 0
     done = run(tmp_path, 3, "-m", "cli", *options, "-o", "shared.pth")
     assert done.returncode == 0, done.stderr

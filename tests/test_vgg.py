@@ -117,7 +117,6 @@ def test_the_network_has_the_given_tensors_trainable_and_no_random_number_is_dra
     own = result.state_dict(keep_vars=True)
     assert all(own[key].data_ptr() == state[key].data_ptr() for key in state)
     assert all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in result.parameters())
-    assert all(torch.equal(own[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
