@@ -186,8 +186,35 @@ def _measured_growth(images: int, device: torch.device) -> tuple[float, float]:
     return seconds, _peak_of_this_process()
 
 
+def profile(options: argparse.Namespace) -> Iterator[str]:
+    """Where the time of a calibration of VGG16 goes, operation by operation."""
+    device = options.device
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    network = network_of("vgg16", device)
+    batches = batches_of(options.images, max(options.batch_sizes), device)
+    sites = find_sites(network, batches[0][:1])
+    calibrate(network, sites, batches, autocast=options.autocast)  # a first one warms up
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profiler:
+        whole = seconds_of(lambda: calibrate(network, sites, batches, autocast=options.autocast), device)
+    seconds = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        for event in profiler.key_averages()
+    }
+    largest = sorted(seconds.items(), key=lambda item: -item[1])[:8]
+    yield from ("| operation | share of the time |", "|---|---|")
+    for name, taken in largest:
+        yield f"| `{name}` | {taken / whole:.1%} |"
+    yield f"| other operations | {(sum(seconds.values()) - sum(taken for _, taken in largest)) / whole:.1%} |"
+    rest = "waiting for the processor" if on_gpu else "Python, between the operations"
+    yield f"| {rest} | {1 - sum(seconds.values()) / whole:.1%} |"
+    yield ""
+    yield f"VGG16, {options.images} images in batches of {max(options.batch_sizes)}, on {device}."
+
+
 TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
     "ways": ("Against the plain loop and other tools' ways", against_plain_loop),
+    "profile": ("Where the time goes", profile),
     "growth": ("Growth with the number of images", growth),
     "end-to-end": ("1,000 JPEGs of 500 x 375, end to end", end_to_end),
     "start-up": ("Start-up", start_up),

@@ -22,6 +22,15 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: with another number its kernels add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def unchecked() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a function without the tests' run-time type check: what a caller meets who passes another type."""
     return inspect.unwrap

@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,11 @@ from bn_insert.process_group import Ranks
 from bn_insert.training_settings import TrainingSettings
 from bn_insert.training_state import load_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
 FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

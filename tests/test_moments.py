@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -40,15 +40,6 @@ def values_of(shape: Sequence[int], mean_in_stds: float = 0.0, dtype: torch.dtyp
 def test_moments_equal_a_float64_reference_over_all_values(shape: str, mean_in_stds: float) -> None:
     values = values_of(SHAPES[shape], mean_in_stds)
     assert_moments(moments_of(values), values)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Let one thread add up all values: several would each add up fewer, and be more accurate."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

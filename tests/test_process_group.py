@@ -3,10 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -27,14 +25,6 @@ def run(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedPro
     return subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_written_file_is_that_of_one_process_within_one_float_step(tmp_path: Path) -> None:
@@ -67,6 +57,8 @@ API = """
 import sys, torch, torch.distributed as dist
 from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint
 from bn_insert.demo import network_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
