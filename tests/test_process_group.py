@@ -12,6 +12,8 @@ from bn_insert import calibrate, find_sites, load_checkpoint
 from bn_insert.demo import images_path, network_path
 from cli.app import app
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One thread each: PyTorch's kernels add up in another order with another number of threads.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--device", "cpu")
@@ -57,8 +59,6 @@ API = """
 import sys, torch, torch.distributed as dist
 from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint
 from bn_insert.demo import network_path
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
