@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -21,8 +22,8 @@ INSERT = ("insert", network_path(), images_path(), *AS_IT_IS)
 
 
 def run(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments in `ranks` processes, as torchrun does, or in one."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """Run Python with these arguments in `ranks` processes, as torchrun does."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks))
     command = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
