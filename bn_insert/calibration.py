@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def calibrate(
     """
     if not sites:
         return {}
-    if tolerance is not None and not tolerance > 0:
-        raise CalibrationError(f"tolerance is a number above 0, such as 0.01, not {tolerance}")
+    if tolerance is not None and not 0 < tolerance < inf:
+        raise CalibrationError(f"tolerance is a number above 0, such as 0.1, not {tolerance}")
     recorder = Recorder()
 
     def own_part() -> tuple[int, Statistics]:

@@ -150,7 +150,15 @@ def _in_channels_last(tensor: Tensor) -> Tensor:
 
 
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return the batches; raises CalibrationError for a single tensor, which would be taken image by image."""
+    """Return the batches; raises CalibrationError for what is no iterable, and for a single tensor.
+
+    That would be taken image by image.
+    """
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise CalibrationError(
+            f"batches is a {type(batches).__name__}, not an iterable of batches; give a DataLoader, or a list such as "
+            "[images]"
+        )
     if isinstance(batches, Tensor):
         raise CalibrationError(
             f"batches is one tensor of shape {tuple(batches.shape)}, and would be taken image by image; "

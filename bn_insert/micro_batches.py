@@ -70,9 +70,9 @@ class _InMicroBatches:
         self._values_per_image: dict[torch.Size, list[int]] = {}
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
-        if input.ndim != 4 or self._is_watched():
+        if input.ndim != 4 or self._is_watched() or not (sizes := self._bytes_per_image(input)):
             return _run(self._modules, input)
-        for modules, parts in self._stretches(input):
+        for modules, parts in _stretches(self._modules, sizes, len(input)):
             input = self._in_parts(modules, input, parts)  # noqa: A001
         return input
 
@@ -85,15 +85,15 @@ class _InMicroBatches:
             or any(not ids.keys() <= self._own_hooks for ids in hooks)
         )
 
-    def _stretches(self, images: Tensor) -> Iterator[tuple[list[nn.Module], int]]:
-        """Yield the modules that follow each other and want the batch in the same number of parts."""
+    def _bytes_per_image(self, images: Tensor) -> list[int]:
+        """Return what one image takes in front of each module or behind it; nothing for images that do not fit."""
         shape = images.shape[1:]
         if shape not in self._values_per_image:
-            self._values_per_image[shape] = _values_per_image(self._modules, shape)
-        sizes = [values * images.element_size() for values in self._values_per_image[shape]]
-        parts = [ceil(len(images) / max(1, _BYTES_AT_A_TIME // size)) or 1 for size in sizes]
-        for number, members in groupby(zip(parts, self._modules, strict=True), key=lambda pair: pair[0]):
-            yield [module for _, module in members], number
+            try:
+                self._values_per_image[shape] = _values_per_image(self._modules, shape)
+            except Exception:  # noqa: BLE001 - run on the images themselves, the modules say better what is wrong
+                return []
+        return [values * images.element_size() for values in self._values_per_image[shape]]
 
     def _in_parts(self, modules: Sequence[nn.Module], images: Tensor, parts: int) -> Tensor:
         before = dict(self._calls)
@@ -113,6 +113,15 @@ class _InMicroBatches:
         if done:
             raise ForwardDone
         return torch.cat(outputs) if parts > 1 else outputs[0]
+
+
+def _stretches(
+    modules: Sequence[nn.Module], bytes_per_image: Sequence[int], images: int
+) -> Iterator[tuple[list[nn.Module], int]]:
+    """Yield modules that follow each other and want so many images in the same number of parts."""
+    parts = [ceil(images / max(1, _BYTES_AT_A_TIME // size)) or 1 for size in bytes_per_image]
+    for number, members in groupby(zip(parts, modules, strict=True), key=lambda pair: pair[0]):
+        yield [module for _, module in members], number
 
 
 def _values_per_image(modules: Sequence[nn.Module], shape: torch.Size) -> list[int]:

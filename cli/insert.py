@@ -59,7 +59,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Stop when mean and std are known this exactly, relative to std; 0.01, say. [all images]"),
+        typer.Option(help="Stop when mean and std are known this exactly, relative to std; 0.1, say. [all images]"),
     ] = None,
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
@@ -202,7 +202,7 @@ def _note_calibration(images: int, moments: Mapping[str, Moments], tolerance: fl
     if tolerance is not None and isnan(error):
         print_note("The error cannot be told from one batch: give more images, or smaller batches (-b).")
     elif tolerance is not None and error > tolerance:
-        print_note(f"The tolerance {tolerance:g} was not reached; give more images.")
+        print_note(f"The tolerance {tolerance:g} was not reached: give more images (--images), or be content.")
 
 
 def _note_unreadable(unreadable: list[Unreadable]) -> None:

@@ -31,7 +31,9 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
             "-" if of_site.standard_error is None else f"{of_site.error_of(0.99):.2g}",
             str(of_site.constant_channels or "-"),
         )
-    result.caption = "error: estimated, of mean and std, relative to std, for 99 % of the channels"
+    result.caption = (
+        "error: estimated, of mean and std, relative to std, for 99 % of the channels; -: one batch tells none"
+    )
     result.caption_justify = "left"
     return result
 

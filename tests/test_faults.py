@@ -2,7 +2,9 @@
 
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from bn_insert import CalibrationError, calibrate, find_sites, insert_batchnorm
 from bn_insert.batches import Batch
 from bn_insert.checkpoint import save_checkpoint
+from bn_insert.forward import checked
 from cli.app import app
 
 
@@ -163,3 +166,9 @@ def test_the_command_line_takes_a_float16_checkpoint_there_and_back(
     before, after = torch.load("half.pth"), torch.load("folded.pth")
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("batches", [None, Path("photographs")])
+def test_what_holds_no_batches_is_not_taken_for_them(batches: Any, unchecked: Callable[..., Any]) -> None:
+    with pytest.raises(CalibrationError, match=r"^batches is a \w+, not an iterable of batches; give a DataLoader"):
+        unchecked(checked)(batches)

@@ -105,6 +105,12 @@ def test_a_conv_run_twice_in_a_sequence_has_the_moments_of_both_runs() -> None:
         assert_moments(found[site.name], expected[site.name])
 
 
+def test_images_that_do_not_fit_are_told_in_the_words_of_the_layer_itself() -> None:
+    model = small_vgg()
+    with pytest.raises(CalibrationError, match=r"batch 1 of shape \(8, 1, 16, 16\): .*to have 3 channels, but got 1"):
+        calibrate(model, find_sites(model, images(2, 16)), [images(8, 16), images(8, 16, channels=1)])
+
+
 class LooksAtTheBatch(nn.Module):
     """Subtracts the mean over all images that it is given."""
 

@@ -109,7 +109,7 @@ def test_the_true_error_is_below_the_tolerance_in_95_percent_of_runs_that_ended_
     assert honest >= 38
 
 
-@pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan, math.inf])
 def test_a_tolerance_that_is_not_above_zero_is_refused(tolerance: float) -> None:
     with pytest.raises(CalibrationError, match="tolerance is a number above 0, such as"):
         insert_batchnorm(randomised(dense()), [features(4, 8)], tolerance=tolerance)
@@ -134,7 +134,7 @@ def test_the_command_ends_early_and_prints_the_error_that_was_reached(tmp_path: 
 def test_the_command_says_when_the_images_do_not_suffice(tmp_path: Path) -> None:
     result = insert(tmp_path, "--tolerance", 0.001, "-b", 64)
     assert "Calibrated on 360 images, to an error of 0." in result.stderr
-    assert "The tolerance 0.001 was not reached; give more images." in result.stderr
+    assert "The tolerance 0.001 was not reached: give more images (--images)" in result.stderr
 
 
 def test_the_command_says_when_batches_are_too_few_to_tell(tmp_path: Path) -> None:
