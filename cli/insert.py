@@ -198,7 +198,7 @@ def _note_calibration(images: int, moments: Mapping[str, Moments], tolerance: fl
     errors = [found.error_of(0.99) for found in moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
     reached = f", to an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    print_note(f"Calibrated on {images} images{reached}. Original and result on up to {CHECK_IMAGES} of them:")
+    print_note(f"Calibrated on {images} images{reached}.")
     if tolerance is not None and isnan(error):
         print_note("The error cannot be told from one batch: give more images, or smaller batches (-b).")
     elif tolerance is not None and error > tolerance:
