@@ -152,7 +152,7 @@ def _in_channels_last(tensor: Tensor) -> Tensor:
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
     """Return the batches; raises CalibrationError for what is no iterable, and for a single tensor.
 
-    That would be taken image by image.
+    A tensor can be iterated too, but would be taken image by image.
     """
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise CalibrationError(

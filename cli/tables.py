@@ -31,9 +31,9 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
             "-" if of_site.standard_error is None else f"{of_site.error_of(0.99):.2g}",
             str(of_site.constant_channels or "-"),
         )
-    result.caption = (
-        "error: estimated, of mean and std, relative to std, for 99 % of the channels; -: one batch tells none"
-    )
+    result.caption = "error: estimated, of mean and std, relative to std, for 99 % of the channels"
+    if any(moments[site.name].standard_error is None for site in sites):
+        result.caption += "; -: one batch tells none"
     result.caption_justify = "left"
     return result
 
