@@ -1,9 +1,10 @@
 """Insert BatchNorm into a pretrained network without changing its outputs."""
 
-from .calibration import calibrate
-from .checkpoint import load_checkpoint, save_checkpoint
-from .equalization import Edge, equalize, find_edges
-from .equivalence import Comparison, compare_outputs
+from .batchnorm.identity import identity_batchnorm
+from .batchnorm.modes import freeze_batchnorm
+from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from .compare.outputs import Comparison, compare_outputs
+from .compare.train_mode import TrainModeAgreement, smallest_agreeing, train_mode_agreement
 from .errors import (
     BNInsertError,
     CalibrationError,
@@ -13,16 +14,16 @@ from .errors import (
     ImageError,
     TrainingError,
 )
-from .folding import fold_batchnorm
-from .freezing import freeze_batchnorm
-from .identity import identity_batchnorm
-from .insertion import insert_at, insert_batchnorm
-from .moments import Moments
-from .output_layer import replace_output
-from .parameter_groups import parameter_groups
-from .recalibration import recalibrate
-from .sites import Layer, Site, find_sites, survey
-from .train_mode import TrainModeAgreement, smallest_agreeing, train_mode_agreement
+from .graph.sites import Layer, Site, find_sites, survey
+from .statistics.calibrate import calibrate
+from .statistics.moments import Moments
+from .statistics.recalibrate import recalibrate
+from .surgery.edges import Edge, find_edges
+from .surgery.equalize import equalize
+from .surgery.fold import fold_batchnorm
+from .surgery.insert import insert_at, insert_batchnorm
+from .surgery.output_layer import replace_output
+from .training.parameter_groups import parameter_groups
 
 __all__ = [
     "BNInsertError",

@@ -16,6 +16,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _commands() -> str:
     """Return what typer writes about every command, one heading level deeper, without the part on the whole program."""
-    command = [sys.executable, "-m", "typer", "cli.app", "utils", "docs", "--name", "bn-insert"]
+    command = [sys.executable, "-m", "typer", "bn_insert_cli.app", "utils", "docs", "--name", "bn-insert"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return text[text.index("## `bn-insert insert`") :]

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from cli import console
-from cli.demo import demo
+from bn_insert_cli import console
+from bn_insert_cli.demo import demo
 
 WIDTH = 96  # columns
 

@@ -1,0 +1,5 @@
+"""`python -m bn_insert`, for launchers such as torchrun."""
+
+from bn_insert_cli.app import main
+
+main()

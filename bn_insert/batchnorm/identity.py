@@ -1,0 +1,121 @@
+"""Moments -> a BatchNorm whose eval output equals its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..statistics.moments import Moments
+
+BATCHNORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+
+# Float steps tried around the rounded values, nearest first.
+_GAMMA_STEPS = (0, 1, -1, 2, -2, 3, -3)
+_VAR_STEPS = (0, 1, -1, 2, -2, 3, -3, 4, 5, 6)
+
+
+def identity_batchnorm(
+    moments: Moments,
+    dims: int,
+    *,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d:
+    """Return a BatchNorm with these moments as running statistics that changes nothing in eval mode.
+
+    running_mean = mean, running_var = unbiased variance, gamma (`weight`) = sqrt(running_var + eps), beta (`bias`) =
+    mean. On PyTorch's CPU kernel the output equals the input bit for bit: gamma, and where that is not enough the
+    variance, are moved by a few float steps to where the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
+
+    dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.  dtype: of parameters and statistics.
+    Raises CalibrationError for fewer than two values per channel, for eps or dims out of range, and for moments that
+    are not finite in `dtype`. Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
+
+    >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
+    >>> norm = identity_batchnorm(moments, 2).eval()
+    >>> x = torch.randn(1, 8, 4, 4)
+    >>> torch.equal(norm(x), x)
+    True
+    """
+    check_eps(eps)
+    if dims not in BATCHNORMS:
+        raise CalibrationError(f"dims is 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
+    if moments.count < 2:
+        raise CalibrationError(
+            f"a variance needs at least two values per channel and the calibration set gave {moments.count}; "
+            "calibrate on more images"
+        )
+    mean = moments.mean.to("cpu", dtype)
+    rounded_var = moments.var.to("cpu", dtype)
+    if not (mean.isfinite().all() and rounded_var.isfinite().all()):
+        raise CalibrationError(f"mean or variance is not finite in {dtype}")
+    var, gamma = _exact_factors(rounded_var, eps)
+    norm = BATCHNORMS[dims](moments.channels, eps=eps, momentum=momentum, device="cpu", dtype=dtype)
+    with torch.no_grad():
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(mean)
+    norm.running_mean = mean.clone()  # in float64 it is the moments' own tensor
+    norm.running_var = var
+    return norm
+
+
+def check_eps(eps: float) -> None:
+    """Raise CalibrationError unless eps is finite, and a normal number in float32: below, kernels round it away."""
+    if not torch.finfo(torch.float32).tiny <= eps < float("inf"):
+        raise CalibrationError(
+            f"eps is a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as 1e-5, not {eps}: it "
+            "keeps constant channels defined"
+        )
+
+
+def kernel_factor(
+    gamma: Float[Tensor, " channels"], var: Float[Tensor, " channels"], eps: float
+) -> Float[Tensor, " channels"]:
+    """Return what PyTorch's CPU kernel multiplies each channel by in eval mode, as it rounds it.
+
+    The kernel is asked, not imitated: its formula has changed between releases (1/sqrt against rsqrt).
+    """
+    zero = torch.zeros_like(var)
+    return F.batch_norm(torch.ones_like(var)[None], zero, var, gamma, zero, training=False, eps=eps)[0]
+
+
+def _exact_factors(var: Float[Tensor, " channels"], eps: float) -> tuple[Tensor, Tensor]:
+    """Return (var, gamma) moved by as few float steps as make the kernel's factor exactly 1."""
+    best_var = var.clone()
+    best_gamma = (var.double() + eps).sqrt().to(var.dtype)
+    open_channels: Bool[Tensor, " channels"] = torch.ones_like(var, dtype=torch.bool)
+    for candidate_var in _var_candidates(var, eps):
+        nearest = (candidate_var.double() + eps).sqrt().to(var.dtype)
+        for steps in _GAMMA_STEPS:
+            gamma = _step(nearest, steps)
+            hit = open_channels & (kernel_factor(gamma, candidate_var, eps) == 1)
+            best_var[hit], best_gamma[hit] = candidate_var[hit], gamma[hit]
+            open_channels &= ~hit
+            if not open_channels.any():
+                return best_var, best_gamma
+    return best_var, best_gamma
+
+
+def _var_candidates(var: Tensor, eps: float) -> Iterator[Tensor]:
+    # One step of the sum var + eps: below eps, a step of var alone would be lost in the kernel's addition.
+    total = var + eps
+    step = torch.nextafter(total, torch.full_like(total, torch.inf)) - total
+    for count in _VAR_STEPS:
+        yield (var + count * step).clamp_min(0)
+
+
+def _step(values: Tensor, steps: int) -> Tensor:
+    towards = torch.full_like(values, torch.inf if steps > 0 else 0.0)
+    for _ in range(abs(steps)):
+        values = torch.nextafter(values, towards)
+    return values

@@ -1,0 +1,1 @@
+"""Checkpoint files: from a file to a network and back."""

@@ -1,0 +1,77 @@
+"""The network that a function of the user's makes, named as "package.module:function"."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from ..surgery.history import FUNCTION
+
+
+def make_network(name: str) -> nn.Module:
+    """Import what "package.module:function" names, call it without arguments, and return the network that it makes.
+
+    This runs the user's code: the name has to come from the user, never from a file.  A name for a module object, such
+    as a network made when its file is imported, gives that object.
+    Raises CheckpointError saying what is wrong with the name, or what the code raised.
+
+    >>> type(make_network("torch.nn:ReLU")).__name__
+    'ReLU'
+    """
+    if not FUNCTION.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r:.80} names no function; write package.module:function, such as torchvision.models:alexnet"
+        )
+    module, _, function = name.partition(":")
+    found = _imported(name, module, function)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise CheckpointError(f"{name} is a {type(found).__name__}, not a function that returns a network")
+    _check_needs_nothing(name, found)
+    try:
+        network = found()
+    except (Exception, SystemExit) as error:
+        raise CheckpointError(f"{name} raised {_described(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise CheckpointError(f"{name} returned a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _imported(name: str, module: str, function: str) -> Any:
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise CheckpointError(f"importing {module} for {name} raised {_described(error)}") from error
+        advice = f"write {module[:-3]}:{function}" if module.endswith(".py") else "run in the folder that holds it"
+        raise CheckpointError(f"{name}: no module named {module} can be imported; {advice}, or install it") from error
+    except (Exception, SystemExit) as error:  # it runs the user's code, which may raise anything
+        raise CheckpointError(f"importing {module} for {name} raised {_described(error)}") from error
+    try:
+        return attrgetter(function)(imported)
+    except AttributeError:
+        raise CheckpointError(f"the module {module} has no {function}; look at the spelling of {name}") from None
+
+
+def _check_needs_nothing(name: str, function: Any) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some callables written in C do not tell
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise CheckpointError(
+            f"{name}{signature} cannot be called without arguments ({error}); name a function that calls it with yours"
+        ) from None
+
+
+def _described(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

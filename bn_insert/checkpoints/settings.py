@@ -1,0 +1,196 @@
+"""What a network has and its state dict has not: eps, momentum, dropout, and the preprocessing of its images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..errors import CheckpointError
+from ..surgery.history import Architecture
+
+FORMAT = "bn-insert"
+VERSION = 1
+_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture", "replaces"}  # last: sidecar.py
+_LARGEST = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class BatchNormSettings:
+    """Of one BatchNorm layer; momentum None means a cumulative average, as in PyTorch."""
+
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is stored with a checkpoint beside its tensors.
+
+    batchnorm, dropout: by qualified layer name; dropout is the probability p.  transform: the preprocessing of images,
+    any JSON object.  architecture: how its modules can be built again.
+    """
+
+    batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    transform: Mapping[str, Any] | None = None
+    architecture: Architecture = field(default_factory=Architecture)
+
+    @classmethod
+    def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None) -> Settings:
+        """Return a model's settings, checked; raises CheckpointError for what could not be read again."""
+        batchnorm = {
+            name: BatchNormSettings(float(norm.eps), None if norm.momentum is None else float(norm.momentum))
+            for name, norm in _batchnorms(model).items()
+        }
+        dropout = {name: float(module.p) for name, module in _dropouts(model).items()}
+        return cls.from_json(cls(batchnorm, dropout, transform, Architecture.of(model)).to_json())
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Return settings read from their JSON text; raises CheckpointError naming the field that is wrong."""
+        document = parse_document(text)
+        return cls.from_document(_object(document, "the text"))
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Settings:
+        """Return settings from a JSON object; raises CheckpointError naming the field that is wrong."""
+        if document.get("format") != FORMAT:
+            raise CheckpointError(f'the field "format" is {document.get("format")!r:.40}, not "{FORMAT}"')
+        if (version := document.get("version")) != VERSION:
+            raise CheckpointError(f'the field "version" is {version!r:.40}, and this bn-insert reads version {VERSION}')
+        if unknown := sorted(document.keys() - _FIELDS):
+            raise CheckpointError(f"unknown field {unknown[0]!r:.40}")
+        batchnorm = {
+            name: _batchnorm_settings(values, f"batchnorm.{name}")
+            for name, values in _object(document.get("batchnorm", {}), "batchnorm").items()
+        }
+        dropout = {
+            name: _number(value, f"dropout.{name}", 0.0, 1.0)
+            for name, value in _object(document.get("dropout", {}), "dropout").items()
+        }
+        transform = document.get("transform")
+        architecture = _object(document.get("architecture", {}), "architecture")
+        return cls(
+            batchnorm,
+            dropout,
+            None if transform is None else _object(transform, "transform"),
+            Architecture.from_document(architecture),
+        )
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the settings as the JSON object that `from_document` takes."""
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "batchnorm": {name: {"eps": norm.eps, "momentum": norm.momentum} for name, norm in self.batchnorm.items()},
+            "dropout": dict(self.dropout),
+        }
+        if self.transform is not None:
+            document["transform"] = dict(self.transform)
+        if self.architecture != Architecture():
+            document["architecture"] = self.architecture.to_document()
+        return document
+
+    def to_json(self) -> str:
+        """Return the settings as JSON text."""
+        return format_document(self.to_document())
+
+    def without_prefix(self, prefix: str) -> Settings:
+        """Return the settings for layers whose names have lost a prefix, as the keys of a state dict do in reading."""
+        batchnorm = {name.removeprefix(prefix): norm for name, norm in self.batchnorm.items()}
+        dropout = {name.removeprefix(prefix): p for name, p in self.dropout.items()}
+        return Settings(batchnorm, dropout, self.transform, self.architecture)
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Set eps, momentum and p of the model's layers, in place.
+
+        Settings that name BatchNorm layers name all of them, and so with dropout: if not, they belong to another
+        checkpoint, and half of them would be wrong numbers without a sign.  Raises CheckpointError then.
+        """
+        batchnorms, dropouts = _batchnorms(model), _dropouts(model)
+        _check_names("BatchNorm", self.batchnorm, batchnorms)
+        _check_names("Dropout", self.dropout, dropouts)
+        for name, norm in self.batchnorm.items():
+            batchnorms[name].eps = norm.eps
+            batchnorms[name].momentum = norm.momentum
+        for name, p in self.dropout.items():
+            dropouts[name].p = p
+
+
+def parse_document(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raises CheckpointError if the text is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"invalid JSON: {error}") from error
+
+
+def format_document(document: Mapping[str, Any]) -> str:
+    """Return JSON text; raises CheckpointError for what JSON cannot hold."""
+    try:
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the settings or the transform cannot be stored as JSON: {error}") from error
+
+
+def _batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    # A module held twice has two names, and both are in the state dict.
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, _BatchNorm)}
+
+
+def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, _DropoutNd)}
+
+
+def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> None:
+    unknown, unnamed = sorted(set(stored) - set(present)), sorted(set(present) - set(stored))
+    if unknown:
+        raise CheckpointError(f"the settings name {_listed(unknown)}, and the network has no {kind} there")
+    if unnamed and stored:
+        raise CheckpointError(f"the settings leave out the network's {kind} {_listed(unnamed)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _batchnorm_settings(values: object, place: str) -> BatchNormSettings:
+    fields = _object(values, place)
+    if unknown := sorted(set(fields) - {"eps", "momentum"}):
+        raise CheckpointError(f"unknown field {place}.{unknown[0]:.40}")
+    default = BatchNormSettings()
+    eps = _number(fields.get("eps", default.eps), f"{place}.eps", 0.0, _LARGEST)
+    momentum = fields.get("momentum", default.momentum)
+    if momentum is not None:
+        momentum = _number(momentum, f"{place}.momentum", -_LARGEST, _LARGEST)
+    return BatchNormSettings(eps, momentum)
+
+
+def _object(value: object, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{place} is {_kind(value)}, not an object")
+    return value
+
+
+def _number(value: object, place: str, low: float, high: float) -> float:
+    # bool is an int to Python; the comparison is false for NaN.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{place} is {_kind(value)}, not a number")
+    if not low <= value <= high:
+        wanted = "finite" if low < 0 else "finite and not negative" if high == _LARGEST else f"from {low:g} to {high:g}"
+        raise CheckpointError(f"{place} is {value!r:.40}, and must be {wanted}")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,208 @@
+"""How far a network in train mode, which normalizes by the batch, is from the same network in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from ..batchnorm.modes import trains_on_batches
+from ..errors import CalibrationError
+from ..graph.copies import working_copy
+from ..graph.inputs import Inputs
+from ..statistics.passes import Progress, checked, preserved_random_state
+
+BATCH_SIZES = (4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class TrainModeAgreement:
+    """How far train mode is from eval mode with batches of one size.
+
+    images: how many were run, in whole batches. top1_agreement: fraction of them (for dense prediction: of positions)
+    with the same largest class. kl_divergence: of the class probabilities in train mode from those in eval mode,
+    KL(eval || train) in nats, mean over the same. relative_logit_error: Euclidean norm of the difference of all logits,
+    divided by that of eval mode's logits.
+    """
+
+    batch_size: int
+    images: int
+    top1_agreement: float
+    kl_divergence: float
+    relative_logit_error: float
+
+
+def train_mode_agreement(
+    model: nn.Module,
+    batches: Iterable[Any],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> list[TrainModeAgreement]:
+    """Return, per batch size, how far a model in train mode is from itself in eval mode: is it ready to train?
+
+    In train mode BatchNorm normalizes by the batch, so that the function which the optimizer sees is another one than
+    in eval mode, the more so for small batches. Only BatchNorms are put into train mode: dropout stays off, and frozen
+    BatchNorms (`freeze_batchnorm`) go on with their running statistics. The model, its running statistics and PyTorch's
+    random state are never changed.
+
+    batches: as for `insert_batchnorm`, iterated once; give them in random order. Their images are put anew, in order,
+        into batches of each size; a last batch that is not full is left out.
+    batch_sizes: those above the number of images are left out of the result, which has the order given here.
+    device: where to run; default: where the model is.  progress: called after each batch with the number of images.
+    Several outputs (tuples, lists, dicts): the first is taken. Its dimension 1 holds the classes.
+    Raises CalibrationError for a model without BatchNorm that normalizes by the batch, for outputs that are not logits
+    of two or more classes or are not finite, for fewer images than the smallest size, for images of different shapes,
+    and when the model cannot run on a batch.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    >>> [agreement.batch_size for agreement in train_mode_agreement(model, [torch.rand(50, 4)], (8, 32, 128))]
+    [8, 32]
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise CalibrationError(f"batch_sizes is {tuple(batch_sizes)}; give one or more sizes of 1 or more")
+    evaluated, trained = working_copy(model, device), working_copy(model, device)
+    _normalize_by_batch(trained)
+    totals = [_Totals(size) for size in dict.fromkeys(batch_sizes)]
+    images = 0
+    with preserved_random_state(), torch.inference_mode():
+        for number, batch in enumerate(checked(batches)):
+            inputs = _only_tensor(Inputs.of(batch, number, evaluated))
+            if len(inputs) == 0:
+                continue
+            logits = _logits(evaluated, inputs, "in eval mode")
+            for total in totals:
+                total.add(trained, inputs, logits)
+            images += len(inputs)
+            if progress:
+                progress(images)
+    results = [total.result() for total in totals if total.images]
+    if not results:
+        raise CalibrationError(
+            f"{images} images do not fill one batch of the smallest size, {min(batch_sizes)}; give more images, or a "
+            "smaller size"
+        )
+    return results
+
+
+def smallest_agreeing(agreements: Iterable[TrainModeAgreement], least: float = 0.95) -> int | None:
+    """Return the smallest batch size from which on the top-1 agreement is at least `least`; None where there is none.
+
+    >>> found = [TrainModeAgreement(size, 64, top1, 0.1, 0.1) for size, top1 in ((4, 0.7), (8, 0.96), (16, 0.98))]
+    >>> smallest_agreeing(found)
+    8
+    """
+    smallest = None
+    for agreement in sorted(agreements, key=lambda each: each.batch_size, reverse=True):
+        if not agreement.top1_agreement >= least:
+            break
+        smallest = agreement.batch_size
+    return smallest
+
+
+def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0.95) -> str:
+    """Return in one sentence what the agreements say: the smallest batch size that keeps `least` of the top-1 classes.
+
+    >>> agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)])
+    'Train mode keeps 95 % of the top-1 classes at batch sizes from 8 on.'
+    """
+    smallest = smallest_agreeing(agreements, least)
+    if smallest is not None:
+        return f"Train mode keeps {100 * least:g} % of the top-1 classes at batch sizes from {smallest} on."
+    largest = max(agreement.batch_size for agreement in agreements)
+    return (
+        f"Train mode keeps {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train with larger "
+        "batches, or with frozen running statistics, which train mode then uses too."
+    )
+
+
+def _normalize_by_batch(network: nn.Module) -> None:
+    """Make a working copy's BatchNorms compute what they compute in train mode, without keeping account of it."""
+    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and trains_on_batches(each)]
+    if not norms:
+        raise CalibrationError(
+            f"{type(network).__name__} has no BatchNorm that train mode normalizes by the batch: it is the same in both"
+        )
+    for norm in norms:
+        # Without them eval mode too takes the batch's, and SyncBatchNorm waits for no other process.
+        norm.running_mean, norm.running_var = None, None
+
+
+@dataclass
+class _Totals:
+    """What one batch size has given so far, and the images that wait until a batch is full."""
+
+    size: int
+    images: int = 0
+    predictions: int = 0
+    agreeing: int = 0
+    divergence: float = 0.0
+    squared_error: float = 0.0
+    squared_logits: float = 0.0
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, network: nn.Module, inputs: Tensor, logits: Tensor) -> None:
+        """Take images and their logits in eval mode, and run the batches that they fill."""
+        shapes = {tuple(images.shape[1:]) for images in (inputs, *(images for images, _ in self.waiting))}
+        if len(shapes) > 1:
+            raise CalibrationError(
+                f"images of the shapes {' and '.join(map(str, sorted(shapes)))} cannot be put into one batch; crop them"
+            )
+        self.waiting.append((inputs, logits))
+        if sum(len(images) for images, _ in self.waiting) < self.size:
+            return
+        all_inputs, all_logits = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        full = len(all_inputs) // self.size * self.size
+        for images, expected in zip(
+            all_inputs[:full].split(self.size), all_logits[:full].split(self.size), strict=True
+        ):
+            self._compare(expected, _logits(network, images, f"in train mode with {self.size} images"))
+        self.waiting = [(all_inputs[full:], all_logits[full:])] if full < len(all_inputs) else []
+
+    def _compare(self, expected: Tensor, actual: Tensor) -> None:
+        expected_rows, actual_rows = _rows(expected), _rows(actual)
+        self.images += len(expected)
+        self.predictions += len(expected_rows)
+        self.agreeing += int((expected_rows.argmax(1) == actual_rows.argmax(1)).sum())
+        log_probabilities = actual_rows.log_softmax(1), expected_rows.log_softmax(1)
+        self.divergence += float(F.kl_div(*log_probabilities, log_target=True, reduction="sum"))
+        self.squared_error += float((actual_rows - expected_rows).square().sum())
+        self.squared_logits += float(expected_rows.square().sum())
+
+    def result(self) -> TrainModeAgreement:
+        """Return the means over all full batches."""
+        error = (self.squared_error / self.squared_logits) ** 0.5 if self.squared_logits else float("nan")
+        agreement, divergence = self.agreeing / self.predictions, self.divergence / self.predictions
+        return TrainModeAgreement(self.size, self.images, agreement, divergence, error)
+
+
+def _only_tensor(inputs: Inputs) -> Tensor:
+    if len(inputs.tensors) > 1:
+        raise CalibrationError("train mode is measured on images alone, and this model's forward takes several inputs")
+    return inputs.tensors[0]
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Return one float64 row of logits per image and position, on the CPU: others lack float64."""
+    return logits.cpu().double().movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _logits(network: nn.Module, inputs: Tensor, where: str) -> Tensor:
+    try:
+        outputs = network(inputs.clone())  # it may work on them in place
+    except Exception as error:  # the user's forward may raise anything; here it gains its context
+        raise CalibrationError(f"the model failed {where}, on shape {tuple(inputs.shape)}: {error}") from error
+    logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+    if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
+        shape = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
+        raise CalibrationError(f"the model's output is {shape}, not logits of two or more classes in dimension 1")
+    if not logits.isfinite().all():
+        raise CalibrationError(f"the model's logits are not finite {where}")
+    return logits

@@ -1,0 +1,148 @@
+"""What one batch gives a model's forward: one tensor, several, or a dict, on the model's device and in its dtype."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import CalibrationError
+
+_MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The values that one call of a model's forward takes; tensors have the batch in dimension 0."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any, number: int, model: nn.Module) -> Inputs:
+        """Return what the model takes of a batch, as `insert_batchnorm` says, with the model's device and dtype.
+
+        Floating tensors get the dtype of the model's first floating parameter, others keep theirs.
+        Raises CalibrationError, naming the batch by `number`, for a batch that does not hold what the forward takes.
+        """
+        if isinstance(batch, Inputs):
+            return batch
+        target = reference_tensor(model)
+        inputs = _read(batch, batch, number, _Signature.of(model))
+        return inputs.mapped(
+            lambda tensor: tensor.to(
+                target.device, target.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True
+            )
+        )
+
+    def mapped(self, change: Callable[[Tensor], Any]) -> Inputs:
+        """Return the inputs with every tensor changed."""
+        return Inputs(*tree_map_only(Tensor, change, (self.args, dict(self.kwargs))))
+
+    def rows(self, start: int, stop: int) -> Inputs:
+        """Return a part of the batch."""
+        return self.mapped(lambda tensor: tensor[start:stop])
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the model on copies: it may work on them in place, and they are the caller's."""
+        copies = self.mapped(torch.clone)
+        return model(*copies.args, **copies.kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the forward's parameters."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of all tensors, for messages."""
+        return " and ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.tensors[0])
+
+
+def reference_tensor(model: nn.Module) -> Tensor:
+    """Return a tensor with the device and dtype that a model's inputs need: its first floating parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.zeros(())
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """required: names of the forward's parameters without default. mapping: its only one is annotated as a dict."""
+
+    model: str
+    required: tuple[str, ...]
+    mapping: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Signature:
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(model.forward).parameters.values()
+        required = [each for each in parameters if each.kind in positional and each.default is each.empty]
+        return cls(
+            type(model).__name__,
+            tuple(each.name for each in required),
+            len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
+        )
+
+
+def _text(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
+
+
+def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
+    several = len(signature.required) > 1
+    if isinstance(value, Tensor) and not several:
+        if not value.is_floating_point():
+            raise CalibrationError(
+                f"calibration batch {number} holds {value.dtype}; scale and convert images to float first, as for "
+                "training"
+            )
+        return Inputs((value,))
+    if isinstance(value, Mapping) and value:
+        if signature.mapping:
+            return _checked((dict(value),), {}, number)
+        if set(signature.required) <= value.keys() and signature.required:
+            return _checked((), {name: value[name] for name in signature.required}, number)
+        if not several:
+            return _read(next(iter(value.values())), batch, number, signature)
+    if isinstance(value, (tuple, list)) and value:
+        if not several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
+            return _read(value[0], batch, number, signature)
+        if len(value) >= len(signature.required):
+            return _checked(tuple(value[: len(signature.required)]), {}, number)
+    if several:
+        raise CalibrationError(
+            f"calibration batch {number} is {_described(batch)}, but {signature.model} takes "
+            f"{', '.join(signature.required)}; give a tuple of these, or a dict with these names"
+        )
+    raise CalibrationError(
+        f"calibration batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
+        "value is the input tensor"
+    )
+
+
+def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Inputs:
+    inputs = Inputs(args, kwargs)
+    lengths = {tuple(tensor.shape[:1]) for tensor in inputs.tensors}
+    if len(lengths) != 1 or () in lengths:
+        raise CalibrationError(
+            f"calibration batch {number} has inputs of the shapes {inputs.shapes or 'none'}; all need the same number "
+            "of images in dimension 0"
+        )
+    return inputs
+
+
+def _described(value: Any) -> str:
+    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else type(value).__name__

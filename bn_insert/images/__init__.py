@@ -1,0 +1,26 @@
+"""Folders of images and tensor files, read as batches; knows nothing of networks."""
+
+from .batches import Batch, Batches, Unreadable, sample
+from .class_folders import ClassFolders, open_class_folders
+from .files import IMAGE_SUFFIXES, find_images
+from .image_batches import ImageBatches, image_batches, open_batches
+from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
+from .transform import Transform
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "TENSOR_SUFFIXES",
+    "Batch",
+    "Batches",
+    "ClassFolders",
+    "ImageBatches",
+    "TensorBatches",
+    "Transform",
+    "Unreadable",
+    "find_images",
+    "image_batches",
+    "open_batches",
+    "open_class_folders",
+    "sample",
+    "tensor_batches",
+]

@@ -1,0 +1,98 @@
+"""A set of images as batches that come out the same in every pass."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from ..errors import ImageError
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Images as the network takes them, and where each is from; the first value is the input, as in a DataLoader's.
+
+    paths: one an image; a row of a tensor file is written FILE[row].
+    """
+
+    images: Float32[Tensor, "images channels height width"]
+    paths: tuple[Path, ...]
+
+
+class Unreadable(NamedTuple):
+    """A file that was skipped, and why."""
+
+    path: Path
+    reason: str
+
+
+class Batches(ABC):
+    """Images in batches; every pass over them gives the same ones in the same order."""
+
+    @property
+    @abstractmethod
+    def images(self) -> int:
+        """Number of images, those included that turn out to be unreadable."""
+
+    @property
+    @abstractmethod
+    def unreadable(self) -> list[Unreadable]:
+        """Files that the passes so far had to skip, each named once."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches; none is empty, and one with unreadable files has fewer images than the others."""
+
+    @abstractmethod
+    def head(self, count: int) -> Batches:
+        """Return the first `count` images that can be read (all where there are fewer) as a set of their own."""
+
+    @abstractmethod
+    def part(self, rank: int, ranks: int) -> Batches:
+        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+
+    @abstractmethod
+    def with_pinned_memory(self) -> Batches:
+        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+
+    @abstractmethod
+    def sample(self, count: int | None, seed: int) -> Batches:
+        """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
+
+
+def dealt(items: Sequence[T], batch_size: int, rank: int, ranks: int) -> list[T]:
+    """Return the items of every ranks-th batch, from number `rank` on: whole batches, none twice and none left out."""
+    starts = range(rank * batch_size, len(items), ranks * batch_size)
+    return [item for start in starts for item in items[start : start + batch_size]]
+
+
+def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
+    """Return `count` of the items, drawn at random without replacement; all of them, shuffled, where there are fewer.
+
+    The draw depends on seed, position and number of items alone, in every version of Python, and a smaller count gives
+    the beginning of a larger one.  No global random state is touched.  Raises ImageError for a count below 1.
+    """
+    check_at_least(1, images=count)
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in items]  # random() is the one method whose values Python promises to keep
+    return [items[position] for position in sorted(range(len(items)), key=keys.__getitem__)[:count]]
+
+
+def check_at_least(least: int, **options: int | None) -> None:
+    """Raise ImageError that names the first option below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ImageError(f"{name} is {value}; give {least} or more")
+
+
+def pinned(images: Tensor) -> Tensor:
+    """Return the images in page-locked memory; as they are without a GPU."""
+    return images.pin_memory() if torch.cuda.is_available() else images

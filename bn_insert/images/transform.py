@@ -1,0 +1,135 @@
+"""What happens to a picture before the network sees it: resize, crop, scale to 0..1, normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from PIL import Image
+from torch import Tensor
+
+from ..errors import ImageError
+
+# Pillow's limit against decompression bombs looks at what a file holds, these at what resizing and padding make of it:
+# a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
+_LONGEST_SIDE = 1 << 14
+_MOST_PIXELS = _LONGEST_SIDE**2
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, centre crop, scaling to 0..1 and normalisation; the defaults are torchvision's for its ImageNet VGGs.
+
+    resize: pixels of the shorter side, bilinear with antialias; None leaves the size.
+    crop: pixels of the square cut from the centre, filled up with black where the picture is smaller; None: no crop.
+    mean, std: subtracted from, and dividing, the values in 0..1; one value for all channels, or one a channel.
+
+    On a Pillow image the result equals `torchvision.models.VGG16_Weights.IMAGENET1K_V1.transforms()` bit for bit.
+    Raises ImageError for sizes below 1 or over 16384, a std that is not positive, and numbers of values that do not
+    match.
+
+    >>> Transform(resize=None, crop=48, mean=(0.5,), std=(0.5,))(Image.new("RGB", (48, 48))).unique()
+    tensor([-1.])
+    """
+
+    resize: int | None = 256
+    crop: int | None = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Check the values, so that no picture has to be read to find a mistake."""
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and not 1 <= size <= _LONGEST_SIDE:
+                raise ImageError(f"{name} is {size}; give 1 to {_LONGEST_SIDE} pixels, or leave it out")
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
+        if not len(mean) or not mean.isfinite().all():
+            raise ImageError(f"mean is {self.mean}; give one finite value for all channels, or one a channel")
+        if not len(std) or not (std.isfinite() & (std > 0)).all():
+            raise ImageError(f"std is {self.std}; give one value above 0 for all channels, or one a channel")
+        if len({len(self.mean), len(self.std)} - {1}) > 1:
+            raise ImageError(f"mean has {len(self.mean)} values and std {len(self.std)}; give both one value a channel")
+
+    def __call__(self, image: Image.Image) -> Float32[Tensor, "channels height width"]:
+        """Return the network's input for one picture of mode RGB or L. Raises ImageError as `pixels` does."""
+        self.check_channels(len(image.getbands()))
+        pixels = torch.from_numpy(self.pixels(image)).contiguous()
+        return self.normalize(pixels)
+
+    def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "channels height width"]:
+        """Return the resized and cropped pixels of a picture of mode RGB or L, 0..255, not yet normalised.
+
+        Raises ImageError when resizing a very long and thin picture would take gigabytes.
+        """
+        if self.resize is not None:
+            image = _resized(image, self.resize)
+        if self.crop is not None:
+            # Pillow fills with 0 what lies outside the picture.
+            left, top = _offset(image.width, self.crop), _offset(image.height, self.crop)
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        pixels = np.array(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def normalize(
+        self, pixels: UInt8[Tensor, "*images channels height width"]
+    ) -> Float32[Tensor, "*images channels height width"]:
+        """Return pixels of 0..255 scaled to 0..1, less the mean, divided by std."""
+        # The order of torchvision's preset: with other formulas the last bit differs.
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ImageError when mean or std have neither one value nor one for each of the channels."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ImageError(
+                    f"{name} has {len(values)} values, but the network takes {channels} channel"
+                    f"{'s' * (channels > 1)}; give 1{f' or {channels}' * (channels > 1)} (--{name})"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Transform:
+        """Return the transform that `to_dict` described. Raises ImageError for anything else."""
+        if not isinstance(values, Mapping) or set(values) != {"resize", "crop", "mean", "std"}:
+            raise ImageError(f"a transform has the keys resize, crop, mean and std, but this has {_keys(values)}")
+        for name in ("resize", "crop"):
+            if values[name] is not None and type(values[name]) is not int:
+                raise ImageError(f"{name} of a transform is {values[name]!r}; it has to be a whole number or null")
+        for name in ("mean", "std"):
+            if not isinstance(values[name], Sequence) or not all(map(_is_number, values[name])):
+                raise ImageError(f"{name} of a transform is {values[name]!r}; it has to be a list of numbers")
+        mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+        return cls(values["resize"], values["crop"], mean, std)
+
+
+def _resized(image: Image.Image, shorter: int) -> Image.Image:
+    width, height = image.size
+    longer = int(shorter * max(width, height) / min(width, height))
+    size = (shorter, longer) if width <= height else (longer, shorter)
+    if size == image.size:
+        return image
+    if shorter * longer > _MOST_PIXELS:
+        raise ImageError(f"{width} x {height} pixels resized to {size[0]} x {size[1]} would take gigabytes of memory")
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _offset(side: int, crop: int) -> int:
+    """Return where a centred crop begins; torchvision rounds differently where it has to pad."""
+    return -((crop - side) // 2) if crop > side else round((side - crop) / 2)
+
+
+def _keys(values: Any) -> str:
+    return ", ".join(sorted(map(str, values))) or "none" if isinstance(values, Mapping) else type(values).__name__
+
+
+def _is_number(value: Any) -> bool:
+    # JSON knows integers that no float can hold.
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 64)

@@ -1,0 +1,1 @@
+"""Reports on insertions and training runs: plain data in, JSON or one HTML page out."""

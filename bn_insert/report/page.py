@@ -1,0 +1,99 @@
+"""A report as one HTML page that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from .charts import agreement_chart, insertion_charts, run_charts
+
+INSERTION = "bn-insert report"
+RUNS = "bn-insert runs"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """Return the page of a report's data, insertion or training runs."""
+    if data["format"] == INSERTION:
+        return _render("insertion.html", _insertion(data))
+    return _render("runs.html", _runs(data["runs"]))
+
+
+def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
+    agreements = data["train_mode"]["agreements"]
+    inserted = [layer for layer in data["layers"] if "batchnorm" in layer]
+    return {
+        "data": data,
+        "name": PurePath(data["checkpoint"]["path"]).name,
+        "inserted": inserted,
+        "moved": any(layer["batchnorm"]["behind"] != layer["name"] for layer in inserted),
+        "constant": any(
+            layer["batchnorm"][key] for layer in inserted for key in ("constant_channels", "near_constant_channels")
+        ),
+        "others": [layer for layer in data["layers"] if "batchnorm" not in layer],
+        "charts": insertion_charts(data),
+        "agreement_chart": agreement_chart(agreements) if agreements else None,
+    }
+
+
+def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    facts = [_flat(run.get("settings", {})) | _flat(_facts(run)) for run in runs]
+    names = dict.fromkeys(name for run in facts for name in run)
+    rows = {name: [run.get(name, "") for run in facts] for name in names}
+    different = {name: values for name, values in rows.items() if len(set(values)) > 1}
+    return {
+        "runs": runs,
+        "best": [next((epoch for epoch in run["epochs"] if epoch["epoch"] == run["best_epoch"]), None) for run in runs],
+        "charts": run_charts(runs),
+        "different": different,
+        "same": {name: values[0] for name, values in rows.items() if name not in different},
+    }
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name not in ("name", "settings", "epochs", "best_epoch")}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested facts as one table of texts."""
+    result: dict[str, str] = {}
+    for name, value in values.items():
+        title = f"{prefix}{name.replace('_', ' ')}"
+        result |= _flat(value, f"{title}: ") if isinstance(value, Mapping) else {title: _text(value)}
+    return result
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _quantile(values: Sequence[float], fraction: float) -> float:
+    import numpy as np  # noqa: PLC0415
+
+    return float(np.quantile(values, fraction))
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415 - only a page needs it
+
+    environment = Environment(
+        loader=PackageLoader("bn_insert.report", "templates"),
+        autoescape=True,  # names of files and layers are anybody's
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "figure": lambda value: f"{value:.3g}",
+        "percent": lambda value: f"{100 * value:.2f} %",
+        "thousands": lambda value: f"{value:,}",
+        "flat": _flat,
+        "quantile": _quantile,
+    }
+    return environment.get_template(template).render(context)

@@ -1,0 +1,101 @@
+"""Put modules into a module tree and take them out, so that class, attribute names and keys stay what people know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..graph.sites import Site
+
+# Marks the containers made here (it outlives copying and pickling), so that no Sequential of the user's is unwrapped.
+_WRAPPER = "_made_around_one_layer"
+
+
+def splice_behind(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module:
+    """Put each module behind its site's anchor, in place, and return the model (a new root if the anchor is the root).
+
+    In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
+    0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
+    replaced by `nn.Sequential(anchor, module)`. An anchor that several containers hold is treated in each.
+    """
+    siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
+    wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
+    pairs: dict[int, nn.Sequential] = {}  # one for all places that hold an anchor, as there is one anchor
+    for container in list(model.modules()):
+        children = _children(container)
+        if isinstance(container, nn.Sequential) and any(id(child) in siblings for _, child in children):
+            _insert_siblings(container, siblings)
+        else:
+            for name, child in children:
+                if norm := wrapped.get(id(child), siblings.get(id(child))):
+                    setattr(container, name, pairs.setdefault(id(child), _pair(child, norm)))
+    root = wrapped.get(id(model))
+    return model if root is None else _pair(model, root)
+
+
+def take_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
+    """Take the modules of these names out, in place, and return the model: the inverse of `splice_behind`.
+
+    in_sequence: by qualified name, whether an nn.Sequential around the module runs it as its child. Then the child is
+    removed, and children numbered from 0 are renumbered; else nn.Identity takes its place, since some forward calls it.
+    A Sequential that `splice_behind` made around a layer gives way to the layer; others stay, even with one child left.
+    """
+    flags = {id(model.get_submodule(name)): flag for name, flag in in_sequence.items()}
+    for container in list(model.modules()):
+        children = _children(container)
+        gone = [(name, child) for name, child in children if id(child) in flags]
+        if gone and isinstance(container, nn.Sequential) and all(flags[id(child)] for _, child in gone):
+            _set_children(container, [pair for pair in children if pair not in gone], _numbered(children))
+        else:
+            for name, child in gone:
+                setattr(container, name, nn.Identity().train(child.training))
+    for container in list(model.modules()):
+        for name, child in _children(container):
+            if (inner := _unwrapped(child)) is not child:
+                setattr(container, name, inner)
+    return _unwrapped(model)
+
+
+def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, child) pairs; unlike named_children, a child held twice comes twice."""
+    return [(name, child) for name, child in container._modules.items() if child is not None]
+
+
+def _pair(anchor: nn.Module, norm: nn.Module) -> nn.Sequential:
+    pair = nn.Sequential(anchor, norm)
+    vars(pair)[_WRAPPER] = True
+    pair.training = anchor.training  # only the new container's own flag: the children keep theirs
+    return pair
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module[0] if isinstance(module, nn.Sequential) and _WRAPPER in vars(module) and len(module) == 1 else module
+
+
+def _insert_siblings(container: nn.Sequential, siblings: Mapping[int, nn.Module]) -> None:
+    children = _children(container)
+    names = [name for name, _ in children]
+    result: list[tuple[str, nn.Module]] = []
+    for name, child in children:
+        result.append((name, child))
+        if norm := siblings.get(id(child)):
+            result.append((_free_name(f"{name}_bn", names), norm))
+    _set_children(container, result, _numbered(children))
+
+
+def _numbered(children: Sequence[tuple[str, nn.Module]]) -> bool:
+    return [name for name, _ in children] == [str(number) for number in range(len(children))]
+
+
+def _set_children(container: nn.Sequential, children: Sequence[tuple[str, nn.Module]], numbered: bool) -> None:
+    for name, _ in _children(container):
+        delattr(container, name)
+    for number, (name, child) in enumerate(children):
+        container.add_module(str(number) if numbered else name, child)
+
+
+def _free_name(name: str, taken: list[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name

@@ -1,0 +1,1 @@
+"""Fine-tunes a network on labelled images."""

@@ -1,0 +1,49 @@
+"""Which parameters an optimizer shrinks by weight decay, and which it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import TrainingError
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer: weight decay on weights, none on biases and normalizations.
+
+    After an insertion gamma carries the pretrained scale of a layer: decay would shrink the layer's outputs.
+
+    Every parameter that requires a gradient is in exactly one group, in the model's order, and one that does not is in
+    none: freeze first. A group without parameters is left out.
+    norm_weight_decay: for gamma and beta of BatchNorm and of the other normalizations.
+    Raises TrainingError when the model has nothing to train, and for a decay below 0.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(model, 1e-4)]
+    [(1, 0.0001), (2, 0.0), (1, 0.0)]
+    """
+    for name, value in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
+        if not value >= 0:
+            raise TrainingError(f"{name} is {value}; give 0 or more")
+    weights: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            group = norms if isinstance(module, _NORMS) else biases if "bias" in name else weights
+            group.append(parameter)
+    groups = ((weights, weight_decay), (norms, norm_weight_decay), (biases, 0.0))
+    result = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    if not result:
+        raise TrainingError(
+            f"{type(model).__name__} has no parameter that requires a gradient: nothing would be trained"
+        )
+    return result

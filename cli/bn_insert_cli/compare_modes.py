@@ -1,0 +1,52 @@
+"""`bn-insert compare-modes`: how far train mode, where BatchNorm normalizes by the batch, is from eval mode."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .console import image_progress, print_result, print_table
+from .inputs import ImageOptions, batch_sizes, open_calibration, open_device, open_model, open_transform
+from .tables import agreement_table
+
+
+def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    calibration: opt.Calibration,
+    sizes: Annotated[
+        str, typer.Option("--batch-sizes", metavar="N,N,...", help="Batch sizes to try.")
+    ] = "4,8,16,32,64,128",
+    images: opt.Images = 256,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    device: opt.Device = None,
+    model: opt.Model = None,
+) -> None:
+    """Compare a checkpoint in train mode with itself in eval mode, by batch size: is it ready to train?
+
+    In train mode BatchNorm normalizes by the batch, so the network that the optimizer sees is another one, the more so
+    for small batches and for images unlike those it was calibrated on. Dropout is off in both.
+
+    Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
+    """
+    from bn_insert import train_mode_agreement  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.compare.train_mode import agreement_reading  # noqa: PLC0415
+
+    wanted = batch_sizes(sizes)
+    image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    transform = open_transform(checkpoint, image_options)
+    target = open_device(device)
+    network = open_model(checkpoint, model)
+    batches = open_calibration(calibration, network, transform, image_options)
+    with image_progress("comparing", batches.images) as progress:
+        found = train_mode_agreement(network, batches, wanted, device=target, progress=progress)
+    print_table(agreement_table(found))
+    print_result(agreement_reading(found))

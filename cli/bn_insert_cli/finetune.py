@@ -1,0 +1,239 @@
+"""`bn-insert finetune`: train a checkpoint on class folders, with or without BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import options as opt
+from .console import image_progress, print_error, print_note, print_result
+from .inputs import ImageOptions, input_channels, open_device, open_model, open_transform
+from .interruption import StopRequest, stop_on_signals
+
+if TYPE_CHECKING:
+    from bn_insert.training.finetune import FineTuning
+    from bn_insert.training.loop import StepMetrics
+    from bn_insert.training.metrics import EpochMetrics
+
+DIVERGED = 1
+INTERRUPTED = 130
+
+_EPOCHS_THAT_TELL = 3
+_RATE = "Learning rate"
+_OPTIMIZER = "Optimizer and regularization"
+_NETWORK = "Network"
+
+
+def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="A folder with train/CLASS/IMAGE and val/CLASS/IMAGE.", show_default=False),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", metavar="DIR", help="Where results go; is made.", show_default=False)
+    ],
+    model: opt.Model = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    batch_size: Annotated[
+        int, typer.Option("-b", "--batch-size", min=1, help="Images a step; with torchrun, of each process.")
+    ] = 32,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what DIR holds; begin where it holds nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the results that DIR holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images' order, mirroring and dropout.")] = 0,
+    device: opt.Device = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Train under bfloat16 autocast.")] = False,
+    lr: Annotated[float, typer.Option(help="At its highest.", rich_help_panel=_RATE)] = 0.01,
+    lr_warmup_epochs: Annotated[
+        float, typer.Option(min=0, help="Rise to --lr for so long; 0.5 is half an epoch.", rich_help_panel=_RATE)
+    ] = 0.0,
+    lr_scheduler: Annotated[
+        Literal["constant", "cosine", "step"], typer.Option(help="What it does then.", rich_help_panel=_RATE)
+    ] = "cosine",
+    lr_step_size: Annotated[int, typer.Option(min=1, help="Epochs between steps.", rich_help_panel=_RATE)] = 30,
+    lr_gamma: Annotated[float, typer.Option(min=0, help="Factor of each step.", rich_help_panel=_RATE)] = 0.1,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option("--opt", help="Optimizer.", rich_help_panel=_OPTIMIZER)
+    ] = "sgd",
+    momentum: Annotated[float, typer.Option(min=0, help="Of sgd.", rich_help_panel=_OPTIMIZER)] = 0.9,
+    weight_decay: Annotated[
+        float, typer.Option("--wd", "--weight-decay", min=0, help="Of weights.", rich_help_panel=_OPTIMIZER)
+    ] = 1e-4,
+    norm_weight_decay: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Of BatchNorm's gamma and beta, which carry the pretrained scale.", rich_help_panel=_OPTIMIZER
+        ),
+    ] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0: none.", rich_help_panel=_OPTIMIZER)] = 0.0,
+    hflip: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Probability of mirroring a training image.", rich_help_panel=_OPTIMIZER),
+    ] = 0.0,
+    batchnorm: Annotated[
+        Literal["train", "freeze-statistics", "freeze"],
+        typer.Option(
+            help="What training changes in BatchNorms: all, gamma and beta, nothing.", rich_help_panel=_NETWORK
+        ),
+    ] = "train",
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Before each validation, estimate running statistics anew on training images.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = True,
+    freeze_features: Annotated[
+        bool, typer.Option("--freeze-features", help="Train the classifier alone.", rich_help_panel=_NETWORK)
+    ] = False,
+    dropout: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="p of every dropout layer. [the checkpoint's]", rich_help_panel=_NETWORK),
+    ] = None,
+    sync_bn: Annotated[
+        bool,
+        typer.Option("--sync-bn", help="Normalize by the batches of all GPUs (torchrun).", rich_help_panel=_NETWORK),
+    ] = False,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+) -> None:
+    """Train a checkpoint on labelled images; its output layer is replaced where the number of classes differs.
+
+    DIR gets best and last checkpoints (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html (and its
+    data, report.json), and state.pth, from which --resume goes on. `bn-insert report` holds several DIRs together.
+    Ctrl-C ends after the step in hand with everything saved, a second one at once.
+    With several processes: `torchrun --nproc-per-node 2 -m cli finetune ...`.
+
+    Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
+
+    No VGG: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model torchvision.models:alexnet`
+    """
+    from bn_insert.errors import DivergenceError  # noqa: PLC0415
+    from bn_insert.images.class_folders import open_class_folders  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.report.report import file_facts  # noqa: PLC0415
+    from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
+    from bn_insert.training.finetune import finetune as train  # noqa: PLC0415
+    from bn_insert.training.settings import TrainingSettings  # noqa: PLC0415
+
+    settings = TrainingSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        lr_warmup_epochs=lr_warmup_epochs,
+        lr_scheduler=lr_scheduler,
+        lr_step_size=lr_step_size,
+        lr_gamma=lr_gamma,
+        opt=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        norm_weight_decay=norm_weight_decay,
+        label_smoothing=label_smoothing,
+        amp=amp,
+        sync_bn=sync_bn,
+        batchnorm=batchnorm,
+        freeze_features=freeze_features,
+        dropout=dropout,
+        recalibrate=recalibrate,
+        hflip=hflip,
+        seed=seed,
+    )
+    image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
+    transform = open_transform(checkpoint, image_options)
+    network = open_model(checkpoint, model)
+    images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
+    with process_group(open_device(device)) as target, stop_on_signals() as stop:
+        first = Ranks.current().first
+        with _Display(epochs, len(images.train)) as display:
+            try:
+                result = train(
+                    network,
+                    images,
+                    output_dir,
+                    settings,
+                    resume=resume,
+                    overwrite=force,
+                    device=target,
+                    on_step=display.step if first else None,
+                    on_epoch=display.epoch if first else None,
+                    stop=stop,
+                    facts={"checkpoint": file_facts(checkpoint)} if first else {},
+                )
+            except DivergenceError as error:
+                display.close()
+                if first:
+                    print_error(str(error))
+                raise typer.Exit(DIVERGED) from None
+            except KeyboardInterrupt:
+                display.close()
+                print_error(f"interrupted at once; {output_dir} keeps what was saved last")
+                raise typer.Exit(INTERRUPTED) from None
+        if first:
+            if images.unreadable:
+                path, reason = images.unreadable[0]
+                print_note(f"{len(images.unreadable)} unreadable files were skipped, the first: {path}: {reason}")
+            _conclude(result, output_dir)
+    if result.interrupted:
+        raise typer.Exit(_exit_code(stop))
+
+
+class _Display:
+    """A bar while an epoch runs, and a line when it is complete."""
+
+    def __init__(self, epochs: int, images: int) -> None:
+        self._epochs, self._images = epochs, images
+        self._bar = ExitStack()
+        self._update: Callable[[int], None] | None = None
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Move the bar on."""
+        if self._update is None:
+            title = f"epoch {metrics.epoch} of {self._epochs}"
+            self._update = self._bar.enter_context(image_progress(title, self._images))
+        self._update(self._images * metrics.step // metrics.steps)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """Print the line of an epoch."""
+        self.close()
+        typer.echo(
+            f"epoch {metrics.epoch} of {self._epochs}: lr {metrics.lr:.3g}, "
+            f"training loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
+            f"validation loss {metrics.val_loss:.4f}, accuracy {metrics.val_accuracy:.2%}; {metrics.seconds:.1f} s"
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+        self._update = None
+
+
+def _conclude(result: FineTuning, output_dir: Path) -> None:
+    if result.interrupted:
+        print_error(
+            f"interrupted; all is saved in {output_dir}, and the same command with --resume (without --force) goes on"
+        )
+    elif result.best:
+        print_result(
+            f"Wrote {output_dir}: best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}."
+        )
+        if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_THAT_TELL:
+            print_note("No epoch was better than the first: the network may keep more of what it knew at a lower --lr.")
+
+
+def _exit_code(stop: StopRequest) -> int:
+    # Several processes stop together, also those that got no signal.
+    return INTERRUPTED if stop.signal_number is None else 128 + stop.signal_number

@@ -1,0 +1,81 @@
+"""`bn-insert fold`: every BatchNorm goes back into the layer in front of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .console import print_note, print_result, print_table
+from .inputs import ImageOptions, input_channels, open_calibration, open_model, open_transform
+from .tables import comparison_table
+
+CHECK_FAILED = 1
+CHECK_IMAGES = 8
+DEFAULT_SIDE = 224
+
+
+def fold(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    output: opt.Output,
+    calibration: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CALIBRATION]",
+            help="Images to check the result on, as for insert. Without them: random inputs.",
+            show_default=False,
+        ),
+    ] = None,
+    model: opt.Model = None,
+    seed: opt.Seed = 0,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    atol: opt.AbsoluteTolerance = None,
+    rtol: opt.RelativeTolerance = 1e-4,
+    force: opt.Force = False,
+) -> None:
+    """Merge every BatchNorm into its conv or dense layer: a plain VGG comes out, with the same outputs.
+
+    The way back from `insert`, after fine-tuning or before it. The result is checked against the original before
+    anything is written; beyond tolerance nothing is written and the exit code is 1.
+
+    Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
+
+    No VGG: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
+    """
+    import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
+    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
+
+    from bn_insert import compare_outputs, fold_batchnorm  # noqa: PLC0415
+    from bn_insert.checkpoints.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
+    from bn_insert.errors import GraphError  # noqa: PLC0415
+
+    check_output(output, overwrite=force)
+    image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
+    transform = open_transform(checkpoint, image_options)
+    network = open_model(checkpoint, model)
+    if calibration is None:
+        side = transform.crop or transform.resize or DEFAULT_SIDE
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(CHECK_IMAGES, input_channels(network), side, side, generator=generator)]
+        print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
+    else:
+        inputs = [batch.images for batch in open_calibration(calibration, network, transform, image_options)]
+    norms = sum(isinstance(module, _BatchNorm) for module in network.modules())
+    if norms == 0:
+        raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
+    result = fold_batchnorm(network, inputs[0])
+    left = sum(isinstance(module, _BatchNorm) for module in result.modules())
+    comparison = compare_outputs(network, result, inputs)
+    print_table(comparison_table({"cpu": comparison}))
+    if not comparison.within(atol, rtol):
+        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        raise typer.Exit(CHECK_FAILED)
+    save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
+    kept = f", {left} left in place" if left else ""
+    print_result(f"Wrote {output}: {norms - left} BatchNorm layers folded{kept}.")

@@ -1,0 +1,431 @@
+"""Kill insert, fold and finetune with SIGKILL at random moments: is what they leave always whole?
+
+    python -m fuzz.interruption --output fuzz/results/interruption.md
+
+Each command runs on the demo network in a process forked from this one, which has imported everything already. Half of
+the kills come at a random moment of the run, half a random moment after one of its file operations. Then the output is
+looked at: it must be absent or the one that an undisturbed run writes; where one was there before (--force), the old or
+the new one. The same command is then run again, to its end: it must give the output of an undisturbed run, and leave
+nothing else in the folder. The exit code is 1 when a single kill leaves anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.demo import images_path, network_path
+from bn_insert.report.report import versions
+from bn_insert.training.loop import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
+from bn_insert.training.metrics import write_curves
+from bn_insert.training.state import load_state
+from bn_insert_cli.app import app
+
+AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
+CHANGES = {"os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
+LONGEST_DELAY = 0.01  # seconds between a file operation and the kill
+SHARE = 8  # images of each digit that a run sees
+
+
+class WrongError(Exception):
+    """Says what a kill has left that it should not."""
+
+
+@dataclass
+class Case:
+    """One command, the names of what it writes, and what undisturbed runs give.
+
+    arguments: of the command; `{output}` stands for the output's name.  before: a command whose output is there before
+    the killed one runs.  states: by name ("old", "new", or what an epoch leaves) the digest of the output.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    output: str
+    before: tuple[str, ...] = ()
+    states: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    operations: int = 0
+
+    def command(self, *more: str) -> list[str]:
+        """Return the command line."""
+        return [*(argument.format(output=self.output) for argument in self.arguments), *more]
+
+
+def run_forked(
+    arguments: Sequence[str],
+    folder: Path,
+    watch: Callable[[int], object] | None = None,
+    at_end: Callable[[], object] = lambda: None,
+) -> int:
+    """Run a command line in a forked process, and kill it when `watch` returns.
+
+    watch: called with a pipe on which each file operation is one byte; by default it waits for the pipe's end, which is
+    the process's.  at_end: called by the process.  Return the exit code, or minus the signal that ended the process.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run(arguments, folder, writer, at_end)
+    os.close(writer)
+    try:
+        (watch or operations_of)(reader)
+        if watch is not None:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(reader)
+        status = os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+
+def operations_of(reader: int) -> int:
+    """Wait for the end of a pipe, and return the number of bytes in it."""
+    return sum(iter(lambda: len(os.read(reader, 1 << 16)), 0))
+
+
+def _run(arguments: Sequence[str], folder: Path, writer: int, at_end: Callable[[], object]) -> None:
+    """Run a command in this process and end it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    os.chdir(folder)
+    messages = os.open(folder.parent / "messages", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(messages, 1)
+    os.dup2(messages, 2)
+    writing = False
+
+    def tell(event: str, values: tuple[object, ...]) -> None:
+        nonlocal writing
+        writing = writing or (event == "os.mkdir" and ".bn-insert-" in str(values[0]))
+        if writing and (event in CHANGES or (event == "open" and "w" in str(values[1]))):
+            with suppress(BrokenPipeError):
+                os.write(writer, b".")
+
+    sys.addaudithook(tell)
+    code = 70
+    try:
+        app(list(arguments))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+        at_end()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def undisturbed(arguments: Sequence[str], folder: Path) -> tuple[float, int]:
+    """Run a command to its end; return its seconds and the number of its file operations."""
+    counted: list[int] = []
+    started = time.monotonic()
+    code = run_forked(arguments, folder, lambda reader: counted.append(operations_of(reader)))
+    # The kill behind the pipe's end may still meet a process that is all but gone.
+    if code not in (0, -signal.SIGKILL):
+        raise WrongError(f"{' '.join(arguments)} ended with {code}: {_messages(folder)}")
+    return time.monotonic() - started, counted[0]
+
+
+def _messages(folder: Path) -> str:
+    return (folder.parent / "messages").read_text(errors="replace").strip()[-500:]
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint's tensors and settings, read as any user's program reads them."""
+    result = hashlib.sha256()
+    settings = read_settings(path)
+    result.update(b"none" if settings is None else settings.to_json().encode())
+    for key, tensor in load_checkpoint(path).state_dict().items():
+        result.update(key.encode())
+        result.update(tensor.numpy().tobytes())
+    return result.hexdigest()
+
+
+def known(case: Case, path: Path, *wanted: str) -> str:
+    """Return which of the states of a case a checkpoint is in; raises WrongError when it is in none."""
+    try:
+        digest = digest_of(path)
+    except Exception as error:
+        raise WrongError(f"{path.name} does not load: {error}") from error
+    for name, each in case.states.items():
+        if each == digest and (not wanted or name in wanted):
+            return name
+    raise WrongError(f"{path.name} loads, and is neither the old nor the new output")
+
+
+def look_at_checkpoint(case: Case, folder: Path) -> str:
+    """Return what a kill of insert or fold has left."""
+    path = folder / case.output
+    allowed = {case.output, Path(case.output).with_suffix(".json").name}
+    check_names(folder, allowed)
+    if path.exists():
+        return known(case, path)
+    if "old" in case.states:
+        raise WrongError("the old output is gone, and the new one is not there")
+    return "absent"
+
+
+def look_at_run(case: Case, folder: Path) -> str:
+    """Return what a kill of finetune has left."""
+    run = folder / case.output
+    check_names(folder, {case.output})
+    if not run.exists():
+        return "absent"
+    check_names(run, set(RESULTS))
+    found = {name: known(case, run / name) for name in (LAST, BEST) if (run / name).exists()}
+    if "old" in case.states and not (run / LAST).exists():
+        raise WrongError("the old output is gone, and the new one is not there")
+    if (run / METRICS).exists():
+        rows = list(csv.DictReader((run / METRICS).read_text().splitlines()))
+        if not rows or any(None in row.values() for row in rows):
+            raise WrongError(f"{METRICS} is not whole")
+    if (run / CURVES).exists():
+        with Image.open(run / CURVES) as picture:
+            picture.load()
+    if (run / CLASSES).exists() and (run / CLASSES).read_text().split() != [str(digit) for digit in range(10)]:
+        raise WrongError(f"{CLASSES} is not whole")
+    if (run / STATE).exists():
+        state = load_state(run / STATE)
+        if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
+            raise WrongError(f"{STATE} tells of files that are not there: {missing}")
+        return f"complete, {found[LAST]}" if state.epoch else "complete"
+    return "each file whole, not yet all" if found else "absent"
+
+
+def check_names(folder: Path, allowed: set[str]) -> None:
+    """Raise WrongError for a file that is neither an output nor plainly temporary."""
+    names = {path.name for path in folder.iterdir() if not is_temporary(path)}
+    if strange := names - allowed:
+        raise WrongError(f"{folder.name} holds {strange}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Say whether a name is that of a folder in which outputs are made."""
+    return path.name.startswith(".bn-insert-") and path.name.endswith(".tmp")
+
+
+def cases(root: Path) -> list[Case]:
+    """Return the commands that are killed, with inputs made under `root`."""
+    images, labelled = root / "images", root / "labelled"
+    for digit in range(10):
+        files = sorted((images_path() / str(digit)).iterdir())[: 2 * SHARE]
+        for place, chosen in (
+            (images, files[:SHARE]),
+            (labelled / "train", files[:SHARE]),
+            (labelled / "val", files[SHARE:]),
+        ):
+            (place / str(digit)).mkdir(parents=True)
+            for file in chosen:
+                (place / str(digit) / file.name).symlink_to(file)
+    original, inserted = str(network_path()), str(root / "inserted.pth")
+    insert = ("insert", original, str(images), "-o", "{output}", "-j", "0", *AS_IT_IS)
+    fold = ("fold", inserted, "-o", "{output}")
+    tune = ("finetune", inserted, str(labelled), "--output-dir", "{output}", "--epochs", "2", "-j", "0", "-b", "16")
+    tune += ("--lr-scheduler", "constant", "--lr", "0.001", "--device", "cpu")
+    undisturbed([argument.format(output=inserted) for argument in insert], root)
+    other = ("--eps", "0.001", "--layers", "conv")
+    return [
+        Case("insert, .pth", insert, "out.pth"),
+        Case("insert, .safetensors", insert, "out.safetensors"),
+        Case("insert --force, .pth", (*insert, "--force"), "out.pth", before=(*insert, *other)),
+        Case("insert --force, .safetensors", (*insert, "--force"), "out.safetensors", before=(*insert, *other)),
+        Case("fold, .pth", fold, "out.pth"),
+        Case("fold --force, .pth", (*fold, "--force"), "out.pth", before=(*insert, *other)),
+        Case("finetune", tune, "run"),
+        Case("finetune --force", (*tune, "--force"), "run", before=(*tune, "--epochs", "1", "--lr", "0.002")),
+    ]
+
+
+def learn(case: Case, folder: Path) -> None:
+    """Run a case undisturbed, for its states, its seconds and its file operations."""
+    tuning = case.arguments[0] == "finetune"
+
+    def remember(name: str) -> None:
+        path = folder / case.output
+        case.states[name] = digest_of(path / LAST if tuning else path)
+        if tuning:
+            case.states[f"{name}, {BEST}"] = digest_of(path / BEST)
+        shutil.rmtree(folder)
+
+    if case.before:
+        folder.mkdir()
+        undisturbed([argument.format(output=case.output) for argument in case.before], folder)
+        shutil.copytree(folder, template(case, folder))
+        remember("old")
+    if tuning:
+        folder.mkdir()
+        undisturbed(case.command("--epochs", "1"), folder)
+        remember("after epoch 1")
+    prepare(case, folder)
+    case.seconds, case.operations = undisturbed(case.command(), folder)
+    remember("new")
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Make the folder as it is when the command begins."""
+    if case.before:
+        shutil.copytree(template(case, folder), folder)
+    else:
+        folder.mkdir()
+
+
+def template(case: Case, folder: Path) -> Path:
+    """Return where the folder is kept as it is when the command begins."""
+    return folder.parent / f"before {case.name}"
+
+
+def kill_once(case: Case, folder: Path, generator: random.Random) -> tuple[str, bool]:
+    """Kill a run and look; run it again and look. Return what the kill left, and whether that was temporary files."""
+    moment, delay = generator.uniform(0, case.seconds), generator.uniform(0, LONGEST_DELAY)
+    operation = generator.randint(1, case.operations) if generator.random() < 0.5 else 0
+
+    def wait(reader: int) -> None:
+        if operation == 0:
+            time.sleep(moment)
+            return
+        for _ in range(operation):
+            if not os.read(reader, 1):
+                return
+        time.sleep(delay)
+
+    run_forked(case.command(), folder, wait)
+    look = look_at_run if case.arguments[0] == "finetune" else look_at_checkpoint
+    left = look(case, folder)
+    temporary = any(map(is_temporary, folder.rglob("*")))
+    finish(case, folder, left)
+    if any(map(is_temporary, folder.rglob("*"))):
+        raise WrongError("the next run left temporary files")
+    return left, temporary
+
+
+def finish(case: Case, folder: Path, left: str) -> None:
+    """Run the command again as a user would, and raise WrongError unless the result is that of an undisturbed run."""
+    path = folder / case.output
+    if case.arguments[0] == "finetune":
+        own_state = (path / STATE).exists() and "old" not in left
+        resumable = own_state or not any((path / name).exists() for name in RESULTS)
+        plain = [argument for argument in case.command() if argument != "--force"]
+        undisturbed([*plain, "--resume" if resumable else "--force"], folder)
+        known(case, path / LAST, "new")
+        known(case, path / BEST, f"new, {BEST}")
+        return
+    if left == "new" and not case.before:
+        path.unlink()  # it would be refused, rightly
+        path.with_suffix(".json").unlink(missing_ok=True)
+    undisturbed(case.command(), folder)
+    known(case, path, "new")
+
+
+def main() -> None:
+    """Kill, count, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=208)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a process with threads cannot be forked safely
+    generator = random.Random(options.seed)
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        import_everything(root)
+        everything = cases(root)
+        counts = {case.name: Counter[str]() for case in everything}
+        temporary = Counter[str]()
+        for case in everything:
+            learn(case, root / "run")
+        for number in range(options.kills):
+            case, folder = everything[number % len(everything)], root / "run"
+            prepare(case, folder)
+            try:
+                left, was_temporary = kill_once(case, folder, generator)
+                counts[case.name][left] += 1
+                temporary[case.name] += was_temporary
+            except WrongError as error:
+                wrong.append(f"kill {number}, {case.name}: {error}")
+                print(wrong[-1], flush=True)
+            shutil.rmtree(folder)
+            if (number + 1) % 20 == 0:
+                print(f"{number + 1} kills, {len(wrong)} wrong", flush=True)
+    lines = [f"# {options.kills} kills with SIGKILL, seed {options.seed}", ""]
+    lines += report(everything, counts, temporary, wrong)
+    print("\n".join(lines))
+    if options.output:
+        options.output.write_text("\n".join(lines))
+    sys.exit(bool(wrong))
+
+
+def import_everything(folder: Path) -> None:
+    """Import in this process what the commands import, which would take every child seconds.
+
+    A child runs them and says what that was: run here, they could start threads, which no fork survives.
+    """
+    listed = folder / "modules"
+
+    def list_modules() -> None:
+        listed.write_text("\n".join(sys.modules))
+
+    insert = (
+        "insert",
+        str(network_path()),
+        str(images_path()),
+        "-o",
+        "warm.pth",
+        "--images",
+        "4",
+        "-j",
+        "0",
+        *AS_IT_IS,
+    )
+    fold = ("fold", "warm.pth", "-o", "folded.pth", *AS_IT_IS)
+    (folder / "warm").mkdir()
+    for arguments in (insert, fold):
+        if run_forked(arguments, folder / "warm", at_end=list_modules):
+            raise WrongError(_messages(folder / "warm"))
+        for name in listed.read_text().split():
+            with suppress(Exception):  # some modules only come up as a part of another's import
+                importlib.import_module(name)
+    write_curves([], folder / "curves.png")
+
+
+def report(
+    everything: Sequence[Case],
+    counts: dict[str, Counter[str]],
+    temporary: Counter[str],
+    wrong: Sequence[str],
+) -> list[str]:
+    """Return the table as lines of Markdown."""
+    lines = [
+        f"Anything but absent, old or new, each whole: {len(wrong)}.",
+        "",
+        "| command | seconds undisturbed | file operations | kills | left | with temporary files |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in everything:
+        found = counts[case.name]
+        left = ", ".join(f"{state}: {count}" for state, count in sorted(found.items()))
+        row = (case.name, f"{case.seconds:.2f}", case.operations, found.total(), left, temporary[case.name])
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    lines += ["", *(f"- {each}" for each in wrong), *([""] if wrong else [])]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    return [*lines, ", ".join([machine, *(f"{name} {number}" for name, number in versions().items())]), ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,849 @@
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from bn_insert.checkpoints.checkpoint import check_output, load_checkpoint, read_settings, save_checkpoint
+from bn_insert.checkpoints.settings import Settings
+from bn_insert.errors import CheckpointError
+from bn_insert.support.files import write_atomically
+from support.full_disk import file_size_limit
+from support.small_vggs import Conv, Dense, Spec, images, small_vgg
+
+SPEC = Spec((Conv(norm="before"), Conv(5, pool=True), Conv(6, norm="after")), (Dense(norm="before"),))
+BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.pt", "network.safetensors"])
+
+StateDict = dict[str, Tensor]
+
+
+def plain_state(spec: Spec = SPEC) -> StateDict:
+    return dict(small_vgg(spec).state_dict())
+
+
+def assert_same(actual: nn.Module, expected: nn.Module) -> None:
+    assert repr(actual) == repr(expected)
+    actual_state, expected_state = actual.state_dict(), expected.state_dict()
+    assert list(actual_state) == list(expected_state)
+    assert all(torch.equal(actual_state[key], expected_state[key]) for key in expected_state)
+    assert torch.equal(actual(images(SPEC)), expected(images(SPEC)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal_of(action: Callable[[], object]) -> str:
+    with pytest.raises(CheckpointError) as refusal:
+        action()
+    return str(refusal.value)
+
+
+# Round trips
+
+
+@BOTH_FORMATS
+def test_a_network_comes_back_bit_for_bit_with_eps_momentum_and_dropout(name: str, tmp_path: Path) -> None:
+    vgg = small_vgg(SPEC)
+    vgg.features[1].momentum = None
+    vgg.classifier[3].p = 0.0
+    vgg.features[1].eps = 0.0
+    save_checkpoint(vgg, tmp_path / name)
+    result = load_checkpoint(tmp_path / name)
+    assert_same(result, vgg)
+    assert not result.training
+
+
+@BOTH_FORMATS
+def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
+    save_checkpoint(small_vgg(SPEC), tmp_path / name, transform={"resize": 256, "mean": (0.5, 0.4, 0.3), "crop": None})
+    settings = read_settings(tmp_path / name)
+    assert settings is not None
+    assert settings.transform == {"resize": 256, "mean": [0.5, 0.4, 0.3], "crop": None}
+
+
+@BOTH_FORMATS
+def test_the_same_network_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        save_checkpoint(small_vgg(SPEC), folder / name)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_pth_is_a_plain_dict_of_tensors_and_its_settings_stand_beside_it(tmp_path: Path) -> None:
+    vgg = small_vgg(SPEC)
+    save_checkpoint(vgg, tmp_path / "vgg-bn.pth")
+    assert sorted(contents(tmp_path)) == ["vgg-bn.json", "vgg-bn.pth"]
+    state = torch.load(tmp_path / "vgg-bn.pth", weights_only=True)
+    assert type(state) is dict
+    assert {type(value) for value in state.values()} == {Tensor}
+    small_vgg(SPEC, seed=1).load_state_dict(state, strict=True)
+    document = json.loads((tmp_path / "vgg-bn.json").read_text())
+    assert document["format"] == "bn-insert"
+    assert document["version"] == 1
+    norm = vgg.features[1]
+    assert document["batchnorm"]["features.1"] == {"eps": norm.eps, "momentum": norm.momentum}
+    assert document["dropout"] == {"classifier.3": vgg.classifier[3].p}
+
+
+def test_a_safetensors_file_holds_all_by_itself(tmp_path: Path) -> None:
+    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.safetensors")
+    assert sorted(contents(tmp_path)) == ["vgg.safetensors"]
+    with safe_open(tmp_path / "vgg.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) == ["bn-insert"]
+    assert sorted(json.loads(metadata["bn-insert"])) == ["batchnorm", "dropout", "format", "version"]
+
+
+@BOTH_FORMATS
+def test_views_shared_tensors_and_other_memory_formats_are_stored_as_plain_tensors(name: str, tmp_path: Path) -> None:
+    vgg = small_vgg(Spec((Conv(), Conv(), Conv()))).to(memory_format=torch.channels_last)
+    vgg.features[4].weight = vgg.features[2].weight
+    vgg.features[2].bias = nn.Parameter(torch.arange(1000.0)[::250])
+    save_checkpoint(vgg, tmp_path / name)
+    assert (tmp_path / name).stat().st_size < 20_000
+    result = load_checkpoint(tmp_path / name)
+    assert torch.equal(result(images()), vgg(images()))
+    assert result.features[4].weight.data_ptr() != result.features[2].weight.data_ptr()
+    assert all(value.is_contiguous() for value in result.state_dict().values())
+
+
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as names go."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = network
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled, lambda vgg: nn.DataParallel(Compiled(vgg))])
+def test_what_pytorch_puts_around_a_model_is_not_stored(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    vgg = small_vgg(SPEC)
+    save_checkpoint(wrap(vgg), tmp_path / "vgg.pth")
+    assert list(torch.load(tmp_path / "vgg.pth", weights_only=True)) == list(vgg.state_dict())
+    assert_same(load_checkpoint(tmp_path / "vgg.pth"), vgg)
+
+
+def test_a_vgg_inside_another_module_is_found_with_its_settings(tmp_path: Path) -> None:
+    holder = nn.Module()
+    holder.model = small_vgg(SPEC)
+    save_checkpoint(holder, tmp_path / "vgg.pth")
+    assert_same(load_checkpoint(tmp_path / "vgg.pth"), holder.model)
+
+
+# Reading what others have written
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "model_ema"])
+def test_a_state_dict_is_found_in_its_wrapper(wrapper: str, tmp_path: Path) -> None:
+    state = OrderedDict(plain_state())
+    torch.save({"epoch": 3, "optimizer": {"param_groups": []}, wrapper: state}, tmp_path / "vgg.pth")
+    result = load_checkpoint(tmp_path / "vgg.pth")
+    assert torch.equal(result.classifier[0].weight, state["classifier.0.weight"])
+
+
+def test_a_configuration_under_the_name_of_a_wrapper_is_passed_over(tmp_path: Path) -> None:
+    torch.save({"model": {"depth": 16}, "model_state_dict": {"state_dict": plain_state()}}, tmp_path / "vgg.pth")
+    load_checkpoint(tmp_path / "vgg.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."])
+def test_prefixes_are_stripped_when_all_keys_have_them(prefix: str, tmp_path: Path) -> None:
+    torch.save({prefix + key: value for key, value in plain_state().items()}, tmp_path / "vgg.pth")
+    assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
+
+
+def test_prefixes_are_kept_when_one_key_lacks_them(tmp_path: Path) -> None:
+    state = {"module." + key: value for key, value in plain_state().items()}
+    torch.save(state | {"other": torch.ones(1)}, tmp_path / "vgg.pth")
+    assert "the key 'module.features.0.weight'" in refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
+
+
+def test_the_averaged_model_of_torchs_own_training_scripts_is_read(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(small_vgg(SPEC))
+    torch.save({"model_ema": averaged.state_dict()}, tmp_path / "vgg.pth")
+    assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
+
+
+@pytest.mark.parametrize("options", [{"_use_new_zipfile_serialization": False}, {}])
+@pytest.mark.parametrize("name", ["vgg.pth", "vgg.bin", "vgg.safetensors", "vgg"])
+def test_the_format_is_told_by_the_content_and_nothing_is_warned_of(
+    options: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    torch.save(plain_state(), tmp_path / name, **options)
+    load_checkpoint(tmp_path / name)
+
+
+def test_safetensors_under_another_name_and_without_our_header_is_read(tmp_path: Path) -> None:
+    safetensors.torch.save_file(plain_state(), tmp_path / "vgg.pth")
+    assert read_settings(tmp_path / "vgg.pth") is None
+    assert load_checkpoint(str(tmp_path / "vgg.pth")).features[1].eps == 1e-5
+
+
+def test_safetensors_is_told_whatever_the_length_of_its_header_looks_like(tmp_path: Path) -> None:
+    path = tmp_path / "vgg.safetensors"
+    first_bytes = set()
+    for size in range(0, 256, 8):  # headers are padded to a multiple of eight
+        safetensors.torch.save_file(plain_state(), path, metadata={"note": "x" * size})
+        first_bytes.add(path.read_bytes()[0])
+        load_checkpoint(path)
+    assert len(first_bytes) == 32
+
+
+def test_only_weights_are_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"a": Payload(tmp_path / "made-by-the-payload")}, tmp_path / "evil.pth")
+    refusal_of(lambda: load_checkpoint(tmp_path / "evil.pth"))
+    assert not (tmp_path / "made-by-the-payload").exists()
+
+
+# Other architectures
+
+
+class SmallResidual(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"conv": nn.Conv2d(3, width, 3), "bn": nn.BatchNorm2d(width)})
+        self.model["tied"] = self.model["conv"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@BOTH_FORMATS
+def test_another_architecture_is_filled_and_the_given_module_stays(prefix: str, name: str, tmp_path: Path) -> None:
+    original = SmallResidual()
+    original.model["bn"].eps = 1e-3
+    save_checkpoint(original, tmp_path / name)
+    if prefix and name.endswith("pth"):
+        torch.save({prefix + key: value for key, value in original.state_dict().items()}, tmp_path / name)
+    given = SmallResidual().train()
+    before = {key: value.clone() for key, value in given.state_dict().items()}
+    for architecture in (given, SmallResidual):
+        result = load_checkpoint(tmp_path / name, model=architecture)
+        assert type(result) is SmallResidual
+        assert result is not given
+        assert not result.training
+        assert torch.equal(result.model["conv"].weight, original.model["conv"].weight)
+        assert result.model["bn"].eps == 1e-3
+        assert result.model["tied"] is result.model["conv"]
+    assert given.training
+    assert given.model["bn"].eps == 1e-5
+    assert all(torch.equal(given.state_dict()[key], before[key]) for key in before)
+
+
+def test_mismatches_with_an_architecture_are_listed_up_to_eight(tmp_path: Path) -> None:
+    torch.save({f"layer{number}.weight": torch.ones(1) for number in range(7)}, tmp_path / "other.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=nn.BatchNorm1d(2)))
+    assert "the checkpoint does not fit BatchNorm1d: weight is not in the file" in message
+    assert "layer3.weight is not in the model; and 3 more; pass the architecture" in message
+    assert "layer4" not in message
+
+
+def test_another_width_is_told_with_both_shapes(tmp_path: Path) -> None:
+    save_checkpoint(SmallResidual(), tmp_path / "other.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=SmallResidual(5)))
+    assert "model.conv.weight is (4, 3, 3, 3) in the file and (5, 3, 3, 3) in the model" in message
+
+
+def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(nn.Linear(2, 2), tmp_path / "dense.pth")
+    assert "made a int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
+    meta = nn.Linear(2, 2, device="meta")
+    assert "make it on the CPU" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=meta))
+
+
+# Settings
+
+
+def pth_with_sidecar(folder: Path, **changes: object) -> Path:
+    path = folder / "vgg.pth"
+    save_checkpoint(small_vgg(SPEC), path)
+    sidecar = folder / "vgg.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"version": 2}, 'the field "version" is 2, and this bn-insert reads version 1'),
+        ({"batchnorm": []}, "batchnorm is a list, not an object"),
+        ({"batchnorm": {"features.1": 3}}, "batchnorm.features.1 is a number, not an object"),
+        (
+            {"batchnorm": {"features.1": {"eps": -1e-5}}},
+            "batchnorm.features.1.eps is -1e-05, and must be finite and not",
+        ),
+        ({"batchnorm": {"features.1": {"eps": float("nan")}}}, "batchnorm.features.1.eps is nan, and must be finite"),
+        ({"batchnorm": {"features.1": {"eps": 10**400}}}, "batchnorm.features.1.eps is 1000000000"),
+        ({"batchnorm": {"features.1": {"eps": "1e-5"}}}, "batchnorm.features.1.eps is a string, not a number"),
+        ({"batchnorm": {"features.1": {"eps": True}}}, "batchnorm.features.1.eps is true or false, not a number"),
+        ({"batchnorm": {"features.1": {"eps": None}}}, "batchnorm.features.1.eps is null, not a number"),
+        ({"batchnorm": {"features.1": {"momentum": float("inf")}}}, "features.1.momentum is inf, and must be finite"),
+        ({"batchnorm": {"features.1": {"epsilon": 1e-5}}}, "unknown field batchnorm.features.1.epsilon"),
+        ({"dropout": {"classifier.3": 1.5}}, "dropout.classifier.3 is 1.5, and must be from 0 to 1"),
+        ({"dropout": 0.5}, "dropout is a number, not an object"),
+        ({"transform": [1]}, "transform is a list, not an object"),
+        ({"batch_norm": {}}, "unknown field 'batch_norm'"),
+        ({"replaces": 3}, 'the field "replaces" is not what bn-insert writes'),
+        ({"replaces": {"sha256": "", "settings": 3}}, 'the field "replaces" is not what bn-insert writes'),
+    ],
+)
+def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
+    path = pth_with_sidecar(tmp_path, **changes)
+    message = refusal_of(lambda: load_checkpoint(path))
+    assert message.startswith(f"{tmp_path / 'vgg.json'}: ")
+    assert fragment in message
+    assert "correct the file, or delete it and read vgg.pth with PyTorch's defaults" in message
+    assert refusal_of(lambda: read_settings(path)) == message
+
+
+@pytest.mark.parametrize("text", [b'{"format": "bn-insert",', b"\xff\xfe", b"[" * 100_000, b"", b"9" * 5000])
+def test_a_settings_file_that_is_no_json_is_told(text: bytes, tmp_path: Path) -> None:
+    path = pth_with_sidecar(tmp_path)
+    (tmp_path / "vgg.json").write_bytes(text)
+    assert "vgg.json: invalid JSON" in refusal_of(lambda: load_checkpoint(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"batchnorm": {"features.9": {}}}, "the settings name features.9, and the network has no BatchNorm there"),
+        ({"batchnorm": {"features.1": {}}}, "leave out the network's BatchNorm classifier.1, features.8"),
+        ({"dropout": {"classifier.9": 0.5}}, "the settings name classifier.9, and the network has no Dropout there"),
+        (
+            {"batchnorm": {f"features.{number}": {} for number in range(20, 26)}},
+            "the settings name features.20, features.21, features.22 and 3 more",
+        ),
+    ],
+)
+def test_settings_of_another_checkpoint_are_told(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
+    path = pth_with_sidecar(tmp_path, **changes)
+    message = refusal_of(lambda: load_checkpoint(path))
+    assert f"the settings in {tmp_path / 'vgg.json'} belong to another checkpoint" in message
+    assert fragment in message
+    assert "delete them, or write the checkpoint again with save_checkpoint" in message
+
+
+def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "vgg.safetensors"
+    safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": '{"format": "bn-insert", "version": 9}'})
+    assert f"{path}: the settings in its header are damaged" in refusal_of(lambda: load_checkpoint(path))
+    safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": "{}"})
+    assert 'the field "format" is None' in refusal_of(lambda: load_checkpoint(path))
+    text = '{"format": "bn-insert", "version": 1, "dropout": {"\\u001b[2J": 0.5}}'
+    safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": text})
+    message = refusal_of(lambda: load_checkpoint(path))
+    assert "the settings in its header belong to another checkpoint" in message
+    assert "\x1b" not in message
+
+
+@pytest.mark.parametrize("text", ['{"format": "other"}', "[1, 2]", "3", '{"features.0": "conv"}'])
+def test_foreign_json_beside_a_checkpoint_is_passed_over_and_never_replaced(text: str, tmp_path: Path) -> None:
+    torch.save(plain_state(), tmp_path / "vgg.pth")
+    (tmp_path / "vgg.json").write_text(text)
+    assert read_settings(tmp_path / "vgg.pth") is None
+    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
+    (tmp_path / "vgg.pth").unlink()
+    assert "vgg.json exists already" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth"))
+    with_overwrite = refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth", overwrite=True))
+    assert "vgg.json, and that is another kind of file; rename one of them" in with_overwrite
+    assert contents(tmp_path) == {"vgg.json": text.encode()}
+
+
+def test_a_folder_or_a_huge_file_with_the_name_of_the_settings_is_passed_over(tmp_path: Path) -> None:
+    torch.save(plain_state(), tmp_path / "vgg.pth")
+    (tmp_path / "vgg.json").mkdir()
+    assert read_settings(tmp_path / "vgg.pth") is None
+    (tmp_path / "vgg.json").rmdir()
+    (tmp_path / "vgg.json").touch()
+    os.truncate(tmp_path / "vgg.json", 1 << 40)
+    assert read_settings(tmp_path / "vgg.pth") is None
+
+
+def test_settings_by_hand_may_hold_the_transform_alone(tmp_path: Path) -> None:
+    torch.save(plain_state(), tmp_path / "vgg.pth")
+    (tmp_path / "vgg.json").write_text('{"format": "bn-insert", "version": 1, "transform": {"resize": 32}}')
+    assert read_settings(tmp_path / "vgg.pth") == Settings(transform={"resize": 32})
+    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
+
+
+def test_a_checkpoint_that_was_trained_on_and_saved_over_keeps_its_settings(tmp_path: Path) -> None:
+    vgg = small_vgg(SPEC)
+    save_checkpoint(vgg, tmp_path / "vgg.pth")
+    torch.save(small_vgg(SPEC, seed=1).state_dict(), tmp_path / "vgg.pth")
+    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == vgg.features[1].eps
+
+
+def test_pt_and_pth_of_one_name_would_share_their_settings_and_are_refused(tmp_path: Path) -> None:
+    torch.save(plain_state(), tmp_path / "vgg.pth")
+    for action in (check_output, lambda path, overwrite: save_checkpoint(small_vgg(), path, overwrite=overwrite)):
+        message = refusal_of(lambda action=action: action(tmp_path / "vgg.pt", overwrite=True))
+        assert "vgg.pth stands beside it, and both would have their settings in vgg.json" in message
+    assert sorted(contents(tmp_path)) == ["vgg.pth"]
+    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.safetensors")
+
+
+# Writing
+
+
+@BOTH_FORMATS
+def test_an_existing_file_is_replaced_only_when_asked(name: str, tmp_path: Path) -> None:
+    old, new = small_vgg(SPEC, seed=0), small_vgg(SPEC, seed=1)
+    save_checkpoint(old, tmp_path / name)
+    before = contents(tmp_path)
+    message = refusal_of(lambda: save_checkpoint(new, tmp_path / name))
+    assert "exists already: choose another name, or replace it with overwrite=True (--force)" in message
+    assert contents(tmp_path) == before
+    save_checkpoint(new, tmp_path / name, overwrite=True)
+    assert_same(load_checkpoint(tmp_path / name), new)
+    assert contents(tmp_path).keys() == before.keys()
+
+
+@BOTH_FORMATS
+def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> None:
+    torch.save(plain_state(), tmp_path / name)
+    save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=True)
+    assert_same(load_checkpoint(tmp_path / name), small_vgg(SPEC, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("network.onnx", "the name of a checkpoint ends in .pth, .pt, .safetensors"),
+        ("network", "the name of a checkpoint ends in .pth, .pt, .safetensors"),
+        ("missing/network.pth", "missing; make it first"),
+        ("folder.pth", "folder.pth: it is a folder; name a file in it"),
+        ("file/network.pth", "Not a directory"),
+        ("pipe.pth", "pipe.pth: it is no regular file"),
+        ("x" * 300 + ".pth", "File name too long"),
+        ("nul\0.pth", "is no usable path"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_told_before_the_work(name: str, fragment: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.pth")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert fragment in refusal_of(lambda: check_output(tmp_path / name, overwrite=True))
+    assert fragment in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / name, overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    message = refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
+    assert message == f"cannot write {tmp_path / 'vgg.pth'}: Read-only file system"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "does not let you write" in refusal_of(lambda: check_output(tmp_path / "vgg.pth"))
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+@BOTH_FORMATS
+def test_a_full_disk_leaves_the_old_file_whole_and_nothing_behind(name: str, size: int, tmp_path: Path) -> None:
+    save_checkpoint(small_vgg(SPEC), tmp_path / name)
+    before = contents(tmp_path)
+    with file_size_limit(size):
+        message = refusal_of(lambda: save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=True))
+        assert message.startswith(f"cannot write {tmp_path / name}: ")
+        assert "File too large" in message
+        refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / f"new-{name}"))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("overwrite", [True, False])
+@BOTH_FORMATS
+def test_an_interruption_leaves_the_old_file_whole_and_nothing_behind(
+    name: str, overwrite: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if overwrite:
+        save_checkpoint(small_vgg(SPEC), tmp_path / name)
+    before = contents(tmp_path)
+
+    def interrupted(_: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
+        save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_appears_meanwhile_is_left_alone_and_no_settings_remain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_slowly(tensors: StateDict, file: Any) -> None:
+        file.write(pickle.dumps(len(tensors)))
+        (tmp_path / "vgg.pth").write_bytes(b"theirs")
+
+    monkeypatch.setattr(torch, "save", save_slowly)
+    assert "vgg.pth exists already" in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
+    assert contents(tmp_path) == {"vgg.pth": b"theirs"}
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_file_that_appears_while_another_is_written_is_left_alone(
+    hard_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(Path, "hardlink_to", unsupported)
+    target = tmp_path / "report.json"
+
+    def write(staged: Path) -> None:
+        staged.write_text("mine")
+        target.write_text("theirs")
+
+    assert f"{target} exists already" in refusal_of(lambda: write_atomically(target, write))
+    assert contents(tmp_path) == {"report.json": b"theirs"}
+    target.unlink()
+    write_atomically(target, lambda staged: staged.write_text("mine"))
+    assert contents(tmp_path) == {"report.json": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
+def test_new_files_have_the_mode_of_the_umask_and_replaced_ones_keep_theirs(name: str, tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        save_checkpoint(small_vgg(SPEC), tmp_path / name)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    (tmp_path / name).chmod(0o600)
+    save_checkpoint(small_vgg(SPEC), tmp_path / name, overwrite=True)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_symbolic_link_stays_a_link_and_its_target_is_written(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    link, target = tmp_path / f"latest{suffix}", tmp_path / "runs" / f"first{suffix}"
+    link.symlink_to(target)
+    save_checkpoint(small_vgg(SPEC, seed=1), link)
+    assert "exists already" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), link))
+    save_checkpoint(small_vgg(SPEC), link, overwrite=True)
+    assert link.is_symlink()
+    for path in (link, target):
+        assert_same(load_checkpoint(path), small_vgg(SPEC))
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda vgg: setattr(vgg.features[1], "eps", -1.0), "batchnorm.features.1.eps is -1.0"),
+        (
+            lambda vgg: setattr(vgg, "classifier", nn.Linear(2, 2, device="meta")),
+            "classifier.weight is no ordinary dense",
+        ),
+        (lambda vgg: vgg.register_buffer("sparse", torch.eye(3).to_sparse()), "sparse is no ordinary dense tensor"),
+        (lambda vgg: setattr(vgg, "classifier", nn.LazyLinear(2)), "classifier.weight is no ordinary dense tensor"),
+    ],
+)
+@BOTH_FORMATS
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_could_not_be_read_again_is_not_written(
+    change: Callable[[nn.Module], object], fragment: str, name: str, tmp_path: Path
+) -> None:
+    vgg = small_vgg(SPEC)
+    change(vgg)
+    message = refusal_of(lambda: save_checkpoint(vgg, tmp_path / name))
+    assert message.startswith(f"cannot write {tmp_path / name}: {fragment}")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("transform", [{"mean": torch.ones(3)}, {"resize": float("nan")}])
+def test_a_transform_that_json_cannot_hold_is_told(transform: dict[str, Any], tmp_path: Path) -> None:
+    message = refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth", transform=transform))
+    assert "the settings or the transform cannot be stored as JSON" in message
+    assert contents(tmp_path) == {}
+
+
+# Killed at any moment. A process is killed in front of each of its file operations in turn, which covers every state
+# that the files can be left in.
+
+KILLED = """
+import itertools, json, os, shutil, signal, sys
+from pathlib import Path
+from torch import nn
+from bn_insert.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+
+CHANGES = {"os.rename", "os.link", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.utime"}
+os.fsync = lambda file: None  # what was written outlives the process anyway: fsync is for power cuts
+
+def network(number):
+    model = nn.Sequential(nn.BatchNorm1d(2, eps=number))
+    nn.init.constant_(model[0].weight, number)
+    return model
+
+def save_killed(path, overwrite, in_front_of):
+    child = os.fork()
+    if child == 0:
+        new = network(2.0)
+        passed = itertools.count()
+
+        def kill(event, arguments):
+            writes = event == "open" and "w" in (arguments[1] or "")
+            if (writes or event in CHANGES) and next(passed) == in_front_of:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        save_checkpoint(new, path, overwrite=overwrite)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+def found(path):
+    if not path.exists():
+        return "nothing"
+    model = load_checkpoint(path, model=network(0.0))
+    return f"{model[0].weight[0].item()} with eps {model[0].eps}"
+
+states = {}
+for name, overwrite in itertools.product(["network.pth", "network.safetensors"], [True, False]):
+    path = Path(sys.argv[1], "run", name)
+    states[f"{name} {overwrite}"] = []
+    for operation in itertools.count():
+        path.parent.mkdir()
+        if overwrite:
+            save_checkpoint(network(1.0), path)
+        killed = save_killed(path, overwrite, operation)
+        states[f"{name} {overwrite}"].append(found(path))
+        if killed and overwrite:  # the next one finds its way from there
+            save_checkpoint(network(3.0), path, overwrite=True)
+            assert found(path) == "3.0 with eps 3.0"
+        shutil.rmtree(path.parent)
+        if not killed:
+            break
+print(json.dumps(states))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_killed_at_any_moment_the_checkpoint_is_the_old_or_the_new_one_with_its_own_settings(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    old, new, nothing = "1.0 with eps 1.0", "2.0 with eps 2.0", "nothing"
+    for case, states in json.loads(run.stdout).items():
+        assert len(states) >= 5, case
+        assert list(dict.fromkeys(states)) == [old if case.endswith("True") else nothing, new], case
+
+
+# Hostile and damaged files
+
+
+class Payload:
+    """What a pickle runs when it is read without care: it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_named_and_never_run(zipped: bool, tmp_path: Path) -> None:
+    made = tmp_path / "made-by-the-payload"
+    path = tmp_path / "evil.pth"
+    torch.save({"a": Payload(made)}, path, _use_new_zipfile_serialization=zipped)
+    message = refusal_of(lambda: load_checkpoint(path))
+    assert "evil.pth holds code or objects other than tensors (posix.mkdir)" in message
+    assert "torch.save(model.state_dict(), path)" in message
+    path.write_bytes(pickle.dumps({"a": Payload(made)}, protocol=2))
+    assert "evil.pth" in refusal_of(lambda: load_checkpoint(path))
+    assert not made.exists()
+
+
+def test_a_whole_model_is_refused_with_what_to_write_instead(tmp_path: Path) -> None:
+    torch.save(small_vgg(), tmp_path / "whole.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "whole.pth"))
+    assert "code or objects other than tensors (torchvision.models.vgg.VGG)" in message
+    assert "write the weights alone: torch.save(model.state_dict(), path)" in message
+
+
+def lfs_pointer() -> bytes:
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"", "is no checkpoint: it is empty"),
+        (b"hello, world\n", "is no checkpoint: it is a text file"),
+        (lfs_pointer(), "fetch the file itself with git lfs pull"),
+        (b"\x00\x01\x02\x03" * 20, "it is neither what torch.save writes nor safetensors"),
+        (b"PK\x03\x04", "is damaged, or was not written by torch.save or safetensors"),
+        (b"PK\x03\x04" + b"\x00" * 1000, "is damaged"),
+        (b"\x80\x02.", "is damaged"),
+        (pickle.dumps({"a": 1}, protocol=4), "is damaged, or was not written by torch.save"),
+        (struct.pack("<Q", 1 << 62) + b"{" + b" " * 1000, "header too large"),
+        (struct.pack("<Q", 90_000_000) + b"{" + b" " * 1000, "is damaged"),
+        (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
+        (struct.pack("<Q", 64) + b"{" + b"[" * 63, "is damaged"),
+    ],
+)
+@pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_told(content: bytes, fragment: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name))
+    assert message.startswith(str(tmp_path / name))
+    assert fragment in message
+
+
+def test_a_path_without_a_readable_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is a folder, not a checkpoint file" in refusal_of(lambda: load_checkpoint(tmp_path))
+    assert refusal_of(lambda: load_checkpoint(tmp_path / "none.pth")) == f"there is no file {tmp_path / 'none.pth'}"
+    assert "cannot be read" in refusal_of(lambda: load_checkpoint("nul\0.pth"))
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "is no regular file" in refusal_of(lambda: load_checkpoint(tmp_path / "pipe.pth"))
+    torch.save(plain_state(), tmp_path / "vgg.pth")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert "vgg.pth cannot be read: Permission denied" in refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
+
+
+def recursive_dict() -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    content["state_dict"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ([torch.ones(2)], "holds a list, not a state dict; write one with torch.save(model.state_dict(), path)"),
+        (torch.ones(2), "holds a Tensor, not a state dict"),
+        ({}, "holds no tensors"),
+        ({"state_dict": {}, "epoch": 3}, "has a dict under 'state_dict'"),
+        ({"epoch": 3, "net": {"a": torch.ones(1)}}, "has an int under 'epoch', where a state dict has a tensor"),
+        ({3: torch.ones(1)}, "has a key that is no string, 3"),
+        ({"state_dict": {("a", 1): torch.ones(1)}}, "has a key that is no string, ('a', 1)"),
+        (recursive_dict(), "has a dict under 'state_dict'"),
+        ({"a": torch.eye(3).to_sparse()}, "has a tensor under 'a' that is not plain"),
+        ({"a": torch.ones(3, device="meta")}, "has a tensor under 'a' that is not plain"),
+        (
+            {"features.0.weight": torch.ones(()).expand(10**6, 10**6)},
+            "claims to hold 4,000,000,000,000 bytes of tensors",
+        ),
+        (
+            {str(number): torch.ones(4000).expand(100, 4000) for number in range(100)},
+            "claims to hold 160,000,000 bytes",
+        ),
+        ({"\x1b[2J": torch.ones(1)}, "this is no VGG"),
+    ],
+)
+def test_content_that_is_no_plain_state_dict_is_told(content: object, fragment: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "odd.pth"))
+    assert fragment in message
+    assert "\x1b" not in message
+
+
+def test_a_torchscript_program_is_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "program.pth", "w") as archive:
+        for name in ("program/constants.pkl", "program/data.pkl", "program/version"):
+            archive.writestr(name, b"3\n")
+    assert "is a TorchScript program" in refusal_of(lambda: load_checkpoint(tmp_path / "program.pth"))
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.zeros(100, 10, 3, 3)}, tmp_path / "vgg.pth")
+    with zipfile.ZipFile(tmp_path / "vgg.pth") as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "bomb.pth"))
+    assert "is not read: it claims to hold" in message
+    assert "made to exhaust memory" in message
+
+
+@pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "old.pth", "tiny.json"])
+def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path: Path) -> None:
+    tiny = small_vgg(Spec((Conv(2, norm="before"),), (), pooled=1))
+    for written in ("tiny.pth", "tiny.safetensors"):
+        save_checkpoint(tiny, tmp_path / written)
+    torch.save(tiny.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / name).read_bytes()
+    generator = random.Random(name)
+    outcomes = {"loads": 0, "refused": 0}
+    for _ in range(60):
+        damaged = bytearray(whole)
+        if generator.random() < 0.3:
+            del damaged[generator.randrange(len(damaged)) :]
+        else:
+            for _ in range(generator.choice([1, 1, 10])):
+                damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            load_checkpoint((tmp_path / name).with_suffix(".pth") if name == "tiny.json" else tmp_path / name)
+            outcomes["loads"] += 1
+        except CheckpointError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 10
+
+
+def test_complex_weights_for_a_real_architecture_are_refused_and_not_cut(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2, 2, dtype=torch.complex64), "bias": torch.ones(2)}, tmp_path / "x.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "x.pth", model=nn.Linear(2, 2)))
+    assert "weight is of torch.complex64 in the file and of torch.float32 in the model" in message
+
+
+@pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
+def test_a_loaded_network_holds_its_tensors_alone_and_the_file_may_change(name: str, tmp_path: Path) -> None:
+    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    save_checkpoint(vgg, tmp_path / name)
+    loaded = load_checkpoint(tmp_path / name)
+    with (tmp_path / name).open("r+b") as file:
+        file.write(bytes((tmp_path / name).stat().st_size))
+    state = loaded.state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    assert all(value.is_contiguous() and torch.equal(value, vgg.state_dict()[key]) for key, value in state.items())
+
+
+def test_a_mapped_network_reads_its_values_from_the_file_when_they_are_used_and_never_writes_there(
+    tmp_path: Path,
+) -> None:
+    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    save_checkpoint(vgg, tmp_path / "network.pth")
+    loaded = load_checkpoint(tmp_path / "network.pth", mmap=True)
+    assert all(torch.equal(value, vgg.state_dict()[key]) for key, value in loaded.state_dict().items())
+    before = (tmp_path / "network.pth").read_bytes()
+    with torch.no_grad():
+        loaded.features[0].weight.zero_()
+    assert (tmp_path / "network.pth").read_bytes() == before
+    late = load_checkpoint(tmp_path / "network.pth", mmap=True)
+    with (tmp_path / "network.pth").open("r+b") as file:
+        file.write(bytes(len(before)))
+    assert not any(parameter.any() for parameter in late.parameters())
+
+
+def test_tensors_that_share_memory_in_the_file_do_not_in_the_network(tmp_path: Path) -> None:
+    state = small_vgg(Spec((Conv(), Conv(), Conv()))).state_dict()
+    shared = torch.rand(1000)
+    for key, value in state.items():
+        if key.endswith("bias"):
+            state[key] = shared[: len(value)]
+    torch.save(state, tmp_path / "network.pth")
+    loaded = load_checkpoint(tmp_path / "network.pth").state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == len(state)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in loaded.values())

@@ -1,0 +1,214 @@
+"""What insert, fold and finetune leave behind on a full disk, in a read-only folder, and when they are killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bn_insert.demo import network_path
+from bn_insert_cli.app import app
+from support.full_disk import file_size_limit
+from support.labelled_digits import link_digits
+
+resource = pytest.importorskip("resource", reason="full disks are made by a limit that POSIX has")
+
+AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
+NOBODY = 65534
+INTERRUPTION = Path(__file__).parents[2] / "fuzz" / "interruption.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+SIZE = network_path().stat().st_size
+
+Command = Callable[[Path], tuple[object, ...]]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Iterator[Path]:
+    """A folder that everybody may read, with digits/train, digits/val and bn.pth."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        link_digits(folder / "digits")
+        assert run(*insert(folder)(folder / "bn.pth")).exit_code == 0
+        yield folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def insert(inputs: Path) -> Command:
+    return lambda output: ("insert", network_path(), inputs / "digits/val", "-o", output, "-j", 0, *AS_IT_IS)
+
+
+def fold(inputs: Path) -> Command:
+    return lambda output: ("fold", inputs / "bn.pth", inputs / "digits/val", "-o", output)
+
+
+def finetune(inputs: Path) -> Command:
+    command = ("finetune", inputs / "bn.pth", inputs / "digits", "--epochs", 1, "-b", 20, "-j", 0, "--device", "cpu")
+    return lambda output: (*command, "--output-dir", output)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder, with the bytes of files."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@contextmanager
+def no_privileges() -> Iterator[None]:
+    """Be subject to the modes of files, which root is not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def assert_refused(result: Result, *wording: str) -> None:
+    assert result.exit_code == 2, result.output
+    message = re.sub(r"\s+", " ", result.stderr)
+    assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == 1
+    for words in wording:
+        assert words in message
+    assert "Traceback" not in result.output
+
+
+OUTPUTS = [
+    (insert, "out.pth", SIZE // 2),
+    (insert, "out.safetensors", SIZE // 2),
+    (fold, "out.pth", SIZE // 2),
+    (finetune, "new/run", SIZE // 2),
+    (finetune, "new/run", SIZE * 3 // 2),  # checkpoints fit, the state with its momentum does not
+]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("case", OUTPUTS, ids=lambda case: f"{case[0].__name__}-{case[1]}-{case[2]}")
+def test_a_full_disk_is_one_message_and_changes_nothing(
+    case: tuple[Callable[[Path], Command], str, int], force: bool, inputs: Path, tmp_path: Path
+) -> None:
+    make, name, size = case
+    command = make(inputs)(tmp_path / name)
+    if force:
+        assert run(*command).exit_code == 0
+        command = (*command, "--force")
+    before = contents(tmp_path)
+    with file_size_limit(size):
+        result = run(*command)
+    assert_refused(result, "cannot write", "File too large")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("make", "name"), [(insert, "out.pth"), (fold, "out.safetensors"), (finetune, "run")])
+def test_a_read_only_folder_is_one_message(
+    make: Callable[[Path], Command], name: str, inputs: Path, tmp_path: Path
+) -> None:
+    assert run(*make(inputs)(tmp_path / name)).exit_code == 0  # also imports all, from where only root may read
+    with tempfile.TemporaryDirectory(dir=inputs) as folder:
+        Path(folder).chmod(0o555)
+        with no_privileges():
+            result = run(*make(inputs)(Path(folder, name)))
+        assert_refused(result, "cannot write")
+        assert list(Path(folder).iterdir()) == []
+        Path(folder).chmod(0o755)
+
+
+def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path) -> None:
+    run(*finetune(inputs)(inputs / "first"))
+    with tempfile.TemporaryDirectory(dir=inputs) as folder:
+        Path(folder).chmod(0o555)
+        with no_privileges():
+            result = run(*finetune(inputs)(Path(folder)))
+        assert_refused(result, "does not let you write")
+        assert "epoch 1" not in result.stdout
+
+
+def test_the_settings_that_a_kill_left_alone_are_not_in_the_way(inputs: Path, tmp_path: Path) -> None:
+    command = insert(inputs)(tmp_path / "out.pth")
+    assert run(*command).exit_code == 0
+    whole = contents(tmp_path)
+    (tmp_path / "out.pth").unlink()
+    assert_refused(run(*command), "out.json exists already")  # somebody's: its checkpoint may be elsewhere
+    settings = (tmp_path / "out.json").read_text()
+    (tmp_path / "out.json").write_text(settings.rstrip().removesuffix("}") + ', "replaces": {}}')
+    assert run(*command).exit_code == 0
+    assert contents(tmp_path) == whole
+
+
+def test_what_a_killed_process_staged_is_removed_and_what_a_live_one_stages_stays(inputs: Path, tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+from bn_insert.support.files import write_atomically
+write_atomically(sys.argv[1], lambda path: (path.write_text("half"), print(flush=True), time.sleep(600)))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / str(number)], stdout=subprocess.PIPE, env=ENVIRONMENT
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        assert process.stdout
+        process.stdout.readline()
+    try:
+        assert len(list(tmp_path.iterdir())) == 2
+        processes[0].kill()
+        processes[0].wait()
+        assert run(*insert(inputs)(tmp_path / "out.pth")).exit_code == 0
+        names = {path.name for path in tmp_path.iterdir()}
+        assert len(names) == 3
+        assert {"out.pth", "out.json"} < names
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(not INTERRUPTION.exists(), reason="benchmarks are not in this distribution")
+def test_killed_at_random_moments_every_output_is_whole() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fuzz.interruption", "--kills", "2", "--seed", "1"],
+        cwd=INTERRUPTION.parents[1],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Anything but absent, old or new, each whole: 0." in done.stdout
+
+
+def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs: Path, tmp_path: Path) -> None:
+    command = (*finetune(inputs)(tmp_path / "run"), "--epochs", 1000, "-j", 2, "-b", 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bn_insert", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    assert process.stdout
+    process.stdout.readline()  # the first epoch is done
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert "the same command with --resume" in re.sub(r"\s+", " ", errors)

@@ -1,0 +1,220 @@
+"""`bn-insert finetune`, as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from bn_insert.checkpoints.checkpoint import load_checkpoint
+from bn_insert.demo import network_path
+from bn_insert.training.state import load_state
+from bn_insert_cli.app import app
+from bn_insert_cli.interruption import StopRequest, stop_on_signals
+from support.labelled_digits import link_digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
+BRIEF = (*AS_IT_IS, "--device", "cpu", "-b", "8", "--lr", "0.003")
+FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES |= {"report.html", "report.json"}
+# Several processes with threads that spin while they wait would starve each other.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+HEADER = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link_digits(tmp_path_factory.mktemp("digits"))
+
+
+def assert_refused(result: Result, *wording: str, code: int = 2) -> None:
+    assert result.exit_code == code, result.output
+    for words in wording:
+        assert words in re.sub(r"\s+", " ", result.stderr)
+    assert "Traceback" not in result.output
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a).state_dict(), load_checkpoint(b).state_dict()
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
+    inserted = run("insert", network_path(), digits / "train", "-o", "bn.pth", "--equalize", *AS_IT_IS)
+    assert inserted.exit_code == 0, inserted.output
+    # Preprocessing comes from the checkpoint.
+    trained = run("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, "-b", 8, "-j", 0)
+    assert trained.exit_code == 0, trained.output
+    assert {path.name for path in Path("run").iterdir()} == FILES
+    assert len(re.findall(r"^epoch [12] of 2: lr .* accuracy .*%; .* s$", trained.stdout, re.MULTILINE)) == 2
+    assert "Wrote run: best validation accuracy" in trained.stdout
+    told = json.loads(Path("run/report.json").read_text())["runs"][0]
+    assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
+    with Path("run/metrics.csv").open() as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [each["val_loss"] for each in told["epochs"]]
+    assert Path("run/report.html").read_text().count("<figure") == 3
+    folded = run("fold", "run/best.pth", "-o", "plain.pth")
+    assert folded.exit_code == 0, folded.output
+    assert load_checkpoint("plain.pth").state_dict().keys() == load_checkpoint(network_path()).state_dict().keys()
+    compared = run("compare", "run/best.pth", "plain.pth", digits / "val", "--rtol", "1e-5", *AS_IT_IS)
+    assert compared.exit_code == 0, compared.output
+    assert "100.00%" in compared.stdout
+
+
+def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) -> None:
+    command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
+    uninterrupted = run(*command, "whole")
+    assert uninterrupted.exit_code == 0, uninterrupted.output
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bn_insert", *map(str, command), "parts"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout
+    assert process.stdout.readline().startswith("epoch 1 of 3")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "the same command with --resume" in re.sub(r"\s+", " ", errors)
+    state = load_state(Path("parts/state.pth"))
+    assert 1 <= state.epoch < 3
+    assert state.step > 0
+    assert len(Path("parts/metrics.csv").read_text().splitlines()) == 1 + state.epoch
+    resumed = run(*command, "parts", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "epoch 3 of 3" in resumed.stdout
+    assert_same_weights(Path("whole/last.pth"), Path("parts/last.pth"))
+    assert_same_weights(Path("whole/best.pth"), Path("parts/best.pth"))
+
+
+def test_two_processes_write_the_same_files_and_finish(run: Run, digits: Path) -> None:
+    run("insert", network_path(), digits / "train", "-o", "bn.pth", *AS_IT_IS)
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "bn_insert",
+    )
+    # Of the 20 images of each process a last batch would hold a single one.
+    command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, *BRIEF, "-b", 19)
+    result = subprocess.run(
+        [*launcher, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall("^epoch . of 2", result.stdout, re.MULTILINE)) == 2
+    assert {path.name for path in Path("run").iterdir()} == FILES
+    lines = Path("run/metrics.csv").read_text().splitlines()
+    assert lines[0] == HEADER
+    assert [(row["epoch"], row["step"]) for row in csv.DictReader(lines)] == [("1", "1"), ("2", "2")]
+    # All 20 validation images count once, whoever saw them.
+    assert all((float(row["val_accuracy"]) * 20).is_integer() for row in csv.DictReader(lines))
+    assert len(load_state(Path("run/state.pth")).random) == 2
+    assert load_checkpoint("run/best.pth").state_dict().keys() == load_checkpoint("bn.pth").state_dict().keys()
+
+
+def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
+    result = run("finetune", network_path(), digits, "--output-dir", "run", *BRIEF, "--lr", "1e6")
+    assert_refused(result, "--lr-warmup-epochs", "bn-insert insert", "nothing was written", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wording"),
+    [
+        (("nowhere",), "nowhere does not exist; the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"),
+        (("DIGITS", "--lr", "-1"), "lr is -1.0; give a learning rate above 0"),
+        (("DIGITS", "--lr-warmup-epochs", "99"), "lr_warmup_epochs is 99.0"),
+        (("DIGITS", "--sync-bn"), "sync_bn (--sync-bn) works on GPUs alone"),
+        (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
+        (("DIGITS/train",), "has no folder train/"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_message(
+    run: Run, digits: Path, arguments: tuple[str, ...], wording: str
+) -> None:
+    given = [argument.replace("DIGITS", str(digits)) for argument in arguments]
+    result = run("finetune", network_path(), *given, "--output-dir", "run", *AS_IT_IS, "--device", "cpu")
+    assert_refused(result)
+    assert wording in re.sub(r"[\s│]+", " ", result.stderr)
+    assert not Path("run").exists()
+
+
+def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: Run, digits: Path) -> None:
+    command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
+    assert run(*command).exit_code == 0
+    assert_refused(run(*command), "run holds results already", "--resume", "--force")
+    options = ("--opt", "adamw", "--weight-decay", 0.1, "--dropout", 0.25, "--no-recalibrate", "--batchnorm", "freeze")
+    result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    settings = load_state(Path("run/state.pth")).settings
+    assert (settings["opt"], settings["weight_decay"], settings["dropout"]) == ("adamw", 0.1, 0.25)
+    assert (settings["recalibrate"], settings["batchnorm"], settings["seed"]) == (False, "freeze", 3)
+    assert (settings["lr_scheduler"], settings["label_smoothing"]) == ("step", 0.1)
+
+
+def test_the_first_signal_is_a_wish_and_the_second_an_end() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signals() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        assert stop.signal_number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> None:
+    stop = StopRequest()
+    stop._process = -1
+    stop.receive(signal.SIGTERM, None)
+    assert not stop()
+
+
+def test_report_holds_runs_together(run: Run, digits: Path) -> None:
+    for name, rate in (("plain", "0.003"), ("higher <b>", "0.01")):
+        trained = run("finetune", network_path(), digits, "--output-dir", name, "--epochs", 1, *BRIEF, "--lr", rate)
+        assert trained.exit_code == 0, trained.output
+    result = run("report", "plain", "higher <b>", "-o", "both.html")
+    assert result.exit_code == 0, result.output
+    assert "Wrote both.html: 2 runs." in result.stdout
+    text = Path("both.html").read_text()
+    assert text.count("<figure") == 5
+    assert "higher &lt;b&gt;" in text
+    assert "higher <b>" not in text
+    run("report", "plain", "higher <b>", "-o", "both.json")
+    assert [each["name"] for each in json.loads(Path("both.json").read_text())["runs"]] == ["plain", "higher <b>"]
+    assert_refused(run("report", "plain", "-o", "both.html"), "both.html exists already", "--force")
+    assert_refused(run("report", "plain", "none", "-o", "x.html"), "none/report.json cannot be read", "output folder")
+    assert_refused(run("report", "plain", "-o", "x.txt"), "ends in .html or .json")
+    assert not Path("x.html").exists()

@@ -1,0 +1,218 @@
+"""`--model package.module:function`, as a user types it, with a network of the user's own in the current folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from bn_insert import load_checkpoint
+from bn_insert.demo import network_path
+from bn_insert_cli.app import app
+from support.labelled_digits import link_digits
+
+AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
+MODEL = ("--model", "my_nets:make")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+NETS = """
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.features = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.hidden = nn.Linear(8, 12)
+        self.drop = nn.Dropout(0.2)
+        self.classifier = nn.Linear(12, classes)
+
+    def forward(self, x):
+        x = self.features(F.relu(self.conv(x))).mean((2, 3))
+        return self.classifier(self.drop(F.relu(self.hidden(x))))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dense = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return [self.conv(x)]
+
+
+class Backwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.hidden, self.conv = nn.Linear(6, 4), nn.Linear(8, 6), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.hidden(self.conv(x).mean((2, 3)))))
+
+
+def make():
+    return Net()
+
+
+def make_seven():
+    return Net(7)
+
+
+def broken():
+    raise OSError("no weights\\nand more")
+"""
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a command line in a folder with my_nets.py, net.pth, encoder.pth and backwards.pth."""
+    (tmp_path / "my_nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    nets: dict[str, type] = {}
+    exec(NETS, nets)
+    for name in ("Net", "Encoder", "Backwards"):
+        torch.save(nets[name]().state_dict(), f"{name.lower()}.pth")
+    yield lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    sys.modules.pop("my_nets", None)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link_digits(tmp_path_factory.mktemp("digits"))
+
+
+def text_of(stream: str) -> str:
+    return re.sub(r"[\s│]+", " ", stream)
+
+
+def assert_refused(result: Result, *wording: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    for words in wording:
+        assert words in text_of(result.stderr)
+
+
+def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: Path) -> None:
+    inserted = run("insert", "net.pth", digits / "train", "-o", "bn.pth", "--equalize", *AS_IT_IS, *MODEL)
+    assert inserted.exit_code == 0, inserted.output
+    assert "3 BatchNorm layers inserted" in inserted.stdout
+    architecture = json.loads(Path("bn.json").read_text())["architecture"]
+    assert architecture["function"] == "my_nets:make"
+    assert [site["anchor"] for site in architecture["changes"][0]["insert"]] == ["conv", "features.0", "hidden"]
+    compared = run("compare", "net.pth", "bn.pth", digits / "val", *MODEL)
+    assert "equal bit for bit" in compared.stdout, compared.output
+    shown = run("inspect", "bn.pth", "--size", 32, *MODEL)
+    assert "followed by a normalization already: conv.1" in text_of(shown.stdout)
+    link_digits(Path("four"), classes=4)  # fewer than the network's ten
+    trained = run("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
+    assert trained.exit_code == 0, trained.output
+    resumed = run(
+        *("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 2, "-b", 8, "-j", 0, "--resume"), *MODEL
+    )
+    assert resumed.exit_code == 0, resumed.output
+    folded = run("fold", "run/best.pth", "-o", "plain.safetensors", *MODEL)
+    assert folded.exit_code == 0, folded.output
+    compared = run("compare", "run/best.pth", "plain.safetensors", "four", *MODEL, "--rtol", "1e-4")
+    assert compared.exit_code == 0, compared.output
+    assert load_checkpoint("plain.safetensors", model="my_nets:make").classifier.out_features == 4
+
+
+def test_the_installed_command_finds_code_in_the_current_folder(run: Run, tmp_path: Path) -> None:
+    assert run  # made the files
+    command = [Path(sys.executable).with_name("bn-insert"), "inspect", "net.pth", "--size", "32", *MODEL]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "room for 3 BatchNorm layers" in done.stdout
+
+
+def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, digits: Path) -> None:
+    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_IT_IS, *MODEL)
+    sys.modules.pop("my_nets")
+    for command in (
+        ("insert", "bn.pth", digits / "val", "-o", "out.pth"),
+        ("inspect", "bn.pth"),
+        ("fold", "bn.pth", "-o", "out.pth"),
+        ("finetune", "bn.pth", digits, "--output-dir", "out"),
+        ("compare", network_path(), "bn.pth", digits / "val"),
+    ):
+        assert_refused(run(*command), "bn.pth: its settings name the function", "(--model my_nets:make)")
+    assert "my_nets" not in sys.modules
+    assert not list(Path().glob("out*"))
+
+
+def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
+    run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = run("compare", network_path(), "net.pth", digits / "val", *AS_IT_IS, "--model-b", "my_nets:make")
+    assert compared.exit_code == 1, compared.output
+    assert "differ by more than the tolerance" in compared.stdout
+    monkeypatch.setattr(
+        "bn_insert.checkpoints.torchvision_weights.torchvision_checkpoint",
+        lambda _name: load_checkpoint(network_path()),
+    )
+    for pair in (("vgg16", "net.pth"), ("net.pth", "vgg16")):
+        compared = run("compare", *pair, digits / "val", *AS_IT_IS, *MODEL)
+        assert compared.exit_code == 1, compared.output
+    assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is torchvision's network")
+    assert_refused(run("inspect", "vgg16", *MODEL), "vgg16 is torchvision's network", "--model is for checkpoint files")
+
+
+@pytest.mark.parametrize(
+    ("function", "wording"),
+    [
+        ("make", "'make' names no function; write package.module:function"),
+        ("my_nets.py:make", "write my_nets:make"),
+        ("their_nets:make", "no module named their_nets can be imported"),
+        ("my_nets:mak", "the module my_nets has no mak"),
+        ("my_nets:nn", "my_nets:nn is a module, not a function that returns a network"),
+        ("my_nets:F.relu", "cannot be called without arguments"),
+        ("my_nets:broken", "my_nets:broken raised OSError: no weights"),
+        (
+            "my_nets:make_seven",
+            "net.pth: the checkpoint does not fit Net: classifier.weight is (10, 12) in the file and",
+        ),
+        ("my_nets:Encoder", "net.pth: the checkpoint does not fit Encoder"),
+        ("builtins:dict", "builtins:dict returned a dict, not a torch.nn.Module"),
+    ],
+)
+def test_a_function_that_gives_no_network_for_the_checkpoint_is_one_message(
+    run: Run, function: str, wording: str
+) -> None:
+    assert_refused(run("inspect", "net.pth", "--model", function), wording)
+
+
+def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run) -> None:
+    assert_refused(run("inspect", "net.pth"), "this is no VGG", "(--model package.module:function)")
+
+
+@pytest.mark.parametrize(
+    ("function", "wording"),
+    [
+        ("Encoder", "Encoder gives a list for a batch of 8 images, not one logit for each of 10"),
+        ("Backwards", "Backwards cannot run on a batch of shape (8, 3, 32, 32)"),
+    ],
+)
+def test_finetune_says_what_is_no_classifier(run: Run, digits: Path, function: str, wording: str) -> None:
+    command = ("finetune", f"{function.lower()}.pth", digits, "--output-dir", "run", "-b", 8, *AS_IT_IS)
+    assert_refused(run(*command, "--device", "cpu", "--model", f"my_nets:{function}"), wording)
+    assert not Path("run").exists()
+
+
+def test_features_of_an_own_network_can_be_frozen(run: Run, digits: Path) -> None:
+    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_IT_IS, *MODEL)
+    command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
+    result = run(*command, "--freeze-features", "--device", "cpu")
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,174 @@
+"""Train mode against eval mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bn_insert import (
+    CalibrationError,
+    TrainModeAgreement,
+    freeze_batchnorm,
+    insert_batchnorm,
+    smallest_agreeing,
+    train_mode_agreement,
+)
+from bn_insert.graph.copies import deep_copy
+from support.networks import images, randomised, small_vgg
+
+
+def with_batchnorm(calibration: Tensor | None = None) -> nn.Module:
+    model = randomised(small_vgg())
+    with torch.no_grad():
+        logits = model(images(8))
+        for parameter in model.classifier[-1].parameters():
+            parameter.mul_(2 / logits.std())  # probabilities of which none is 0
+    return insert_batchnorm(model, [images(24) if calibration is None else calibration], equalize=True)
+
+
+def logits_in_train_mode(model: nn.Module, x: Tensor) -> Tensor:
+    """By PyTorch's own train mode, in float64, on a copy whose dropout layers are gone."""
+    network = copy.deepcopy(model).double().train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        return network(x.double())
+
+
+def reference(model: nn.Module, x: Tensor, size: int) -> tuple[float, float, float]:
+    """Return agreement, KL divergence and relative logit error, image by image, in the plainest way."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double().eval()(x.double())
+    whole = len(x) // size * size
+    actual = torch.cat([logits_in_train_mode(model, x[start : start + size]) for start in range(0, whole, size)])
+    agreeing, divergence, error, norm = 0, 0.0, 0.0, 0.0
+    for e, a in zip(expected[:whole], actual, strict=True):
+        p, q = e.exp() / e.exp().sum(), a.exp() / a.exp().sum()
+        agreeing += int(e.argmax() == a.argmax())
+        divergence += float((p * (p / q).log()).sum())
+        error += float(((a - e) ** 2).sum())
+        norm += float((e**2).sum())
+    return agreeing / whole, divergence / whole, (error / norm) ** 0.5
+
+
+@pytest.mark.parametrize("given", [50, 7, 32])
+def test_the_figures_are_those_of_float64_however_the_images_come(given: int) -> None:
+    model, x = with_batchnorm(), images(50, seed=5)
+    found = train_mode_agreement(model, x.split(given), (4, 16, 7))
+    assert [(each.batch_size, each.images) for each in found] == [(4, 48), (16, 48), (7, 49)]
+    for each in found:
+        agreement, divergence, error = reference(model, x, each.batch_size)
+        assert each.top1_agreement == agreement
+        assert each.kl_divergence == pytest.approx(divergence, rel=1e-3)
+        assert each.relative_logit_error == pytest.approx(error, rel=1e-3)
+        assert error > 0.01  # or there would be nothing to compare
+        assert divergence > 1e-4
+
+
+def test_one_batch_of_the_whole_calibration_set_agrees_and_smaller_ones_less_and_less() -> None:
+    x = images(64)
+    found = train_mode_agreement(with_batchnorm(x), [x], (4, 16, 64))
+    errors = [each.relative_logit_error for each in found]
+    assert all(larger < smaller for smaller, larger in pairwise(errors)), errors
+    # What is left: running_var is the unbiased variance, the batch's is not.
+    assert errors[-1] < 0.01
+    assert found[-1].top1_agreement == 1
+
+
+def test_sizes_above_the_number_of_images_are_left_out() -> None:
+    assert [each.batch_size for each in train_mode_agreement(with_batchnorm(), [images(20)])] == [4, 8, 16]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_random_state_are_not_touched(training: bool) -> None:
+    model = with_batchnorm().train(training)
+    before, random = deep_copy(model), torch.get_rng_state()
+    train_mode_agreement(model, [images(8)], (4,))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+
+
+def test_dropout_is_off() -> None:
+    model, x = with_batchnorm(), images(8)
+    first, second = (train_mode_agreement(model.train(), [x], (8,)) for _ in range(2))
+    assert first == second
+
+
+def test_a_frozen_batchnorm_goes_on_with_its_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 5), nn.BatchNorm1d(5))
+    randomised(model)
+    freeze_batchnorm(model[1:2], "freeze-statistics")
+    x = images(8)
+    (found,) = train_mode_agreement(model, [x], (8,))
+    agreement, divergence, error = reference(model, x, 8)  # the hook of the frozen one holds in the copy too
+    assert (found.top1_agreement, found.kl_divergence) == (agreement, pytest.approx(divergence, rel=1e-3))
+    assert found.relative_logit_error == pytest.approx(error, rel=1e-3)
+
+
+def test_dense_prediction_counts_positions() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)))
+    x = images(8, size=8)
+    (found,) = train_mode_agreement(model, [x], (8,))
+    with torch.no_grad():
+        same = model.eval()(x).argmax(1) == logits_in_train_mode(model, x).argmax(1)
+    assert found.top1_agreement == pytest.approx(float(same.double().mean()))
+    assert 0 < found.top1_agreement < 1
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "sizes", "wording"),
+    [
+        (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm that train mode normalizes"),
+        (with_batchnorm, [images(3)], (4, 8), "3 images do not fill one batch of the smallest size, 4"),
+        (with_batchnorm, [], (4,), "0 images do not fill"),
+        (with_batchnorm, [images(4)], (), "give one or more sizes"),
+        (with_batchnorm, [images(4)], (4, 0), "give one or more sizes of 1 or more"),
+        (with_batchnorm, [images(2), images(2, size=40)], (4,), "(3, 32, 32) and (3, 40, 40) cannot be put into one"),
+        (with_batchnorm, [images(2)], (1,), "failed in train mode with 1 images"),
+        (with_batchnorm, [images(2, channels=4)], (2,), "failed in eval mode"),
+        (with_batchnorm, [images(2) * torch.inf], (2,), "logits are not finite in eval mode"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1)), [images(2)], (2,), "two or more classes"),
+        (lambda: nn.BatchNorm2d(3), images(2), (2,), "image by image"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    unchecked: Callable[..., Any],
+    model: Callable[[], nn.Module],
+    batches: list[Tensor],
+    sizes: tuple[int, ...],
+    wording: str,
+) -> None:
+    with pytest.raises(CalibrationError) as error:
+        unchecked(train_mode_agreement)(model(), batches, sizes)
+    assert wording in str(error.value)
+
+
+def agreements(**top1: float) -> list[TrainModeAgreement]:
+    return [TrainModeAgreement(int(size[1:]), 64, value, 0.1, 0.1) for size, value in top1.items()]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (agreements(n4=0.5, n8=0.95, n16=0.99), 8),
+        (agreements(n16=0.99, n4=0.5, n8=0.95), 8),
+        (agreements(n4=0.96, n8=0.94, n16=0.99), 16),  # lucky once
+        (agreements(n4=0.96, n8=0.97, n16=0.94), None),
+        ([], None),
+    ],
+)
+def test_the_smallest_size_is_the_one_from_which_on_all_agree(
+    found: list[TrainModeAgreement], expected: int | None
+) -> None:
+    assert smallest_agreeing(found) == expected

@@ -1,0 +1,149 @@
+"""Every code block of the README, of docs/ and of CONTRIBUTING.md runs as it stands.
+
+A page's blocks run one after another in one folder, each Python block with names of its own: what a reader does who
+follows the page. The comment behind a `print(...)` is what it prints. A block that cannot run here says so and why:
+`# not run by the tests: it downloads weights`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bn_insert.checkpoints.checkpoint import save_checkpoint
+from bn_insert.demo import images_path
+from bn_insert_cli.app import app
+from support.labelled_digits import link_digits
+from support.small_vggs import small_vgg
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = re.compile(r"^# not run by the tests: \S.+$", re.MULTILINE)
+BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^ *print\(.*\)\n((?:# .*(?:\n|\Z))+)", re.MULTILINE)
+# The commands of these are read out of the README and run by .ci/run.
+SET_UP = re.compile(r"<!-- set-up -->.*?<!-- end of set-up -->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+
+    @property
+    def runs(self) -> bool:
+        return self.language in RUNNERS and not NOT_RUN.search(self.code)
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = SET_UP.sub(lambda found: "\n" * found.group().count("\n"), page.read_text(encoding="utf-8"))
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found["language"].strip(), textwrap.dedent(found["code"]))
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def name_of(page: Path) -> str:
+    return page.stem
+
+
+BLOCKS = {page: blocks_of(page) for page in PAGES}
+
+
+def run_python(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    padding = "\n" * block.line  # so that a traceback names the line of the page
+    exec(compile(padding + block.code, str(block.page), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    for shown in SHOWN.findall(block.code):
+        expected = "\n".join(line.removeprefix("# ") for line in shown.splitlines())
+        assert expected in printed, f"{block} shows\n{expected}\nand printed\n{printed}"
+
+
+def run_shell(block: Block, _capsys: pytest.CaptureFixture[str]) -> None:
+    for command in block.code.replace("\\\n", " ").splitlines():
+        if command.startswith("bn-insert "):  # in this process: starting one for each would take most of the time
+            result = CliRunner().invoke(app, shlex.split(command)[1:])
+            assert result.exit_code == 0, f"{block}\n{command}\n{result.output}\n{result.exception!r}"
+        else:
+            ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+            assert ran.returncode == 0, f"{block}\n{command}\n{ran.stdout}\n{ran.stderr}"
+
+
+RUNNERS: dict[str, Callable[[Block, pytest.CaptureFixture[str]], None]] = {
+    "python": run_python,
+    "sh": run_shell,
+}
+
+
+@pytest.fixture
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labelled images."""
+    save_checkpoint(small_vgg(), tmp_path / "vgg16.pth")
+    (tmp_path / "photographs").mkdir()
+    for image in sorted((images_path() / "3").iterdir())[:12]:
+        (tmp_path / "photographs" / image.name).symlink_to(image)
+    link_digits(tmp_path / "flowers", train=2, val=1, classes=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # torchrun
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Where shell completion is installed, and for which shell: not those of whoever runs the tests.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in BLOCKS[page])], ids=name_of)
+def test_the_code_blocks_of_a_page_run_in_their_order(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in BLOCKS[page]:
+        if block.runs:
+            RUNNERS[block.language](block, capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_code_block_runs_or_is_output_or_says_why_it_cannot_run(page: Path) -> None:
+    for block in BLOCKS[page]:
+        assert block.language in {*RUNNERS, "text"}, f"{block}: {block.language!r} is neither python, sh nor text"
+        assert "not run by" not in block.code or NOT_RUN.search(block.code), f"{block} does not say why it is not run"
+
+
+def test_pages_have_blocks_that_run() -> None:
+    assert any(block.runs for block in BLOCKS[ROOT / "README.md"])
+    assert sum(block.runs for blocks in BLOCKS.values() for block in blocks) >= 15
+
+
+# The documentation's own links are checked when the site is built.
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_files_that_a_page_outside_of_docs_links_to_are_there(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/fine-tuning.md"])
+def test_accuracies_that_are_quoted_are_among_those_that_the_benchmark_wrote(name: str) -> None:
+    measured = (ROOT / "benchmarks/finetuning/results/finetuning.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"\b0\.\d{3}\b\*?", (ROOT / name).read_text(encoding="utf-8"))
+    assert quoted
+    assert {figure for figure in quoted if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d*])", measured)} == set()
+
+
+def test_the_readme_has_the_table_of_networks_that_the_benchmark_wrote() -> None:
+    written = (ROOT / "benchmarks/architectures/results/architectures.md").read_text(encoding="utf-8")
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")

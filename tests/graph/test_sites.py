@@ -1,0 +1,401 @@
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from bn_insert import GraphError, Layer, Site, find_sites, survey
+from support.networks import (
+    CalledFromTwoSequentials,
+    CalledTwice,
+    ControlledByValues,
+    HeldAsAttributes,
+    RegisteredBackwards,
+    SeveralOutputs,
+    SlicedInForward,
+    SlicesAsAttributes,
+    TokenMixer,
+    TwoNames,
+    WithUnusedLayer,
+    features,
+    images,
+    randomised,
+    sequential,
+    small_vgg,
+)
+
+Unchecked = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+VGG_LAYERS = ["features.0", "features.3", "classifier.0", "classifier.3", "classifier.6"]
+
+
+def reasons(layers: Iterable[Layer]) -> dict[str, str]:
+    return {layer.name: layer.reason for layer in layers}
+
+
+def names(sites: Iterable[Site]) -> list[str]:
+    return [site.name for site in sites]
+
+
+def test_a_vgg_has_a_site_behind_every_layer_but_the_last() -> None:
+    assert find_sites(small_vgg(), images(2, 16)) == [
+        Site("features.0", "conv", "features.0", channels=8, dims=2, calls=1, in_sequence=True),
+        Site("features.3", "conv", "features.3", channels=12, dims=2, calls=1, in_sequence=True),
+        Site("classifier.0", "dense", "classifier.0", channels=24, dims=1, calls=1, in_sequence=True),
+        Site("classifier.3", "dense", "classifier.3", channels=16, dims=1, calls=1, in_sequence=True),
+    ]
+
+
+def test_after_activation_the_anchor_is_the_activation() -> None:
+    sites = find_sites(small_vgg(), images(2, 16), placement="after_activation")
+    assert names(sites) == VGG_LAYERS[:4]
+    assert [site.anchor for site in sites] == ["features.1", "features.4", "classifier.1", "classifier.4"]
+
+
+@pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
+def test_include_output_adds_the_output_layer_behind_the_layer_itself(placement: str) -> None:
+    sites = find_sites(small_vgg(), images(2, 16), include_output=True, placement=placement)
+    assert names(sites) == VGG_LAYERS
+    assert sites[-1].anchor == "classifier.6"
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (("conv",), VGG_LAYERS[:2]),
+        (["dense"], VGG_LAYERS[2:4]),
+        ({"dense", "conv"}, VGG_LAYERS[:4]),
+        ("conv", VGG_LAYERS[:2]),
+        ("dense", VGG_LAYERS[2:4]),
+    ],
+    ids=["tuple", "list", "set", "conv", "dense"],
+)
+def test_layers_are_asked_for_by_kind_in_any_iterable_or_as_one_word(
+    layers: Any, expected: list[str], unchecked: Unchecked
+) -> None:
+    found = unchecked(survey)(small_vgg(), images(2, 16), layers=layers)
+    assert [layer.name for layer in found if layer.site] == expected
+
+
+def test_a_signature_admits_one_word_for_layers() -> None:
+    assert names(find_sites(small_vgg(), images(2, 16), layers="conv")) == VGG_LAYERS[:2]
+
+
+@pytest.mark.parametrize("layers", [(), ("conf",), "convolution", ("conv", "pool")], ids=str)
+def test_layers_of_an_unknown_kind_are_a_graph_error(layers: Any, unchecked: Unchecked) -> None:
+    with pytest.raises(GraphError, match=r"^layers takes one or both of conv, dense, not \("):
+        unchecked(survey)(small_vgg(), images(2, 16), layers=layers)
+
+
+def test_an_unknown_placement_is_a_graph_error(unchecked: Unchecked) -> None:
+    with pytest.raises(GraphError, match=r"^placement is one of before_activation, after_activation, not 'behind'$"):
+        unchecked(survey)(small_vgg(), images(2, 16), placement="behind")
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"),
+    [
+        (("features.0",), VGG_LAYERS[1:4]),
+        (("features.*",), VGG_LAYERS[2:4]),
+        (("*.0",), ["features.3", "classifier.3"]),
+        (("features.[!0]", "classifier.?"), ["features.0"]),
+        ("features.0", VGG_LAYERS[1:4]),
+        (("*",), []),
+    ],
+    ids=str,
+)
+def test_skip_leaves_out_layers_whose_names_fit_a_glob(skip: Any, expected: list[str]) -> None:
+    layers = survey(small_vgg(), images(2, 16), skip=skip)
+    assert [layer.name for layer in layers if layer.site] == expected
+    skipped = {layer.name for layer in layers if layer.reason == "skipped by pattern"}
+    assert skipped >= set(VGG_LAYERS[:4]) - set(expected)
+
+
+@pytest.mark.parametrize("pattern", ["backbone.*", "features.1", "Features.0", "features"])
+def test_a_skip_pattern_that_fits_no_layer_is_a_graph_error_that_lists_the_layers(pattern: str) -> None:
+    with pytest.raises(GraphError) as caught:
+        find_sites(small_vgg(), images(2, 16), skip=("features.0", pattern))
+    assert str(caught.value) == (
+        f"the skip pattern '{pattern}' fits no conv or dense layer; the layers are: {', '.join(VGG_LAYERS)}"
+    )
+
+
+def test_a_survey_tells_of_every_layer_and_why_it_is_no_site() -> None:
+    layers = survey(small_vgg(), images(2, 16), layers=("conv",), skip=("features.0",))
+    assert reasons(layers) == {
+        "features.0": "skipped by pattern",
+        "features.3": "",
+        "classifier.0": "dense layers are not asked for",
+        "classifier.3": "dense layers are not asked for",
+        "classifier.6": "dense layers are not asked for",
+    }
+    first, last = layers[0], layers[-1]
+    assert (first.kind, first.type_name, first.shape, first.parameters) == ("conv", "Conv2d", (2, 8, 16, 16), 224)
+    assert (last.kind, last.type_name, last.shape, last.parameters) == ("dense", "Linear", (2, 10), 170)
+
+
+def test_layers_come_in_the_order_in_which_a_forward_pass_completes_them() -> None:
+    assert list(reasons(survey(RegisteredBackwards(), images(2, 8)))) == ["conv", "hidden", "head"]
+
+
+def test_a_layer_that_is_never_called_comes_last_and_is_no_site() -> None:
+    found = reasons(survey(WithUnusedLayer(), images(2, 8)))
+    assert list(found) == ["conv", "head", "unused"]
+    assert found["unused"] == "never called in a forward pass"
+
+
+@pytest.mark.parametrize(
+    ("between", "norm"),
+    [
+        ((), nn.BatchNorm2d(8)),
+        ((nn.ReLU(inplace=True),), nn.BatchNorm2d(8)),
+        ((nn.LeakyReLU(), nn.MaxPool2d(2)), nn.BatchNorm2d(8)),
+        ((nn.Dropout2d(),), nn.BatchNorm2d(8)),
+        ((), nn.GroupNorm(2, 8)),
+        ((nn.ReLU(),), nn.InstanceNorm2d(8)),
+        ((), nn.LayerNorm((8, 6, 6))),
+    ],
+    ids=lambda value: "-".join(type(part).__name__ for part in value) if isinstance(value, tuple) else None,
+)
+@pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
+def test_a_layer_with_a_normalization_behind_it_is_no_site(
+    between: tuple[nn.Module, ...], norm: nn.Module, placement: str
+) -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), *between, norm, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    found = reasons(survey(model, images(2, 8), placement=placement))
+    assert found["0"] == f"followed by a normalization already: {1 + len(between)}"
+
+
+def test_in_torchvisions_batchnorm_vggs_the_dense_layers_alone_are_sites() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.vgg11_bn(init_weights=False)
+        found = find_sites(model, torch.zeros(2, 3, 32, 32))
+    assert names(found) == ["classifier.0", "classifier.3"]
+
+
+def test_a_normalization_behind_another_layer_does_not_count() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    assert names(find_sites(model, images(2, 8))) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        (nn.Softmax(1),),
+        (nn.LogSoftmax(1),),
+        (nn.Sigmoid(),),
+        (nn.Tanh(),),
+        (nn.Dropout(), nn.Flatten()),
+        (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1)),
+    ],
+    ids=lambda modules: "-".join(type(module).__name__ for module in modules),
+)
+def test_the_layer_in_front_of_the_output_is_an_output_layer_whatever_squashes_it(
+    ending: tuple[nn.Module, ...],
+) -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), *ending)
+    assert reasons(survey(model, images(2, 8))) == {"0": "", "2": "output layer"}
+    assert names(find_sites(model, images(2, 8), include_output=True)) == ["0", "2"]
+
+
+def test_a_layer_with_a_hidden_activation_behind_it_is_no_output_layer() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+    assert names(find_sites(model, images(2, 8))) == ["0", "2"]
+
+
+def test_every_head_of_a_model_with_several_outputs_is_an_output_layer() -> None:
+    assert reasons(survey(SeveralOutputs(), images(2, 8))) == {
+        "body.0": "",
+        "auxiliary": "output layer",
+        "classes": "output layer",
+        "mask": "output layer",
+    }
+
+
+def test_a_layer_whose_values_are_also_returned_is_an_output_layer() -> None:
+    class ReturnsFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return self.head(x.relu()), x
+
+    assert reasons(survey(ReturnsFeatures(), images(2, 8))) == {"conv": "output layer", "head": "output layer"}
+
+
+def test_layers_held_as_attributes_are_sites_of_no_sequence() -> None:
+    sites = find_sites(HeldAsAttributes(), images(2, 9))
+    assert names(sites) == ["stem", "blocks.0", "blocks.1", "heads.hidden"]
+    assert not any(site.in_sequence for site in sites)
+
+
+@pytest.mark.parametrize("name", ["stem", "blocks.1", "heads.hidden"])
+def test_after_activation_is_impossible_behind_an_activation_function(name: str) -> None:
+    found = reasons(survey(HeldAsAttributes(), images(2, 9), placement="after_activation"))
+    assert found[name] == "no activation module of its own behind it"
+
+
+@pytest.mark.parametrize(
+    "between", [(nn.MaxPool2d(2),), (nn.Identity(), nn.Conv2d(8, 8, 1))], ids=["pool", "another-conv"]
+)
+def test_after_activation_is_impossible_where_the_activation_does_not_follow_at_once(
+    between: tuple[nn.Module, ...],
+) -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), *between, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    found = reasons(survey(model, images(2, 8), placement="after_activation"))
+    assert found["0"] == "no activation module of its own behind it"
+
+
+def test_after_activation_is_impossible_behind_an_attribute_that_several_layers_share() -> None:
+    class SharedActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(self.second(self.act(self.first(x)))))
+
+    found = reasons(survey(SharedActivation(), images(2, 8), placement="after_activation"))
+    assert found["first"] == found["second"] == "its activation act is shared with other layers"
+
+
+def test_after_activation_is_impossible_behind_one_activation_at_two_places_of_a_sequential() -> None:
+    relu = nn.ReLU()
+    model = sequential(nn.Conv2d(3, 8, 3), relu, nn.Conv2d(8, 8, 3), relu, nn.Conv2d(8, 4, 1))
+    found = reasons(survey(model, images(2, 8), placement="after_activation"))
+    assert found["0"] == found["2"] == "its activation 1 is shared with other layers"
+
+
+def test_a_layer_called_twice_is_one_site_with_two_calls() -> None:
+    assert find_sites(CalledTwice(), images(2, 8, channels=8)) == [
+        Site("conv", "conv", "conv", channels=8, dims=2, calls=2, in_sequence=False)
+    ]
+
+
+def test_a_layer_and_its_activation_both_called_twice_are_one_site_after_activation() -> None:
+    (site,) = find_sites(CalledTwice(), images(2, 8, channels=8), placement="after_activation")
+    assert (site.name, site.anchor, site.calls) == ("conv", "relu", 2)
+
+
+def test_a_layer_that_two_sequentials_hold_is_one_site_with_two_calls() -> None:
+    (site,) = find_sites(CalledFromTwoSequentials(), images(2, 8, channels=8))
+    assert (site.name, site.anchor, site.calls) == ("lower.0", "lower.0", 2)
+
+
+def test_a_layer_at_two_places_of_one_sequential_is_one_site_with_two_calls() -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    model = sequential(conv, nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    assert find_sites(model, images(2, 8, channels=8)) == [
+        Site("0", "conv", "0", channels=8, dims=2, calls=2, in_sequence=True)
+    ]
+
+
+def test_a_layer_under_two_names_is_a_site_whichever_name_is_called() -> None:
+    (site,) = find_sites(TwoNames(), images(2, 8))
+    assert (site.name, site.calls) == ("first", 1)
+
+
+def test_layers_of_parts_held_besides_the_whole_are_sites() -> None:
+    assert names(find_sites(SlicesAsAttributes(), images(2, 9))) == ["features.0", "features.2"]
+
+
+def test_a_sequential_that_is_sliced_or_looped_over_runs_nothing_in_sequence() -> None:
+    sites = find_sites(SlicedInForward(), images(2, 9))
+    assert names(sites) == ["features.0", "features.2"]
+    assert not any(site.in_sequence for site in sites)
+
+
+def test_a_sequential_with_a_forward_of_its_own_runs_nothing_in_sequence() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    model = sequential(Residual(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)), nn.ReLU())
+    assert [site.in_sequence for site in find_sites(model, images(2, 8))] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "channels", "dims"),
+    [
+        (nn.Conv1d(3, 8, 3), torch.zeros(2, 3, 9), 8, 1),
+        (nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 9, 9), 8, 2),
+        (nn.Conv3d(3, 8, 3), torch.zeros(2, 3, 5, 5, 5), 8, 3),
+        (nn.ConvTranspose1d(3, 8, 3), torch.zeros(2, 3, 9), 8, 1),
+        (nn.ConvTranspose2d(3, 8, 3), torch.zeros(2, 3, 9, 9), 8, 2),
+        (nn.Conv2d(4, 8, 3, groups=2, padding="same"), torch.zeros(2, 4, 9, 9), 8, 2),
+        (nn.Linear(3, 8), torch.zeros(2, 3), 8, 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_channels_and_dims_are_those_of_the_layers_output(
+    model: nn.Module, example: Tensor, channels: int, dims: int
+) -> None:
+    (site,) = find_sites(nn.Sequential(model, nn.ReLU()), example)
+    assert (site.channels, site.dims) == (channels, dims)
+
+
+def test_a_dense_layer_on_three_dimensional_inputs_is_no_site() -> None:
+    found = reasons(survey(TokenMixer(), torch.zeros(2, 5, 6)))
+    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would take the wrong axis"
+    assert found == {"embed": message, "mix": message, "head": "output layer"}
+
+
+def test_a_conv_given_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(GraphError, match="the layer 0 was given one image without a batch axis"):
+        find_sites(model, images(1, 9)[0])
+
+
+def test_a_model_without_layers_has_no_sites() -> None:
+    assert survey(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2, 8)) == []
+
+
+def test_a_model_whose_forward_no_graph_can_hold_is_a_graph_error_with_class_shape_and_way_out() -> None:
+    with pytest.raises(GraphError) as caught:
+        find_sites(ControlledByValues(), images(2, 8))
+    message = str(caught.value)
+    assert message.startswith("torch.export cannot see through ControlledByValues for an input of shape (2, 3, 8, 8): ")
+    assert message.endswith(". Pass a submodule that holds the layers and has no such code in its forward")
+    assert "\n" not in message
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    "example", [features(2, 5), images(1, 16)[0], images(2, 1)], ids=["wrong shape", "no batch axis", "too small"]
+)
+def test_an_input_that_the_model_cannot_run_on_is_a_graph_error_with_class_shape_and_way_out(
+    example: Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(GraphError) as caught:
+        find_sites(small_vgg(), example)
+    message = str(caught.value)
+    assert message.startswith(f"VGG cannot run on an input of shape {tuple(example.shape)}: ")
+    assert message.endswith(". Give inputs of the shape that it takes")
+    assert "\n" not in message
+    assert caught.value.__cause__ is not None
+    assert capfd.readouterr().err == ""  # torch.export would print a traceback
+
+
+def test_a_model_in_train_mode_has_the_same_sites_and_stays_in_train_mode() -> None:
+    model = small_vgg()
+    expected = find_sites(model, images(2, 16))
+    model.train()
+    assert find_sites(model, images(2, 16)) == expected
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_sites_do_not_depend_on_the_batch_size(batch: int) -> None:
+    assert find_sites(small_vgg(), images(batch, 16)) == find_sites(small_vgg(), images(2, 16))
+
+
+def test_a_grouped_network_of_the_field_has_sites_throughout() -> None:
+    model = randomised(torchvision.models.squeezenet1_1())
+    layers = survey(model, images(2, 64))
+    assert len(layers) == 26
+    assert {layer.reason for layer in layers} == {""}

@@ -1,0 +1,278 @@
+"""Reports: the data, and the page made from it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bn_insert import CheckpointError, calibrate, find_edges, survey, train_mode_agreement
+from bn_insert.compare.outputs import compare_outputs
+from bn_insert.report.page import page
+from bn_insert.report.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
+from bn_insert.surgery.insert import insert_with_norms
+from bn_insert.training.metrics import EpochMetrics
+from bn_insert.training.settings import TrainingSettings
+from support.networks import images, randomised, small_vgg
+
+HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
+
+
+def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
+    """Return the report of an insertion that has really been made, to be changed at will."""
+    return copy.deepcopy(_insertion(equalize, agreements)) | {
+        "checkpoint": {"path": name, "bytes": 12345, "sha256": "a" * 64},
+        "calibration": {"source": f"photos of {name}", "images": 24, "skipped": 1},
+        "output": {"path": name, "bytes": 12345, "sha256": "b" * 64},
+        "options": {"layers": ["conv"], "skip": [name], "equalize": equalize, "transform": {"resize": None}},
+        "seconds": 1.5,
+    }
+
+
+@functools.cache
+def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
+    model, x = randomised(small_vgg()), images(24)
+    layers = survey(model, x[:1])
+    sites = [layer.site for layer in layers if layer.site]
+    moments = calibrate(model, sites, x.split(8))
+    edges = find_edges(model, x[:1], sites) if equalize else []
+    result, norms = insert_with_norms(model, sites, moments, edges=edges)
+    found = train_mode_agreement(result, [x]) if agreements else "too few images"
+    comparison = {"cpu": compare_outputs(model, result, [x])}
+    return insertion_report(layers, moments, norms, edges, comparison, agreements=found)
+
+
+def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings: Any) -> dict[str, Any]:
+    """Return the record of a training run."""
+    epochs = [
+        EpochMetrics(number, 10 * number, 0.01 / number, 2 / number, value / 2, 1.5 / number, value, 3.25)
+        for number, value in enumerate(accuracies, 1)
+    ]
+    facts = {"checkpoint": {"path": f"{name}.pth"}, "batchnorms": 0, "data": {"folder": "flowers", "classes": 3}}
+    return run_report(name, TrainingSettings(epochs=len(epochs) or 1, **settings), epochs, facts)["runs"][0]
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its visible text."""
+
+    VOID = frozenset({"meta", "link", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.scripts = self.charts = 0
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []  # every element is closed
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        self.charts += tag == "figure"
+        values = dict(attrs)
+        self.addresses += [values[name] or "" for name in ("src", "href", "xlink:href") if name in values]
+        self.ids += [values["id"] or ""] if "id" in values else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+PAGES = {
+    "insertion": insertion,
+    "without equalization": lambda: insertion(equalize=False, agreements=False),
+    "one run": lambda: runs_report([run("plain")]),
+    "ten runs": lambda: runs_report([run(f"run {number}", lr=0.1 / (number + 1)) for number in range(10)]),
+    "a run without epochs": lambda: runs_report([run("new", ())]),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_page_refers_to_nothing_outside_itself(kind: str) -> None:
+    text = page(PAGES[kind]())
+    found = Page(text)
+    assert [address for address in found.addresses if not address.startswith(("#", "data:,"))] == []
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert len(found.ids) == len(set(found.ids))
+    assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.ids)
+    assert found.scripts == 1
+
+
+def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
+    data = insertion()
+    found = Page(page(data))
+    for words in (
+        "vgg.pth with BatchNorm",
+        "a" * 64,
+        "b" * 64,
+        "equal bit for bit",
+        data["train_mode"]["reading"],
+        "Measured on 24 images",
+        data["versions"]["torch"],
+        "output layer",
+        *(layer["name"] for layer in data["layers"]),
+    ):
+        assert words in found.text
+    names = {name.removeprefix("chart-") for name in found.ids if name.startswith("chart-")}
+    assert names == {"agreement", "mean", "std", "gamma", "constant", "error"}
+
+
+def test_a_page_says_when_nothing_was_written() -> None:
+    assert "no checkpoint was written" in Page(page(insertion(agreements=False) | {"output": None})).text
+
+
+def test_a_page_says_why_train_mode_was_not_measured_and_that_nothing_was_equalized() -> None:
+    found = Page(page(insertion(equalize=False, agreements=False)))
+    assert "could not be measured: too few images" in found.text
+    assert "Not asked for ( --equalize )" in found.text
+    assert "chart-agreement" not in found.ids
+
+
+@pytest.mark.parametrize("kind", ["insertion", "runs"])
+def test_names_of_files_layers_and_runs_are_text_whatever_is_in_them(kind: str) -> None:
+    if kind == "insertion":
+        data = insertion(name=HOSTILE)
+        for layer in data["layers"]:
+            layer["name"] += HOSTILE[:20]
+        data["layers"][0]["name"] = "$\\frac{$ <b>"
+        data["edges"][0]["reason"] = HOSTILE
+    else:
+        data = runs_report([run(HOSTILE), run("_plain", lr=0.5)])
+    found = Page(page(data))
+    assert found.scripts == 1
+    assert "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}" in found.text
+
+
+def test_gamma_before_and_after_equalization_are_in_the_data() -> None:
+    for layer in insertion()["layers"]:
+        if "batchnorm" in layer:
+            norm = layer["batchnorm"]
+            before, after = torch.tensor(norm["gamma_before_equalization"]), torch.tensor(norm["gamma"])
+            torch.testing.assert_close(before, (torch.tensor(norm["std"]).square() + 1e-5).sqrt())
+            scale = (before / after).log2()
+            varying = torch.tensor(norm["std"]) > 0.1  # below it eps shows
+            torch.testing.assert_close(scale[varying], scale[varying].round(), atol=1e-3, rtol=0)
+            assert ((after[varying] > 0.7) & (after[varying] < 1.42)).all()
+    assert "gamma_before_equalization" not in json.dumps(insertion(equalize=False))
+
+
+def test_near_constant_channels_are_counted_beside_the_constant_ones() -> None:
+    model, x = randomised(small_vgg()), images(8)
+    with torch.no_grad():
+        model.features[0].weight[0] *= 1e-4
+    layers = survey(model, x[:1])
+    sites = [layer.site for layer in layers if layer.site]
+    moments = calibrate(model, sites, [x])
+    _, norms = insert_with_norms(model, sites, moments)
+    first = insertion_report(layers, moments, norms, [], {}, agreements="")["layers"][0]["batchnorm"]
+    assert (first["near_constant_channels"], first["constant_channels"]) == (1, first["std"].count(0.0))
+    assert first["constant_channels"] >= 1
+
+
+def test_runs_are_held_against_each_other() -> None:
+    found = Page(page(runs_report([run("plain"), run("batchnorm", (0.4, 0.9), lr=0.1)])))
+    for words in ("2 fine-tuning runs", "90.00 %", "75.00 %", "What the runs differ in", "Epochs of plain"):
+        assert words in found.text
+    differing = found.text.split("What the runs differ in")[1].split("What they have in common")[0]
+    assert "lr 0.01 0.1" in re.sub(r"\s+", " ", differing)
+    assert "momentum" not in differing
+    assert found.charts == 5
+
+
+def test_one_run_has_curves_for_training_and_validation() -> None:
+    found = Page(page(runs_report([run("plain")])))
+    assert found.charts == 3
+    assert "Best validation accuracy 75.00 %, in epoch 2; 3 of 3 epochs done." in found.text
+
+
+def test_a_run_without_a_complete_epoch_says_so() -> None:
+    assert "No epoch is complete" in Page(page(runs_report([run("new", ())]))).text
+
+
+def test_the_suffix_says_which_kind_is_written_and_both_have_the_same_data(tmp_path: Path) -> None:
+    data = insertion(agreements=False)
+    write_report(tmp_path / "a.json", data)
+    write_report(tmp_path / "a.HTML", data)
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert again == json.loads(json.dumps(data))
+    assert (tmp_path / "a.HTML").read_text() == page(again)
+
+
+@pytest.mark.parametrize("name", ["report", "report.pdf", "report.htm"])
+def test_another_suffix_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"give a name that ends in \.html or \.json"):
+        check_report(tmp_path / name, tmp_path / "out.pth", overwrite=True)
+
+
+def test_a_page_that_cannot_be_made_leaves_no_file_and_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "old.html"
+    path.write_text("old")
+    broken = {**insertion(agreements=False), "seconds": "a word"}
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_report(path, broken, overwrite=True)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_report(path, insertion(agreements=False))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    written = run("plain")
+    write_report(tmp_path / "report.json", runs_report([written]))
+    assert read_run(tmp_path / "report.json") == json.loads(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    ("content", "wording"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is no JSON"),
+        ("[]", "is not the report of one training run"),
+        ('{"format": "bn-insert report"}', "is not the report of one training run"),
+        ('{"format": "bn-insert runs", "runs": []}', "is not the report of one training run"),
+    ],
+)
+def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: str | None, wording: str) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(CheckpointError, match=wording):
+        read_run(tmp_path / "report.json")
+
+
+def test_a_layer_without_varying_channels_has_a_page_too() -> None:
+    data = insertion()
+    norm = next(layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer)
+    norm |= {"std": [0.0] * norm["channels"], "mean": [0.0] * norm["channels"], "standard_error": None}
+    assert Page(page(data)).charts == 6
+
+
+def test_settings_of_a_run_are_those_of_the_run() -> None:
+    settings = replace(TrainingSettings(), dropout=0.25, amp=True)
+    text = Page(page(run_report("a", settings, [], {"batchnorms": 3}))).text
+    assert "dropout 0.25" in text
+    assert "amp yes" in text

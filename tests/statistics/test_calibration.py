@@ -1,0 +1,395 @@
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import VGG
+
+from bn_insert import CalibrationError, Moments, Site, calibrate, find_sites, insert_batchnorm
+from support.networks import (
+    CalledFromTwoSequentials,
+    CalledTwice,
+    HeldAsAttributes,
+    RegisteredBackwards,
+    Tripwire,
+    ViewsActivations,
+    features,
+    images,
+    randomised,
+    sequential,
+    small_vgg,
+)
+from support.references import activations, assert_moments
+
+
+class Batch(NamedTuple):
+    """A batch that knows which files its images come from."""
+
+    images: Tensor
+    paths: tuple[str, ...]
+
+
+def sites_of(model: nn.Module, example: Tensor, **wishes: Any) -> list[Site]:
+    return find_sites(model, example, include_output=True, **wishes)
+
+
+def calibrated(model: nn.Module, *batches: Any, **wishes: Any) -> dict[str, Moments]:
+    """Return the moments of every layer, the output layer included."""
+    return calibrate(model, sites_of(model, images(2, 16), **wishes), batches)
+
+
+def assert_equal(found: dict[str, Moments], expected: dict[str, Moments]) -> None:
+    assert found.keys() == expected.keys()
+    for name, moments in expected.items():
+        assert found[name].count == moments.count
+        assert torch.equal(found[name].mean, moments.mean), name
+        assert torch.equal(found[name].m2, moments.m2), name
+
+
+def poisoned(layer: str, value: float = torch.nan, kind: str = "weight") -> VGG:
+    model = small_vgg()
+    with torch.no_grad():
+        getattr(model.get_submodule(layer), kind).view(-1)[-1] = value
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+@pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
+def test_every_sites_moments_equal_a_float64_reference_over_the_whole_set(placement: str, batch_size: int) -> None:
+    model, whole = small_vgg(), images(40, 16)
+    sites = sites_of(model, whole, placement=placement)
+    found = calibrate(model, sites, whole.split(batch_size))
+    expected = activations(model, [site.anchor for site in sites], [whole])
+    assert list(found) == ["features.0", "features.3", "classifier.0", "classifier.3", "classifier.6"]
+    for site in sites:
+        assert_moments(found[site.name], expected[site.anchor])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_moments_are_exact_where_the_mean_is_a_thousand_times_the_std(batch_size: int) -> None:
+    model = sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+    with torch.no_grad():  # activations are the inputs, so that their own rounding is out of the question
+        model[0].weight.copy_(torch.eye(8)[:, :, None, None])
+        model[0].bias.zero_()
+    whole = images(40, 8, channels=8)
+    whole = whole - whole.mean((0, 2, 3), keepdim=True) + 1000 * whole.std((0, 2, 3), keepdim=True)
+    assert_moments(calibrate(model, find_sites(model, whole), whole.split(batch_size))["0"], whole)
+
+
+def test_all_images_count_the_same_whatever_the_batch_they_come_in() -> None:
+    model, whole = small_vgg(), images(30, 16)
+    whole[20:] += 5
+    uneven = calibrated(model, *whole.split([1, 19, 2, 8]))
+    even = calibrated(model, whole)
+    for name, moments in even.items():
+        alive = moments.m2 > 0
+        assert uneven[name].count == moments.count
+        assert (((uneven[name].mean - moments.mean) / moments.std)[alive].abs() <= 1e-5).all()
+        assert ((uneven[name].var / moments.var)[alive] - 1 <= 1e-5).all()
+
+
+def test_many_batches_give_the_moments_of_one() -> None:
+    model = sequential(nn.Linear(6, 8), nn.ReLU())
+    whole = features(300, 6)
+    found = calibrate(model, find_sites(model, whole), whole.split(1))["0"]
+    assert_moments(found, activations(model, ["0"], [whole])["0"])
+
+
+def test_what_is_held_does_not_grow_with_the_number_of_batches() -> None:
+    held: list[int] = []
+
+    def batches(count: int) -> Iterator[Tensor]:
+        for number in range(count):
+            yield features(2, 6, seed=number)
+        held.append(sum(type(value) is Moments for value in gc.get_objects()))
+
+    model = sequential(nn.Linear(6, 8), nn.ReLU())
+    calibrate(model, find_sites(model, features(2, 6)), batches(300))
+    assert held[0] < 100
+
+
+def test_an_in_place_activation_behind_the_layer_does_not_change_its_moments() -> None:
+    whole = images(8, 16)
+    found = {}
+    for inplace in (True, False):
+        model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 4, 3))
+        found[inplace] = calibrate(model, find_sites(model, whole), [whole])
+    assert_equal(found[True], found[False])
+    assert (found[True]["0"].mean < 0).any()
+
+
+@pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
+def test_the_moments_of_a_layer_called_twice_are_those_of_both_calls(placement: str) -> None:
+    model, whole = randomised(CalledTwice()), images(12, 8, channels=8)
+    (site, head) = sites_of(model, whole, placement=placement)
+    found = calibrate(model, [site, head], whole.split(5))
+    assert_moments(found["conv"], activations(model, [site.anchor], [whole])[site.anchor])
+    assert found["conv"].count == 2 * 12 * 8 * 8
+
+
+@pytest.mark.parametrize("network", [CalledTwice, CalledFromTwoSequentials])
+def test_both_calls_count_also_where_no_later_site_keeps_the_pass_going(network: type[nn.Module]) -> None:
+    model, whole = randomised(network()), images(12, 8, channels=8)
+    (site,) = find_sites(model, whole)
+    found = calibrate(model, [site], whole.split(5))
+    assert_moments(found[site.name], activations(model, [site.anchor], [whole])[site.anchor])
+
+
+def test_a_forward_that_channels_last_breaks_gives_the_moments_of_its_ordinary_pass() -> None:
+    model, whole = randomised(ViewsActivations()), images(12, 8)
+    expected = activations(model, ["conv", "hidden"], [whole.clone()])
+    found = calibrate(model, find_sites(model, whole), whole.split(5))
+    for name in ("conv", "hidden"):
+        assert_moments(found[name], expected[name])
+
+
+def test_dropout_is_inactive_in_a_model_that_trains() -> None:
+    model, whole = small_vgg(dropout=0.9), images(12, 16)
+    expected = calibrated(model, whole)
+    assert_equal(calibrated(model.train(), whole), expected)
+
+
+def test_batchnorm_that_is_there_already_uses_its_running_statistics_and_keeps_them() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    whole = images(12, 16)
+    expected = activations(model, ["3"], [whole])["3"]
+    before = model[1].running_mean.clone()
+    found = calibrate(model.train(), sites_of(model, whole), [whole])
+    assert_moments(found["3"], expected)
+    assert torch.equal(model[1].running_mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_under_autocast_the_statistics_of_the_narrow_activations_are_float32_accurate(dtype: torch.dtype) -> None:
+    model, whole = small_vgg(), images(12, 16)
+    sites = sites_of(model, whole)
+    found = calibrate(model, sites, [whole], autocast=dtype)
+    with torch.autocast("cpu", dtype):
+        batch = whole.contiguous(memory_format=torch.channels_last)
+        expected = activations(model, [site.anchor for site in sites], [batch])
+    for site in sites:
+        assert expected[site.anchor].dtype == dtype
+        assert_moments(found[site.name], expected[site.anchor])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_take_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model = small_vgg().to(dtype)
+    whole = images(12, 16)
+    found = calibrate(model, find_sites(model, whole.to(dtype)), [whole])
+    batch = whole.to(dtype).contiguous(memory_format=torch.channels_last)
+    assert_moments(found["features.0"], activations(model, ["features.0"], [batch])["features.0"])
+
+
+def test_an_explicit_device_gives_the_same_moments() -> None:
+    model, whole = small_vgg(), images(12, 16)
+    sites = find_sites(model, whole)
+    assert_equal(calibrate(model, sites, [whole], device="cpu"), calibrate(model, sites, [whole]))
+
+
+@cache
+def from_plain_tensors() -> dict[str, Moments]:
+    return calibrated(small_vgg(), *images(12, 16).split(5))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: [x, {"paths": ["a"]}],
+        lambda x: {"pixel_values": x, "labels": torch.zeros(len(x))},
+        lambda x: ((x, 1), 2),
+        lambda x: [{"image": x}],
+        lambda x: Batch(x, ("a",) * len(x)),
+        lambda x: x.double(),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.clone().requires_grad_(),
+    ],
+    ids=["tuple", "list", "dict", "nested tuple", "nested dict", "named tuple", "float64", "channels_last", "grad"],
+)
+def test_a_batch_is_a_tensor_or_holds_one_as_its_first_value(wrapped: Callable[[Tensor], Any]) -> None:
+    found = calibrated(small_vgg(), *(wrapped(batch) for batch in images(12, 16).split(5)))
+    assert_equal(found, from_plain_tensors())
+
+
+def test_a_data_loader_is_taken_as_it_is() -> None:
+    model, whole = small_vgg(), images(12, 16)
+    loader = DataLoader(TensorDataset(whole, torch.arange(12)), batch_size=5)
+    assert_equal(calibrate(model, sites_of(model, whole), loader), from_plain_tensors())
+
+
+def test_batches_are_iterated_once() -> None:
+    model, whole = small_vgg(), images(12, 16)
+    assert_equal(calibrate(model, sites_of(model, whole), iter(whole.split(5))), from_plain_tensors())
+
+
+def test_an_empty_batch_among_others_counts_for_nothing() -> None:
+    model, whole = small_vgg(), images(12, 16)
+    assert_equal(calibrated(model, whole, whole[:0]), calibrated(model, whole))
+
+
+def test_progress_is_told_the_number_of_images_so_far() -> None:
+    model, whole, told = small_vgg(), images(12, 16), list[int]()
+    calibrate(model, find_sites(model, whole), whole.split(5), progress=told.append)
+    assert told == [5, 10, 12]
+
+
+def test_without_sites_there_is_nothing_to_calibrate() -> None:
+    batches = iter(images(4, 16).split(2))
+    assert calibrate(small_vgg(), [], batches) == {}
+    assert len(list(batches)) == 2
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), Tripwire(), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        ),
+        lambda: sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), Tripwire(), nn.Conv2d(8, 4, 1)
+        ),
+    ],
+    ids=["right behind", "behind the activation"],
+)
+def test_nothing_behind_the_last_site_is_run(network: Callable[[], nn.Module]) -> None:
+    model, whole = network(), images(12, 16)
+    found = calibrate(model, find_sites(model, whole), whole.split(5))
+    assert list(found) == ["0", "2"]
+
+
+def test_a_classifier_that_holds_nan_does_no_harm_behind_the_last_site() -> None:
+    model, whole = poisoned("classifier.0"), images(12, 16)
+    assert_equal(calibrated(model, whole, layers=("conv",)), calibrated(small_vgg(), whole, layers=("conv",)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "value"),
+    [
+        ("features.0", "weight", torch.nan),
+        ("features.0", "bias", torch.inf),
+        ("features.3", "weight", -torch.inf),
+        ("classifier.3", "weight", torch.inf),
+        ("classifier.3", "bias", torch.nan),
+    ],
+)
+def test_a_parameter_that_is_not_finite_is_named(layer: str, kind: str, value: float) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        calibrated(poisoned(layer, value, kind), images(12, 16))
+    assert str(caught.value) == (
+        f"the activations of {layer} are not finite in torch.float32: the parameter {layer}.{kind} holds NaN or Inf; "
+        "mend the checkpoint, or leave the layers behind it out"
+    )
+
+
+def test_a_parameter_in_front_of_the_site_is_named_where_its_own_layer_is_no_site() -> None:
+    with pytest.raises(CalibrationError, match=r"of classifier\.0 are not finite.*: the parameter features\.3\.weight"):
+        calibrated(poisoned("features.3"), images(12, 16), layers=("dense",))
+
+
+def test_a_parameter_is_named_also_where_layers_are_registered_in_another_order_than_called() -> None:
+    model = randomised(RegisteredBackwards())
+    with torch.no_grad():
+        model.conv.weight[0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"of hidden are not finite.*: the parameter conv\.weight holds NaN"):
+        calibrated(model, images(12, 16), layers=("dense",))
+
+
+def test_an_input_that_is_not_finite_is_named_by_its_path() -> None:
+    batch = Batch(images(4, 16), ("a.png", "b.png", "c.png", "d.png"))
+    batch.images[2, 1, 4, 4] = torch.nan
+    with pytest.raises(CalibrationError) as caught:
+        calibrated(small_vgg(), images(4, 16), batch)
+    assert str(caught.value) == (
+        "the activations of features.0 are not finite in torch.float32, first for c.png; "
+        "run in float32, or look at that input"
+    )
+
+
+def test_an_input_that_is_not_finite_is_named_by_its_number_where_it_has_no_path() -> None:
+    batch = images(4, 16)
+    batch[1:, 1, 4, 4] = torch.inf
+    with pytest.raises(CalibrationError, match=r"not finite in torch\.float32, first for image 1 of its batch;"):
+        calibrated(small_vgg(), batch)
+
+
+def test_an_overflow_in_a_narrow_dtype_names_the_dtype() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).half()
+    with pytest.raises(CalibrationError, match=r"^the activations of 0 are not finite in torch\.float16, first"):
+        calibrate(model, find_sites(model, images(2, 8).half()), [images(4, 8) * 60_000])
+
+
+@pytest.mark.parametrize(
+    ("batch", "described"),
+    [
+        ("images", "str"),
+        (7, "int"),
+        (None, "NoneType"),
+        ((), "an empty tuple"),
+        ([], "an empty list"),
+        ({}, "an empty dict"),
+        (("label", images(2, 16)), "tuple"),
+    ],
+    ids=repr,
+)
+def test_a_batch_without_a_tensor_is_described(batch: Any, described: str) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        calibrated(small_vgg(), images(2, 16), batch)
+    assert str(caught.value) == (
+        f"calibration batch 1 is {described}; a batch is a tensor, or a tuple, list or dict "
+        "whose first value is the input tensor"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_images_that_are_not_float_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        calibrated(small_vgg(), images(2, 16).to(dtype))
+    assert str(caught.value) == (
+        f"calibration batch 0 holds {dtype}; scale and convert images to float first, as for training"
+    )
+
+
+def test_a_model_that_fails_on_a_later_batch_names_it_and_keeps_the_cause() -> None:
+    with pytest.raises(CalibrationError) as caught:
+        calibrated(small_vgg(), images(3, 16), images(2, 16), images(4, 16, channels=5))
+    assert str(caught.value).startswith("the model failed on calibration batch 2 of shape (4, 5, 16, 16): ")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("batches", [(), (images(0, 16),)], ids=["no batch", "an empty batch"])
+def test_an_empty_calibration_set_is_refused(batches: tuple[Tensor, ...]) -> None:
+    with pytest.raises(CalibrationError, match=r"^the calibration set is empty: no batch arrived$"):
+        calibrated(small_vgg(), *batches)
+
+
+def test_a_site_that_is_never_called_on_the_calibration_set_is_named() -> None:
+    model = randomised(HeldAsAttributes())
+    sites = find_sites(model, images(2, 9))
+    sites[1] = Site("blocks", "conv", "blocks", channels=8, dims=2, calls=1, in_sequence=False)
+    with pytest.raises(CalibrationError, match=r"^the layer blocks was never called on the calibration set$"):
+        calibrate(model, sites, [images(4, 9)])
+
+
+def test_one_image_is_too_few_for_a_dense_site_which_is_named() -> None:
+    with pytest.raises(CalibrationError) as caught:
+        insert_batchnorm(small_vgg(), [images(1, 16)])
+    assert str(caught.value) == (
+        "dense layer classifier.0: a variance needs at least two values per channel and the calibration set gave 1; "
+        "calibrate on more images"
+    )
+
+
+def test_one_image_is_enough_for_conv_sites() -> None:
+    insert_batchnorm(small_vgg(), [images(1, 16)], layers=("conv",))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e25, torch.float32), (1e30, torch.bfloat16)])
+def test_finite_activations_whose_variance_overflows_are_not_called_infinite(scale: float, dtype: torch.dtype) -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(dtype)
+    with pytest.raises(CalibrationError, match=r"^conv layer 0: mean or variance is not finite in torch\.float32$"):
+        insert_batchnorm(model, [images(4, 8) * scale])

@@ -1,0 +1,221 @@
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bn_insert import insert_batchnorm
+from support.networks import (
+    AWKWARD,
+    CalledFromTwoSequentials,
+    CalledTwice,
+    HeldAsAttributes,
+    SlicedInForward,
+    SlicesAsAttributes,
+    TokenMixer,
+    TwoNames,
+    images,
+    randomised,
+    sequential,
+    small_vgg,
+)
+
+
+def types(model: nn.Module) -> list[str]:
+    return [type(module).__name__ for module in model.children()]
+
+
+def assert_same_outputs(model: nn.Module, result: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        expected, actual = model.eval()(x), result.eval()(x)
+    if isinstance(expected, dict):
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    else:
+        assert torch.equal(expected, actual)
+
+
+def test_children_of_a_sequential_numbered_from_zero_are_renumbered() -> None:
+    result = insert_batchnorm(small_vgg(), [images(4, 16)])
+    assert types(result.features) == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 2
+    assert [name for name, _ in result.features.named_children()] == [str(number) for number in range(8)]
+    assert types(result.classifier) == ["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2 + ["Linear"]
+
+
+def test_after_activation_the_batchnorm_is_the_next_child_behind_the_activation() -> None:
+    result = insert_batchnorm(small_vgg(), [images(4, 16)], placement="after_activation")
+    assert types(result.features) == ["Conv2d", "ReLU", "BatchNorm2d", "MaxPool2d"] * 2
+    assert types(result.classifier) == ["Linear", "ReLU", "BatchNorm1d", "Dropout"] * 2 + ["Linear"]
+
+
+def test_named_children_of_a_sequential_keep_their_names_and_the_new_one_is_called_after_its_layer() -> None:
+    layers = OrderedDict(conv1=nn.Conv2d(3, 8, 3), relu1=nn.ReLU(), conv2=nn.Conv2d(8, 8, 3), relu2=nn.ReLU())
+    model = randomised(nn.Sequential(layers))
+    result = insert_batchnorm(model, [images(4, 8)])
+    assert list(dict(result.named_children())) == ["conv1", "conv1_bn", "relu1", "conv2", "conv2_bn", "relu2"]
+    assert_same_outputs(model, result, images(2, 8, seed=2))
+
+
+def test_a_name_that_is_taken_is_not_given_again() -> None:
+    model = randomised(nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), conv_bn=nn.Identity(), relu=nn.ReLU())))
+    result = insert_batchnorm(model, [images(4, 8)])
+    assert list(dict(result.named_children())) == ["conv", "conv_bn_", "conv_bn", "relu"]
+    assert types(result) == ["Conv2d", "BatchNorm2d", "Identity", "ReLU"]
+
+
+def test_numbers_with_a_gap_are_names() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+    part = model[2:]
+    result = insert_batchnorm(part, [images(4, 8, channels=8)])
+    assert list(dict(result.named_children())) == ["2", "2_bn", "3"]
+
+
+def test_nested_sequentials_are_each_renumbered() -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = sequential(inner, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    result = insert_batchnorm(model, [images(4, 8)])
+    assert types(result) == ["Sequential", "ReLU", "Conv2d"]
+    assert types(result[0]) == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"]
+    assert_same_outputs(model, result, images(2, 8, seed=2))
+
+
+def test_a_layer_held_as_an_attribute_becomes_a_sequential_of_layer_and_batchnorm() -> None:
+    result = insert_batchnorm(randomised(HeldAsAttributes()), [images(4, 9)])
+    assert types(result.stem) == ["Conv2d", "BatchNorm2d"]
+
+
+def test_members_of_module_lists_and_dicts_become_sequentials_in_their_places() -> None:
+    result = insert_batchnorm(randomised(HeldAsAttributes()), [images(4, 9)])
+    assert isinstance(result.blocks, nn.ModuleList) and isinstance(result.heads, nn.ModuleDict)
+    assert [types(block) for block in result.blocks] == [["Conv2d", "BatchNorm2d"]] * 2
+    assert types(result.heads["hidden"]) == ["Linear", "BatchNorm1d"]
+    assert list(result.heads) == ["hidden", "logits"]
+    assert isinstance(result.heads["logits"], nn.Linear)
+
+
+def test_children_of_a_sequential_that_is_sliced_or_looped_over_keep_their_numbers() -> None:
+    result = insert_batchnorm(randomised(SlicedInForward()), [images(4, 9)])
+    assert types(result.features) == ["Sequential", "ReLU", "Sequential", "ReLU", "Conv2d"]
+
+
+@pytest.mark.parametrize("network", AWKWARD)
+@pytest.mark.parametrize("include_output", [False, True])
+def test_outputs_stay_the_same_however_the_layers_are_held(
+    network: Callable[[], nn.Module], include_output: bool
+) -> None:
+    model = randomised(network())
+    result = insert_batchnorm(model, [images(6, 9)], include_output=include_output)
+    assert any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in result.modules())
+    assert_same_outputs(model, result, images(3, 9, seed=2))
+
+
+@pytest.mark.parametrize("network", AWKWARD)
+def test_every_batchnorm_runs_in_train_mode_however_the_layers_are_held(network: Callable[[], nn.Module]) -> None:
+    result = insert_batchnorm(randomised(network()), [images(6, 9)]).train()
+    result(images(3, 9, seed=2))
+    norms = [module for module in result.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1] * len(norms)
+
+
+@pytest.mark.parametrize("network", [CalledTwice, CalledFromTwoSequentials])
+def test_a_layer_that_is_called_twice_gets_one_batchnorm_that_is_called_twice(network: type[nn.Module]) -> None:
+    model = randomised(network())
+    result = insert_batchnorm(model, [images(6, 9, channels=8)])
+    (norm,) = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert_same_outputs(model, result, images(3, 9, seed=2, channels=8))
+    result.train()(images(3, 9, channels=8))
+    assert norm.num_batches_tracked == 2
+
+
+def test_a_layer_at_two_places_of_one_sequential_gets_its_batchnorm_at_both() -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    model = sequential(conv, nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    result = insert_batchnorm(model, [images(6, 8, channels=8)])
+    assert types(result) == ["Conv2d", "BatchNorm2d", "ReLU", "ReLU", "Conv2d"]  # children() names each module once
+    assert [type(module).__name__ for module in result][3:5] == ["Conv2d", "BatchNorm2d"]
+    assert_same_outputs(model, result, images(2, 8, seed=2, channels=8))
+
+
+def test_a_layer_under_two_names_keeps_both_and_they_stay_one() -> None:
+    result = insert_batchnorm(randomised(TwoNames()), [images(4, 8)])
+    assert types(result.first) == types(result.second) == ["Conv2d", "BatchNorm2d"]
+    assert result.first[0] is result.second[0]
+    assert result.first[1] is result.second[1]
+
+
+def test_parts_held_besides_the_whole_stay_parts_of_it() -> None:
+    result = insert_batchnorm(randomised(SlicesAsAttributes()), [images(4, 9)])
+    whole = [id(module) for module in result.features.modules() if not list(module.children())]
+    parts = [id(m) for part in (result.lower, result.upper) for m in part.modules() if not list(m.children())]
+    assert whole == parts
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3, bias=False)], ids=["bias", "no bias"])
+def test_a_model_that_is_itself_a_layer_becomes_a_sequential(model: nn.Conv2d) -> None:
+    model = randomised(model)
+    result = insert_batchnorm(model, [images(4, 8)], include_output=True)
+    assert types(result) == ["Conv2d", "BatchNorm2d"]
+    assert_same_outputs(model, result, images(2, 8, seed=2))
+
+
+def test_a_model_that_is_itself_an_output_layer_is_returned_as_a_copy() -> None:
+    model = randomised(nn.Conv2d(3, 8, 3))
+    result = insert_batchnorm(model, [images(4, 8)])
+    assert type(result) is nn.Conv2d
+    assert result is not model
+
+
+def test_without_a_site_the_result_is_a_copy_with_the_same_keys() -> None:
+    model = randomised(TokenMixer())
+    result = insert_batchnorm(model, [torch.rand(4, 5, 6)])
+    assert result is not model
+    assert result.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
+def test_the_class_of_the_model_is_kept(network: Callable[[], nn.Module]) -> None:
+    model = network()
+    assert type(insert_batchnorm(model, [images(4, 16)])) is type(model)
+
+
+def test_the_head_can_be_replaced_as_before() -> None:
+    result = insert_batchnorm(small_vgg(), [images(4, 16)])
+    result.classifier[-1] = nn.Linear(result.classifier[-1].in_features, 3)
+    assert result(images(2, 16)).shape == (2, 3)
+
+
+def test_the_keys_of_a_vgg_are_those_of_the_renumbered_layers_and_batchnorms() -> None:
+    result = insert_batchnorm(small_vgg(), [images(4, 16)], layers=("conv",))
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert list(result.features.state_dict()) == [
+        *("0.weight", "0.bias"),
+        *(f"1.{name}" for name in norm),
+        *("4.weight", "4.bias"),
+        *(f"5.{name}" for name in norm),
+    ]
+
+
+@pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
+def test_the_result_can_be_copied_and_its_state_loaded_into_the_copy(network: Callable[[], nn.Module]) -> None:
+    result = insert_batchnorm(randomised(network()), [images(4, 16)])
+    other = randomised(copy.deepcopy(result), seed=9)
+    other.load_state_dict(result.state_dict(), strict=True)
+    assert_same_outputs(result, other, images(2, 16, seed=2))
+
+
+def test_a_second_insertion_finds_nothing_left_to_do() -> None:
+    once = insert_batchnorm(small_vgg(), [images(4, 16)])
+    twice = insert_batchnorm(once, [images(4, 16)])
+    assert types(twice.features) == types(once.features)
+    assert types(twice.classifier) == types(once.classifier)
+
+
+def test_conv_and_dense_can_be_inserted_one_after_the_other() -> None:
+    model, batch = small_vgg(), images(6, 16)
+    both = insert_batchnorm(model, [batch])
+    stepwise = insert_batchnorm(insert_batchnorm(model, [batch], layers=("conv",)), [batch], layers=("dense",))
+    assert both.state_dict().keys() == stepwise.state_dict().keys()
+    for name, tensor in both.state_dict().items():
+        assert torch.equal(tensor, stepwise.state_dict()[name]), name

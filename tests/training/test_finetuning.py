@@ -1,0 +1,496 @@
+"""The training loop, called from Python."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bn_insert import insert_batchnorm
+from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.demo import network_path
+from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
+from bn_insert.images.class_folders import ClassFolders, open_class_folders
+from bn_insert.support.processes import Ranks
+from bn_insert.surgery.output_layer import replace_output
+from bn_insert.training.finetune import finetune
+from bn_insert.training.metrics import EpochMetrics
+from bn_insert.training.settings import TrainingSettings
+from bn_insert.training.state import load_state
+from support.labelled_digits import AS_IT_IS, link_digits, open_digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
+FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES |= {"report.html", "report.json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def digits(folder: Path) -> ClassFolders:
+    """40 digits to train on and 20 to validate with."""
+    return open_digits(folder)
+
+
+@pytest.fixture(scope="module")
+def network(digits: ClassFolders) -> nn.Module:
+    """The demo network with BatchNorm behind every layer, and its Dropout."""
+    batches = [batch.images for batch in digits.batches(digits.train, 20)]
+    return insert_batchnorm(load_checkpoint(network_path()), batches)
+
+
+def weights_in(folder: Path, name: str = "last.pth") -> dict[str, Tensor]:
+    return load_checkpoint(folder / name).state_dict()
+
+
+def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Return what says stop after so many steps; it is asked twice a step by a process alone."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= 2 * steps
+
+
+def dense_network(classes: int = 10) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))
+
+
+# What a run leaves behind
+
+
+def test_a_run_writes_metrics_curves_checkpoints_and_its_state(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    seen: list[EpochMetrics] = []
+    result = finetune(network, digits, tmp_path / "run", BRIEF, on_epoch=seen.append)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert result.epochs == tuple(seen)
+    assert not result.interrupted
+    assert result.best == max(seen, key=lambda epoch: epoch.val_accuracy)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
+    assert [float(row["val_loss"]) for row in rows] == [epoch.val_loss for epoch in seen]
+    assert (tmp_path / "run" / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_load_with_their_transform_and_give_the_accuracy_that_was_measured(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    result = finetune(network, digits, tmp_path, BRIEF)
+    model = load_checkpoint(tmp_path / "last.pth")
+    settings = read_settings(tmp_path / "last.pth")
+    assert settings is not None
+    assert settings.transform == AS_IT_IS.to_dict()
+    (batch,) = digits.batches(digits.val, 100)
+    with torch.inference_mode():
+        accuracy = (model(batch.images).argmax(1) == batch.labels).double().mean().item()
+    assert accuracy == result.epochs[-1].val_accuracy
+
+
+def test_the_given_model_and_the_random_state_stay_as_they_are(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    before, state = {key: tensor.clone() for key, tensor in network.state_dict().items()}, torch.get_rng_state()
+    finetune(network, digits, tmp_path, replace(BRIEF, epochs=1))
+    assert_same_weights(before, network.state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_running_statistics_are_those_of_the_training_images(digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1, batch_size=40))
+    weights = load_checkpoint(tmp_path / "last.pth", model=dense_network()).state_dict()
+    (batch,) = digits.batches(digits.train, 40)
+    values = batch.images.flatten(1).double() @ weights["1.weight"].double().T + weights["1.bias"].double()
+    torch.testing.assert_close(weights["2.running_mean"].double(), values.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights["2.running_var"].double(), values.var(0), rtol=1e-5, atol=1e-6)
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    network: nn.Module, digits: ClassFolders, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with torch.random.fork_rng(devices=()):
+        torch.set_num_threads(1)
+        finetune(network, digits, folder, replace(BRIEF, hflip=0.5))
+    return weights_in(folder)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_a_run_that_was_stopped_anywhere_comes_to_exactly_the_same_weights(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, uninterrupted: dict[str, Tensor], steps: int
+) -> None:
+    settings = replace(BRIEF, hflip=0.5)
+    stopped = finetune(network, digits, tmp_path, settings, stop=stop_after(steps))
+    assert stopped.interrupted
+    assert load_state(tmp_path / "state.pth").step == steps % 5 or steps
+    torch.manual_seed(1234)  # another process would begin with another random state
+    result = finetune(network, digits, tmp_path, settings, resume=True)
+    assert not result.interrupted
+    assert [epoch.step for epoch in result.epochs] == [5, 10]
+    assert_same_weights(weights_in(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("changes", [{"opt": "adamw", "lr": 1e-4, "amp": True}, {"recalibrate": False}])
+def test_resuming_is_exact_with_other_settings_too(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = replace(BRIEF, **changes)
+    finetune(network, digits, tmp_path / "whole", settings)
+    finetune(network, digits, tmp_path / "parts", settings, stop=stop_after(7))
+    finetune(network, digits, tmp_path / "parts", settings, resume=True)
+    assert_same_weights(weights_in(tmp_path / "parts"), weights_in(tmp_path / "whole"))
+
+
+def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits: ClassFolders, tmp_path: Path) -> None:
+    settings = replace(BRIEF, epochs=1)
+    first = finetune(dense_network(), digits, tmp_path, settings)
+    assert finetune(dense_network(), digits, tmp_path, settings, resume=True) == first
+    longer = finetune(dense_network(), digits, tmp_path, replace(settings, epochs=3), resume=True)
+    assert [epoch.epoch for epoch in longer.epochs] == [1, 2, 3]
+
+
+def test_resuming_in_an_empty_folder_begins(digits: ClassFolders, tmp_path: Path) -> None:
+    assert len(finetune(dense_network(), digits, tmp_path, BRIEF, resume=True).epochs) == 2
+
+
+def test_resuming_with_other_settings_or_images_names_what_differs(
+    folder: Path, digits: ClassFolders, tmp_path: Path
+) -> None:
+    finetune(dense_network(), digits, tmp_path / "run", BRIEF)
+    with pytest.raises(TrainingError, match=r"state.pth is of another run: lr was 0.003 and is 0.1"):
+        finetune(dense_network(), digits, tmp_path / "run", replace(BRIEF, lr=0.1), resume=True)
+    shutil.copytree(folder, tmp_path / "fewer", symlinks=True)
+    next((tmp_path / "fewer" / "train" / "3").iterdir()).unlink()
+    with pytest.raises(TrainingError, match="its images are not those of this one"):
+        finetune(dense_network(), open_digits(tmp_path / "fewer"), tmp_path / "run", BRIEF, resume=True)
+
+
+def test_results_are_neither_replaced_nor_mixed_without_being_asked_for(digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(dense_network(), digits, tmp_path, BRIEF)
+    with pytest.raises(TrainingError, match=r"holds results already .*--resume.*--force"):
+        finetune(dense_network(), digits, tmp_path, BRIEF)
+    (tmp_path / "notes.txt").write_text("mine")
+    result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), overwrite=True)
+    assert len(result.epochs) == 1
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+
+
+def test_a_damaged_state_says_so(digits: ClassFolders, tmp_path: Path) -> None:
+    for content in (b"", b"no state", b"\x80\x02}q\x00."):
+        (tmp_path / "state.pth").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"state.pth (cannot be read|is no training state)"):
+            finetune(dense_network(), digits, tmp_path, BRIEF, resume=True)
+    (tmp_path / "state.pth").unlink()
+    (tmp_path / "metrics.csv").touch()
+    with pytest.raises(TrainingError, match=r"has no state.pth to resume from"):
+        finetune(dense_network(), digits, tmp_path, BRIEF, resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="is not a folder"):
+        finetune(dense_network(), digits, tmp_path / "file", BRIEF)
+
+
+# Batches of one
+
+
+def test_a_last_batch_of_one_is_left_out_in_front_of_batchnorm(digits: ClassFolders, tmp_path: Path) -> None:
+    sizes: list[int] = []
+    model = dense_network()
+    model[2].register_forward_pre_hook(lambda norm, inputs: sizes.append(len(inputs[0])) if norm.training else None)
+    finetune(model, digits, tmp_path, replace(BRIEF, epochs=1, batch_size=13))
+    assert sizes == [13, 13, 13]
+
+
+def test_it_is_trained_on_where_no_batchnorm_normalizes_by_it(digits: ClassFolders, tmp_path: Path) -> None:
+    settings = replace(BRIEF, epochs=1, batch_size=13)
+    frozen = finetune(dense_network(), digits, tmp_path / "a", replace(settings, batchnorm="freeze-statistics"))
+    without = finetune(load_checkpoint(network_path()), digits, tmp_path / "b", replace(settings, lr=1e-4))
+    assert frozen.epochs[0].step == without.epochs[0].step == 4
+
+
+def test_a_batch_size_of_one_is_refused_in_front_of_batchnorm(digits: ClassFolders, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"batch of one image .*freeze-statistics"):
+        finetune(dense_network(), digits, tmp_path, replace(BRIEF, batch_size=1))
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({"batchnorm": "freeze"}, {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}),
+        ({"batchnorm": "freeze-statistics"}, {"running_mean", "running_var", "num_batches_tracked"}),
+        ({"batchnorm": "train"}, set()),
+    ],
+)
+def test_batchnorm_modes_hold_through_a_run(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, Any], still: set[str]
+) -> None:
+    finetune(network, digits, tmp_path, replace(BRIEF, **changes))
+    before, after = network.state_dict(), weights_in(tmp_path)
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert norms
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        assert all((f"{norm}.{tensor}" in same) == (tensor in still) for norm in norms), tensor
+
+
+def test_frozen_features_keep_weights_and_statistics_while_the_classifier_learns(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    finetune(network, digits, tmp_path, replace(BRIEF, freeze_features=True))
+    before, after = network.state_dict(), weights_in(tmp_path)
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key for key in before if key.startswith("features.")} <= same
+    # A BatchNorm takes away what a bias in front of it does, so that such a bias may learn nothing.
+    assert {key for key in before if key.startswith("classifier.") and not key.endswith(".bias")}.isdisjoint(same)
+
+
+def test_other_classes_get_a_new_output_layer(network: nn.Module, tmp_path: Path) -> None:
+    four = open_digits(link_digits(tmp_path / "four", train=6, classes=4))
+    finetune(network, four, tmp_path / "run", BRIEF)
+    assert load_checkpoint(tmp_path / "run" / "best.pth").classifier[-1].out_features == 4  # type: ignore[union-attr,index]
+
+
+def test_a_new_output_layer_begins_at_the_loss_of_guessing_and_keeps_dtype_and_name() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(8, 6, bias=False, dtype=torch.float64)))
+    replace_output(model, 3)
+    layer: Any = next(iter(model[1].children()))
+    assert (layer.out_features, layer.bias, layer.weight.dtype) == (3, None, torch.float64)
+    assert not layer.weight.any()
+    loss = nn.functional.cross_entropy(model(torch.rand(4, 8, dtype=torch.float64)), torch.tensor([0, 1, 2, 0]))
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+def test_networks_whose_output_cannot_be_replaced_are_refused() -> None:
+    with pytest.raises(TrainingError, match="Sequential has no dense layer"):
+        replace_output(nn.Sequential(nn.Conv2d(3, 4, 1)), 3)
+    with pytest.raises(TrainingError, match="BatchNorm 1 stands behind the output layer 0"):
+        replace_output(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
+    with pytest.raises(TrainingError, match="2 or more"):
+        replace_output(nn.Sequential(nn.Linear(4, 4)), 1)
+
+
+def test_half_precision_is_trained_in_float32(digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(load_checkpoint(network_path()).half(), digits, tmp_path, replace(BRIEF, epochs=1, lr=1e-4))
+    assert {tensor.dtype for tensor in weights_in(tmp_path).values()} == {torch.float32}
+
+
+def test_dropout_is_set_and_stored(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(network, digits, tmp_path, replace(BRIEF, epochs=1, dropout=0.125))
+    settings = read_settings(tmp_path / "last.pth")
+    assert settings is not None
+    assert set(settings.dropout.values()) == {0.125}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"dropout": 0.5}, "Sequential has no dropout layer"),
+        ({"freeze_features": True}, "Sequential has no features"),
+        ({"sync_bn": True}, "sync_bn .* works on GPUs alone"),
+    ],
+)
+def test_what_a_network_cannot_take_is_refused(
+    digits: ClassFolders, tmp_path: Path, changes: dict[str, Any], wording: str
+) -> None:
+    with pytest.raises(TrainingError, match=wording):
+        finetune(dense_network(), digits, tmp_path / "run", replace(BRIEF, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    settings = replace(BRIEF, lr=1e6, batch_size=20, batchnorm="freeze")
+    model = load_checkpoint(network_path())
+    with pytest.raises(DivergenceError, match=r"epoch 1 .*--lr-warmup-epochs.*bn-insert insert.*nothing was"):
+        finetune(model, digits, tmp_path / "at once", settings)
+    assert not (tmp_path / "at once").exists()
+    # The rate explodes in the second epoch: what the first gave is still there.
+    finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()}
+    broken = load_state(tmp_path / "later" / "state.pth")
+    assert broken.history
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingSettings, "learning_rate", lambda *_arguments: 1e6)
+        with pytest.raises(DivergenceError, match="keeps what was saved last"):
+            finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=3), resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()} == before
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_data: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bn_insert.report.report.page", fail)
+    with pytest.warns(UserWarning, match=r"report\.html: No space left on device; all else is saved"):
+        result = finetune(network, digits, tmp_path, BRIEF)
+    assert len(result.epochs) == 2
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.html"}
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"epochs": 0}, "epochs is 0; give 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lr": 0.0}, "lr is 0.0; give a learning rate above 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; give 0 to 1"),
+        ({"dropout": -1.0}, "dropout is -1.0"),
+        ({"lr_warmup_epochs": 11.0}, "lr_warmup_epochs is 11.0; give 0 to the 10 of epochs"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes: dict[str, Any], wording: str) -> None:
+    with pytest.raises(TrainingError, match=wording):
+        TrainingSettings(**changes)
+
+
+def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
+    settings = TrainingSettings(epochs=4, lr=1.0, lr_warmup_epochs=1.5, lr_scheduler="constant")
+    rates = [settings.learning_rate(step, 4) for step in range(16)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[:7] == sorted(rates[:7])
+    assert set(rates[6:]) == {1.0}
+    stepped = replace(settings, lr_warmup_epochs=0.0, lr_scheduler="step", lr_step_size=2)
+    assert [stepped.learning_rate(step, 1) for step in range(4)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+    cosine = replace(settings, lr_warmup_epochs=2.0, lr_scheduler="cosine")
+    assert [cosine.learning_rate(step, 1) for step in range(2, 4)] == pytest.approx([1.0, 0.5])
+
+
+# Labelled images
+
+
+def test_classes_are_the_folders_of_train_in_order(tmp_path: Path) -> None:
+    folder = link_digits(tmp_path / "data", classes=3)
+    (folder / "train" / ".hidden").mkdir()
+    shutil.rmtree(folder / "val" / "1")
+    images = open_digits(folder)
+    assert images.classes == ("0", "1", "2")
+    assert [image.label for image in images.train] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [image.label for image in images.val] == [0, 0, 2, 2]
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "missing":
+        shutil.rmtree(folder)
+    elif how == "a file":
+        shutil.rmtree(folder)
+        folder.touch()
+    elif how in ("train", "val"):
+        shutil.rmtree(folder / how)
+    elif how == "one class":
+        shutil.rmtree(folder / "train" / "1")
+    elif how == "no val classes":
+        for digit in "01":
+            shutil.rmtree(folder / "val" / digit)
+    elif how == "unknown class":
+        (folder / "val" / "1").rename(folder / "val" / "one")
+    else:
+        part, _, digit = how.partition("/")
+        for image in (folder / part / digit).iterdir():
+            image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "wording"),
+    [
+        ("missing", "data does not exist; the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"),
+        ("a file", "data is not a folder"),
+        ("train", "data has no folder train/; the layout is"),
+        ("val", "data has no folder val/"),
+        ("one class", "train has 1 class folders, and 2 are the least"),
+        ("no val classes", "val has no class folders"),
+        ("unknown class", "val has classes that .*train has not: one"),
+        ("train/1", "train/1 holds no image"),
+        ("val/0", "val/0 holds no image"),
+    ],
+)
+def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: str) -> None:
+    folder = link_digits(tmp_path / "data", classes=2)
+    spoil(folder, how)
+    with pytest.raises(ImageError, match=wording):
+        open_digits(folder)
+
+
+def test_options_that_do_not_fit_the_images_are_refused(folder: Path) -> None:
+    with pytest.raises(ImageError, match="the network takes 4"):
+        open_class_folders(folder, AS_IT_IS, channels=4)
+    with pytest.raises(ImageError, match="workers is -1"):
+        open_class_folders(folder, AS_IT_IS, workers=-1)
+
+
+def test_an_unreadable_image_is_replaced_in_training_left_out_of_validation_and_told(tmp_path: Path) -> None:
+    folder = link_digits(tmp_path / "data", classes=2)
+    for part in ("train", "val"):
+        damaged = next((folder / part / "0").iterdir())
+        damaged.unlink()
+        damaged.write_bytes(b"no image")
+    images = open_digits(folder)
+    result = finetune(dense_network(2), images, tmp_path / "run", replace(BRIEF, epochs=1, batch_size=4))
+    assert result.epochs[0].step == 2
+    assert result.epochs[0].val_accuracy in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+    assert len(images.unreadable) == 2
+    assert [len(batch.labels) for batch in images.batches(images.train, 4, full=True)] == [4, 4]
+    assert [len(batch.labels) for batch in images.batches(images.train, 4)] == [3, 4]
+
+
+def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
+    for part, wording in (("val", "no validation image can be read"), ("train", "images of a batch can be read")):
+        folder = link_digits(tmp_path / part, classes=2)
+        for image in (folder / part).rglob("*.png"):
+            image.unlink()
+            image.write_bytes(b"no image")
+        with pytest.raises((TrainingError, ImageError), match=wording):
+            finetune(dense_network(2), open_digits(folder), tmp_path / f"{part} run", BRIEF)
+
+
+def test_workers_decode_the_same_batches(folder: Path, digits: ClassFolders) -> None:
+    by_workers = open_class_folders(folder, AS_IT_IS, workers=1)
+    for mine, theirs in zip(digits.batches(digits.train, 16), by_workers.batches(digits.train, 16), strict=True):
+        assert torch.equal(mine.images, theirs.images)
+        assert torch.equal(mine.labels, theirs.labels)
+
+
+# Several processes
+
+
+def test_shares_are_of_equal_size_and_cover_everything() -> None:
+    items = list(range(10))
+    shares = [Ranks(rank, 4).share(items) for rank in range(4)]
+    assert {len(share) for share in shares} == {3}
+    assert set(itertools.chain(*shares)) == set(items)
+    exact = [Ranks(rank, 4).share(items, equal=False) for rank in range(4)]
+    assert sorted(itertools.chain(*exact)) == items
+    assert Ranks(1, 4).share([7]) == [7]
