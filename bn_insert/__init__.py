@@ -1,10 +1,44 @@
-"""Insert BatchNorm into a pretrained network without changing its outputs."""
+"""Insert BatchNorm into a pretrained network without changing its outputs.
 
-from .batchnorm.identity import identity_batchnorm
+The public names, grouped by what they are for. Reading images is in `bn_insert.images`, writing reports in
+`bn_insert.report`, and the network that ships with the package in `bn_insert.demo`.
+"""
+# ruff: noqa: I001, RUF022 - grouped, everyday names first
+
+# Load, insert, check, save
+from .checkpoints.checkpoint import check_output, load_checkpoint, save_checkpoint
+from .checkpoints.torchvision_weights import torchvision_checkpoint
+from .compare.outputs import Comparison, compare_outputs, finite_part
+from .surgery.insert import Insertion, insert, insert_batchnorm
+
+# In a training script
 from .batchnorm.modes import freeze_batchnorm
-from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from .compare.outputs import Comparison, compare_outputs
-from .compare.train_mode import TrainModeAgreement, smallest_agreeing, train_mode_agreement
+from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
+from .statistics.recalibrate import recalibrate
+from .surgery.output_layer import replace_output
+from .training.parameter_groups import parameter_groups
+
+# Fine-tune on class folders
+from .training.finetune import FineTuning, StepMetrics, finetune
+from .training.metrics import EpochMetrics
+from .training.settings import TrainingSettings
+
+# Fold
+from .surgery.fold import fold_batchnorm
+
+# Insert step by step
+from .batchnorm.identity import identity_batchnorm
+from .graph.sites import Layer, Site, find_sites, survey
+from .statistics.calibrate import calibrate
+from .statistics.moments import Moments
+from .surgery.edges import Edge, find_edges
+from .surgery.equalize import equalize
+from .surgery.insert import insert_at
+
+# Several processes
+from .support.processes import Ranks, process_group
+
+# Errors
 from .errors import (
     BNInsertError,
     CalibrationError,
@@ -14,47 +48,57 @@ from .errors import (
     ImageError,
     TrainingError,
 )
-from .graph.sites import Layer, Site, find_sites, survey
-from .statistics.calibrate import calibrate
-from .statistics.moments import Moments
-from .statistics.recalibrate import recalibrate
-from .surgery.edges import Edge, find_edges
-from .surgery.equalize import equalize
-from .surgery.fold import fold_batchnorm
-from .surgery.insert import insert_at, insert_batchnorm
-from .surgery.output_layer import replace_output
-from .training.parameter_groups import parameter_groups
 
 __all__ = [
+    # Load, insert, check, save
+    "check_output",
+    "load_checkpoint",
+    "save_checkpoint",
+    "torchvision_checkpoint",
+    "insert_batchnorm",
+    "insert",
+    "Insertion",
+    "compare_outputs",
+    "Comparison",
+    "finite_part",
+    # In a training script
+    "replace_output",
+    "parameter_groups",
+    "freeze_batchnorm",
+    "recalibrate",
+    "train_mode_agreement",
+    "TrainModeAgreement",
+    "smallest_agreeing",
+    "agreement_reading",
+    # Fine-tune on class folders
+    "finetune",
+    "TrainingSettings",
+    "FineTuning",
+    "StepMetrics",
+    "EpochMetrics",
+    # Fold
+    "fold_batchnorm",
+    # Insert step by step
+    "find_sites",
+    "survey",
+    "Site",
+    "Layer",
+    "calibrate",
+    "Moments",
+    "identity_batchnorm",
+    "find_edges",
+    "Edge",
+    "equalize",
+    "insert_at",
+    # Several processes
+    "Ranks",
+    "process_group",
+    # Errors
     "BNInsertError",
     "CalibrationError",
     "CheckpointError",
-    "Comparison",
     "DivergenceError",
-    "Edge",
     "GraphError",
     "ImageError",
-    "Layer",
-    "Moments",
-    "Site",
-    "TrainModeAgreement",
     "TrainingError",
-    "calibrate",
-    "compare_outputs",
-    "equalize",
-    "find_edges",
-    "find_sites",
-    "fold_batchnorm",
-    "freeze_batchnorm",
-    "identity_batchnorm",
-    "insert_at",
-    "insert_batchnorm",
-    "load_checkpoint",
-    "parameter_groups",
-    "recalibrate",
-    "replace_output",
-    "save_checkpoint",
-    "smallest_agreeing",
-    "survey",
-    "train_mode_agreement",
 ]

@@ -88,8 +88,21 @@ def survey(
 
     Layers come in the order in which a forward pass completes them, those never called last. Arguments as `find_sites`.
     """
+    return layers_in(
+        Trace.of(model, example), layers=layers, include_output=include_output, skip=skip, placement=placement
+    )
+
+
+def layers_in(
+    trace: Trace,
+    *,
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
+    include_output: bool = False,
+    skip: Iterable[str] = (),
+    placement: Placement = "before_activation",
+) -> list[Layer]:
+    """Return what `survey` returns, from a trace."""
     wishes = _Wishes.checked(layers, include_output, skip, placement)
-    trace = Trace.of(model, example)
     found = [_describe(trace, name, module, wishes) for name, module in trace.layers_in_order()]
     for pattern in wishes.skip:
         if not any(fnmatchcase(layer.name, pattern) for layer in found):

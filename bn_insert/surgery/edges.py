@@ -75,7 +75,11 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
     >>> find_edges(model, example, find_sites(model, example))
     [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
     """
-    trace = Trace.of(model, example)
+    return edges_in(Trace.of(model, example), sites)
+
+
+def edges_in(trace: Trace, sites: Sequence[Site]) -> list[Edge]:
+    """Return what `find_edges` returns, from a trace."""
     return [_edge(trace, site) for site in sites]
 
 

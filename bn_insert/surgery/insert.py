@@ -1,11 +1,11 @@
-"""insert_batchnorm: see the graph, calibrate, make identity BatchNorms, splice them in."""
+"""Insert BatchNorm: trace the model, calibrate, make identity BatchNorms, splice them in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import torch
 from torch import nn
@@ -13,18 +13,98 @@ from torch.utils._pytree import tree_map_only
 
 from ..batchnorm.identity import check_eps, identity_batchnorm
 from ..errors import CalibrationError
-from ..graph.copies import AnyModule, deep_copy, shared_copy
+from ..graph.copies import AnyModule, deep_copy
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Placement, Site, find_sites
+from ..graph.sites import Layer, Placement, Site, layers_in
+from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, checked, preserved_random_state
-from ..support.processes import on_every_rank
-from .edges import Edge, find_edges
+from ..support.processes import Ranks, on_every_rank
+from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
-from .history import Architecture, Insertion
+from .history import Architecture
+from .history import Insertion as InsertionChange
 from .splice import splice_behind
+
+
+@dataclass(frozen=True, eq=False)
+class Insertion(Generic[AnyModule]):
+    """A model with BatchNorm inserted, and how it came about.
+
+    Attributes:
+        model: The copy with BatchNorm.
+        layers: Every conv and dense layer of the original, with its site or the reason why it has none.
+        moments: Moments of the activations at each site, by the name of its layer, as measured.
+        norms: The inserted BatchNorms, by the name of their layer.
+        edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
+        images: Number of images calibrated on, over all processes.
+    """
+
+    model: AnyModule = field(repr=False)
+    layers: tuple[Layer, ...] = field(repr=False)
+    moments: Mapping[str, Moments] = field(repr=False)
+    norms: Mapping[str, nn.Module] = field(repr=False)
+    edges: tuple[Edge, ...] = field(repr=False)
+    images: int
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where BatchNorms were inserted, in the order in which a forward pass completes them."""
+        return [layer.site for layer in self.layers if layer.site is not None]
+
+
+def insert(
+    model: AnyModule,
+    batches: Iterable[Any],
+    *,
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
+    include_output: bool = False,
+    skip: Iterable[str] = (),
+    placement: Placement = "before_activation",
+    equalize: bool = False,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Insertion[AnyModule]:
+    """Insert BatchNorm as `insert_batchnorm` does, and return the model together with everything measured on the way.
+
+    This is what the command `bn-insert insert` runs. Arguments and errors are those of `insert_batchnorm`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+        >>> insertion = insert(model, [torch.rand(16, 3, 8, 8)])
+        >>> insertion
+        Insertion(images=16)
+        >>> [(layer.name, layer.reason) for layer in insertion.layers]
+        [('0', ''), ('3', 'output layer')]
+        >>> insertion.moments["0"].std.shape
+        torch.Size([8])
+    """
+    check_eps(eps)
+    images = 0
+
+    def count(done: int) -> None:
+        nonlocal images
+        images = done
+        if progress:
+            progress(done)
+
+    with preserved_random_state():
+        example, batches = _peek(model, batches)
+        trace = Trace.of(model, example)
+        found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
+        sites = [layer.site for layer in found if layer.site is not None]
+        moments = calibrate(
+            model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
+        )
+    edges = edges_in(trace, sites) if equalize else []
+    result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+    return Insertion(result, tuple(found), moments, norms, tuple(edges), sum(Ranks.current().gathered(images)))
 
 
 def insert_batchnorm(
@@ -43,45 +123,64 @@ def insert_batchnorm(
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> AnyModule:
-    """Return a copy of the model with BatchNorm behind its conv and dense layers and unchanged outputs in eval mode.
+    """Return a copy of the model with BatchNorm after its conv and dense layers and unchanged outputs in eval mode.
 
-    On a CPU the outputs are equal bit for bit.  The given model is never changed, nor is PyTorch's random state.
+    On a CPU the outputs are equal bit for bit. The given model is never changed, nor is PyTorch's random state.
 
-    model: of a DataParallel, DistributedDataParallel or compiled model the module in it is taken, and returned.
-    batches: the calibration set: any iterable of tensors, or of tuples, lists or dicts whose first value is the input
-        (a DataLoader as it is).  Where the forward takes several inputs, a batch is a tuple that begins with them or a
-        dict with their names; where its one parameter is annotated as a dict, that dict; each maybe in a tuple with
-        labels.  It is iterated once; its activations' mean and variance become the running statistics.
-    layers: "conv", "dense" or both.
-    include_output: also behind the output layer (no activation between it and the model's output).
-    skip: glob patterns on qualified names; layers that fit one are left alone.
-    placement: "before_activation" (behind the layer) or "after_activation" (behind the activation that follows it).
-    equalize: first scale channels between neighbouring layers by powers of two, where the graph allows it, so that
-        gamma lies between 0.7 and 1.42. Outputs stay equal bit for bit; the weights do not.
-    eps, momentum: of the BatchNorms; momentum None means a cumulative average, as in PyTorch.
-    device: where to calibrate; default: where the model is.  autocast: dtype for the calibration's forward pass.
-    tolerance: end calibration early, once the statistics are this exact, as `calibrate` says.
-    progress: called after each batch with the number of images so far.
-    Inside an initialized torch.distributed process group every rank calls this with its own part of the batches (who
-    shards a stream is up to the caller), and gets the same result from all parts together.
-    Raises GraphError when the model cannot be seen, CalibrationError when the batches give no usable statistics.
+    Inside an initialized `torch.distributed` process group, every rank calls this with its own part of the batches
+    (sharding a stream is up to the caller), and all get the same result, computed from all parts together.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
-    >>> result = insert_batchnorm(model, [torch.rand(16, 3, 8, 8)])
-    >>> [type(module).__name__ for module in result]
-    ['Conv2d', 'BatchNorm2d', 'ReLU', 'Flatten', 'Linear']
-    >>> x = torch.rand(2, 3, 8, 8)
-    >>> torch.equal(result(x), model(x))
-    True
+    Args:
+        model: The network. A DataParallel, DistributedDataParallel or compiled model is unwrapped first, and the result
+            is not wrapped.
+        batches: The calibration set: any iterable of tensors, or of tuples, lists or dicts whose first value is the
+            input, such as a DataLoader. If the forward takes several inputs, each batch is a tuple that starts with
+            them, or a dict with their names; if its only parameter is annotated as a dict, each batch is that dict. Any
+            of these may come in a tuple with labels. Iterated once. The mean and variance of the activations become the
+            running statistics.
+        layers: `"conv"`, `"dense"` or both.
+        include_output: Whether to insert after the output layer too (a layer with no activation between it and the
+            model's output).
+        skip: Glob patterns on qualified names of layers to leave alone.
+        placement: `"before_activation"` (directly after the layer) or `"after_activation"` (after the activation that
+            follows it).
+        equalize: Whether to rescale channels between neighboring layers by powers of two first, where the graph allows
+            it, so that gamma is between 0.7 and 1.42. Outputs stay equal bit for bit; weights do not.
+        eps: Added to the variance in each BatchNorm.
+        momentum: Of the running statistics; None means a cumulative average, as in PyTorch.
+        device: Where to calibrate. Default: where the model is.
+        autocast: Dtype for the calibration's forward pass; statistics stay float32 or better.
+        tolerance: Stop calibrating once the statistics are this exact, see `calibrate`.
+        progress: Called after each batch with the number of images so far.
+
+    Raises:
+        GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
+        CalibrationError: The batches give no usable statistics.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+        >>> result = insert_batchnorm(model, [torch.rand(16, 3, 8, 8)])
+        >>> [type(module).__name__ for module in result]
+        ['Conv2d', 'BatchNorm2d', 'ReLU', 'Flatten', 'Linear']
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(result(x), model(x))
+        True
     """
-    with preserved_random_state():
-        example, batches = _peek(model, batches)
-        sites = find_sites(model, example, layers=layers, include_output=include_output, skip=skip, placement=placement)
-        moments = calibrate(
-            model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=progress
-        )
-    edges = find_edges(model, example, sites) if equalize else ()
-    return insert_at(model, sites, moments, edges=edges, eps=eps, momentum=momentum)
+    return insert(
+        model,
+        batches,
+        layers=layers,
+        include_output=include_output,
+        skip=skip,
+        placement=placement,
+        equalize=equalize,
+        eps=eps,
+        momentum=momentum,
+        device=device,
+        autocast=autocast,
+        tolerance=tolerance,
+        progress=progress,
+    ).model
 
 
 def insert_at(
@@ -95,36 +194,39 @@ def insert_at(
 ) -> AnyModule:
     """Return a copy of the model with an identity BatchNorm at each site, made from the site's moments.
 
-    edges: from `find_edges`: equalized before the BatchNorms go in.
+    The second half of `insert_batchnorm`, for callers who inspect sites and moments in between.
 
-    The second half of `insert_batchnorm`, for callers who want to look at sites and moments in between.
+    Args:
+        model: As for `insert_batchnorm`.
+        sites: From `find_sites`.
+        moments: From `calibrate`, by the name of each site's layer.
+        edges: From `find_edges`: equalized before the BatchNorms are inserted.
+        eps: Added to the variance in each BatchNorm.
+        momentum: Of the running statistics; None means a cumulative average.
+
+    Raises:
+        CalibrationError: A site has no usable moments.
     """
-    return insert_with_norms(model, sites, moments, edges=edges, eps=eps, momentum=momentum)[0]
+    check_eps(eps)
+    return _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)[0]
 
 
-def insert_with_norms(
+def _with_norms(
     model: AnyModule,
     sites: Sequence[Site],
     moments: Mapping[str, Moments],
+    edges: Sequence[Edge],
     *,
-    edges: Sequence[Edge] = (),
-    eps: float = 1e-5,
-    momentum: float | None = 0.1,
-    shared: bool = False,
+    eps: float,
+    momentum: float | None,
 ) -> tuple[AnyModule, dict[str, nn.Module]]:
-    """Return what `insert_at` does, and in it the BatchNorm of each site, by the site's name.
-
-    shared: weights that stay as they are share their memory with the model's, for callers who change neither.
-    """
-    check_eps(eps)
-    result = shared_copy(model) if shared and not edges else deep_copy(model)
-    moments = equalize_channels(result, edges, moments)
-    norms = {
-        site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
-    }
+    """Return a copy with a BatchNorm at each site, and those BatchNorms by the sites' names."""
+    result = deep_copy(model)
+    scaled = equalize_channels(result, edges, moments)
+    norms = {site: _norm_for(result.get_submodule(site.name), site, scaled[site.name], eps, momentum) for site in sites}
     spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
     if sites:
-        Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(spliced)
+        Architecture.of(model).changed(InsertionChange(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}
 
 
@@ -139,31 +241,33 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
 
 
 @dataclass(frozen=True)
-class _Like:
-    """What one input tensor is like."""
+class _TensorSpec:
+    """Shape and dtype of one input tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[Any]]:
-    """Return an example of the input, and all batches; a rank without any batch learns the shapes from the others."""
+    """Return an example input of zeros, and all batches; a rank without batches gets the shapes from the others."""
     iterator: Iterator[Any] = iter(())
-    found: list[Any] = []
+    first: list[Any] = []
 
-    def own_shapes() -> Inputs | None:
+    def own_specs() -> Inputs | None:
         nonlocal iterator
         iterator = iter(checked(batches))
-        found.extend(islice(iterator, 1))
-        if not found:
+        first.extend(islice(iterator, 1))
+        if not first:
             return None
-        return Inputs.of(found[0], 0, model).mapped(lambda tensor: _Like(tuple(tensor.shape), tensor.dtype))
+        return Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
 
-    shapes = next((each for each in on_every_rank(own_shapes) if each is not None), None)
-    if shapes is None:
+    specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
+    if specs is None:
         raise CalibrationError("the calibration set is empty: no batch arrived")
     device = reference_tensor(model).device
     zeros = tree_map_only(
-        _Like, lambda like: torch.zeros(like.shape, dtype=like.dtype, device=device), (shapes.args, dict(shapes.kwargs))
+        _TensorSpec,
+        lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
+        (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), chain(found, iterator)
+    return Inputs(*zeros), chain(first, iterator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isnan, nan
 from pathlib import Path
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Comparison, Layer, Moments, Site, TrainModeAgreement
-    from bn_insert.images.batches import Batches, Unreadable
+    from bn_insert import Comparison, Insertion, TrainModeAgreement
+    from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
 INTERRUPTED = 130
@@ -84,11 +84,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import find_edges, survey  # noqa: PLC0415
-    from bn_insert.checkpoints.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.report.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
-    from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
-    from bn_insert.surgery.insert import insert_with_norms  # noqa: PLC0415
+    from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
 
     check_output(output, overwrite=force)
     if report:
@@ -97,34 +94,45 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     transform = open_transform(checkpoint, image_options)
     network = open_model(checkpoint, model)
     batches = open_calibration(calibration, network, transform, image_options)
-
-    example = next(iter(batches.head(1))).images
     kinds = layer_kinds(layers)
-    found = survey(network, example, layers=kinds, include_output=include_output, skip=skip or (), placement=placement)
-    sites = _sites(found, checkpoint)
     with process_group(open_device(device)) as target:
         ranks = Ranks.current()
-        autocast = torch.bfloat16 if amp else None
-        moments, calibrated, unreadable = _calibrate(
-            network, sites, batches, device=target, autocast=autocast, tolerance=tolerance
-        )
+        share = batches.part(ranks.rank, ranks.count)
+        if target.type == "cuda":
+            share = share.with_pinned_memory()
+        with image_progress("calibrating", share.images, shown=ranks.first) as progress:
+            insertion = insert(
+                network,
+                share,
+                layers=kinds,
+                include_output=include_output,
+                skip=skip or (),
+                placement=placement,
+                equalize=equalize,
+                eps=eps,
+                momentum=momentum,
+                device=target,
+                autocast=torch.bfloat16 if amp else None,
+                tolerance=tolerance,
+                progress=progress,
+            )
+        unreadable = [file for files in ranks.gathered(share.unreadable) for file in files]
     if not ranks.first:
         return  # one process checks and writes
+    _check_inserted(insertion, checkpoint)
     _note_unreadable(unreadable)
-    edges = find_edges(network, example, sites) if equalize else []
-    result, norms = insert_with_norms(network, sites, moments, edges=edges, eps=eps, momentum=momentum, shared=True)
 
-    print_table(site_table(sites, moments))
-    if edges:
-        print_table(edge_table(edges))
-    _note_calibration(calibrated, moments, tolerance)
-    comparisons = _check(network, result, batches.head(CHECK_IMAGES), target)
+    print_table(site_table(insertion.sites, insertion.moments))
+    if equalize:
+        print_table(edge_table(insertion.edges))
+    _note_calibration(insertion, tolerance)
+    comparisons = _check(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
-        save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
+        save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
     if report:
-        # Behind the checkpoint: nothing that goes wrong here loses it.
+        # After the checkpoint: nothing that goes wrong here loses it.
         facts = {
             "checkpoint": file_facts(checkpoint),
             "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
@@ -142,67 +150,46 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "seconds": time.monotonic() - started,
         }
         with _without_losing(output if accepted else None, report):
-            agreements = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
-            findings = insertion_report(found, moments, norms, edges, comparisons, agreements=agreements)
+            agreements = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
+            findings = insertion_report(
+                insertion.layers,
+                insertion.moments,
+                insertion.norms,
+                insertion.edges,
+                comparisons,
+                agreements=agreements,
+            )
             write_report(report, facts | findings, overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    print_result(f"Wrote {output}: {len(sites)} BatchNorm layers inserted.")
+    print_result(f"Wrote {output}: {len(insertion.sites)} BatchNorm layers inserted.")
 
 
-def _calibrate(
-    network: nn.Module,
-    sites: Sequence[Site],
-    batches: Batches,
-    *,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    tolerance: float | None,
-) -> tuple[dict[str, Moments], int, list[Unreadable]]:
-    """Return the moments of all processes' images together, the number of images, and the files skipped."""
-    from bn_insert import calibrate  # noqa: PLC0415
-    from bn_insert.support.processes import Ranks  # noqa: PLC0415
+def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
+    """Raise GraphError with the layers' reasons if there was nothing to insert."""
+    from bn_insert import GraphError  # noqa: PLC0415
 
-    ranks = Ranks.current()
-    share = batches.part(ranks.rank, ranks.count)
-    if device.type == "cuda":
-        share = share.with_pinned_memory()
-    images = 0
-    with image_progress("calibrating", share.images, shown=ranks.first) as progress:
-
-        def show(count: int) -> None:
-            nonlocal images
-            images = count
-            progress(count)
-
-        moments = calibrate(network, sites, share, device=device, autocast=autocast, tolerance=tolerance, progress=show)
-    unreadable = [file for files in ranks.gathered(share.unreadable) for file in files]
-    return moments, sum(ranks.gathered(images)), unreadable
+    if insertion.sites:
+        return
+    layers: dict[str, list[str]] = {}
+    for layer in insertion.layers:
+        layers.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
+    reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
+    raise GraphError(
+        f"nothing to insert in {checkpoint}, and nothing was written ({reasons or 'it has no conv or dense layer'})"
+    )
 
 
-def _sites(found: Sequence[Layer], checkpoint: str) -> list[Site]:
-    from bn_insert.errors import GraphError  # noqa: PLC0415
-
-    sites = [layer.site for layer in found if layer.site]
-    if not sites:
-        layers: dict[str, list[str]] = {}
-        for layer in found:
-            layers.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
-        reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
-        raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({reasons})")
-    return sites
-
-
-def _note_calibration(images: int, moments: Mapping[str, Moments], tolerance: float | None) -> None:
-    errors = [found.error_of(0.99) for found in moments.values()]
+def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None) -> None:
+    errors = [moments.error_of(0.99) for moments in insertion.moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
-    reached = f", to an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    print_note(f"Calibrated on {images} images{reached}.")
+    reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
+    print_note(f"Calibrated on {insertion.images} images{reached}.")
     if tolerance is not None and isnan(error):
-        print_note("The error cannot be told from one batch: give more images, or smaller batches (-b).")
+        print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
     elif tolerance is not None and error > tolerance:
-        print_note(f"The tolerance {tolerance:g} was not reached: give more images (--images), or be content.")
+        print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
 
 
 def _note_unreadable(unreadable: list[Unreadable]) -> None:
@@ -214,7 +201,7 @@ def _note_unreadable(unreadable: list[Unreadable]) -> None:
 @contextmanager
 def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
     """Say what is written already where the report fails, or is not waited for."""
-    from bn_insert.errors import CheckpointError  # noqa: PLC0415
+    from bn_insert import CheckpointError  # noqa: PLC0415
 
     written = f"{output} is written and whole" if output else "nothing was written"
     try:
@@ -228,8 +215,7 @@ def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
 
 def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> list[TrainModeAgreement] | str:
     """Return how far train mode is from eval mode, or why that cannot be measured."""
-    from bn_insert import CalibrationError, train_mode_agreement  # noqa: PLC0415
-    from bn_insert.compare.train_mode import agreement_reading  # noqa: PLC0415
+    from bn_insert import CalibrationError, agreement_reading, train_mode_agreement  # noqa: PLC0415
 
     try:
         with image_progress("train mode", batches.images) as progress:
@@ -245,7 +231,7 @@ def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.
     """Compare original and result on the CPU, whose kernel the promise is about, and on the device in use."""
     import torch  # noqa: PLC0415
 
-    from bn_insert.compare.outputs import compare_outputs, finite_part  # noqa: PLC0415
+    from bn_insert import compare_outputs, finite_part  # noqa: PLC0415
 
     reference, note = finite_part(model)
     candidate, _ = finite_part(result)

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from bn_insert import CheckpointError, calibrate, find_edges, survey, train_mode_agreement
+from bn_insert import CheckpointError, insert, train_mode_agreement
 from bn_insert.compare.outputs import compare_outputs
 from bn_insert.report.page import page
 from bn_insert.report.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
-from bn_insert.surgery.insert import insert_with_norms
 from bn_insert.training.metrics import EpochMetrics
 from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg
@@ -40,14 +39,10 @@ def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vg
 @functools.cache
 def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
     model, x = randomised(small_vgg()), images(24)
-    layers = survey(model, x[:1])
-    sites = [layer.site for layer in layers if layer.site]
-    moments = calibrate(model, sites, x.split(8))
-    edges = find_edges(model, x[:1], sites) if equalize else []
-    result, norms = insert_with_norms(model, sites, moments, edges=edges)
-    found = train_mode_agreement(result, [x]) if agreements else "too few images"
-    comparison = {"cpu": compare_outputs(model, result, [x])}
-    return insertion_report(layers, moments, norms, edges, comparison, agreements=found)
+    made = insert(model, x.split(8), equalize=equalize)
+    found = train_mode_agreement(made.model, [x]) if agreements else "too few images"
+    comparison = {"cpu": compare_outputs(model, made.model, [x])}
+    return insertion_report(made.layers, made.moments, made.norms, made.edges, comparison, agreements=found)
 
 
 def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings: Any) -> dict[str, Any]:
@@ -185,11 +180,8 @@ def test_near_constant_channels_are_counted_beside_the_constant_ones() -> None:
     model, x = randomised(small_vgg()), images(8)
     with torch.no_grad():
         model.features[0].weight[0] *= 1e-4
-    layers = survey(model, x[:1])
-    sites = [layer.site for layer in layers if layer.site]
-    moments = calibrate(model, sites, [x])
-    _, norms = insert_with_norms(model, sites, moments)
-    first = insertion_report(layers, moments, norms, [], {}, agreements="")["layers"][0]["batchnorm"]
+    made = insert(model, [x])
+    first = insertion_report(made.layers, made.moments, made.norms, [], {}, agreements="")["layers"][0]["batchnorm"]
     assert (first["near_constant_channels"], first["constant_channels"]) == (1, first["std"].count(0.0))
     assert first["constant_channels"] >= 1
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
-from bn_insert import CalibrationError, GraphError, calibrate, find_edges, find_sites, insert_batchnorm
+from bn_insert import CalibrationError, GraphError, calibrate, find_edges, find_sites, insert, insert_batchnorm, survey
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
-from bn_insert.surgery.insert import insert_with_norms
 from support.networks import (
     AWKWARD,
     DEPTHS,
@@ -565,18 +564,35 @@ def test_layers_registered_in_another_order_than_called_get_their_own_statistics
 
 
 @pytest.mark.parametrize("equalized", [False, True])
-def test_weights_are_shared_with_the_original_only_where_asked_and_where_they_stay_as_they_are(equalized: bool) -> None:
+def test_no_parameter_shares_memory_with_the_original(equalized: bool) -> None:
     model, x = small_vgg(), images(8, 16)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    sites = find_sites(model, x)
-    moments = calibrate(model, sites, [x])
-    edges = find_edges(model, x, sites) if equalized else []
-    result, norms = insert_with_norms(model, sites, moments, edges=edges, shared=True)
-    own, _ = insert_with_norms(model, sites, moments, edges=edges)
-    assert torch.equal(result(x), own(x))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    result = insert_batchnorm(model, [x], equalize=equalized)
     storages = {parameter.data_ptr() for parameter in model.parameters()}
-    weights = (result.features[0].weight, result.classifier[0].weight)
-    assert all((weight.data_ptr() in storages) != equalized for weight in weights)
-    assert storages.isdisjoint(parameter.data_ptr() for parameter in own.parameters())
-    assert storages.isdisjoint(parameter.data_ptr() for norm in norms.values() for parameter in norm.parameters())
+    assert storages.isdisjoint(parameter.data_ptr() for parameter in result.parameters())
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+def test_the_model_is_traced_once_for_an_insertion(equalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: calls.append(args) or export(*args, **kwargs))
+    insert_batchnorm(small_vgg(), [images(8, 16)], equalize=equalized)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+def test_an_insertion_has_the_model_and_all_that_was_measured_on_the_way(equalized: bool) -> None:
+    model, batches = small_vgg(), images(10, 16).split(4)
+    insertion = insert(model, batches, equalize=equalized)
+    sites = find_sites(model, batches[0])
+    assert insertion.images == 10
+    assert insertion.sites == sites
+    assert list(insertion.layers) == survey(model, batches[0])
+    assert list(insertion.edges) == (find_edges(model, batches[0], sites) if equalized else [])
+    for name, moments in calibrate(model, sites, batches).items():
+        assert torch.equal(insertion.moments[name].mean, moments.mean)
+        assert torch.equal(insertion.moments[name].m2, moments.m2)
+    modules = set(insertion.model.modules())
+    assert list(insertion.norms) == [site.name for site in sites]
+    assert all(norm in modules for norm in insertion.norms.values())
+    assert_same_outputs(insertion.model, insert_batchnorm(model, batches, equalize=equalized), batches[0])
