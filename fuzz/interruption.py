@@ -205,7 +205,7 @@ def look_at_run(case: Case, folder: Path) -> str:
         if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
             raise WrongError(f"{STATE} tells of files that are not there: {missing}")
         return f"complete, {found[LAST]}" if state.epoch else "complete"
-    return "each file whole, not yet all" if found else "absent"
+    return "each file complete, some missing" if found else "absent"
 
 
 def check_names(folder: Path, allowed: set[str]) -> None:
@@ -412,9 +412,9 @@ def report(
 ) -> list[str]:
     """Return the table as lines of Markdown."""
     lines = [
-        f"Anything but absent, old or new, each whole: {len(wrong)}.",
+        f"Outputs other than absent, old or new, each complete: {len(wrong)}.",
         "",
-        "| command | seconds undisturbed | file operations | kills | left | with temporary files |",
+        "| command | seconds if not killed | file operations | kills | output afterwards | with temporary files |",
         "|---|---|---|---|---|---|",
     ]
     for case in everything:
