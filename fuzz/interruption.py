@@ -205,7 +205,7 @@ def look_at_run(case: Case, folder: Path) -> str:
         if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
             raise WrongError(f"{STATE} tells of files that are not there: {missing}")
         return f"complete, {found[LAST]}" if state.epoch else "complete"
-    return "each file complete, some missing" if found else "absent"
+    return "each file whole, not yet all" if found else "absent"
 
 
 def check_names(folder: Path, allowed: set[str]) -> None:
