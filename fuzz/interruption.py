@@ -412,9 +412,9 @@ def report(
 ) -> list[str]:
     """Return the table as lines of Markdown."""
     lines = [
-        f"Anything but absent, old or new, each whole: {len(wrong)}.",
+        f"Outputs other than absent, old or new, each complete: {len(wrong)}.",
         "",
-        "| command | seconds undisturbed | file operations | kills | left | with temporary files |",
+        "| command | seconds if not killed | file operations | kills | output afterwards | with temporary files |",
         "|---|---|---|---|---|---|",
     ]
     for case in everything:

@@ -384,14 +384,14 @@ def table(results: list[Result], seed: int, seconds: float) -> str:
         f"# {len(results):,} damaged files, seed {seed}",
         "",
         f"`python -m fuzz.robustness --cases {len(results)} --seed {seed}`, {seconds:.0f} s. "
-        f'"{BAD}" would be: another exception than a BNInsertError, a message that does not name the file or is more '
-        f"than a line, a warning, something printed, a crash, over {CPU_LIMIT:g} s of processor time, over "
-        f"{MEMORY_LIMIT >> 30} GiB of memory or a failed attempt at more, a file made by a payload, or a result that "
-        "breaks its reader's promises.",
+        f'"{BAD}" counts: an exception other than BNInsertError, a message that does not name the file or has more '
+        f"than one line, a warning, printed output, a crash, more than {CPU_LIMIT:g} s of CPU time, more than "
+        f"{MEMORY_LIMIT >> 30} GiB of memory or a failed attempt to allocate it, a file created by a payload, and a "
+        "result that violates the guarantees of its reader.",
         "",
-        f'"{CHANGED}" is legitimate: the formats have no check sum over values, so a flipped bit of a weight or a '
-        "pixel is a weight or a pixel. Checked then: shapes, dtypes and settings in range, a forward pass, sizes that "
-        "the file's size bounds; images finite and as many as announced.",
+        f'"{CHANGED}" is legitimate: the formats have no checksum over values, so a weight or pixel with a flipped bit '
+        "is still a weight or pixel. In this case the program checks shapes, dtypes, the ranges of settings, a forward "
+        "pass, that the size of the file bounds the sizes, and that images are finite and as many as announced.",
         "",
     ]
     for title, of in (("input", lambda result: result.kind), ("mutation", lambda result: result.mutation)):
@@ -406,7 +406,8 @@ def table(results: list[Result], seed: int, seconds: float) -> str:
     lines += [f"- case {one.number} ({one.kind}, {one.mutation}): {one.detail}" for one in bad] + [""] * bool(bad)
     payloads = sum("payload" in result.mutation for result in results)
     lines += [
-        f"{payloads:,} of the files held a payload that makes a file when it is run; none was made." * (not bad),
+        f"{payloads:,} of the files contained a payload that creates a file when executed; none was created."
+        * (not bad),
         "",
     ]
     found = versions() | {name: version(name) for name in ("pillow", "numpy", "safetensors")}

@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=ARCHITECTURES, default=tuple(ARCHITECTURES), metavar="NAME")
     options = parser.parse_args()
     lines = [
-        "# Networks that the tool is held to",
+        "# Tested networks",
         "",
-        "Outputs: eval mode, CPU, against the original's. Fold back, exact: the original's tensors are there again bit",
-        "for bit, and where it was equalized the outputs are.",
+        "Outputs are compared with those of the original network, in eval mode on CPU. Fold back, exact: the original",
+        "tensors are restored bit for bit; after equalization, the outputs are.",
         "",
         "| network | BatchNorms inserted | outputs | with `equalize` | equalized layers | fold back | |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """What calibration costs: against a plain forward loop, against how other tools do it, and with everything around it.
 
-    python -m benchmarks.calibration --output benchmarks/results
+    python -m benchmarks.calibration --output benchmarks/calibration/results
 
 Each table is a measurement of its own; `--tables` chooses.  Ways that are compared take turns within one run, so that
 what else the machine is doing meets them all: read the ratios, not the seconds.
@@ -82,12 +82,12 @@ def against_plain_loop(options: argparse.Namespace) -> Iterator[str]:
     yield from (
         f"Networks at 224 x 224 on {options.device}"
         + (f" under {options.autocast} autocast" if options.autocast else "")
-        + f", {torch.get_num_threads()} threads, median of {options.repeats} turns of {options.images} images or one "
+        + f", {torch.get_num_threads()} threads, median of {options.repeats} rounds of {options.images} images or one "
         "batch.",
-        "Error: the largest of any channel of any layer, mean relative to std, variance relative, against float64 sums",
-        "of the same float32 activations. Memory: the process's peak, as a ratio to the plain loop's.",
+        "Error: the largest over all channels and layers (mean: relative to std; variance: relative), compared with",
+        "float64 sums of the same float32 activations. Memory: peak of the process, relative to the plain loop.",
         "",
-        "| network | batch | way | seconds | to the plain loop | to channels_last | peak memory | error |",
+        "| network | batch | implementation | seconds | / plain loop | / channels_last loop | peak memory | error |",
         "|---|---|---|---|---|---|---|---|",
     )
     for name in options.networks:
@@ -129,9 +129,9 @@ def _one_network(name: str, batch_size: int, options: argparse.Namespace) -> Ite
     weights = sum(p.numel() * p.element_size() for p in networks["bn-insert"].parameters())
     extra = (memory["bn-insert"] - 1.05 * memory["plain loop"]) / weights
     yield (
-        f"| {name} | {batch_size} | *the fastest other way, {fastest}, takes "
-        f"{_ratio(times[fastest], times['bn-insert']):.2f} times bn-insert's time; bn-insert's memory over 1.05 plain "
-        f"loops: {extra:.2f} copies of the weights* | | | | | |"
+        f"| {name} | {batch_size} | *the fastest alternative, {fastest}, takes "
+        f"{_ratio(times[fastest], times['bn-insert']):.2f} times as long as bn-insert; memory of bn-insert in excess "
+        f"of 1.05 plain loops: {extra:.2f} copies of the weights* | | | | | |"
     )
 
 
@@ -207,20 +207,20 @@ def profile(options: argparse.Namespace) -> Iterator[str]:
     for name, taken in largest:
         yield f"| `{name}` | {taken / whole:.1%} |"
     yield f"| other operations | {(sum(seconds.values()) - sum(taken for _, taken in largest)) / whole:.1%} |"
-    rest = "waiting for the processor" if on_gpu else "Python, between the operations"
+    rest = "waiting for the processor" if on_gpu else "Python, between operations"
     yield f"| {rest} | {1 - sum(seconds.values()) / whole:.1%} |"
     yield ""
     yield f"VGG16, {options.images} images in batches of {max(options.batch_sizes)}, on {device}."
 
 
 TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
-    "ways": ("Against the plain loop and other tools' ways", against_plain_loop),
+    "ways": ("Calibration compared with a plain loop and with other implementations", against_plain_loop),
     "profile": ("Where the time goes", profile),
-    "growth": ("Growth with the number of images", growth),
+    "growth": ("Time and memory by number of images", growth),
     "end-to-end": ("1,000 JPEGs of 500 x 375, end to end", end_to_end),
-    "start-up": ("Start-up", start_up),
-    "around": ("What `insert` adds around calibration", around_calibration),
-    "processes": ("Two processes against one", processes),
+    "start-up": ("Start-up time", start_up),
+    "around": ("What `insert` spends outside of calibration", around_calibration),
+    "processes": ("Two processes compared with one", processes),
 }
 
 
@@ -237,7 +237,7 @@ def machine() -> str:
 def main() -> None:
     """Measure the tables asked for; each is written, with the machine and versions, when it is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder for calibration-TABLE.md, a file a table")
+    parser.add_argument("--output", type=Path, help="folder for TABLE.md, one file per table")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES))
     parser.add_argument("--networks", nargs="+", default=("vgg11", "vgg16", "vgg19"))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=(8, 32))
@@ -256,7 +256,7 @@ def main() -> None:
             print(line, flush=True)
         lines += ["", machine(), ""]
         if options.output:
-            name = f"calibration-{table}" + (f"-{options.device.type}" if options.device.type != "cpu" else "")
+            name = table + (f"-{options.device.type}" if options.device.type != "cpu" else "")
             (options.output / f"{name}.md").write_text("\n".join(lines))
 
 

@@ -41,8 +41,8 @@ def end_to_end(options: argparse.Namespace) -> Iterator[str]:
         ways = {
             "`bn-insert insert`": insert,
             "plain script": _script("both", checkpoint, photographs),
-            "plain script, decoding alone": _script("decode", checkpoint, photographs),
-            "plain script, forward alone": _script("forward", checkpoint, photographs),
+            "plain script, decoding only": _script("decode", checkpoint, photographs),
+            "plain script, forward pass only": _script("forward", checkpoint, photographs),
         }
         times = _in_turns(ways, options.command_repeats)
     yield from ("| | seconds, median | ratio |", "|---|---|---|")
@@ -51,9 +51,9 @@ def end_to_end(options: argparse.Namespace) -> Iterator[str]:
         yield f"| {name} | {statistics.median(taken):.1f} | {ratio:.2f} |"
     yield ""
     yield (
-        f"VGG16, {WORKERS} workers, batch 32, {options.command_repeats} turns. Ratio: `bn-insert insert`'s time to "
-        "that row's. The plain script: torchvision's ImageNet transform in a DataLoader, then `model(images)`, and no "
-        "statistics."
+        f"VGG16, {WORKERS} workers, batch size 32, {options.command_repeats} rounds. Ratio: time of `bn-insert insert` "
+        "relative to the time in that row. Plain script: torchvision's ImageNet transform in a DataLoader, followed by "
+        "`model(images)`, without statistics."
     )
 
 
@@ -93,8 +93,8 @@ def around_calibration(options: argparse.Namespace) -> Iterator[str]:
         yield f"| {step} | {statistics.median(run[step] for run in runs):.2f} |"
     yield ""
     yield (
-        "32 images. Each run is the first in a process of its own that has imported torch and torchvision; reading, "
-        "writing and calibration are timed in it, while `insert` runs."
+        "32 images. Each run takes place in a new process that has already imported torch and torchvision. Reading, "
+        "writing and calibration are timed while `insert` runs."
     )
 
 
@@ -112,7 +112,7 @@ def _steps_of_insert(checkpoint: Path, photographs: Path, folder: Path) -> dict[
 
     words = ["insert", checkpoint, photographs, "-o", folder / "result.pth", "--force", "-j", WORKERS]
     with (
-        patch.object(bn_insert, "calibrate", timed("calibration, decoding included", calibrate)),
+        patch.object(bn_insert, "calibrate", timed("calibration, including decoding", calibrate)),
         patch.object(torch, "load", timed("`torch.load` of the checkpoint", torch.load)),
         patch.object(torch, "save", timed("`torch.save` of the result, and fsync", torch.save)),
         patch.object(os, "fsync", timed("`torch.save` of the result, and fsync", os.fsync)),
@@ -123,14 +123,14 @@ def _steps_of_insert(checkpoint: Path, photographs: Path, folder: Path) -> dict[
         app(list(map(str, words)), standalone_mode=False)
         whole = time.perf_counter() - began
     rest = whole - sum(seconds.values())
-    return {"`insert`": whole, **seconds, "the rest: examining, inserting, checking, settings": rest}
+    return {"`insert`": whole, **seconds, "the rest: analysis, insertion, verification, settings": rest}
 
 
 def processes(options: argparse.Namespace) -> Iterator[str]:
     """The calibration of VGG16 on 256 images by one process of one thread, and by two."""
     script = HERE / "ranks.py"
     ways = {
-        f"{ranks} process{'es' if ranks > 1 else ''} of one thread": [
+        f"{ranks} process{'es' if ranks > 1 else ''} with one thread": [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             str(script),
         ]
@@ -141,7 +141,7 @@ def processes(options: argparse.Namespace) -> Iterator[str]:
         for name, command in ways.items():
             runs[name].append(float(_run(command).split()[-1]))
     one = next(iter(runs.values()))
-    yield from ("| | seconds of calibration, median | times as fast |", "|---|---|---|")
+    yield from ("| | seconds of calibration, median | speedup |", "|---|---|---|")
     for name, taken in runs.items():
         ratio = statistics.median(a / b for a, b in zip(one, taken, strict=True))
         yield f"| {name} | {statistics.median(taken):.1f} | {ratio:.2f} |"

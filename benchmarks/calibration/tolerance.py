@@ -58,7 +58,7 @@ def main() -> None:
     lines = [
         f"# Stopping at a tolerance, {options.runs} runs each",
         "",
-        "| tolerance | batch size | images taken | worst true error, median | largest | honest runs |",
+        "| tolerance | batch size | images used | worst true error, median | largest | runs within tolerance |",
         "|---|---|---|---|---|---|",
     ]
     for tolerance, batch_size in ((0.3, 4), (0.3, 16), (0.15, 4), (0.15, 16), (0.08, 16)):

@@ -174,7 +174,7 @@ WAYS: dict[str, Way] = {
     "bn-insert": ours,
     "squared deviations in a hook": squared_deviations,
     "torch.var_mean in a hook": var_mean,
-    "BatchNorm in train mode beside each layer": batchnorm_beside,
+    "BatchNorm in train mode next to each layer": batchnorm_beside,
     "BatchNorm, cumulative average": partial(batchnorm_beside, momentum=None),
     "activations kept in memory": kept_in_memory,
     "two passes over the images": two_passes_over_the_images,

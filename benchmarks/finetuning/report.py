@@ -24,8 +24,8 @@ COLOURS = {
     "equalized": "#2a9d5c",
 }
 _COMPARISON = (
-    "Each way with re-estimated statistics, at one learning rate for both input ranges: the one whose worse accuracy\n"
-    "is best. Plain training has the best rate of each input range."
+    "Each method uses re-estimated statistics and one learning rate for both input ranges: the one with the best\n"
+    "worst-case accuracy. Training without BatchNorm uses the best learning rate for each input range."
 )
 
 
@@ -109,7 +109,7 @@ def write_table(results: Sequence[Result], path: Path) -> None:
     for dataset, input_range in _panels(results):
         curves = _curves(results, dataset, input_range)
         sections += [f"## {dataset}, pixels {input_range}", _accuracies(curves), _by_steps(curves), _summary(curves)]
-    sections += ["## Against plain training", _COMPARISON, _comparison(results)]
+    sections += ["## Comparison with training without BatchNorm", _COMPARISON, _comparison(results)]
     path.write_text("\n\n".join(sections) + "\n")
 
 
@@ -146,20 +146,21 @@ def _heading(results: Sequence[Result]) -> str:
     environment = results[-1].environment
     return f"""# Fine-tuning after inserting BatchNorm
 
-Made by `python -m benchmarks.finetuning` from the runs in `finetuning.jsonl`; last run {environment["date"]} on
+Produced by `python -m benchmarks.finetuning` from the runs in `finetuning.jsonl`; last run {environment["date"]} on
 {environment["processor"]}, torch {environment["torch"]}, torchvision {environment["torchvision"]}, CPU.
 Compute precision: {", ".join(map(_precision, precisions))}.
 
-VGG16's pretrained conv layers and a new head (dense 512-256, ReLU, dense 256-10; in every row but the first with a
-fresh BatchNorm in front of the ReLU; put on after inserting), 48x48 images, SGD, momentum {MOMENTUM}, batch {BATCH},
-constant learning rate, {setting.steps} steps, all layers trained. A figure is the validation accuracy (200 images: one
-image is 0.005, one standard error at 0.97 is 0.012), median over {SEEDS} seeds, with a * over fewer; a seed is the
-head's initial values and the order of the batches. "Re-estimated": the statistics of all BatchNorms are taken anew
-from {CALIBRATION_IMAGES} training images before validation. "nan": the loss of most seeds was not finite. "-": not
-run. A rate trains if the accuracy after the last step is at least {GOOD:g}. In brackets: the rate that does it.
+The network consists of VGG16's pretrained conv layers and a new head (dense 512-256, ReLU, dense 256-10) that is
+attached after inserting; in every row but the first, the head has a fresh BatchNorm before the ReLU. Training: 48x48
+images, SGD with momentum {MOMENTUM}, batch size {BATCH}, constant learning rate, {setting.steps} steps, all layers.
+The figures are validation accuracies (200 images: one image is 0.005, one standard error at 0.97 is 0.012), medians
+over {SEEDS} seeds; an asterisk marks fewer seeds. The seed determines the initial weights of the head and the order of
+the batches. "Re-estimated": the statistics of all BatchNorm layers were re-estimated on {CALIBRATION_IMAGES} training
+images before validation. "nan": the loss was not finite for most seeds. "-": not run. A learning rate trains if the
+accuracy after the last step is at least {GOOD:g}. Learning rates are in parentheses.
 
-The data: scikit-learn's digits, enlarged; and which of ten of scikit-image's pictures a grey 48x48 crop is from
-(training crops from the left 60 % of each picture, validation crops from the right 35 %)."""
+The datasets: scikit-learn's digits, enlarged; and gray 48x48 crops of ten of scikit-image's pictures, to be classified
+by picture (training crops from the left 60% of each picture, validation crops from the right 35%)."""
 
 
 def _precision(name: str) -> str:

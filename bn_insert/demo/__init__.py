@@ -1,4 +1,4 @@
-"""The demo data: a small trained VGG without BatchNorm, and handwritten digits that it has not been trained on."""
+"""The demo data: a small trained VGG without BatchNorm, and handwritten digits that it was not trained on."""
 
 from pathlib import Path
 
@@ -6,10 +6,13 @@ __all__ = ["images_path", "network_path"]
 
 
 def network_path() -> Path:
-    """Path of the demo network: a plain float32 state dict in torchvision's VGG layout, for RGB in [0, 1] at 32x32."""
+    """Return the path of the demo network, a float32 state dict in torchvision's VGG layout.
+
+    The network takes 32x32 RGB images with values in [0, 1].
+    """
     return Path(__file__).parent / "network.pth"
 
 
 def images_path() -> Path:
-    """Path of the demo images: a folder with one folder a digit, "0" to "9", of 32x32 PNG files."""
+    """Return the path of the demo images: a folder with one subfolder of 32x32 PNG files per digit, "0" to "9"."""
     return Path(__file__).parent / "images"

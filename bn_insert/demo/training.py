@@ -1,8 +1,8 @@
-# ruff: noqa: T201 - a script that reports its progress
-"""Make the demo data: render scikit-learn's digits, train a small VGG on them, write the network and held-out images.
+# ruff: noqa: T201 - a script that prints its progress
+"""Create the demo data: enlarge scikit-learn's digits, train a small VGG, and write it and the held-out images.
 
-Run it with `python -m bn_insert.demo.training [--output FOLDER] [--force]`; it needs scikit-learn, which comes with
-`pip install "bn-insert[test]"`.
+Run it with `python -m bn_insert.demo.training [--output FOLDER] [--force]`. It requires scikit-learn, which
+`pip install "bn-insert[test]"` installs.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from bn_insert.errors import BNInsertError
 
 __all__ = ["Digits", "demo_network", "load_digits", "main", "measure_accuracy", "render", "split", "train"]
 
-# Few channels, so that the network takes little room in the package; behind the last pooling 2x2 values a channel
-# are left, so that flattening mixes channels and positions as it does in a VGG of full size.
+# Few channels keep the package small. The last pooling leaves 2x2 values per channel, so that flattening mixes channels
+# and positions as it does in a full-size VGG.
 CONVOLUTIONS: list[str | int] = [16, "M", 32, "M", 48, 48, "M", 64, 64, "M"]
 POOLED_SIZE = 2
 DENSE = 128
@@ -35,31 +35,31 @@ CLASSES = 10
 
 HELD_OUT = 360
 SEED = 0
-# Sums over batches are split among threads: the same weights come out only with the same number of them.
+# Sums over batches are split among threads, so only the same number of threads reproduces the same weights.
 THREADS = 2
 EPOCHS = 40
 BATCH = 32
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
-LARGEST_SHIFT = 3  # pixels; more would push strokes out of the image
+LARGEST_SHIFT = 3  # pixels; larger shifts would move strokes out of the image
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Rendered digits: pixels, classes, and each digit's row number in scikit-learn's data set."""
+    """Enlarged digits: pixels, classes, and the row of each digit in scikit-learn's dataset."""
 
     pixels: UInt8[Tensor, "images 32 32"]
     labels: Int64[Tensor, " images"]
     numbers: Int64[Tensor, " images"]
 
     def select(self, rows: Int64[Tensor, " rows"]) -> "Digits":
-        """Return the digits in these rows, in this order."""
+        """Return the digits with these row indices, in this order."""
         return Digits(self.pixels[rows], self.labels[rows], self.numbers[rows])
 
 
 def demo_network() -> VGG:
-    """Return the demo's VGG, with fresh weights: RGB batches of 32x32 in [0, 1] to the logits of ten digits."""
-    # On the meta device VGG's own dense layers, 400 MB that are replaced at once, take no memory.
+    """Return the demo's VGG with new weights: from 32x32 RGB images in [0, 1] to the logits of ten digits."""
+    # The meta device avoids allocating VGG's default dense layers, 400 MB that are replaced immediately.
     with torch.device("meta"):
         network = VGG(nn.Identity(), num_classes=CLASSES, init_weights=False)
     network.features = make_layers(CONVOLUTIONS)
@@ -79,27 +79,32 @@ def demo_network() -> VGG:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-            # No input is negative, neither pixels nor what comes from a ReLU: a channel whose weights sum to much less
-            # than zero would never fire, get no gradient and stay dead. So every channel starts at a sum of zero.
+            # Inputs are never negative, whether they are pixels or outputs of a ReLU. A channel whose weights sum to
+            # much less than zero would never be active, receive no gradient and stay dead, so the sums start at zero.
             with torch.no_grad():
                 layer.weight -= layer.weight.mean(tuple(range(1, layer.weight.dim())), keepdim=True)
     return network
 
 
 def render(digits: Float64[Tensor, "images 8 8"]) -> UInt8[Tensor, "images 32 32"]:
-    """Enlarge 8x8 digits, whole numbers from 0 to 16, bilinearly to grey pixels from 0 to 255."""
-    # The weights are multiples of 1/64, so float64 holds every value exactly and each machine gives the same pixels.
+    """Enlarge 8x8 digits with integer values from 0 to 16 bilinearly to gray pixels from 0 to 255."""
+    # The interpolation weights are multiples of 1/64, which float64 represents exactly: all machines produce the same
+    # pixels.
     enlarged = F.interpolate(digits.unsqueeze(1), scale_factor=4, mode="bilinear", align_corners=False).squeeze(1)
     return (enlarged * 255 / 16).round().to(torch.uint8)
 
 
 def load_digits() -> Digits:
-    """Return scikit-learn's 1,797 digits, rendered; raises BNInsertError where scikit-learn is missing."""
+    """Return scikit-learn's 1,797 digits, enlarged.
+
+    Raises:
+        BNInsertError: scikit-learn is not installed.
+    """
     try:
-        from sklearn import datasets  # noqa: PLC0415 - only this script needs it, and it is optional
+        from sklearn import datasets  # noqa: PLC0415 - an optional dependency that only this script needs
     except ImportError as error:
         raise BNInsertError(
-            'the demo\'s digits come from scikit-learn, which is not installed: pip install "bn-insert[test]"'
+            'the demo digits require scikit-learn, which is not installed: pip install "bn-insert[test]"'
         ) from error
     bunch = datasets.load_digits()
     labels = torch.from_numpy(bunch.target).to(torch.int64)
@@ -107,7 +112,7 @@ def load_digits() -> Digits:
 
 
 def split(digits: Digits) -> tuple[Digits, Digits]:
-    """Return the digits to train on and the held-out ones, with the same shares of the ten classes in both."""
+    """Return the training digits and the held-out digits, stratified by class."""
     from sklearn.model_selection import train_test_split  # noqa: PLC0415 - as above
 
     training, held_out = train_test_split(
@@ -117,12 +122,12 @@ def split(digits: Digits) -> tuple[Digits, Digits]:
 
 
 def as_input(pixels: UInt8[Tensor, "images 32 32"]) -> Float[Tensor, "images 3 32 32"]:
-    """Return grey pixels as the network sees them: float32 RGB in [0, 1], with three equal channels."""
+    """Convert gray pixels to the network's input: float32 RGB in [0, 1] with three equal channels."""
     return (pixels.to(torch.float32) / 255).unsqueeze(1).expand(-1, 3, -1, -1)
 
 
 def shift(pixels: UInt8[Tensor, "images 32 32"], generator: torch.Generator) -> UInt8[Tensor, "images 32 32"]:
-    """Move each image by up to LARGEST_SHIFT pixels in both directions; black comes in at the borders."""
+    """Shift each image by up to LARGEST_SHIFT pixels along both axes, and fill the borders with black."""
     padded = F.pad(pixels, [LARGEST_SHIFT] * 4)
     down, right = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2, len(pixels), 1), generator=generator)
     position = torch.arange(32)
@@ -131,10 +136,13 @@ def shift(pixels: UInt8[Tensor, "images 32 32"], generator: torch.Generator) -> 
 
 
 def train(digits: Digits, held_out: Digits) -> VGG:
-    """Train a demo network on digits and print a line an epoch with its accuracy on the held-out ones.
+    """Train a demo network on digits, and print its accuracy on the held-out digits after each epoch.
 
-    The weights of the last epoch are the ones returned, not those of the best. They are the same each time on one
-    machine and release of PyTorch with one number of threads; the caller's RNG state stays as it is.
+    The caller's RNG state is left unchanged.
+
+    Returns:
+        The network with the weights of the last epoch, not of the best one. On the same machine, with the same release
+        of PyTorch and the same number of threads, they are reproducible.
     """
     generator = torch.Generator().manual_seed(SEED)
     batches = len(digits.labels) // BATCH
@@ -169,7 +177,7 @@ def train(digits: Digits, held_out: Digits) -> VGG:
 
 
 def write(folder: Path, network: VGG, digits: Digits) -> None:
-    """Write network.pth, a plain state dict, and images/<digit>/<number>.png, in place of what earlier runs wrote."""
+    """Write network.pth, a plain state dict, and images/<digit>/<number>.png, replacing those of earlier runs."""
     images = folder / "images"
     for stale in images.glob("[0-9]/*.png"):
         stale.unlink()
@@ -179,12 +187,12 @@ def write(folder: Path, network: VGG, digits: Digits) -> None:
         path = images / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, optimize=True)
-    # state_dict() is an OrderedDict with metadata attached: a dict of tensors is all that belongs in the file.
+    # state_dict() returns an OrderedDict with metadata; the file should contain a plain dict of tensors.
     torch.save(dict(network.state_dict()), folder / "network.pth")
 
 
 def measure_accuracy(folder: Path) -> float:
-    """Return the share of the images in a written folder that the network beside them, read back, classifies right."""
+    """Return the accuracy of the network written to a folder, read back, on the images written to it."""
     network = demo_network()
     network.load_state_dict(torch.load(folder / "network.pth", weights_only=True))
     network.eval()
@@ -197,20 +205,26 @@ def measure_accuracy(folder: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the demo data in a folder; returns 0, or 2 where scikit-learn is missing or files are in the way."""
-    parser = argparse.ArgumentParser(prog="python -m bn_insert.demo.training", description="Make the demo data again.")
+    """Create the demo data; returns 0, or 2 if scikit-learn is missing or the output exists already."""
+    parser = argparse.ArgumentParser(prog="python -m bn_insert.demo.training", description="Recreate the demo data.")
     parser.add_argument(
-        "--output", type=Path, default=Path("bn-insert-demo"), metavar="FOLDER", help="where to write (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("bn-insert-demo"),
+        metavar="FOLDER",
+        help="output folder (default: %(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a network and images that are there already")
+    parser.add_argument("--force", action="store_true", help="replace an existing network and images")
     chosen = parser.parse_args(arguments)
     folder: Path = chosen.output
     try:
         training, held_out = split(load_digits())
-        # Before training, so that nobody waits for a network that cannot be written.
+        # Checked before training, so that no time is spent on a network that cannot be written.
         folder.mkdir(parents=True, exist_ok=True)
         if not chosen.force and any((folder / name).exists() for name in ("network.pth", "images")):
-            raise BNInsertError(f"{folder} holds a network or images already: choose another --output, or add --force")
+            raise BNInsertError(
+                f"{folder} already contains a network or images: choose another --output, or pass --force"
+            )
     except (BNInsertError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

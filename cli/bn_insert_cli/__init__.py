@@ -1,1 +1,1 @@
-"""The command line of bn-insert: one file a command."""
+"""The command line of bn-insert, with one file per command."""

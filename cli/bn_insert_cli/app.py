@@ -1,4 +1,4 @@
-"""The command `bn-insert`: ties the commands together, and turns every error into one message and an exit code."""
+"""The `bn-insert` command: combines the subcommands, and turns every error into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .inspect import inspect
 from .report import report
 
 BAD_INPUT = 2
-INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+INTERNAL_ERROR = 70  # EX_SOFTWARE in sysexits.h
 INTERRUPTED = 130
 
 
 class _Commands(TyperGroup):
-    """Runs a command; an error of ours becomes one message on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Runs a command. A BNInsertError becomes one message on stderr and exit code 2, Ctrl-C exit code 130."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         signal.signal(signal.SIGTERM, _stop)
@@ -46,12 +46,12 @@ class _Commands(TyperGroup):
 
 
 def _stop(signal_number: int, _frame: object) -> None:
-    """End by an exception, so that temporary files are removed on the way out."""
+    """Exit by raising an exception, so that temporary files are removed."""
     sys.exit(128 + signal_number)
 
 
 def _is_expected(error: Exception) -> bool:
-    errors = sys.modules.get("bn_insert.errors")  # not imported here: --help ends by an exception too, and stays quick
+    errors = sys.modules.get("bn_insert.errors")  # not imported: --help raises an exception too, and should stay fast
     return isinstance(error, OSError) or (errors is not None and isinstance(error, errors.BNInsertError))
 
 
@@ -76,7 +76,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error comes from, for a bug report.")
+        bool, typer.Option("--traceback", help="Print the traceback of an error, for a bug report.")
     ] = False,
 ) -> None:
     """Insert BatchNorm into a pretrained VGG without changing its outputs.
@@ -92,16 +92,18 @@ for command in (insert, inspect, compare, compare_modes, finetune, fold, report,
 
 
 def main() -> None:
-    """Run the command line; what no command foresaw becomes one message too."""
-    # Python would look through all objects of torch for garbage before it exits: most of a second, for nothing.
+    """Run the command line, and report unexpected errors in one message too."""
+    # Without this, Python collects garbage among all of torch's objects at exit, which takes most of a second.
     atexit.register(gc.freeze)
-    # Read when torch is imported. Threads that spin while they wait starve the workers that decode images, and any
-    # neighbour on the machine: on 2 busy cores `insert` took 2.3 times as long with spinning threads.
+    # torch reads this on import. Threads that spin while waiting take CPU time from the workers that decode images and
+    # from other processes: on 2 busy cores, `insert` took 2.3 times as long with spinning threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
-        print_error(f"unexpected {type(error).__name__}: {error}; please report it with what --traceback shows")
+        print_error(
+            f"unexpected {type(error).__name__}: {error}; please report this bug with the output of --traceback"
+        )
         sys.exit(INTERNAL_ERROR)

@@ -1,4 +1,4 @@
-"""`bn-insert compare`: how far two checkpoints' outputs are apart."""
+"""`bn-insert compare`: compares the outputs of two checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECK_FAILED = 1
 
 def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     a: Annotated[str, typer.Argument(metavar="A", help="The reference checkpoint.", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to hold against it.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with A.", show_default=False)],
     calibration: opt.Calibration,
     model: opt.Model = None,
     model_b: Annotated[
@@ -24,7 +24,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             "--model-b",
             metavar="PACKAGE.MODULE:FUNCTION",
-            help="As --model, for B alone where it is another architecture.",
+            help="Like --model, for B only, if its architecture differs from that of A.",
             show_default=False,
         ),
     ] = None,
@@ -41,20 +41,20 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
 ) -> None:
-    """Compare the outputs of two checkpoints on images: bit-identical or not, differences, top-1 agreement.
+    """Compare the outputs of two checkpoints: bit-identity, largest differences, top-1 agreement.
 
-    The exit code is 1 when the difference is past --atol or --rtol. Preprocessing defaults to what is stored beside B.
+    The exit code is 1 if a difference exceeds --atol or --rtol. The preprocessing defaults to that stored in B.
 
     Example: `bn-insert compare vgg16.pth vgg16-bn.pth photographs/`
 
-    No VGG: `bn-insert compare alexnet.pth alexnet-bn.pth photographs/ --model torchvision.models:alexnet`
+    Other architectures: `bn-insert compare alexnet.pth alexnet-bn.pth photographs/ --model torchvision.models:alexnet`
     """
-    from bn_insert import compare_outputs  # noqa: PLC0415 - torch only when work begins
+    from bn_insert import compare_outputs  # noqa: PLC0415 - keeps torch out of --help
 
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     transform = open_transform(b, image_options)
     target = open_device(device)
-    # --model is for both, but a name of torchvision's beside a file needs none.
+    # --model applies to both, unless one of them is a torchvision name, whose architecture is known.
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
@@ -62,7 +62,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     batches = open_calibration(calibration, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)
-    print_table(comparison_table({str(target): comparison}, title=f"{a} against {b}"))
+    print_table(comparison_table({str(target): comparison}, title=f"{a} and {b}"))
     if not comparison.within(atol, rtol):
         print_result("The outputs differ by more than the tolerance.", good=False)
         raise typer.Exit(CHECK_FAILED)

@@ -1,4 +1,4 @@
-"""`bn-insert compare-modes`: how far train mode, where BatchNorm normalizes by the batch, is from eval mode."""
+"""`bn-insert compare-modes`: compares train mode, where BatchNorm uses batch statistics, with eval mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     checkpoint: opt.Checkpoint,
     calibration: opt.Calibration,
     sizes: Annotated[
-        str, typer.Option("--batch-sizes", metavar="N,N,...", help="Batch sizes to try.")
+        str, typer.Option("--batch-sizes", metavar="N,N,...", help="Batch sizes to compare.")
     ] = "4,8,16,32,64,128",
     images: opt.Images = 256,
     seed: opt.Seed = 0,
@@ -30,14 +30,15 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     device: opt.Device = None,
     model: opt.Model = None,
 ) -> None:
-    """Compare a checkpoint in train mode with itself in eval mode, by batch size: is it ready to train?
+    """Compare the outputs of a checkpoint in train mode and in eval mode, by batch size.
 
-    In train mode BatchNorm normalizes by the batch, so the network that the optimizer sees is another one, the more so
-    for small batches and for images unlike those it was calibrated on. Dropout is off in both.
+    In train mode, BatchNorm normalizes by the batch statistics, so the network that the optimizer trains differs from
+    the one in eval mode. The difference is larger for small batches, and for images that differ from the calibration
+    images. Dropout is off in both modes.
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
-    from bn_insert import train_mode_agreement  # noqa: PLC0415 - torch only when work begins
+    from bn_insert import train_mode_agreement  # noqa: PLC0415 - keeps torch out of --help
     from bn_insert.compare.train_mode import agreement_reading  # noqa: PLC0415
 
     wanted = batch_sizes(sizes)

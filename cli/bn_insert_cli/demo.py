@@ -1,4 +1,4 @@
-"""`bn-insert demo`: the main job on the network and the images that come with the package."""
+"""`bn-insert demo`: runs `insert` on the network and the images that ship with the package."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .insert import insert
 
 def demo(
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Keep the result here.", show_default=False)
+        Path | None, typer.Option("-o", "--output", help="Write the result to this file.", show_default=False)
     ] = None,
 ) -> None:
-    """Insert BatchNorm into the small VGG that comes with the package, start to finish.
+    """Insert BatchNorm into a small VGG that ships with the package.
 
-    The network reads handwritten digits; its images come with it, so nothing is downloaded.
+    The network recognizes handwritten digits. Its images ship with the package too, so nothing is downloaded.
 
     Example: `bn-insert demo`
     """
-    from bn_insert.demo import images_path, network_path  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.demo import images_path, network_path  # noqa: PLC0415 - keeps torch out of --help
 
     with tempfile.TemporaryDirectory() as folder:
         target = output or Path(folder) / "digits-bn.pth"
@@ -31,4 +31,4 @@ def demo(
         print_note(f"{command} --resize 0 --crop 0 --mean 0 --std 1")
         insert(str(network_path()), images_path(), target, resize=0, crop=0, mean="0", std="1")
     if output is None:
-        print_note("The result was thrown away; keep it with --output digits-bn.pth")
+        print_note("The result was discarded; to keep it, pass --output digits-bn.pth")

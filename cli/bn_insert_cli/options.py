@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A .pth, .pt or .safetensors file, or vgg11, vgg13, vgg16, vgg19 for torchvision's ImageNet weights.",
+        help="A .pth, .pt or .safetensors file, or vgg11, vgg13, vgg16 or vgg19 for torchvision's ImageNet weights.",
         show_default=False,
     ),
 ]
@@ -22,8 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="For checkpoints that are no VGG: a function without arguments that returns the network; it is imported, "
-        "also from the current folder.",
+        help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
+        "is searched too.",
         show_default=False,
     ),
 ]
@@ -31,63 +31,76 @@ Calibration = Annotated[
     Path,
     typer.Argument(
         metavar="CALIBRATION",
-        help="A folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors), N x C x H x W.",
+        help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
         show_default=False,
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("-o", "--output", help="Where to write: .pth, .pt or .safetensors.", show_default=False)
+    Path, typer.Option("-o", "--output", help="Output file (.pth, .pt or .safetensors).", show_default=False)
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
-Layers = Annotated[str, typer.Option(help="Where to insert: conv, dense, or conv,dense.")]
-IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Also behind the output layer.")]
+Layers = Annotated[str, typer.Option(help="Kinds of layers to insert after: conv, dense, or conv,dense.")]
+IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Insert after the output layer too.")]
 Skip = Annotated[
-    list[str] | None, typer.Option(help="Glob pattern of layers to leave alone, such as 'features.0'; repeatable.")
+    list[str] | None, typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.")
 ]
 Placement = Annotated[
-    Literal["before_activation", "after_activation"], typer.Option(help="In front of the activation or behind it.")
+    Literal["before_activation", "after_activation"], typer.Option(help="Insert before or after the activation.")
 ]
 
 _PIXELS = "Images"
 Images = Annotated[
     int,
-    typer.Option(min=1, help="At most so many: a seeded random sample of all that are there.", rich_help_panel=_PIXELS),
+    typer.Option(min=1, help="Maximum number of images, sampled at random (--seed).", rich_help_panel=_PIXELS),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of that sample.", rich_help_panel=_PIXELS)]
+Seed = Annotated[int, typer.Option(help="Random seed.", rich_help_panel=_PIXELS)]
 BatchSize = Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Images per batch.", rich_help_panel=_PIXELS)]
 Workers = Annotated[
-    int, typer.Option("-j", "--workers", min=0, help="Processes that decode images.", rich_help_panel=_PIXELS)
+    int, typer.Option("-j", "--workers", min=0, help="Number of processes that decode images.", rich_help_panel=_PIXELS)
 ]
 Resize = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Shorter side, pixels; 0: as it is. [the checkpoint's, else 256]", rich_help_panel=_PIXELS
+        min=0,
+        help="Length of the shorter side in pixels; 0 to keep the size. [default: the checkpoint's, or 256]",
+        rich_help_panel=_PIXELS,
     ),
 ]
 Crop = Annotated[
     int | None,
-    typer.Option(min=0, help="Centre crop, pixels; 0: none. [the checkpoint's, else 224]", rich_help_panel=_PIXELS),
+    typer.Option(
+        min=0,
+        help="Side of the center crop in pixels; 0 for no crop. [default: the checkpoint's, or 224]",
+        rich_help_panel=_PIXELS,
+    ),
 ]
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Taken from pixels in 0..1: one number, or one a channel (0.5,0.4,0.3). [checkpoint's, else ImageNet's]",
+        help="Mean to subtract from pixels in 0..1: one number, or one per channel (0.5,0.4,0.3). "
+        "[default: the checkpoint's, or ImageNet's]",
         rich_help_panel=_PIXELS,
     ),
 ]
-Std = Annotated[str | None, typer.Option(help="Pixels are then divided by it; as --mean.", rich_help_panel=_PIXELS)]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Standard deviation to divide by, in the same format as --mean.", rich_help_panel=_PIXELS),
+]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="An unreadable image is an error, not skipped and counted.", rich_help_panel=_PIXELS),
+    typer.Option("--strict", help="Fail on unreadable images instead of skipping them.", rich_help_panel=_PIXELS),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, mps ... [cuda where there is one]", show_default=False),
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, mps, ... [default: cuda if available, or cpu]", show_default=False
+    ),
 ]
 AbsoluteTolerance = Annotated[
-    float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed. [no bound]")
+    float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed. [default: no limit]")
 ]
 RelativeTolerance = Annotated[
-    float, typer.Option("--rtol", min=0, help="Largest difference allowed, relative to an image's largest output.")
+    float,
+    typer.Option("--rtol", min=0, help="Largest difference allowed, relative to the largest output for the image."),
 ]

@@ -191,7 +191,7 @@ def test_killed_at_random_moments_every_output_is_whole() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Anything but absent, old or new, each whole: 0." in done.stdout
+    assert "Outputs other than absent, old or new, each complete: 0." in done.stdout
 
 
 def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs: Path, tmp_path: Path) -> None:
