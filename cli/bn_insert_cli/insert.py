@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,9 +87,10 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     from bn_insert import find_edges, survey  # noqa: PLC0415
     from bn_insert.checkpoints.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.report.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
+    from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
     from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
     from bn_insert.surgery.insert import insert_with_norms  # noqa: PLC0415
+    from bn_insert.surgery.layer_statistics import layer_statistics  # noqa: PLC0415
 
     check_output(output, overwrite=force)
     if report:
@@ -142,8 +144,14 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "seconds": time.monotonic() - started,
         }
         with _without_losing(output if accepted else None, report):
-            agreements = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
-            findings = insertion_report(found, moments, norms, edges, comparisons, agreements=agreements)
+            agreements, reading = _train_mode(result, batches.head(TRAIN_MODE_IMAGES), target)
+            findings = insertion_report(
+                layer_statistics(found, moments, norms, equalized=bool(edges)),
+                [asdict(edge) for edge in edges],
+                {place: asdict(comparison) for place, comparison in comparisons.items()},
+                [asdict(agreement) for agreement in agreements],
+                reading=reading,
+            )
             write_report(report, facts | findings, overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
@@ -226,8 +234,8 @@ def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> list[TrainModeAgreement] | str:
-    """Return how far train mode is from eval mode, or why that cannot be measured."""
+def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> tuple[list[TrainModeAgreement], str]:
+    """Return the agreement of train mode with eval mode, and in words what it means or why it cannot be measured."""
     from bn_insert import CalibrationError, train_mode_agreement  # noqa: PLC0415
     from bn_insert.compare.train_mode import agreement_reading  # noqa: PLC0415
 
@@ -236,9 +244,10 @@ def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> li
             agreements = train_mode_agreement(result, batches, device=device, progress=progress)
     except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
         print_note(f"Train mode could not be measured for the report: {error}")
-        return str(error)
-    print_note(agreement_reading(agreements))
-    return agreements
+        return [], f"Train mode could not be measured: {error}"
+    reading = agreement_reading(agreements)
+    print_note(reading)
+    return agreements, reading
 
 
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:
