@@ -234,6 +234,13 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-_LONGEST_NAME + 10 :]}"
 
 
+def _power_of_ten(value: float, _position: int | None = None) -> str:
+    """Return a tick label short enough not to overlap its neighbours: 1e5, not 1e+05."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
+
+
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     """Make the axis logarithmic and let it span whole decades, so that at least two powers of ten are labelled."""
     low = math.floor(math.log10(min(values, default=1)))
@@ -242,7 +249,7 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(10.0**low, 10.0 ** max(high, low + 1))
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
     # matplotlib's formatters for logarithmic axes write formulas, which need its own fonts.
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(_power_of_ten)
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -253,7 +260,7 @@ def _symmetric_logarithmic(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xscale("symlog", linthresh=top / 100)
     axes.set_xticks([-top, -top / 10, -top / 100, 0, top / 100, top / 10, top])
     axes.set_xlim(-top if min(values, default=0) < 0 else 0, top if max(values, default=0) > 0 else 0)
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(_power_of_ten)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
