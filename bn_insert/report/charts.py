@@ -234,7 +234,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-_LONGEST_NAME + 10 :]}"
 
 
-def _power_of_ten(value: float, _position: float) -> str:
+def _power_of_ten(value: float, _position: float | int) -> str:
     """Return a tick label short enough not to overlap its neighbours: 1e5, not 1e+05."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:g}"
