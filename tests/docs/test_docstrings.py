@@ -67,3 +67,21 @@ def test_the_main_functions_show_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", bn_insert.__all__)
 def test_every_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(bn_insert, name))
+
+
+def public_docstrings() -> Iterator[tuple[str, str]]:
+    for name in bn_insert.__all__:
+        value = getattr(bn_insert, name)
+        members = vars(value).items() if inspect.isclass(value) else ()
+        for path, documented in [(name, value), *((f"{name}.{key}", member) for key, member in members)]:
+            if not path.split(".")[-1].startswith("_") and isinstance(documented.__doc__, str):
+                yield path, inspect.cleandoc(documented.__doc__)
+
+
+def test_examples_of_public_names_are_in_a_section_that_the_documentation_formats_as_code() -> None:
+    shown_as_text = [
+        name
+        for name, docstring in public_docstrings()
+        if ">>>" in docstring and "Examples:" not in docstring.partition(">>>")[0].splitlines()
+    ]
+    assert shown_as_text == []
