@@ -1,8 +1,8 @@
-"""Make docs/demo.svg: what `bn-insert demo` prints, from a real run.
+"""Generate docs/demo.svg, a picture of a terminal with the output of `bn-insert demo`, from a real run.
 
     python docs/picture.py
 
-The picture needs nothing from elsewhere: rich's own template names a font on another site, this one takes the reader's.
+rich's own template loads a font from another site; the template below uses the reader's fonts instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bn_insert_cli.demo import demo
 
 WIDTH = 96  # columns
 
-# rich fills in {these}; textLength, which it gives each piece of text, fits any monospaced font to its place.
+# rich fills in the {fields}. It sets the textLength of each piece of text, so that any monospaced font fits.
 TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
 <title>bn-insert demo in a terminal</title>
 <style>
@@ -60,17 +60,17 @@ def main() -> None:
 
 
 def picture_of_demo() -> str:
-    """Return an SVG of the terminal: the command, and all that it prints."""
+    """Return an SVG of the terminal with the command and its output."""
     screen = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
     screen.print(Text.assemble(("$ ", "bold green"), "bn-insert demo --output digits-bn.pth"))
-    # The commands make their console at each use, by these two names.
+    # The commands create their consoles at each use, by these two functions.
     console.stdout = console.stderr = lambda: screen
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         demo(Path("digits-bn.pth"))
-    screen.print()  # the picture ends at the baseline of the last line
+    screen.print()  # without it, the picture would end at the baseline of the last line
     return screen.export_svg(title="bn-insert", theme=MONOKAI, code_format=TEMPLATE, unique_id="demo")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command itself does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bn_insert_cli.app
     main()

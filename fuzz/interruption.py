@@ -34,7 +34,7 @@ from PIL import Image
 
 from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
 from bn_insert.demo import images_path, network_path
-from bn_insert.report.report import versions
+from bn_insert.report import versions
 from bn_insert.training.loop import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
 from bn_insert.training.metrics import write_curves
 from bn_insert.training.state import load_state

@@ -38,7 +38,7 @@ from bn_insert.checkpoints.checkpoint import read_settings
 from bn_insert.images.class_folders import open_class_folders
 from bn_insert.images.image_batches import open_batches
 from bn_insert.images.transform import Transform
-from bn_insert.report.report import versions
+from bn_insert.report import versions
 
 from .mutations import KINDS, Kind, mutated, network, tensor, whole
 

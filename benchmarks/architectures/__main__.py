@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import GraphError, compare_outputs, find_edges, find_sites, fold_batchnorm, insert_batchnorm
 from bn_insert.graph.copies import unwrapped
-from bn_insert.report.report import versions
+from bn_insert.report import versions
 from tests.support.architectures import ARCHITECTURES, made
 
 

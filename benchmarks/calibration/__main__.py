@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from bn_insert import calibrate, find_sites
-from bn_insert.report.report import versions
+from bn_insert.report import versions
 
 from .commands import around_calibration, end_to_end, processes, start_up
 from .ways import OTHER_TOOLS, WAYS, error, reference

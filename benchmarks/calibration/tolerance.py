@@ -18,7 +18,7 @@ from bn_insert import Moments, Site, calibrate, find_sites, load_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.images.image_batches import open_batches
 from bn_insert.images.transform import Transform
-from bn_insert.report.report import versions
+from bn_insert.report import versions
 
 FRACTION = 0.99
 

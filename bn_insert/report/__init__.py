@@ -1,20 +1,12 @@
-"""Reports on insertions and training runs: plain data in, JSON or one HTML page out."""
+"""Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
-from .report import (
-    check_report,
-    check_suffix,
-    file_facts,
-    insertion_report,
-    read_run,
-    run_report,
-    runs_report,
-    versions,
-    write_report,
-)
+from .insertion import insertion_report
+from .output import check_report, write_report
+from .provenance import file_facts, versions
+from .runs import read_run, run_report, runs_report
 
 __all__ = [
     "check_report",
-    "check_suffix",
     "file_facts",
     "insertion_report",
     "read_run",

@@ -1,4 +1,4 @@
-"""The charts of a report, as SVG that takes its colours from the page."""
+"""The charts of a report, as SVG elements that take their colours from the page."""
 
 from __future__ import annotations
 
@@ -7,31 +7,54 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, which would look for a window system
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# matplotlib, which draws curves.png already, and not a library of interactive charts: plotly's script alone would make
-# each page 4.5 MB large; these are a few kB each, and print.
-_WIDTH = 4.4  # inches: a phone shows them at 4/5 of that, and text of 9 points stays readable
+# matplotlib and not a library of interactive charts: the script of plotly alone would make each page 4.5 MB larger.
+# These charts are a few kB each, and can be printed.
+_WIDTH = 4.4  # inches: a phone shows a chart at 4/5 of that, and text of 9 points stays readable
 _ROW = 0.2
 _LONGEST_NAME = 24
 
-SERIES = 8  # colours that the page has; then they begin again with dashes
-# Colours that stand for the page's own, so that a chart is dark where the page is.
+_SERIES = 8  # colours on the page; after them, they repeat with dashed lines
+# Placeholders, replaced in the finished SVG by the page's custom properties: a chart is dark when the page is.
 _INK, _RULE = "#010101", "#020202"
-_COLORS = {_INK: "var(--ink)", _RULE: "var(--rule)"}
-_COLORS |= {f"#0301{number:02x}": f"var(--series-{number + 1})" for number in range(SERIES)}
-_SERIES_COLORS = list(_COLORS)[2:]
+_SERIES_COLORS = [f"#0301{number:02x}" for number in range(_SERIES)]
+_CUSTOM_PROPERTIES = {_INK: "var(--ink)", _RULE: "var(--rule)"} | {
+    color: f"var(--series-{number})" for number, color in enumerate(_SERIES_COLORS, 1)
+}
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _RULE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.labelsize": 9,
+    "axes.prop_cycle": cycler(color=_SERIES_COLORS),  # "C0" to "C7"
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a dollar sign in a layer's name starts no formula
+    "xtick.color": _INK,
+    "xtick.labelsize": 9,
+    "ytick.color": _INK,
+    "ytick.labelsize": 9,
+}
 
 
 class Chart(NamedTuple):
-    """An SVG with a title, a remark, and which of the page's colours (from 1) stands for what."""
+    """An SVG element with its title, a note, and the legend: numbers of the page's series colours, and labels."""
 
     name: str
     title: str
@@ -40,62 +63,65 @@ class Chart(NamedTuple):
     legend: tuple[tuple[int, str], ...] = ()
 
 
+@mpl.rc_context(_STYLE)
 def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
-    """Return the charts of what `insertion_report` gives."""
+    """Return the charts of the inserted layers' statistics, from the data of `insertion_report`."""
     norms = {layer["name"]: layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer}
     charts = [
-        _boxes(
-            "mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"], scale="symlog"
-        ),
-        _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], scale="log"),
+        _boxes("mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"]),
+        _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], log=True),
         _gamma(norms),
     ]
     if any(norm["constant_channels"] or norm["near_constant_channels"] for norm in norms.values()):
         charts.append(_constant(norms))
     if any(norm["standard_error"] for norm in norms.values()):
-        note = "Estimated from how far batches are apart. More images make it smaller."
         title = "Standard error of mean and std, relative to std"
-        charts.append(_boxes("error", title, note, norms, ["standard_error"], scale="log"))
+        note = "Estimated from the spread between batches. More images reduce it."
+        charts.append(_boxes("error", title, note, norms, ["standard_error"], log=True))
     return charts
 
 
+@mpl.rc_context(_STYLE)
 def agreement_chart(agreements: Sequence[Mapping[str, Any]]) -> Chart:
-    """Return top-1 agreement and KL divergence of train mode with eval mode by batch size."""
-    figure = _figure(4.0)
+    """Return top-1 agreement and KL divergence between train mode and eval mode by batch size."""
+    figure = Figure(figsize=(_WIDTH, 4.0))
     upper, lower = figure.subplots(2, 1, sharex=True)
-    sizes = [str(each["batch_size"]) for each in agreements]
+    sizes = [str(agreement["batch_size"]) for agreement in agreements]
     upper.axhline(95, color=_INK, linewidth=0.8, linestyle="--")
-    upper.plot(sizes, [100 * each["top1_agreement"] for each in agreements], marker="o", color=_SERIES_COLORS[0])
+    upper.plot(sizes, [100 * agreement["top1_agreement"] for agreement in agreements], marker="o", color="C0")
     upper.set_ylabel("top-1 agreement, %")
     upper.set_ylim(top=102)
-    lower.plot(sizes, [each["kl_divergence"] for each in agreements], marker="o", color=_SERIES_COLORS[1])
+    lower.plot(sizes, [agreement["kl_divergence"] for agreement in agreements], marker="o", color="C1")
     lower.set_ylabel("KL divergence, nats")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("batch size")
-    return Chart(
-        "agreement", "Train mode against eval mode", "Dashed: 95 %.", _svg(figure, "agreement", "agreement by size")
-    )
+    title = "Train mode compared with eval mode"
+    return Chart("agreement", title, "Dashed: 95 %.", _svg(figure, "agreement", title))
 
 
+@mpl.rc_context(_STYLE)
 def run_charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Return curves over the epochs, with one colour a run where there are several."""
+    """Return curves over the epochs: training and validation of a single run, or one colour for each of several."""
     present = [(number, run["name"], run["epochs"]) for number, run in enumerate(runs) if run["epochs"]]
     if not present:
         return []
     if len(runs) == 1:
+        ((_, _, epochs),) = present
         parts = (("train", "training"), ("val", "validation"))
         return [
-            _curves(
-                figure,
-                figure.capitalize(),
-                [(number, label, epochs, f"{part}_{figure}") for number, (part, label) in enumerate(parts)],
-            )
-            for _, _, epochs in present
-            for figure in ("accuracy", "loss")
-        ] + [_curves("lr", "Learning rate", [(0, "", present[0][2], "lr")])]
+            *(
+                _curves(
+                    metric,
+                    metric.capitalize(),
+                    [(number, label, epochs, f"{part}_{metric}") for number, (part, label) in enumerate(parts)],
+                )
+                for metric in ("accuracy", "loss")
+            ),
+            _curves("lr", "Learning rate", [(0, "", epochs, "lr")]),
+        ]
     return [
-        _curves(key, title, [(number, name, epochs, key) for number, name, epochs in present])
-        for key, title in (
+        _curves(metric, title, [(number, name, epochs, metric) for number, name, epochs in present])
+        for metric, title in (
             ("val_accuracy", "Validation accuracy"),
             ("val_loss", "Validation loss"),
             ("train_accuracy", "Training accuracy"),
@@ -106,32 +132,31 @@ def run_charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapping[str, Any]], str]]) -> Chart:
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-
-    figure = _figure(2.8)
+    """Return one line for each series number, label, list of epochs and metric."""
+    figure = Figure(figsize=(_WIDTH, 2.8))
     axes = figure.subplots()
     percent = "accuracy" in name
-    for number, _, epochs, key in lines:
+    for number, _, epochs, metric in lines:
         axes.plot(
             [epoch["epoch"] for epoch in epochs],
-            [epoch[key] * (100 if percent else 1) for epoch in epochs],
+            [epoch[metric] * (100 if percent else 1) for epoch in epochs],
             marker=".",
-            color=_SERIES_COLORS[number % SERIES],
-            linestyle="-" if number < SERIES else "--",
+            color=f"C{number}",
+            linestyle="-" if number < _SERIES else "--",
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("%" if percent else "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend = tuple((number % SERIES + 1, label) for number, label, _, _ in lines if label)
+    legend = tuple((number % _SERIES + 1, label) for number, label, _, _ in lines if label)
     return Chart(name, title, "", _svg(figure, name, title), legend)
 
 
 def _gamma(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
-    equalized = any("gamma_before_equalization" in norm for norm in norms.values())
-    keys = ["gamma_before_equalization", "gamma"] if equalized else ["gamma"]
-    title = "Gamma before and after equalization" if equalized else "Gamma"
-    note = "" if equalized else "Without equalization gamma is the standard deviation of its channel."
-    return _boxes("gamma", title, note, norms, keys, scale="log", labels=("before", "after") if equalized else ())
+    if any("gamma_before_equalization" in norm for norm in norms.values()):
+        metrics, labels = ["gamma_before_equalization", "gamma"], ["before", "after"]
+        return _boxes("gamma", "Gamma before and after equalization", "", norms, metrics, labels=labels, log=True)
+    note = "Without equalization, gamma is the standard deviation of its channel."
+    return _boxes("gamma", "Gamma", note, norms, ["gamma"], log=True)
 
 
 def _boxes(
@@ -139,57 +164,67 @@ def _boxes(
     title: str,
     note: str,
     norms: Mapping[str, Mapping[str, Any]],
-    keys: Sequence[str],
+    metrics: Sequence[str],
     *,
-    scale: str,
     labels: Sequence[str] = (),
+    log: bool = False,
 ) -> Chart:
-    """Return one row a layer: from the smallest channel to the largest, and a box with quartiles and median."""
-    figure, axes = _rows(norms, _ROW * (1 + 0.4 * (len(keys) - 1)))
-    drawn: list[float] = []
-    height = 0.6 / len(keys)
-    for row, norm in enumerate(norms.values()):
-        for number, key in enumerate(keys):
-            values = np.asarray(norm[key] or [], dtype=float)
-            values = values[np.isfinite(values) & ((values > 0) | (scale != "log"))]
-            if not len(values):
-                continue
-            low, first, median, third, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-            y = row + (number - (len(keys) - 1) / 2) * (height + 0.06)
-            color = _SERIES_COLORS[number]
-            axes.hlines(y, low, high, color=color, linewidth=1)
-            axes.fill_betweenx([y - height / 2, y + height / 2], first, third, color=color, linewidth=0.8)
-            axes.vlines(median, y - height / 2, y + height / 2, color=_INK, linewidth=1.2)
-            drawn += [low, high]
-    if scale == "log":
-        _whole_decades(axes, drawn)
+    """Return one box plot per layer and metric: quartiles, median, and whiskers from the smallest to the largest."""
+    figure, axes = _layer_rows(norms, _ROW * (1 + 0.4 * (len(metrics) - 1)))
+    limits: list[float] = []
+    height = 0.6 / len(metrics)
+    for number, metric in enumerate(metrics):
+        offset = (number - (len(metrics) - 1) / 2) * (height + 0.06)
+        boxes, positions = [], []
+        for row, norm in enumerate(norms.values()):
+            values = np.asarray(norm[metric] or [], dtype=float)
+            values = values[np.isfinite(values) & ((values > 0) | (not log))]
+            if len(values):
+                keys = ("whislo", "q1", "med", "q3", "whishi")
+                quantiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
+                boxes.append(dict(zip(keys, quantiles, strict=True)))
+                positions.append(row + offset)
+                limits += [quantiles[0], quantiles[-1]]
+        axes.bxp(
+            boxes,
+            positions=positions,
+            widths=height,
+            orientation="horizontal",
+            patch_artist=True,
+            showcaps=False,
+            showfliers=False,
+            manage_ticks=False,
+            boxprops={"facecolor": f"C{number}", "edgecolor": f"C{number}", "linewidth": 0.8},
+            whiskerprops={"color": f"C{number}", "linewidth": 1},
+            medianprops={"color": _INK, "linewidth": 1.2},
+        )
+    if log:
+        _logarithmic(axes, limits)
     else:
-        _symmetric_logarithm(axes, drawn)
-    legend = tuple((number + 1, label) for number, label in enumerate(labels))
-    return Chart(name, title, note, _svg(figure, name, title), legend)
+        _symmetric_logarithmic(axes, limits)
+    return Chart(name, title, note, _svg(figure, name, title), tuple(enumerate(labels, 1)))
 
 
 def _constant(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
     title = "Constant and near-constant channels"
-    figure, axes = _rows(norms, _ROW)
-    done = np.zeros(len(norms))
+    figure, axes = _layer_rows(norms, _ROW)
+    left = np.zeros(len(norms))
     for number, key in enumerate(("constant_channels", "near_constant_channels")):
         share = np.asarray([100 * norm[key] / norm["channels"] for norm in norms.values()])
-        axes.barh(range(len(norms)), share, left=done, height=0.6, color=_SERIES_COLORS[number])
-        done += share
+        axes.barh(range(len(norms)), share, left=left, height=0.6, color=f"C{number}")
+        left += share
     axes.set_xlabel("% of the layer's channels")
-    axes.set_xlim(0, 1.05 * float(done.max()))
+    axes.set_xlim(0, 1.05 * float(left.max()))
     note = "Near-constant: a standard deviation below 1 % of the layer's median."
     return Chart("constant", title, note, _svg(figure, "constant", title), ((1, "constant"), (2, "near-constant")))
 
 
-def _rows(names: Iterable[str], row: float) -> tuple[Figure, Axes]:
-    """Return axes with one row a layer, the first on top."""
+def _layer_rows(names: Iterable[str], height: float) -> tuple[Figure, Axes]:
+    """Return axes with one row per layer, the first at the top."""
     labels = [_shortened(name) for name in names]
-    figure = _figure(0.6 + row * max(len(labels), 2))
+    figure = Figure(figsize=(_WIDTH, 0.6 + height * max(len(labels), 2)))
     axes = figure.subplots()
-    for label in axes.set_yticks(range(len(labels)), labels):
-        label.label1.set_parse_math(False)  # a dollar sign in a name begins no formula
+    axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     return figure, axes
@@ -199,80 +234,47 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-_LONGEST_NAME + 10 :]}"
 
 
-def _short(value: float, _position: int | None = None) -> str:
-    """Return a power of ten in few characters."""
-    return (
-        f"{value:g}"
-        if value == 0 or 1e-3 <= abs(value) < 1e4
-        else f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
-    )
+def _power_of_ten(value: float, _position: float | int) -> str:
+    """Return a tick label short enough not to overlap its neighbours: 1e5, not 1e+05."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
 
 
-def _whole_decades(axes: Axes, values: Sequence[float]) -> None:
-    """Make the axis logarithmic, from one power of ten to another: two of them at least are labelled."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
-
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """Make the axis logarithmic and let it span whole decades, so that at least two powers of ten are labelled."""
     low = math.floor(math.log10(min(values, default=1)))
     high = math.ceil(math.log10(max(values, default=1)))
     axes.set_xscale("log")
     axes.set_xlim(10.0**low, 10.0 ** max(high, low + 1))
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
-    # The formatter of logarithms writes formulas, which only matplotlib's own drawing of text understands.
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    # matplotlib's formatters for logarithmic axes write formulas, which need its own fonts.
+    axes.xaxis.set_major_formatter(_power_of_ten)
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _symmetric_logarithm(axes: Axes, values: Sequence[float]) -> None:
-    """Make the axis logarithmic on both sides of a linear middle of 1 % of the largest value."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: PLC0415
-
+def _symmetric_logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """Make the axis logarithmic on both sides of zero, and linear within 1 % of the largest value."""
     largest = max(map(abs, values), default=0) or 1.0
     top = 10.0 ** math.ceil(math.log10(largest))
     axes.set_xscale("symlog", linthresh=top / 100)
-    axes.set_xlim(-top if min(values, default=0) < 0 else 0, top if max(values, default=0) > 0 else 0)
     axes.set_xticks([-top, -top / 10, -top / 100, 0, top / 100, top / 10, top])
     axes.set_xlim(-top if min(values, default=0) < 0 else 0, top if max(values, default=0) > 0 else 0)
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(_power_of_ten)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _figure(height: float) -> Figure:
-    # Without pyplot: no window system is asked for.
-    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that only a page needs
-
-    return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="none")
 
 
 def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """Return the figure as an element of a page: ids of its own, the page's colours and font, text as text."""
-    import matplotlib as mpl  # noqa: PLC0415
-
-    for axes in figure.axes:
-        _style(axes)
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    """Return the figure as an element of the page, with unique ids and the page's colours and font."""
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = io.StringIO()
-    with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page's font has it, or the reader's system
-        figure.savefig(text, format="svg", metadata=nothing)
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page's font or the reader's system has it
+        figure.savefig(text, format="svg", metadata=metadata)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    # Several charts stand in one page: without this their ids would be the same.
+    # matplotlib uses the same ids in every figure, and a page holds several.
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub("|".join(_COLORS), lambda color: _COLORS[color.group()], svg)
+    svg = re.sub("|".join(_CUSTOM_PROPERTIES), lambda color: _CUSTOM_PROPERTIES[color.group()], svg)
     return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
-
-
-def _style(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.grid(color=_RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_edgecolor(_RULE)
-    axes.tick_params(colors=_INK, which="both", labelsize=9)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_INK)
-        label.set_fontsize(9)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no other file."""
+"""A report as a self-contained HTML page: it needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from .charts import agreement_chart, insertion_charts, run_charts
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-INSERTION = "bn-insert report"
-RUNS = "bn-insert runs"
+from . import insertion
+from .charts import agreement_chart, insertion_charts, run_charts
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Return the page of a report's data, insertion or training runs."""
-    if data["format"] == INSERTION:
+    """Return the HTML page of a report on an insertion or on training runs."""
+    if data["format"] == insertion.FORMAT:
         return _render("insertion.html", _insertion(data))
     return _render("runs.html", _runs(data["runs"]))
 
@@ -26,7 +27,7 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
         "data": data,
         "name": PurePath(data["checkpoint"]["path"]).name,
         "inserted": inserted,
-        "moved": any(layer["batchnorm"]["behind"] != layer["name"] for layer in inserted),
+        "after_activation": any(layer["batchnorm"]["behind"] != layer["name"] for layer in inserted),
         "constant": any(
             layer["batchnorm"][key] for layer in inserted for key in ("constant_channels", "near_constant_channels")
         ),
@@ -55,7 +56,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested facts as one table of texts."""
+    """Return nested values as one table of names and texts."""
     result: dict[str, str] = {}
     for name, value in values.items():
         title = f"{prefix}{name.replace('_', ' ')}"
@@ -73,18 +74,10 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _quantile(values: Sequence[float], fraction: float) -> float:
-    import numpy as np  # noqa: PLC0415
-
-    return float(np.quantile(values, fraction))
-
-
 def _render(template: str, context: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415 - only a page needs it
-
     environment = Environment(
         loader=PackageLoader("bn_insert.report", "templates"),
-        autoescape=True,  # names of files and layers are anybody's
+        autoescape=True,  # names of files and layers may contain anything
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -94,6 +87,6 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         "percent": lambda value: f"{100 * value:.2f} %",
         "thousands": lambda value: f"{value:,}",
         "flat": _flat,
-        "quantile": _quantile,
+        "quantile": np.quantile,
     }
     return environment.get_template(template).render(context)

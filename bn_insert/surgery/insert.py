@@ -26,6 +26,7 @@ from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .history import Architecture
 from .history import Insertion as InsertionChange
+from .layer_statistics import layer_statistics
 from .splice import splice_behind
 
 
@@ -53,6 +54,10 @@ class Insertion(Generic[AnyModule]):
     def sites(self) -> list[Site]:
         """Where BatchNorms were inserted, in the order in which a forward pass completes them."""
         return [layer.site for layer in self.layers if layer.site is not None]
+
+    def layer_statistics(self) -> list[dict[str, Any]]:
+        """Return what was found and done at each layer as JSON-ready data, for a report."""
+        return layer_statistics(self.layers, self.moments, self.norms, equalized=bool(self.edges))
 
 
 def insert(

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..compare.outputs import evaluating
 from ..errors import CalibrationError, CheckpointError, DivergenceError, ImageError, TrainingError
 from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
-from ..report.report import run_report, write_report
+from ..report import run_report, write_report
 from ..statistics.recalibrate import recalibrate
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks, on_every_rank
@@ -334,7 +334,8 @@ class Training:
             "device": str(self.device),
             "processes": self.ranks.count,
         }
-        data = run_report(self.folder.resolve().name, self.settings, self.state.history, {**self.facts, **facts})
+        epochs = [asdict(epoch) for epoch in self.state.history]
+        data = run_report(self.folder.resolve().name, asdict(self.settings), epochs, {**self.facts, **facts})
         try:
             for name in REPORTS:
                 write_report(self.folder / name, data, overwrite=True)

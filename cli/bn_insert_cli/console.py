@@ -1,4 +1,4 @@
-"""Where results, progress and errors are drawn: tables on stdout, bars and messages on stderr."""
+"""Output to the terminal: results on stdout; progress bars, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-_PIPE_WIDTH = 120  # columns when the output is no terminal, so that no table is cut
+_PIPE_WIDTH = 120  # columns if the output is not a terminal, so that tables are not truncated
 
 
 def stdout() -> Console:
@@ -25,28 +25,34 @@ def stderr() -> Console:
 
 
 def _console(*, stderr: bool) -> Console:
-    # Made at each use: tests and shells replace the streams.
+    # Created at each use, because tests and shells replace sys.stdout and sys.stderr.
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
 
 
 def print_error(message: str) -> None:
-    """Print one error message on stderr; brackets in it are no markup."""
+    """Print an error message on stderr; square brackets are not read as markup."""
     stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def print_note(message: str) -> None:
-    """Print a remark on stderr."""
+    """Print a note on stderr."""
     stderr().print(Text(message, style="dim"), soft_wrap=True)
 
 
 def print_result(message: str, *, good: bool = True) -> None:
-    """Print the last line of a result on stdout."""
+    """Print the final line of a command's result on stdout, green if good and red otherwise."""
     stdout().print(Text(message, style="bold green" if good else "bold red"), soft_wrap=True)
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns named in `right` are flush right, as numbers are."""
+    """Return a table without rows.
+
+    Args:
+        title: Printed above the table.
+        columns: The column headings.
+        right: The headings of the right-aligned columns, for numbers.
+    """
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for column in columns:
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -60,10 +66,19 @@ def print_table(result: Table) -> None:
 
 @contextmanager
 def image_progress(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar with images per second and time left on stderr; call what it gives with the images done so far."""
+    """Show a progress bar on stderr, with images per second and remaining time.
+
+    Args:
+        description: Printed before the bar.
+        total: The number of images.
+        shown: Whether to show the bar. It is hidden if stderr is not a terminal.
+
+    Returns:
+        A context manager that yields a function, to be called with the number of images processed so far.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     console = stderr()
-    shown &= console.is_terminal  # in a log each bar would leave a blank line
+    shown &= console.is_terminal  # each bar would leave an empty line in a log
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)

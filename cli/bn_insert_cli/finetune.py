@@ -119,7 +119,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     """
     from bn_insert.errors import DivergenceError  # noqa: PLC0415
     from bn_insert.images.class_folders import open_class_folders  # noqa: PLC0415 - torch only when work begins
-    from bn_insert.report.report import file_facts  # noqa: PLC0415
+    from bn_insert.report import file_facts  # noqa: PLC0415
     from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
     from bn_insert.training.finetune import finetune as train  # noqa: PLC0415
     from bn_insert.training.settings import TrainingSettings  # noqa: PLC0415

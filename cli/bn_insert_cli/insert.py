@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,14 +151,13 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "seconds": time.monotonic() - started,
         }
         with _without_losing(output if accepted else None, report):
-            agreements = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
+            agreements, reading = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
             findings = insertion_report(
-                insertion.layers,
-                insertion.moments,
-                insertion.norms,
-                insertion.edges,
-                comparisons,
-                agreements=agreements,
+                insertion.layer_statistics(),
+                [asdict(edge) for edge in insertion.edges],
+                {place: asdict(comparison) for place, comparison in comparisons.items()},
+                [asdict(agreement) for agreement in agreements],
+                reading=reading,
             )
             write_report(report, facts | findings, overwrite=force)
     if not accepted:
@@ -213,8 +213,8 @@ def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> list[TrainModeAgreement] | str:
-    """Return how far train mode is from eval mode, or why that cannot be measured."""
+def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> tuple[list[TrainModeAgreement], str]:
+    """Return the agreement of train mode with eval mode, and in words what it means or why it cannot be measured."""
     from bn_insert import CalibrationError, agreement_reading, train_mode_agreement  # noqa: PLC0415
 
     try:
@@ -222,9 +222,10 @@ def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> li
             agreements = train_mode_agreement(result, batches, device=device, progress=progress)
     except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
         print_note(f"Train mode could not be measured for the report: {error}")
-        return str(error)
-    print_note(agreement_reading(agreements))
-    return agreements
+        return [], f"Train mode could not be measured: {error}"
+    reading = agreement_reading(agreements)
+    print_note(reading)
+    return agreements, reading
 
 
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:

@@ -1,4 +1,4 @@
-"""`bn-insert report`: the runs of `finetune`, held against each other on one page."""
+"""`bn-insert report`: fine-tuning runs compared on one page."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from .console import print_result
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Output folders of `finetune`.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN...", help="Output directories of `finetune`.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Where to write: .html, or .json for machines.", show_default=False)
+        Path, typer.Option("-o", "--output", help="Output file: an .html page, or .json data.", show_default=False)
     ],
     force: opt.Force = False,
 ) -> None:
-    """Compare fine-tuning runs on one page: results, curves, and what the runs differ in.
+    """Compare fine-tuning runs on one page: results, curves, and the settings in which the runs differ.
 
     Example: `bn-insert report runs/plain runs/batchnorm -o comparison.html`
     """
-    from bn_insert.report.report import check_suffix, read_run, runs_report, write_report  # noqa: PLC0415
-    from bn_insert.support.files import check_writable  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.report import check_report, read_run, runs_report, write_report  # noqa: PLC0415 - imports torch
 
-    check_suffix(output)
-    check_writable(output, overwrite=force)
-    # Under the names that the user knows them by; a folder says "." of itself, or what it was once called.
+    check_report(output, overwrite=force)
+    # Named as on the command line: the name in a report is that of the directory at the time, which may have moved.
     found = [read_run(run / "report.json") | {"name": str(run)} for run in runs]
     write_report(output, runs_report(found), overwrite=force)
     print_result(f"Wrote {output}: {len(found)} {'run' if len(found) == 1 else 'runs'}.")

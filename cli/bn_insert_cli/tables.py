@@ -14,40 +14,40 @@ if TYPE_CHECKING:
 
 
 def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
-    """Return one row a site: channels, range of mean and std over them, and how many are constant."""
+    """Return one row per site: its channels, the ranges of their means and stds, and how many are constant."""
     result = table(
-        "Statistics of the calibration set, per layer",
-        *("layer", "kind", "channels", "mean, min .. max", "std, min .. max", "error", "constant"),
-        right=("channels", "mean, min .. max", "std, min .. max", "error", "constant"),
+        "Activation statistics per layer",
+        *("layer", "kind", "channels", "mean (min .. max)", "std (min .. max)", "error", "constant"),
+        right=("channels", "mean (min .. max)", "std (min .. max)", "error", "constant"),
     )
     for site in sites:
-        of_site = moments[site.name]
+        found = moments[site.name]
         result.add_row(
             site.name,
             site.kind,
             str(site.channels),
-            _span(of_site.mean.tolist()),
-            _span(of_site.std.tolist()),
-            "-" if of_site.standard_error is None else f"{of_site.error_of(0.99):.2g}",
-            str(of_site.constant_channels or "-"),
+            _range(found.mean.tolist()),
+            _range(found.std.tolist()),
+            "-" if found.standard_error is None else f"{found.error_of(0.99):.2g}",
+            str(found.constant_channels or "-"),
         )
-    result.caption = "error: estimated, of mean and std, relative to std, for 99 % of the channels"
+    result.caption = "error: estimated error of mean and std, in stds, 99th percentile of the channels"
     if any(moments[site.name].standard_error is None for site in sites):
-        result.caption += "; -: one batch tells none"
+        result.caption += "; -: needs two or more batches"
     result.caption_justify = "left"
     return result
 
 
-def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original against result") -> Table:
-    """Return one row a comparison."""
+def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original and result compared") -> Table:
+    """Return one row per comparison, by device."""
     result = table(
         title,
-        *("on", "images", "bit-identical", "max abs", "max relative", "top-1 agreement"),
-        right=("images", "max abs", "max relative", "top-1 agreement"),
+        *("device", "images", "bit-identical", "max abs diff", "max rel diff", "top-1 agreement"),
+        right=("images", "max abs diff", "max rel diff", "top-1 agreement"),
     )
-    for place, comparison in comparisons.items():
+    for device, comparison in comparisons.items():
         result.add_row(
-            place,
+            device,
             f"{comparison.images:,}",
             "[bold green]yes[/]" if comparison.bit_identical else "[bold yellow]no[/]",
             f"{comparison.max_abs:.3g}",
@@ -58,31 +58,33 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
 
 
 def agreement_table(agreements: Sequence[TrainModeAgreement]) -> Table:
-    """Return one row a batch size: how far train mode is from eval mode."""
+    """Return one row per batch size: the agreement of train mode with eval mode."""
     columns = ("batch size", "images", "top-1 agreement", "KL divergence", "relative logit error")
-    result = table("Train mode against eval mode", *columns, right=columns)
-    for each in agreements:
+    result = table("Train mode compared with eval mode", *columns, right=columns)
+    for agreement in agreements:
         result.add_row(
-            f"{each.batch_size:,}",
-            f"{each.images:,}",
-            f"{each.top1_agreement:.2%}",
-            f"{each.kl_divergence:.3g}",
-            f"{each.relative_logit_error:.3g}",
+            f"{agreement.batch_size:,}",
+            f"{agreement.images:,}",
+            f"{agreement.top1_agreement:.2%}",
+            f"{agreement.kl_divergence:.3g}",
+            f"{agreement.relative_logit_error:.3g}",
         )
     return result
 
 
 def edge_table(edges: Sequence[Edge]) -> Table:
-    """Return one row an edge: what reads the layer, or why it keeps its scale."""
-    done = sum(not edge.reason for edge in edges)
-    result = table(f"Equalized: {done} of {len(edges)} layers", "layer", "read by, or why it keeps its scale")
+    """Return one row per edge: the layers that read the site's values, or why it was not equalized."""
+    equalized = sum(not edge.reason for edge in edges)
+    result = table(
+        f"Equalized: {equalized} of {len(edges)} layers", "layer", "next layers, or why it was not equalized"
+    )
     for edge in edges:
         result.add_row(edge.site, edge.reason or ", ".join(consumer.name for consumer in edge.consumers))
     return result
 
 
 def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> Table:
-    """Return one row a conv or dense layer, and whether a BatchNorm is there or would go there."""
+    """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it."""
     result = table(
         "Conv and dense layers",
         *("layer", "type", "weight", "output", "parameters", "BatchNorm"),
@@ -95,12 +97,12 @@ def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -
             _dimensions(weights[layer.name]),
             _dimensions(layer.shape[1:]) or "-",
             f"{layer.parameters:,}",
-            f"[green]goes behind {layer.site.anchor}[/]" if layer.site else layer.reason,
+            f"[green]can be inserted after {layer.site.anchor}[/]" if layer.site else layer.reason,
         )
     return result
 
 
-def _span(values: Sequence[float]) -> str:
+def _range(values: Sequence[float]) -> str:
     return f"{min(values):.3g} .. {max(values):.3g}"
 
 

@@ -211,7 +211,7 @@ def test_the_report_is_a_page_by_its_suffix(run: Run, digits: Path) -> None:
 
 def test_a_report_of_another_suffix_is_refused_before_the_work(run: Run, digits: Path) -> None:
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, "--report", "r.pdf")
-    assert_refused(result, "cannot write the report to r.pdf: give a name that ends in .html or .json")
+    assert_refused(result, "cannot write the report to r.pdf: use a name that ends in .html or .json")
     assert list(Path().iterdir()) == [digits.relative_to(Path.cwd())]
 
 
@@ -221,7 +221,7 @@ def test_a_report_that_fails_leaves_the_checkpoint_and_says_so(
     def fail(_data: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bn_insert.report.report.page", fail)
+    monkeypatch.setattr("bn_insert.report.page.page", fail)
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, "--report", "r.html")
     assert_refused(result, "r.html: No space left on device; out.pth is written and whole")
     assert not Path("r.html").exists()
@@ -262,9 +262,11 @@ def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) ->
     )
 
 
-def test_a_report_in_the_place_of_the_settings_is_refused(run: Run, digits: Path) -> None:
+def test_a_report_that_would_replace_the_checkpoint_is_refused(run: Run, digits: Path) -> None:
+    Path("r.json").symlink_to("out.pth")
     assert_refused(
-        run("insert", network_path(), digits, "-o", "out.pth", "--report", "out.json", *AS_IT_IS), "rename it"
+        run("insert", network_path(), digits, "-o", "out.pth", "--report", "r.json", *AS_IT_IS),
+        "the checkpoint is written there; choose another name",
     )
     assert not Path("out.pth").exists()
 
@@ -272,7 +274,12 @@ def test_a_report_in_the_place_of_the_settings_is_refused(run: Run, digits: Path
 def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> None:
     result = run("inspect", network_path(), "--layers", "conv")
     assert result.exit_code == 0, result.output
-    for words in ("features.13", "64 x 64 x 3 x 3", "goes behind features.13", "dense layers are not asked for"):
+    for words in (
+        "features.13",
+        "64 x 64 x 3 x 3",
+        "inserted after features.13",
+        "dense layers are not asked for",
+    ):
         assert words in result.stdout
 
 

@@ -19,9 +19,9 @@ def modules() -> Iterator[ModuleType]:
 
 
 def documented() -> Iterator[tuple[str, str, ModuleType]]:
-    """Yield name, docstring and module of whatever shows an example.
+    """Yield name, docstring and module of each function, class and method with an example.
 
-    doctest's own finder goes past functions that the run-time type check has wrapped.
+    doctest's own finder skips functions that are wrapped by the run-time type check.
     """
     for module in modules():
         for name, value in vars(module).items():
@@ -40,14 +40,14 @@ EXAMPLES = {name: (docstring, module) for name, docstring, module in documented(
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_in_a_docstring_gives_what_it_shows(name: str) -> None:
+def test_the_examples_in_a_docstring_print_what_they_show(name: str) -> None:
     docstring, module = EXAMPLES[name]
     test = doctest.DocTestParser().get_doctest(
         inspect.cleandoc(docstring), {"torch": torch, "nn": nn, **vars(module)}, name, None, None
     )
-    told: list[str] = []
-    result = doctest.DocTestRunner().run(test, out=told.append)
-    assert result.failed == 0, "".join(told)
+    output: list[str] = []
+    result = doctest.DocTestRunner().run(test, out=output.append)
+    assert result.failed == 0, "".join(output)
     assert result.attempted > 0
 
 
@@ -67,3 +67,21 @@ def test_the_main_functions_show_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", bn_insert.__all__)
 def test_every_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(bn_insert, name))
+
+
+def public_docstrings() -> Iterator[tuple[str, str]]:
+    for name in bn_insert.__all__:
+        value = getattr(bn_insert, name)
+        members = vars(value).items() if inspect.isclass(value) else ()
+        for path, documented in [(name, value), *((f"{name}.{key}", member) for key, member in members)]:
+            if not path.split(".")[-1].startswith("_") and isinstance(documented.__doc__, str):
+                yield path, inspect.cleandoc(documented.__doc__)
+
+
+def test_examples_of_public_names_are_in_a_section_that_the_documentation_formats_as_code() -> None:
+    shown_as_text = [
+        name
+        for name, docstring in public_docstrings()
+        if ">>>" in docstring and "Examples:" not in docstring.partition(">>>")[0].splitlines()
+    ]
+    assert shown_as_text == []

@@ -1,4 +1,4 @@
-"""The README's picture of a terminal."""
+"""docs/demo.svg, the picture of a terminal in the README."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def words_of(picture: Path) -> str:
     return re.sub(r"\s+", " ", " ".join(ElementTree.parse(picture).getroot().itertext()))
 
 
-def test_the_script_makes_the_picture_from_a_real_run_and_it_shows_what_the_readme_shows(tmp_path: Path) -> None:
+def test_the_script_generates_the_committed_picture_from_a_real_run(tmp_path: Path) -> None:
     made = tmp_path / "demo.svg"
     command = [sys.executable, str(ROOT / "docs" / "picture.py"), "--output", str(made)]
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     committed = ROOT / "docs" / "demo.svg"
-    # Figures may differ in the last digit from processor to processor.
+    # Numbers may differ in the last digit between processors.
     assert re.sub(r"[\d.]+", "#", words_of(made)) == re.sub(r"[\d.]+", "#", words_of(committed))
     assert "8 BatchNorm layers inserted" in words_of(made)
 
 
-def test_the_picture_needs_nothing_from_elsewhere() -> None:
+def test_the_picture_loads_nothing_from_other_sites() -> None:
     text = (ROOT / "docs" / "demo.svg").read_text()
     assert "@font-face" not in text
     assert set(re.findall(r"https?://[^\s\"')]+", text)) == {"http://www.w3.org/2000/svg"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_report import HOSTILE, insertion, run
 
-from bn_insert.report.report import runs_report, write_report
+from bn_insert.report import runs_report, write_report
 from support.browser import BROWSER, DRIVER, browser, cut_texts, requests, show
 
 pytestmark = [

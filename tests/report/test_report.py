@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 
 from bn_insert import CheckpointError, insert, train_mode_agreement
 from bn_insert.compare.outputs import compare_outputs
+from bn_insert.compare.train_mode import agreement_reading
+from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.report.page import page
-from bn_insert.report.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.training.metrics import EpochMetrics
 from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg
@@ -26,7 +27,7 @@ HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
-    """Return the report of an insertion that has really been made, to be changed at will."""
+    """Return the report of a real insertion; the caller may change it."""
     return copy.deepcopy(_insertion(equalize, agreements)) | {
         "checkpoint": {"path": name, "bytes": 12345, "sha256": "a" * 64},
         "calibration": {"source": f"photos of {name}", "images": 24, "skipped": 1},
@@ -40,9 +41,14 @@ def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vg
 def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
     model, x = randomised(small_vgg()), images(24)
     made = insert(model, x.split(8), equalize=equalize)
-    found = train_mode_agreement(made.model, [x]) if agreements else "too few images"
-    comparison = {"cpu": compare_outputs(model, made.model, [x])}
-    return insertion_report(made.layers, made.moments, made.norms, made.edges, comparison, agreements=found)
+    found = train_mode_agreement(made.model, [x]) if agreements else []
+    return insertion_report(
+        made.layer_statistics(),
+        [asdict(edge) for edge in made.edges],
+        {"cpu": asdict(compare_outputs(model, made.model, [x]))},
+        [asdict(agreement) for agreement in found],
+        reading=agreement_reading(found) if found else "Train mode could not be measured: too few images",
+    )
 
 
 def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings: Any) -> dict[str, Any]:
@@ -52,11 +58,12 @@ def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings:
         for number, value in enumerate(accuracies, 1)
     ]
     facts = {"checkpoint": {"path": f"{name}.pth"}, "batchnorms": 0, "data": {"folder": "flowers", "classes": 3}}
-    return run_report(name, TrainingSettings(epochs=len(epochs) or 1, **settings), epochs, facts)["runs"][0]
+    chosen = asdict(TrainingSettings(epochs=len(epochs) or 1, **settings))
+    return run_report(name, chosen, [asdict(epoch) for epoch in epochs], facts)["runs"][0]
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its visible text."""
+    """The references in a page, and its visible text."""
 
     VOID = frozenset({"meta", "link", "br"})
 
@@ -144,7 +151,7 @@ def test_a_page_says_when_nothing_was_written() -> None:
 def test_a_page_says_why_train_mode_was_not_measured_and_that_nothing_was_equalized() -> None:
     found = Page(page(insertion(equalize=False, agreements=False)))
     assert "could not be measured: too few images" in found.text
-    assert "Not asked for ( --equalize )" in found.text
+    assert "was not equalized ( --equalize )" in found.text
     assert "chart-agreement" not in found.ids
 
 
@@ -180,17 +187,16 @@ def test_near_constant_channels_are_counted_beside_the_constant_ones() -> None:
     model, x = randomised(small_vgg()), images(8)
     with torch.no_grad():
         model.features[0].weight[0] *= 1e-4
-    made = insert(model, [x])
-    first = insertion_report(made.layers, made.moments, made.norms, [], {}, agreements="")["layers"][0]["batchnorm"]
+    first = insert(model, [x]).layer_statistics()[0]["batchnorm"]
     assert (first["near_constant_channels"], first["constant_channels"]) == (1, first["std"].count(0.0))
     assert first["constant_channels"] >= 1
 
 
-def test_runs_are_held_against_each_other() -> None:
+def test_runs_are_compared() -> None:
     found = Page(page(runs_report([run("plain"), run("batchnorm", (0.4, 0.9), lr=0.1)])))
-    for words in ("2 fine-tuning runs", "90.00 %", "75.00 %", "What the runs differ in", "Epochs of plain"):
+    for words in ("2 fine-tuning runs", "90.00 %", "75.00 %", "Differences between the runs", "Epochs of plain"):
         assert words in found.text
-    differing = found.text.split("What the runs differ in")[1].split("What they have in common")[0]
+    differing = found.text.split("Differences between the runs")[1].split("Common settings")[0]
     assert "lr 0.01 0.1" in re.sub(r"\s+", " ", differing)
     assert "momentum" not in differing
     assert found.charts == 5
@@ -199,11 +205,11 @@ def test_runs_are_held_against_each_other() -> None:
 def test_one_run_has_curves_for_training_and_validation() -> None:
     found = Page(page(runs_report([run("plain")])))
     assert found.charts == 3
-    assert "Best validation accuracy 75.00 %, in epoch 2; 3 of 3 epochs done." in found.text
+    assert "Best validation accuracy 75.00 %, in epoch 2; 3 of 3 epochs completed." in found.text
 
 
 def test_a_run_without_a_complete_epoch_says_so() -> None:
-    assert "No epoch is complete" in Page(page(runs_report([run("new", ())]))).text
+    assert "No epoch was completed" in Page(page(runs_report([run("new", ())]))).text
 
 
 def test_the_suffix_says_which_kind_is_written_and_both_have_the_same_data(tmp_path: Path) -> None:
@@ -217,7 +223,7 @@ def test_the_suffix_says_which_kind_is_written_and_both_have_the_same_data(tmp_p
 
 @pytest.mark.parametrize("name", ["report", "report.pdf", "report.htm"])
 def test_another_suffix_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"give a name that ends in \.html or \.json"):
+    with pytest.raises(CheckpointError, match=r"use a name that ends in \.html or \.json"):
         check_report(tmp_path / name, tmp_path / "out.pth", overwrite=True)
 
 
@@ -243,7 +249,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     ("content", "wording"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "is not the report of one training run"),
         ('{"format": "bn-insert report"}', "is not the report of one training run"),
         ('{"format": "bn-insert runs", "runs": []}', "is not the report of one training run"),
@@ -264,7 +270,7 @@ def test_a_layer_without_varying_channels_has_a_page_too() -> None:
 
 
 def test_settings_of_a_run_are_those_of_the_run() -> None:
-    settings = replace(TrainingSettings(), dropout=0.25, amp=True)
-    text = Page(page(run_report("a", settings, [], {"batchnorms": 3}))).text
+    settings = TrainingSettings(dropout=0.25, amp=True)
+    text = Page(page(run_report("a", asdict(settings), [], {"batchnorms": 3}))).text
     assert "dropout 0.25" in text
     assert "amp yes" in text

@@ -348,7 +348,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     def fail(_data: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bn_insert.report.report.page", fail)
+    monkeypatch.setattr("bn_insert.report.page.page", fail)
     with pytest.warns(UserWarning, match=r"report\.html: No space left on device; all else is saved"):
         result = finetune(network, digits, tmp_path, BRIEF)
     assert len(result.epochs) == 2

@@ -1,4 +1,4 @@
-// Headings of tables become buttons: click, or Tab and Enter, sorts; once more turns the order round.
+// Table headings become buttons that sort by their column; a second click or Enter reverses the order.
 const order = new Intl.Collator("en", { numeric: true });
 
 function compare(a, b) {

@@ -1,0 +1,42 @@
+"""The data of an insertion's report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .provenance import versions
+
+FORMAT = "bn-insert report"
+
+
+def insertion_report(
+    layers: Sequence[Mapping[str, Any]],
+    edges: Sequence[Mapping[str, Any]],
+    comparisons: Mapping[str, Mapping[str, Any]],
+    agreements: Sequence[Mapping[str, Any]],
+    *,
+    reading: str,
+) -> dict[str, Any]:
+    """Return the findings of an insertion as one JSON-ready dictionary.
+
+    The page also shows what the caller adds to it: `checkpoint` and `output` (see `file_facts`; `output` is None if
+    no checkpoint was written), `calibration` (`source`, `images`, `skipped`), `options` and `seconds`.
+
+    Args:
+        layers: One entry per layer: its name, kind, type, output shape and number of parameters, with either
+            `batchnorm` (statistics per channel of the inserted layer) or `reason` (why none was inserted).
+        edges: The fields of an `Edge` for each equalized or blocked layer. Empty without equalization.
+        comparisons: The fields of a `Comparison` of original and result, by device.
+        agreements: The fields of a `TrainModeAgreement` for each batch size. Empty if it could not be measured.
+        reading: One or two sentences that say what the agreements mean, or why there are none.
+    """
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "layers": list(layers),
+        "edges": list(edges),
+        "comparisons": dict(comparisons),
+        "train_mode": {"agreements": list(agreements), "reading": reading},
+        "versions": versions(),
+    }

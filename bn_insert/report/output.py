@@ -1,0 +1,68 @@
+"""Reports as files: JSON, or an HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..support.files import check_writable, real_path, write_atomically
+
+_SUFFIXES = (".html", ".json")
+
+
+def write_report(path: Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write a report atomically, as JSON or as a self-contained HTML page, depending on the file's suffix.
+
+    Args:
+        path: The output file, `.html` or `.json`.
+        data: What `insertion_report`, `run_report` or `runs_report` returned.
+        overwrite: Replace an existing file.
+
+    Raises:
+        CheckpointError: The suffix is neither of the two, the file exists and `overwrite` is false, or writing failed.
+            An existing file is left unchanged.
+    """
+    _check_suffix(path)
+
+    def write(staged: Path) -> None:
+        staged.write_text(_html(data) if path.suffix.lower() == ".html" else _json(data), encoding="utf-8")
+
+    write_atomically(path, write, overwrite=overwrite)
+
+
+def check_report(report: Path, checkpoint: Path | None = None, *, overwrite: bool) -> None:
+    """Check before the work that a report can be written.
+
+    Args:
+        report: The output file.
+        checkpoint: The checkpoint that will be written by the same command, which the report must not replace.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        CheckpointError: The suffix is neither .html nor .json, the report would replace the checkpoint, or the file
+            cannot be written.
+    """
+    _check_suffix(report)
+    if checkpoint is not None and real_path(report) == real_path(checkpoint):
+        raise CheckpointError(
+            f"cannot write the report to {report}: the checkpoint is written there; choose another name for one of them"
+        )
+    check_writable(report, overwrite=overwrite)
+
+
+def _check_suffix(report: Path) -> None:
+    if report.suffix.lower() not in _SUFFIXES:
+        raise CheckpointError(f"cannot write the report to {report}: use a name that ends in {' or '.join(_SUFFIXES)}")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _html(data: Mapping[str, Any]) -> str:
+    from .page import page  # noqa: PLC0415 - matplotlib takes half a second to import
+
+    return page(data)
