@@ -85,12 +85,12 @@ def test_a_signature_admits_one_word_for_layers() -> None:
 
 @pytest.mark.parametrize("layers", [(), ("conf",), "convolution", ("conv", "pool")], ids=str)
 def test_layers_of_an_unknown_kind_are_a_graph_error(layers: Any, unchecked: Unchecked) -> None:
-    with pytest.raises(GraphError, match=r"^layers takes one or both of conv, dense, not \("):
+    with pytest.raises(GraphError, match=r"^layers must be one or both of conv, dense, not \("):
         unchecked(survey)(small_vgg(), images(2, 16), layers=layers)
 
 
 def test_an_unknown_placement_is_a_graph_error(unchecked: Unchecked) -> None:
-    with pytest.raises(GraphError, match=r"^placement is one of before_activation, after_activation, not 'behind'$"):
+    with pytest.raises(GraphError, match=r"^placement must be one of before_activation, after_activation, not 'behind'$"):
         unchecked(survey)(small_vgg(), images(2, 16), placement="behind")
 
 
@@ -118,7 +118,7 @@ def test_a_skip_pattern_that_fits_no_layer_is_a_graph_error_that_lists_the_layer
     with pytest.raises(GraphError) as caught:
         find_sites(small_vgg(), images(2, 16), skip=("features.0", pattern))
     assert str(caught.value) == (
-        f"the skip pattern '{pattern}' fits no conv or dense layer; the layers are: {', '.join(VGG_LAYERS)}"
+        f"the skip pattern '{pattern}' matches no conv or dense layer; the layers are: {', '.join(VGG_LAYERS)}"
     )
 
 
@@ -127,9 +127,9 @@ def test_a_survey_tells_of_every_layer_and_why_it_is_no_site() -> None:
     assert reasons(layers) == {
         "features.0": "skipped by pattern",
         "features.3": "",
-        "classifier.0": "dense layers are not asked for",
-        "classifier.3": "dense layers are not asked for",
-        "classifier.6": "dense layers are not asked for",
+        "classifier.0": "dense layers are not selected",
+        "classifier.3": "dense layers are not selected",
+        "classifier.6": "dense layers are not selected",
     }
     first, last = layers[0], layers[-1]
     assert (first.kind, first.type_name, first.shape, first.parameters) == ("conv", "Conv2d", (2, 8, 16, 16), 224)
@@ -165,7 +165,7 @@ def test_a_layer_with_a_normalization_behind_it_is_no_site(
 ) -> None:
     model = sequential(nn.Conv2d(3, 8, 3), *between, norm, nn.ReLU(), nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement=placement))
-    assert found["0"] == f"followed by a normalization already: {1 + len(between)}"
+    assert found["0"] == f"already followed by a normalization: {1 + len(between)}"
 
 
 def test_in_torchvisions_batchnorm_vggs_the_dense_layers_alone_are_sites() -> None:
@@ -236,7 +236,7 @@ def test_layers_held_as_attributes_are_sites_of_no_sequence() -> None:
 @pytest.mark.parametrize("name", ["stem", "blocks.1", "heads.hidden"])
 def test_after_activation_is_impossible_behind_an_activation_function(name: str) -> None:
     found = reasons(survey(HeldAsAttributes(), images(2, 9), placement="after_activation"))
-    assert found[name] == "no activation module of its own behind it"
+    assert found[name] == "not directly followed by an activation module"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_after_activation_is_impossible_where_the_activation_does_not_follow_at_
 ) -> None:
     model = sequential(nn.Conv2d(3, 8, 3), *between, nn.ReLU(), nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement="after_activation"))
-    assert found["0"] == "no activation module of its own behind it"
+    assert found["0"] == "not directly followed by an activation module"
 
 
 def test_after_activation_is_impossible_behind_an_attribute_that_several_layers_share() -> None:
@@ -341,13 +341,13 @@ def test_channels_and_dims_are_those_of_the_layers_output(
 
 def test_a_dense_layer_on_three_dimensional_inputs_is_no_site() -> None:
     found = reasons(survey(TokenMixer(), torch.zeros(2, 5, 6)))
-    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would take the wrong axis"
+    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would normalize the wrong axis"
     assert found == {"embed": message, "mix": message, "head": "output layer"}
 
 
 def test_a_conv_given_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(GraphError, match="the layer 0 was given one image without a batch axis"):
+    with pytest.raises(GraphError, match="the layer 0 received one image without a batch axis"):
         find_sites(model, images(1, 9)[0])
 
 
@@ -359,8 +359,8 @@ def test_a_model_whose_forward_no_graph_can_hold_is_a_graph_error_with_class_sha
     with pytest.raises(GraphError) as caught:
         find_sites(ControlledByValues(), images(2, 8))
     message = str(caught.value)
-    assert message.startswith("torch.export cannot see through ControlledByValues for an input of shape (2, 3, 8, 8): ")
-    assert message.endswith(". Pass a submodule that holds the layers and has no such code in its forward")
+    assert message.startswith("torch.export cannot trace ControlledByValues for an input of shape (2, 3, 8, 8): ")
+    assert message.endswith(". Pass a submodule that contains the layers and has no such code in its forward")
     assert "\n" not in message
     assert caught.value.__cause__ is not None
 
@@ -375,7 +375,7 @@ def test_an_input_that_the_model_cannot_run_on_is_a_graph_error_with_class_shape
         find_sites(small_vgg(), example)
     message = str(caught.value)
     assert message.startswith(f"VGG cannot run on an input of shape {tuple(example.shape)}: ")
-    assert message.endswith(". Give inputs of the shape that it takes")
+    assert message.endswith(". Pass inputs of the shape that it expects")
     assert "\n" not in message
     assert caught.value.__cause__ is not None
     assert capfd.readouterr().err == ""  # torch.export would print a traceback

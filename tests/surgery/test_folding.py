@@ -357,7 +357,7 @@ def test_behind_an_activation_a_batchnorm_folds_into_the_next_layer(behind: list
 def test_with_positive_gammas_it_folds_through_max_pooling() -> None:
     tail = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 25, 5)
     model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *tail))
-    with pytest.raises(GraphError, match=r"BatchNorm 2 behind 0 .*max_pool2d 3 stands behind it"):
+    with pytest.raises(GraphError, match=r"BatchNorm 2 after layer 0 .*max_pool2d 3 is in between"):
         fold_batchnorm(model, images(1, 12))
     assert_folds(positive(model), images(6, 12))
 
@@ -443,8 +443,8 @@ def test_a_shift_in_front_of_a_conv_that_pads_with_zeros_is_refused_with_place_a
     next_conv = nn.Conv2d(8, 4, 3, padding=1)
     model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), next_conv))
     message = refusal(model, images(1, 12))
-    assert message.startswith("BatchNorm 2 behind 0 cannot be folded exactly")
-    assert "relu 1 stands between" in message
+    assert message.startswith("BatchNorm 2 after layer 0 cannot be folded exactly")
+    assert "relu 1 is in between" in message
     assert "conv 3 pads with zeros" in message
     assert "placement='before_activation'" in message
 
@@ -453,9 +453,9 @@ def test_a_shift_in_front_of_a_conv_that_pads_with_zeros_is_refused_with_place_a
     ("behind", "obstacle"),
     [
         ([nn.ConvTranspose2d(8, 4, 3)], "conv 3 is transposed"),
-        ([nn.AvgPool2d(2, padding=1), nn.Conv2d(8, 4, 3)], "avg_pool2d 3 stands behind it"),
-        ([nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3)], "pad 3 stands behind it"),
-        ([nn.ReLU(), nn.Conv2d(8, 4, 3)], "relu 3 stands behind it"),
+        ([nn.AvgPool2d(2, padding=1), nn.Conv2d(8, 4, 3)], "avg_pool2d 3 is in between"),
+        ([nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3)], "pad 3 is in between"),
+        ([nn.ReLU(), nn.Conv2d(8, 4, 3)], "relu 3 is in between"),
         ([nn.Conv2d(8, 4, 3, padding="same")], "conv 3 pads with zeros"),
         ([nn.Dropout()], "its values reach the model's output"),
         ([nn.Linear(10, 4)], "dense 3 has its channels on another axis"),
@@ -470,7 +470,7 @@ def test_what_does_not_commute_with_a_shift_is_named(behind: list[nn.Module], ob
 def test_a_batchnorm_without_running_statistics_is_refused() -> None:
     model = sequential(nn.Conv2d(3, 8, 3))
     model.append(nn.BatchNorm2d(8, track_running_stats=False))
-    assert "BatchNorm 1 behind 0 cannot be folded exactly: it has no running statistics" in refusal(
+    assert "BatchNorm 1 after layer 0 cannot be folded exactly: it has no running statistics" in refusal(
         model, images(2, 12)
     )
 
