@@ -90,7 +90,9 @@ def test_layers_of_an_unknown_kind_are_a_graph_error(layers: Any, unchecked: Unc
 
 
 def test_an_unknown_placement_is_a_graph_error(unchecked: Unchecked) -> None:
-    with pytest.raises(GraphError, match=r"^placement must be one of before_activation, after_activation, not 'behind'$"):
+    with pytest.raises(
+        GraphError, match=r"^placement must be one of before_activation, after_activation, not 'behind'$"
+    ):
         unchecked(survey)(small_vgg(), images(2, 16), placement="behind")
 
 
