@@ -109,9 +109,7 @@ CLAIMED = [
         for dims in (1, 2, 3)
     ),
     *(
-        Sample(
-            f"avg_pool{dims}d", lambda x, dims=dims, **more: getattr(F, f"avg_pool{dims}d")(x, 3, 2, 1, **more), dims
-        )
+        Sample(f"avg_pool{dims}d", lambda x, dims=dims: getattr(F, f"avg_pool{dims}d")(x, 3, 2, 1), dims)
         for dims in (1, 2, 3)
     ),
     *(

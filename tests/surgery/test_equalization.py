@@ -30,7 +30,8 @@ from bn_insert import (
 )
 from bn_insert.demo import network_path
 from bn_insert.graph.sites import Placement
-from bn_insert.surgery.edges import Consumer, Edge
+from bn_insert.graph.trace import Trace
+from bn_insert.surgery.edges import Consumer, Edge, edges_in
 from bn_insert.surgery.equalize import power_of_two_scales
 from support.networks import DEPTHS, images, randomised, sequential, torchvision_vgg
 
@@ -86,6 +87,12 @@ def test_gamma_is_near_1_in_every_channel_that_is_not_constant(placement: Placem
         alive = moments[site.name].m2 > 0
         assert alive.any()
         assert ((gamma[alive] >= 0.70) & (gamma[alive] <= 1.42)).all(), site.name
+
+
+def test_one_trace_has_the_edges_that_are_found_in_the_model() -> None:
+    model, x = torchvision_vgg("vgg11"), images(2)
+    sites = find_sites(model, x)
+    assert edges_in(Trace.of(model, x), sites) == find_edges(model, x, sites)
 
 
 def test_without_equalization_gamma_is_far_from_1() -> None:
@@ -275,11 +282,11 @@ def test_other_dtypes_stay_bit_identical(dtype: torch.dtype) -> None:
     seed=st.integers(0, 1000),
 )
 def test_random_stacks_stay_bit_identical_and_fold_back(widths: list[int], activations: list[str], seed: int) -> None:
-    behind = {"relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "pool": nn.MaxPool2d(2), "none": nn.Identity()}
+    modules_of = {"relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "pool": nn.MaxPool2d(2), "none": nn.Identity()}
     modules: list[nn.Module] = []
     channels = 3
     for width, activation in zip(widths, activations, strict=False):
-        modules += [nn.Conv2d(channels, width, 3, padding=1), behind[activation]]
+        modules += [nn.Conv2d(channels, width, 3, padding=1), modules_of[activation]]
         channels = width
     model = spread(
         randomised(sequential(*modules, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, 3)), seed)
