@@ -14,7 +14,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def unwrapped(model: AnyModule) -> AnyModule:
-    """Return the module in a DataParallel, DistributedDataParallel or compiled model, else the model itself."""
+    """Return the module inside a DataParallel, DistributedDataParallel or compiled model, else the model itself."""
     inner: nn.Module = model
     while True:
         if isinstance(inner, nn.DataParallel | DistributedDataParallel):
@@ -26,19 +26,22 @@ def unwrapped(model: AnyModule) -> AnyModule:
 
 
 def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
-    """Return a copy in eval mode, to be run and thrown away: changing its flags and hooks leaves the model's alone.
+    """Return a copy in eval mode for temporary use: changes to its flags and hooks do not affect the model.
 
-    It shares the parameters with the model and so costs no memory, unless `device` is another than theirs.
-    Of a wrapped model: a copy of the module in it.
+    Args:
+        model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
+        device: Device of the copy. On the device of its parameters, the copy shares them and needs no memory.
     """
     network = shared_copy(model, device).eval()
     return network if device is None else network.to(device)
 
 
 def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
-    """Return a copy whose parameters share their memory with the model's, unless `device` is another than theirs.
+    """Return a copy whose parameters share their memory with the model's.
 
-    Of a wrapped model: a copy of the module in it.
+    Args:
+        model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
+        device: Device of the copy's parameters. On another device than theirs, they are copied there.
     """
     model = unwrapped(model)
     shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
@@ -46,24 +49,25 @@ def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> A
 
 
 def deep_copy(model: AnyModule) -> AnyModule:
-    """Return an independent copy, also of a model that holds tensors computed from its parameters.
+    """Return an independent copy, even of a model with tensors computed from its parameters, which deepcopy refuses.
 
-    Of a wrapped model: a copy of the module in it.
+    Args:
+        model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
     """
     model = unwrapped(model)
     return copy.deepcopy(model, _computed(model))
 
 
 def _computed(model: nn.Module) -> dict[int, Any]:
-    """Return copies of attributes that deepcopy refuses, such as the weight that old-style weight_norm has computed."""
+    """Return copies of attributes that deepcopy refuses, such as the weight that old-style weight_norm computes."""
     values = chain.from_iterable(vars(module).values() for module in model.modules())
     return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and value.grad_fn}
 
 
 def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
-    """Return another parameter with the same memory, or a copy on another device.
+    """Return a new parameter with the same memory, or a copy on another device.
 
-    Another one, since a forward may set `weight.data`.
+    Not the parameter itself: a forward may assign to `weight.data`.
     """
     moved = parameter.detach() if device is None else parameter.detach().to(device)
     return nn.Parameter(moved, requires_grad=parameter.requires_grad)

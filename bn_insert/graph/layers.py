@@ -1,4 +1,4 @@
-"""What counts as a conv or a dense layer."""
+"""Which modules are conv or dense layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Kind = Literal["conv", "dense"]
 
 
 def layer_kind(module: nn.Module) -> Kind | None:
-    """Return "conv", "dense", or None for any other module."""
+    """Return "conv" for a convolution of any kind, "dense" for nn.Linear, and None for any other module."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
     return "dense" if isinstance(module, nn.Linear) else None

@@ -1,4 +1,4 @@
-"""Which layers a model has, and where a BatchNorm goes."""
+"""The conv and dense layers of a model, and the sites where a BatchNorm goes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ Placement = Literal["before_activation", "after_activation"]
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a BatchNorm goes.
+    """A place where a BatchNorm goes.
 
-    name: qualified name of the conv or dense layer. anchor: qualified name of the module behind which the BatchNorm
-    goes (the layer itself, or its activation). channels: of the BatchNorm. dims: 1, 2 or 3, as in BatchNorm1d, 2d, 3d.
-    calls: how often one forward pass calls the anchor. in_sequence: the anchor is run by an nn.Sequential around it, so
-    that the BatchNorm can stand behind it as a sibling.
+    Attributes:
+        name: Qualified name of the conv or dense layer.
+        kind: "conv" or "dense".
+        anchor: Qualified name of the module that the BatchNorm follows: the layer itself, or its activation.
+        channels: Number of channels that the BatchNorm has.
+        dims: 1, 2 or 3, for BatchNorm1d, BatchNorm2d or BatchNorm3d.
+        calls: How many times one forward pass calls the anchor.
+        in_sequence: Whether an nn.Sequential runs the anchor as its child, so that the BatchNorm can be its next child.
     """
 
     name: str
@@ -38,10 +42,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Layer:
-    """One conv or dense layer of a model, and whether a BatchNorm goes behind it.
+    """A conv or dense layer of a model, with its site or the reason why it has none.
 
-    shape: of its output for the example, batch included; empty when the layer is never called. parameters: their
-    number. site: where its BatchNorm goes, or None and then `reason` says why.
+    Attributes:
+        name: Qualified name.
+        kind: "conv" or "dense".
+        type_name: Name of the module's class.
+        shape: Shape of the output for the example batch, batch axis included; empty if the layer is never called.
+        parameters: Number of parameters.
+        site: Where the layer's BatchNorm goes, or None.
+        reason: Why there is no site; empty if there is one.
     """
 
     name: str
@@ -62,14 +72,23 @@ def find_sites(
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
 ) -> list[Site]:
-    """Return the places where a BatchNorm goes, in the order in which a forward pass completes them.
+    """Return the sites where a BatchNorm goes, in the order in which a forward pass completes their layers.
 
-    example: one batch; only its shape matters.  It and the other arguments are as for `insert_batchnorm`.
-    Raises GraphError when the model cannot be seen, or a `skip` pattern fits no layer.
+    Args:
+        model: The model; it is not changed.
+        example: One batch, as for `insert_batchnorm`; only its shape matters.
+        layers: "conv", "dense" or both.
+        include_output: Include the output layer (no activation between it and the model's output).
+        skip: Glob patterns of qualified names of layers to leave out.
+        placement: "before_activation" (directly after the layer) or "after_activation" (after its activation).
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
-    >>> [site.name for site in find_sites(model, torch.zeros(1, 3, 8, 8))]
-    ['0']
+    Raises:
+        GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        >>> [site.name for site in find_sites(model, torch.zeros(1, 3, 8, 8))]
+        ['0']
     """
     found = survey(model, example, layers=layers, include_output=include_output, skip=skip, placement=placement)
     return [layer.site for layer in found if layer.site is not None]
@@ -86,11 +105,21 @@ def survey(
 ) -> list[Layer]:
     """Return every conv and dense layer with its site, or with the reason why it has none.
 
-    Layers come in the order in which a forward pass completes them, those never called last. Arguments as `find_sites`.
+    Layers are in the order in which a forward pass completes them; those never called come last.
+
+    Args:
+        model: The model; it is not changed.
+        example: One batch, as for `insert_batchnorm`; only its shape matters.
+        layers: As for `find_sites`.
+        include_output: As for `find_sites`.
+        skip: As for `find_sites`.
+        placement: As for `find_sites`.
+
+    Raises:
+        GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
     """
-    return layers_in(
-        Trace.of(model, example), layers=layers, include_output=include_output, skip=skip, placement=placement
-    )
+    options = SiteOptions.checked(layers, include_output, skip, placement)
+    return _layers(Trace.of(model, example), options)
 
 
 def layers_in(
@@ -101,21 +130,13 @@ def layers_in(
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
 ) -> list[Layer]:
-    """Return what `survey` returns, from a trace."""
-    wishes = _Wishes.checked(layers, include_output, skip, placement)
-    found = [_describe(trace, name, module, wishes) for name, module in trace.layers_in_order()]
-    for pattern in wishes.skip:
-        if not any(fnmatchcase(layer.name, pattern) for layer in found):
-            raise GraphError(
-                f"the skip pattern {pattern!r} fits no conv or dense layer; the layers are: "
-                f"{', '.join(layer.name for layer in found)}"
-            )
-    return found
+    """Return what `survey` returns, for a model that is already traced."""
+    return _layers(trace, SiteOptions.checked(layers, include_output, skip, placement))
 
 
 @dataclass(frozen=True)
-class _Wishes:
-    """What the caller of `survey` asked for."""
+class SiteOptions:
+    """Which layers get a site and where it is: the arguments of `find_sites`, checked."""
 
     kinds: tuple[str, ...]
     include_output: bool
@@ -123,12 +144,13 @@ class _Wishes:
     placement: str
 
     @classmethod
-    def checked(cls, layers: Iterable[str], include_output: bool, skip: Iterable[str], placement: str) -> _Wishes:
+    def checked(cls, layers: Iterable[str], include_output: bool, skip: Iterable[str], placement: str) -> SiteOptions:
+        """Return the options; raise GraphError for a kind of layer or a placement that does not exist."""
         kinds, patterns = _as_tuple(layers), _as_tuple(skip)
         if not kinds or not set(kinds) <= set(get_args(Kind)):
-            raise GraphError(f"layers takes one or both of {', '.join(get_args(Kind))}, not {kinds!r}")
+            raise GraphError(f"layers must be one or both of {', '.join(get_args(Kind))}, not {kinds!r}")
         if placement not in get_args(Placement):
-            raise GraphError(f"placement is one of {', '.join(get_args(Placement))}, not {placement!r}")
+            raise GraphError(f"placement must be one of {', '.join(get_args(Placement))}, not {placement!r}")
         return cls(kinds, include_output, patterns, placement)
 
 
@@ -136,19 +158,30 @@ def _as_tuple(values: Iterable[str]) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else tuple(values)
 
 
-def _describe(trace: Trace, name: str, module: nn.Module, wishes: _Wishes) -> Layer:
+def _layers(trace: Trace, options: SiteOptions) -> list[Layer]:
+    found = [_layer(trace, name, module, options) for name, module in trace.layers_in_order()]
+    for pattern in options.skip:
+        if not any(fnmatchcase(layer.name, pattern) for layer in found):
+            raise GraphError(
+                f"the skip pattern {pattern!r} matches no conv or dense layer; the layers are: "
+                f"{', '.join(layer.name for layer in found)}"
+            )
+    return found
+
+
+def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> Layer:
     kind = layer_kind(module)
     if kind is None:
-        raise TypeError(f"{name} is neither conv nor dense")
+        raise TypeError(f"{name} is neither a conv nor a dense layer")
     calls = trace.calls_of(name)
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
     if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
         raise GraphError(
-            f"the layer {name} was given one image without a batch axis: a batch has the shape N x C x H x W, and "
-            "batches are an iterable of them, such as [images]"
+            f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W, so pass "
+            "a list of batches, such as [images]"
         )
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    anchor, reason = _anchor(trace, name, kind, calls, wishes)
+    anchor, reason = _anchor(trace, name, kind, calls, options)
     site = None
     if anchor is not None:
         dims = 1 if kind == "dense" else len(shape) - 2
@@ -156,34 +189,34 @@ def _describe(trace: Trace, name: str, module: nn.Module, wishes: _Wishes) -> La
     return Layer(name, kind, type(module).__name__, shape, parameters, site, reason)
 
 
-def _anchor(trace: Trace, name: str, kind: Kind, calls: list[fx.Node], wishes: _Wishes) -> tuple[str | None, str]:
-    """Return the module behind which the layer's BatchNorm goes, or None and the reason why there is none."""
-    reason = _reason_against(trace, name, kind, calls, wishes)
-    if reason or wishes.placement == "before_activation" or any(map(trace.reaches_output, calls)):
-        return (None, reason) if reason else (name, "")  # an output layer has no activation to stand behind
+def _anchor(trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions) -> tuple[str | None, str]:
+    """Return the module that the layer's BatchNorm follows, or None and the reason why there is none."""
+    reason = _reason_against(trace, name, kind, calls, options)
+    if reason or options.placement == "before_activation" or any(map(trace.reaches_output, calls)):
+        return (None, reason) if reason else (name, "")  # an output layer has no activation to follow
     activations = {trace.activation_module(call) for call in calls}
     anchor = activations.pop() if len(activations) == 1 else None
     if anchor is None:
-        return None, "no activation module of its own behind it"
+        return None, "not directly followed by an activation module"
     if len(trace.nodes_in(anchor)) != len(calls):
         return None, f"its activation {anchor} is shared with other layers"
     return anchor, ""
 
 
-def _reason_against(  # noqa: PLR0911 - one return a reason reads best
-    trace: Trace, name: str, kind: Kind, calls: list[fx.Node], wishes: _Wishes
+def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to read
+    trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions
 ) -> str:
     if not calls:
         return "never called in a forward pass"
-    if norm := next(filter(None, map(trace.normalization_behind, calls)), None):
-        return f"followed by a normalization already: {norm}"
-    if kind not in wishes.kinds:
-        return f"{kind} layers are not asked for"
-    if any(fnmatchcase(name, pattern) for pattern in wishes.skip):
+    if norm := next(filter(None, map(trace.normalization_downstream, calls)), None):
+        return f"already followed by a normalization: {norm}"
+    if kind not in options.kinds:
+        return f"{kind} layers are not selected"
+    if any(fnmatchcase(name, pattern) for pattern in options.skip):
         return "skipped by pattern"
-    if not wishes.include_output and any(map(trace.reaches_output, calls)):
+    if not options.include_output and any(map(trace.reaches_output, calls)):
         return "output layer"
     shape = tuple(calls[-1].meta["val"].shape)
     if len(shape) < 2 or (kind == "dense" and len(shape) != 2):
-        return f"its output {shape} is not batch x channels: BatchNorm1d would take the wrong axis"
+        return f"its output {shape} is not batch x channels: BatchNorm1d would normalize the wrong axis"
     return ""

@@ -1,4 +1,4 @@
-"""Which layers read a site, and whether its channels can be rescaled on the way to them."""
+"""The layers that read a site's channels, and whether the channels can be rescaled on the way to them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,30 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from ..graph.operators import (
+    Role,
+    argument,
+    fits_positions,
+    flattens_channels,
+    has_role,
+    keeps_channels,
+    operation,
+    operator_of,
+    writes_in_place,
+)
 from ..graph.sites import Site
-from ..graph.trace import Trace, argument, operation, writes_in_place
-
-_ELEMENTWISE = {"relu", "leaky_relu", "prelu", "rrelu"}
-
-
-_COPIES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"} | {
-    *("alias", "detach", "contiguous", "clone", "lift_fresh_copy"),
-}
-
-
-_SPATIAL = {
-    *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for dims in (1, 2, 3)),
-    *(f"{kind}{dims}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)),
-    *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
-}
-
-
-# Operations that cut values off, and their parameters that say where.
-_BOUNDS = {
-    **{"clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)},
-    **{"hardtanh": ("min_val", "max_val"), "threshold": ("threshold", "value")},
-}
-
-
-_RESHAPES = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
-
-
-_REDUCTIONS = {"mean", "sum", "amax"}
-
-
-_CONCATENATIONS = {"cat", "concat", "concatenate"}
+from ..graph.trace import Trace
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer that reads a site's channels: channel c is its input first + c * repeat and the `repeat - 1` next."""
+    """A layer that reads a site's channels: channel c is its inputs from `first + c * repeat`, `repeat` of them.
+
+    Attributes:
+        name: Qualified name of the layer.
+        first: Number of the layer's input that the site's first channel starts at; above 0 after a concatenation.
+        repeat: Number of inputs that hold one channel; above 1 after positions were flattened.
+    """
 
     name: str
     first: int = 0
@@ -55,7 +42,13 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Edge:
-    """Between a site and all layers that read its values; a reason says why its channels keep their scale, else ""."""
+    """The connection between a site and all layers that read its channels.
+
+    Attributes:
+        site: Name of the site.
+        consumers: The layers that read it; empty if it cannot be equalized.
+        reason: Why it cannot be equalized; empty if it can.
+    """
 
     site: str
     consumers: tuple[Consumer, ...] = ()
@@ -63,29 +56,38 @@ class Edge:
 
 
 def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Edge]:
-    """Return one edge a site, in the sites' order: its consumers, or the reason why it cannot be equalized.
+    """Return one edge for each site: its consumers, or the reason why it cannot be equalized.
 
-    Everything between must be positively homogeneous per channel (ReLU, LeakyReLU, PReLU, pooling, dropout, flatten,
-    upsampling, zero padding, concatenation), and every consumer a conv or dense layer whose weights are its own.
-    Raises GraphError when the model cannot be seen.
+    Every operation between must be positively homogeneous per channel (ReLU, LeakyReLU, PReLU, pooling, dropout,
+    flatten, upsampling, zero padding, concatenation), and every consumer must be a conv or dense layer that shares its
+    weights with no other.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
-    >>> from bn_insert import find_sites
-    >>> example = torch.zeros(1, 3, 8, 8)
-    >>> find_edges(model, example, find_sites(model, example))
-    [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
+    Args:
+        model: The model; it is not changed.
+        example: One batch, as for `insert_batchnorm`; only its shape matters.
+        sites: Sites of the model, as from `find_sites`. The edges are in their order.
+
+    Raises:
+        GraphError: The model cannot be traced.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        >>> from bn_insert import find_sites
+        >>> example = torch.zeros(1, 3, 8, 8)
+        >>> find_edges(model, example, find_sites(model, example))
+        [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
     """
     return edges_in(Trace.of(model, example), sites)
 
 
 def edges_in(trace: Trace, sites: Sequence[Site]) -> list[Edge]:
-    """Return what `find_edges` returns, from a trace."""
+    """Return what `find_edges` returns, for a model that is already traced."""
     return [_edge(trace, site) for site in sites]
 
 
 @dataclass(frozen=True)
-class _Values:
-    """Where a site's channels lie in the values that a node gives: on this axis, as in Consumer."""
+class _Channels:
+    """Where a site's channels are among the values of a node: along `axis`, as in Consumer."""
 
     node: fx.Node
     axis: int = 1
@@ -94,7 +96,7 @@ class _Values:
 
 
 class _BlockedError(Exception):
-    """What stands between a site and its consumers; ends up as the edge's reason."""
+    """An obstacle between a site and its consumers; it becomes the edge's reason."""
 
 
 def _edge(trace: Trace, site: Site) -> Edge:
@@ -110,40 +112,38 @@ def _consumers(trace: Trace, site: Site) -> Iterator[Consumer]:
         raise _BlockedError(f"{site.name} is called {len(calls)} times")
     if calls[0].meta["val"].dtype == torch.float16:
         raise _BlockedError("small float16 activations are subnormal, and scaling would change how they are rounded")
-    _check_own_weights(trace, calls[0])
+    _check_weights_not_shared(trace, calls[0])
     layers = {node: name for name, node in trace.layer_nodes()}
     seen: set[str] = set()
-    queue = [_Values(calls[0])]
+    queue = [_Channels(calls[0])]
     while queue:
-        values = queue.pop()
-        if values.node in trace.outputs:
+        channels = queue.pop()
+        if channels.node in trace.outputs:
             raise _BlockedError("its values are an output of the model")
-        for user in values.node.users:
-            if user.op != "call_function" or not (
-                user.users or writes_in_place(user)
-            ):  # what nobody reads does not count
-                continue
+        for user in channels.node.users:
+            if user.op != "call_function" or not (user.users or writes_in_place(user)):
+                continue  # nothing reads the result
             if user in layers:
                 if layers[user] in seen:
                     raise _BlockedError(f"{layers[user]} reads it twice")
                 seen.add(layers[user])
-                yield _consumer(trace, layers[user], user, values)
+                yield _consumer(trace, layers[user], user, channels)
             else:
-                queue.append(_passed(trace, user, values))
+                queue.append(_passed(trace, user, channels))
 
 
-def _consumer(trace: Trace, name: str, node: fx.Node, values: _Values) -> Consumer:
-    channel_axis = 1 if operation(node) != "linear" else len(_shape_of(values.node)) - 1
-    if node.args[0] is not values.node or values.axis != channel_axis:
+def _consumer(trace: Trace, name: str, node: fx.Node, channels: _Channels) -> Consumer:
+    channel_axis = len(_shape_of(channels.node)) - 1 if has_role(node, Role.DENSE) else 1
+    if node.args[0] is not channels.node or channels.axis != channel_axis:
         raise _BlockedError(f"{name} reads it along another axis")
     if len(trace.calls_of(name)) != 1:
         raise _BlockedError(f"{name} is called {len(trace.calls_of(name))} times")
-    _check_own_weights(trace, node)
-    return Consumer(name, values.first, values.repeat)
+    _check_weights_not_shared(trace, node)
+    return Consumer(name, channels.first, channels.repeat)
 
 
-def _check_own_weights(trace: Trace, node: fx.Node) -> None:
-    """Weight and bias must be the layer's own parameters as they are, read by nothing else."""
+def _check_weights_not_shared(trace: Trace, node: fx.Node) -> None:
+    """Check that weight and bias are plain parameters that no other operation reads."""
     for name in ("weight", "bias"):
         tensor = argument(node, name)
         if isinstance(tensor, fx.Node) and (tensor.op != "placeholder" or len(tensor.users) != 1):
@@ -151,69 +151,62 @@ def _check_own_weights(trace: Trace, node: fx.Node) -> None:
             raise _BlockedError(f"the {name} of {trace.owner(node)} is {what}")
 
 
-def _passed(trace: Trace, node: fx.Node, values: _Values) -> _Values:
-    """Return where the channels lie behind an operation that is positively homogeneous in each of them."""
-    name = operation(node)
-    place = f"{name} ({trace.owner(node)})" if trace.owner(node) else name
-    # getitem: of a max pooling that gives values and their positions.
-    shifts = "alpha_dropout" in name and argument(node, "train")  # what it drops gets a value of its own
-    copies = name in _ELEMENTWISE | _COPIES and not shifts
-    if copies or _is_rectifier(node) or (name == "getitem" and node.args[1] == 0):
-        return replace(values, node=node)
-    # With an axis fewer, pooling takes the channels for positions.
-    if name in _SPATIAL and values.repeat == 1 and len(_shape_of(values.node)) == 2 + int(name[-2]):
-        return replace(values, node=node)
-    if name in _RESHAPES:
-        return _reshaped(node, values, place)
-    if name in _REDUCTIONS and values.repeat == 1 and _reduces_positions(node, values):
-        return replace(values, node=node)
-    if name in {"pad", "constant_pad_nd"} and _pads_positions_with_zeros(node, values):
-        return replace(values, node=node)
-    if name in _CONCATENATIONS:
-        return _concatenated(node, values, place)
-    if name in {"add", "sub", "mul", "div"}:
-        raise _BlockedError(f"{place} joins it with other values")
-    raise _BlockedError(f"{place} behind it does not keep the scale")
+def _passed(trace: Trace, node: fx.Node, channels: _Channels) -> _Channels:
+    """Return where the channels are after an operation that is positively homogeneous in each of them."""
+    operator = operator_of(node)
+    place = f"{operation(node)} ({trace.owner(node)})" if trace.owner(node) else operation(node)
+    if operator is not None and operator.homogeneous(node):
+        if operator.elementwise or operator.role is Role.ITEM:
+            return replace(channels, node=node)
+        if operator.role is Role.RESHAPE:
+            return _reshaped(node, channels, place)
+        if operator.role is Role.CONCATENATION:
+            return _concatenated(node, channels, place)
+        if _keeps_channels_apart(node, channels):
+            return replace(channels, node=node)
+    if has_role(node, Role.ARITHMETIC):
+        raise _BlockedError(f"{place} combines it with other values")
+    raise _BlockedError(f"{place} does not preserve its scale")
 
 
-def _is_rectifier(node: fx.Node) -> bool:
-    """Say whether an operation only cuts values off at zero, as ReLU does."""
-    bounds = [argument(node, parameter) for parameter in _BOUNDS.get(operation(node), ())]
-    return bool(bounds) and all(bound is None or bound in (0, math.inf, -math.inf) for bound in bounds)
+def _keeps_channels_apart(node: fx.Node, channels: _Channels) -> bool:
+    """Return whether a homogeneous operation on positions never combines values of different channels."""
+    shape = _shape_of(channels.node)
+    if has_role(node, Role.PADDING):
+        # Constant padding puts nothing but zeros next to a channel; any other repeats values of neighbours.
+        copies_values = operation(node) == "pad" and argument(node, "mode") != "constant"
+        return fits_positions(node, shape) and (channels.repeat == 1 or not copies_values)
+    if channels.repeat != 1:
+        return False
+    if has_role(node, Role.REDUCTION):
+        return _reduces_positions(node, channels)
+    return has_role(node, Role.POOLING, Role.RESIZING) and fits_positions(node, shape)
 
 
-def _reshaped(node: fx.Node, values: _Values, place: str) -> _Values:
-    before, after = _shape_of(values.node), _shape_of(node)
-    if before[:2] == after[:2]:  # positions among themselves
-        return replace(values, node=node)
-    if values.axis == 1 and after == (before[0], math.prod(before[1:])):
+def _reshaped(node: fx.Node, channels: _Channels, place: str) -> _Channels:
+    before, after = _shape_of(channels.node), _shape_of(node)
+    if keeps_channels(before, after):
+        return replace(channels, node=node)
+    if channels.axis == 1 and flattens_channels(before, after):
         positions = math.prod(before[2:])
-        return _Values(node, 1, values.first * positions, values.repeat * positions)
+        return _Channels(node, 1, channels.first * positions, channels.repeat * positions)
     raise _BlockedError(f"{place} mixes channels")
 
 
-def _reduces_positions(node: fx.Node, values: _Values) -> bool:
+def _reduces_positions(node: fx.Node, channels: _Channels) -> bool:
     # mean() over everything has no parameter for dimensions.
     dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     axes = [dims] if isinstance(dims, int) else (dims or [])
-    return bool(axes) and all(axis % len(_shape_of(values.node)) > values.axis for axis in axes)
+    return bool(axes) and all(axis % len(_shape_of(channels.node)) > channels.axis for axis in axes)
 
 
-def _pads_positions_with_zeros(node: fx.Node, values: _Values) -> bool:
-    if len(argument(node, "pad")) > 2 * (len(_shape_of(values.node)) - 2):
-        return False
-    if operation(node) == "pad" and argument(node, "mode") != "constant":
-        return values.repeat == 1  # reflected or repeated values keep the scale of their channel
-    return not argument(node, "value")
-
-
-def _concatenated(node: fx.Node, values: _Values, place: str) -> _Values:
+def _concatenated(node: fx.Node, channels: _Channels, place: str) -> _Channels:
     tensors = cast("Sequence[fx.Node]", argument(node, "tensors"))
     axis = cast(int, argument(node, "dim")) % len(_shape_of(node))
-    if axis != values.axis or tensors.count(values.node) != 1:
-        raise _BlockedError(f"{place} joins it with other values")
-    before = sum(_shape_of(tensor)[axis] for tensor in tensors[: tensors.index(values.node)])
-    return replace(values, node=node, first=values.first + before)
+    if axis != channels.axis or tensors.count(channels.node) != 1:
+        raise _BlockedError(f"{place} combines it with other values")
+    preceding = sum(_shape_of(tensor)[axis] for tensor in tensors[: tensors.index(channels.node)])
+    return replace(channels, node=node, first=channels.first + preceding)
 
 
 def _shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -19,15 +19,22 @@ _BLOCK = 1 << 22  # weights checked at a time: the first dense layer of a VGG16 
 
 
 def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Scale a model's channels in place, without changing its function, and return the moments that its sites now have.
+    """Scale a model's channels in place without changing its outputs, and return the moments after scaling.
 
-    Each channel of an edge's site is divided by the power of two that is nearest to its std, and its consumers' weights
-    are multiplied by it: exact in floating point, so that the outputs stay the same bit for bit. A channel whose
-    weights would overflow, or lose bits as subnormal numbers, keeps its scale, and so does a constant one.
+    Each channel of an edge's site is divided by the power of two nearest to its standard deviation, and its consumers'
+    weights are multiplied by it. That is exact in floating point: the outputs stay the same bit for bit. A channel
+    keeps its scale if it is constant, or if its weights would overflow or lose bits as subnormal numbers.
 
-    model: as for `insert_batchnorm`. edges: as `find_edges` gives. moments: by the sites' names. Source: Nagel et al.,
-    "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721; there with real
-    scales, from weight ranges.
+    Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+    arXiv:1906.04721, where the scales are real numbers computed from weight ranges.
+
+    Args:
+        model: The model, as for `insert_batchnorm`; it is changed.
+        edges: The edges to equalize, as from `find_edges`.
+        moments: Moments of the activations, by the names of the sites.
+
+    Returns:
+        The moments that the activations of each site have after scaling, by the names of the sites.
     """
     model, result = unwrapped(model), dict(moments)
     for edge in edges:
@@ -38,87 +45,44 @@ def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Mome
 
 
 def power_of_two_scales(moments: Moments) -> Float64[Tensor, " channels"]:
-    """Return the power of two nearest to each channel's std (by ratio); 1 for constant channels."""
+    """Return the power of two nearest to each channel's standard deviation by ratio; 1 for constant channels."""
     exponents = moments.std.log2().round()
     return torch.where(exponents.isfinite(), exponents, 0.0).exp2()
 
 
-def _multiply_outputs(layer: nn.Module, wanted: Float64[Tensor, " channels"]) -> Float64[Tensor, " channels"]:
-    """Multiply a layer's output channels in place where that is exact, and return the factor that each really got."""
-    weight, bias = _parameters(layer)
-    factors = torch.where(_exact_outputs(layer, wanted), wanted, 1.0)
-    with torch.no_grad():
-        weight.mul_(_grid(layer, _outputs(layer), factors))
-        if bias is not None:
-            bias.mul_(factors.to(bias))
-    return factors
-
-
-def _exact_outputs(layer: nn.Module, factors: Float64[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
-    _, bias = _parameters(layer)
-    exact = _exact_channels(layer, _outputs(layer), factors)
-    return exact if bias is None else exact & _is_exact(bias, factors.to(bias)).cpu()
-
-
 def _scale_exactly(model: nn.Module, edge: Edge, wanted: Float64[Tensor, " channels"]) -> Float64[Tensor, " channels"]:
-    """Scale one edge's layers in place where that is exact, and return the scale that each channel really got."""
+    """Scale one edge's layers in place where that is exact, and return the scale that was applied to each channel."""
     layer = model.get_submodule(edge.site)
-    readers = [(model.get_submodule(consumer.name), consumer) for consumer in edge.consumers]
+    consumers = [(model.get_submodule(consumer.name), consumer) for consumer in edge.consumers]
     exact = _exact_outputs(layer, 1 / wanted)
-    for reader, consumer in readers:
-        columns = _exact_channels(reader, _inputs(reader), _columns(reader, consumer, wanted))
-        exact &= _of_consumer(columns, consumer, len(wanted)).all(1)
+    for reader, consumer in consumers:
+        exact_inputs = _exact_channels(reader, _input_axis(reader), _input_factors(reader, consumer, wanted))
+        exact &= _inputs_of(consumer, exact_inputs, len(wanted)).all(1)
     scale = torch.where(exact, wanted, 1.0)
-    _multiply_outputs(layer, 1 / scale)
+    weight, bias = _parameters(layer)
     with torch.no_grad():
-        for reader, consumer in readers:
-            factors = _grid(reader, _inputs(reader), _columns(reader, consumer, scale))
-            _parameters(reader)[0].mul_(factors)
+        weight.mul_(_broadcast(layer, _output_axis(layer), 1 / scale))
+        if bias is not None:
+            bias.mul_((1 / scale).to(bias))
+        for reader, consumer in consumers:
+            factors = _input_factors(reader, consumer, scale)
+            _parameters(reader)[0].mul_(_broadcast(reader, _input_axis(reader), factors))
     return scale
 
 
-def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-
-
-def _outputs(layer: nn.Module) -> int:
-    """Return the axis of a layer's weight that its output channels are on."""
-    return 1 if isinstance(layer, _ConvTransposeNd) else 0
-
-
-def _inputs(layer: nn.Module) -> int:
-    return 1 - _outputs(layer)
-
-
-def _columns(reader: nn.Module, consumer: Consumer, scale: Float64[Tensor, " channels"]) -> Float64[Tensor, " inputs"]:
-    """Return a factor for every input of the reader: the scale of the channel that it comes from, else 1."""
-    inputs = reader.in_channels if isinstance(reader, _ConvNd) else reader.in_features
-    columns = torch.ones(cast(int, inputs), dtype=torch.float64)
-    _of_consumer(columns, consumer, len(scale)).copy_(scale[:, None])
-    return columns
-
-
-def _of_consumer(inputs: Tensor, consumer: Consumer, channels: int) -> Shaped[Tensor, "channels repeat"]:
-    """Return the part of a vector over a reader's inputs that belongs to the site's channels, as a view."""
-    return inputs[consumer.first :][: channels * consumer.repeat].view(channels, consumer.repeat)
-
-
-def _grid(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
-    """Return one factor a channel, in the weight's dtype and in a shape that multiplies it."""
-    weight, _ = _parameters(layer)
-    return along(factors.to(weight), weight, axis, _groups(layer))
-
-
-def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1
+def _exact_outputs(layer: nn.Module, factors: Float64[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
+    """Return for each output channel whether multiplying its weights and bias is exact."""
+    _, bias = _parameters(layer)
+    exact = _exact_channels(layer, _output_axis(layer), factors)
+    return exact if bias is None else exact & _is_exact(bias, factors.to(bias)).cpu()
 
 
 def _exact_channels(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Say for each channel on an axis of the weight whether multiplying keeps every bit of it."""
+    """Return for each channel on an axis of the weight whether multiplying keeps every bit of it."""
     weight, _ = _parameters(layer)
-    grid = _grid(layer, axis, factors).expand(len(weight), *(-1 for _ in weight.shape[1:]))
+    broadcast = _broadcast(layer, axis, factors).expand(len(weight), *(-1 for _ in weight.shape[1:]))
     rows = max(1, _BLOCK // max(1, weight[:1].numel()))
-    blocks = zip(weight.split(rows), grid.split(rows), strict=True)
+    blocks = zip(weight.split(rows), broadcast.split(rows), strict=True)
     exact = torch.cat([_is_exact(part, by).reshape(len(part), weight.shape[1], -1).all(2) for part, by in blocks])
     exact = exact.all(1) if axis == 0 else exact.view(_groups(layer), -1, exact.shape[1]).all(1).flatten()
     return exact.cpu()
@@ -127,3 +91,41 @@ def _exact_channels(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"])
 def _is_exact(values: Tensor, factors: Tensor) -> Bool[Tensor, "*shape"]:
     product = values.detach() * factors
     return (product / factors == values) & product.isfinite() & factors.isfinite() & (factors != 0)
+
+
+def _input_factors(
+    reader: nn.Module, consumer: Consumer, scale: Float64[Tensor, " channels"]
+) -> Float64[Tensor, " inputs"]:
+    """Return a factor for each input of the reader: the scale of the site's channel that it holds, else 1."""
+    inputs = reader.in_channels if isinstance(reader, _ConvNd) else reader.in_features
+    factors = torch.ones(cast(int, inputs), dtype=torch.float64)
+    _inputs_of(consumer, factors, len(scale)).copy_(scale[:, None])
+    return factors
+
+
+def _inputs_of(consumer: Consumer, inputs: Tensor, channels: int) -> Shaped[Tensor, "channels repeat"]:
+    """Return the part of a vector over a reader's inputs that belongs to the site's channels, as a view."""
+    return inputs[consumer.first :][: channels * consumer.repeat].view(channels, consumer.repeat)
+
+
+def _broadcast(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
+    """Return one factor for each channel, in the weight's dtype and in a shape that multiplies the weight."""
+    weight, _ = _parameters(layer)
+    return along(factors.to(weight), weight, axis, _groups(layer))
+
+
+def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+
+
+def _output_axis(layer: nn.Module) -> int:
+    """Return the axis of a layer's weight that its output channels are on."""
+    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+
+
+def _input_axis(layer: nn.Module) -> int:
+    return 1 - _output_axis(layer)
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, _ConvNd) else 1

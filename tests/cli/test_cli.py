@@ -143,7 +143,7 @@ def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path:
 def test_a_checkpoint_with_batchnorm_everywhere_has_nothing_to_insert(run: Run, digits: Path) -> None:
     run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS)
     result = run("insert", "out.pth", digits, "-o", "again.pth", *AS_IT_IS)
-    assert_refused(result, "nothing to insert", "followed by a normalization already: features.0, features.4")
+    assert_refused(result, "nothing to insert", "already followed by a normalization: features.0, features.4")
     assert not Path("again.pth").exists()
 
 
@@ -274,19 +274,14 @@ def test_a_report_that_would_replace_the_checkpoint_is_refused(run: Run, digits:
 def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> None:
     result = run("inspect", network_path(), "--layers", "conv")
     assert result.exit_code == 0, result.output
-    for words in (
-        "features.13",
-        "64 x 64 x 3 x 3",
-        "inserted after features.13",
-        "dense layers are not asked for",
-    ):
+    for words in ("features.13", "64 x 64 x 3 x 3", "inserted after features.13", "dense layers are not selected"):
         assert words in result.stdout
 
 
 def test_inspect_on_a_batchnorm_network_names_the_normalization(run: Run, digits: Path) -> None:
     run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS)
     result = run("inspect", "out.pth")
-    assert "followed by a normalization already: features.1" in re.sub(r"\s+", " ", result.stdout)
+    assert "already followed by a normalization: features.1" in re.sub(r"\s+", " ", result.stdout)
     assert "output layer" in result.stdout
 
 

@@ -115,7 +115,7 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     compared = run("compare", "net.pth", "bn.pth", digits / "val", *MODEL)
     assert "equal bit for bit" in compared.stdout, compared.output
     shown = run("inspect", "bn.pth", "--size", 32, *MODEL)
-    assert "followed by a normalization already: conv.1" in text_of(shown.stdout)
+    assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
     link_digits(Path("four"), classes=4)  # fewer than the network's ten
     trained = run("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
     assert trained.exit_code == 0, trained.output

@@ -7,6 +7,8 @@ import torchvision
 from torch import Tensor, nn
 
 from bn_insert import GraphError, Layer, Site, find_sites, survey
+from bn_insert.graph.sites import layers_in
+from bn_insert.graph.trace import Trace
 from support.networks import (
     CalledFromTwoSequentials,
     CalledTwice,
@@ -39,7 +41,7 @@ def names(sites: Iterable[Site]) -> list[str]:
     return [site.name for site in sites]
 
 
-def test_a_vgg_has_a_site_behind_every_layer_but_the_last() -> None:
+def test_a_vgg_has_a_site_after_every_layer_but_the_last() -> None:
     assert find_sites(small_vgg(), images(2, 16)) == [
         Site("features.0", "conv", "features.0", channels=8, dims=2, calls=1, in_sequence=True),
         Site("features.3", "conv", "features.3", channels=12, dims=2, calls=1, in_sequence=True),
@@ -55,7 +57,7 @@ def test_after_activation_the_anchor_is_the_activation() -> None:
 
 
 @pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
-def test_include_output_adds_the_output_layer_behind_the_layer_itself(placement: str) -> None:
+def test_include_output_adds_a_site_directly_after_the_output_layer(placement: str) -> None:
     sites = find_sites(small_vgg(), images(2, 16), include_output=True, placement=placement)
     assert names(sites) == VGG_LAYERS
     assert sites[-1].anchor == "classifier.6"
@@ -72,7 +74,7 @@ def test_include_output_adds_the_output_layer_behind_the_layer_itself(placement:
     ],
     ids=["tuple", "list", "set", "conv", "dense"],
 )
-def test_layers_are_asked_for_by_kind_in_any_iterable_or_as_one_word(
+def test_layers_are_selected_by_kind_in_any_iterable_or_as_one_word(
     layers: Any, expected: list[str], unchecked: Unchecked
 ) -> None:
     found = unchecked(survey)(small_vgg(), images(2, 16), layers=layers)
@@ -85,12 +87,14 @@ def test_a_signature_admits_one_word_for_layers() -> None:
 
 @pytest.mark.parametrize("layers", [(), ("conf",), "convolution", ("conv", "pool")], ids=str)
 def test_layers_of_an_unknown_kind_are_a_graph_error(layers: Any, unchecked: Unchecked) -> None:
-    with pytest.raises(GraphError, match=r"^layers takes one or both of conv, dense, not \("):
+    with pytest.raises(GraphError, match=r"^layers must be one or both of conv, dense, not \("):
         unchecked(survey)(small_vgg(), images(2, 16), layers=layers)
 
 
 def test_an_unknown_placement_is_a_graph_error(unchecked: Unchecked) -> None:
-    with pytest.raises(GraphError, match=r"^placement is one of before_activation, after_activation, not 'behind'$"):
+    with pytest.raises(
+        GraphError, match=r"^placement must be one of before_activation, after_activation, not 'behind'$"
+    ):
         unchecked(survey)(small_vgg(), images(2, 16), placement="behind")
 
 
@@ -106,7 +110,7 @@ def test_an_unknown_placement_is_a_graph_error(unchecked: Unchecked) -> None:
     ],
     ids=str,
 )
-def test_skip_leaves_out_layers_whose_names_fit_a_glob(skip: Any, expected: list[str]) -> None:
+def test_skip_leaves_out_layers_whose_names_match_a_glob(skip: Any, expected: list[str]) -> None:
     layers = survey(small_vgg(), images(2, 16), skip=skip)
     assert [layer.name for layer in layers if layer.site] == expected
     skipped = {layer.name for layer in layers if layer.reason == "skipped by pattern"}
@@ -114,26 +118,35 @@ def test_skip_leaves_out_layers_whose_names_fit_a_glob(skip: Any, expected: list
 
 
 @pytest.mark.parametrize("pattern", ["backbone.*", "features.1", "Features.0", "features"])
-def test_a_skip_pattern_that_fits_no_layer_is_a_graph_error_that_lists_the_layers(pattern: str) -> None:
+def test_a_skip_pattern_that_matches_no_layer_is_a_graph_error_that_lists_the_layers(pattern: str) -> None:
     with pytest.raises(GraphError) as caught:
         find_sites(small_vgg(), images(2, 16), skip=("features.0", pattern))
     assert str(caught.value) == (
-        f"the skip pattern '{pattern}' fits no conv or dense layer; the layers are: {', '.join(VGG_LAYERS)}"
+        f"the skip pattern '{pattern}' matches no conv or dense layer; the layers are: {', '.join(VGG_LAYERS)}"
     )
 
 
-def test_a_survey_tells_of_every_layer_and_why_it_is_no_site() -> None:
+def test_a_survey_has_every_layer_and_why_it_has_no_site() -> None:
     layers = survey(small_vgg(), images(2, 16), layers=("conv",), skip=("features.0",))
     assert reasons(layers) == {
         "features.0": "skipped by pattern",
         "features.3": "",
-        "classifier.0": "dense layers are not asked for",
-        "classifier.3": "dense layers are not asked for",
-        "classifier.6": "dense layers are not asked for",
+        "classifier.0": "dense layers are not selected",
+        "classifier.3": "dense layers are not selected",
+        "classifier.6": "dense layers are not selected",
     }
     first, last = layers[0], layers[-1]
     assert (first.kind, first.type_name, first.shape, first.parameters) == ("conv", "Conv2d", (2, 8, 16, 16), 224)
     assert (last.kind, last.type_name, last.shape, last.parameters) == ("dense", "Linear", (2, 10), 170)
+
+
+def test_one_trace_has_the_layers_of_a_survey_with_any_options() -> None:
+    model, x = small_vgg(), images(2, 16)
+    trace = Trace.of(model, x)
+    assert layers_in(trace) == survey(model, x)
+    assert layers_in(trace, layers="dense", include_output=True, skip="*.0", placement="after_activation") == survey(
+        model, x, layers="dense", include_output=True, skip="*.0", placement="after_activation"
+    )
 
 
 def test_layers_come_in_the_order_in_which_a_forward_pass_completes_them() -> None:
@@ -153,6 +166,7 @@ def test_a_layer_that_is_never_called_comes_last_and_is_no_site() -> None:
         ((nn.ReLU(inplace=True),), nn.BatchNorm2d(8)),
         ((nn.LeakyReLU(), nn.MaxPool2d(2)), nn.BatchNorm2d(8)),
         ((nn.Dropout2d(),), nn.BatchNorm2d(8)),
+        ((nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.FeatureAlphaDropout()), nn.BatchNorm2d(8)),
         ((), nn.GroupNorm(2, 8)),
         ((nn.ReLU(),), nn.InstanceNorm2d(8)),
         ((), nn.LayerNorm((8, 6, 6))),
@@ -160,12 +174,12 @@ def test_a_layer_that_is_never_called_comes_last_and_is_no_site() -> None:
     ids=lambda value: "-".join(type(part).__name__ for part in value) if isinstance(value, tuple) else None,
 )
 @pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
-def test_a_layer_with_a_normalization_behind_it_is_no_site(
+def test_a_layer_followed_by_a_normalization_has_no_site(
     between: tuple[nn.Module, ...], norm: nn.Module, placement: str
 ) -> None:
     model = sequential(nn.Conv2d(3, 8, 3), *between, norm, nn.ReLU(), nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement=placement))
-    assert found["0"] == f"followed by a normalization already: {1 + len(between)}"
+    assert found["0"] == f"already followed by a normalization: {1 + len(between)}"
 
 
 def test_in_torchvisions_batchnorm_vggs_the_dense_layers_alone_are_sites() -> None:
@@ -175,7 +189,7 @@ def test_in_torchvisions_batchnorm_vggs_the_dense_layers_alone_are_sites() -> No
     assert names(found) == ["classifier.0", "classifier.3"]
 
 
-def test_a_normalization_behind_another_layer_does_not_count() -> None:
+def test_a_normalization_after_another_layer_does_not_count() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
     assert names(find_sites(model, images(2, 8))) == ["0"]
 
@@ -192,7 +206,7 @@ def test_a_normalization_behind_another_layer_does_not_count() -> None:
     ],
     ids=lambda modules: "-".join(type(module).__name__ for module in modules),
 )
-def test_the_layer_in_front_of_the_output_is_an_output_layer_whatever_squashes_it(
+def test_the_layer_before_the_output_is_an_output_layer_whatever_squashes_it(
     ending: tuple[nn.Module, ...],
 ) -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), *ending)
@@ -200,7 +214,7 @@ def test_the_layer_in_front_of_the_output_is_an_output_layer_whatever_squashes_i
     assert names(find_sites(model, images(2, 8), include_output=True)) == ["0", "2"]
 
 
-def test_a_layer_with_a_hidden_activation_behind_it_is_no_output_layer() -> None:
+def test_a_layer_followed_by_a_hidden_activation_is_no_output_layer() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
     assert names(find_sites(model, images(2, 8))) == ["0", "2"]
 
@@ -234,9 +248,9 @@ def test_layers_held_as_attributes_are_sites_of_no_sequence() -> None:
 
 
 @pytest.mark.parametrize("name", ["stem", "blocks.1", "heads.hidden"])
-def test_after_activation_is_impossible_behind_an_activation_function(name: str) -> None:
+def test_after_activation_is_impossible_after_an_activation_function(name: str) -> None:
     found = reasons(survey(HeldAsAttributes(), images(2, 9), placement="after_activation"))
-    assert found[name] == "no activation module of its own behind it"
+    assert found[name] == "not directly followed by an activation module"
 
 
 @pytest.mark.parametrize(
@@ -247,10 +261,10 @@ def test_after_activation_is_impossible_where_the_activation_does_not_follow_at_
 ) -> None:
     model = sequential(nn.Conv2d(3, 8, 3), *between, nn.ReLU(), nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement="after_activation"))
-    assert found["0"] == "no activation module of its own behind it"
+    assert found["0"] == "not directly followed by an activation module"
 
 
-def test_after_activation_is_impossible_behind_an_attribute_that_several_layers_share() -> None:
+def test_after_activation_is_impossible_after_an_attribute_that_several_layers_share() -> None:
     class SharedActivation(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -264,7 +278,7 @@ def test_after_activation_is_impossible_behind_an_attribute_that_several_layers_
     assert found["first"] == found["second"] == "its activation act is shared with other layers"
 
 
-def test_after_activation_is_impossible_behind_one_activation_at_two_places_of_a_sequential() -> None:
+def test_after_activation_is_impossible_after_one_activation_at_two_places_of_a_sequential() -> None:
     relu = nn.ReLU()
     model = sequential(nn.Conv2d(3, 8, 3), relu, nn.Conv2d(8, 8, 3), relu, nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement="after_activation"))
@@ -300,7 +314,7 @@ def test_a_layer_under_two_names_is_a_site_whichever_name_is_called() -> None:
     assert (site.name, site.calls) == ("first", 1)
 
 
-def test_layers_of_parts_held_besides_the_whole_are_sites() -> None:
+def test_layers_of_slices_held_as_attributes_are_sites() -> None:
     assert names(find_sites(SlicesAsAttributes(), images(2, 9))) == ["features.0", "features.2"]
 
 
@@ -310,7 +324,7 @@ def test_a_sequential_that_is_sliced_or_looped_over_runs_nothing_in_sequence() -
     assert not any(site.in_sequence for site in sites)
 
 
-def test_a_sequential_with_a_forward_of_its_own_runs_nothing_in_sequence() -> None:
+def test_a_sequential_that_overrides_the_forward_runs_nothing_in_sequence() -> None:
     class Residual(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return x + super().forward(x)
@@ -341,13 +355,13 @@ def test_channels_and_dims_are_those_of_the_layers_output(
 
 def test_a_dense_layer_on_three_dimensional_inputs_is_no_site() -> None:
     found = reasons(survey(TokenMixer(), torch.zeros(2, 5, 6)))
-    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would take the wrong axis"
+    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would normalize the wrong axis"
     assert found == {"embed": message, "mix": message, "head": "output layer"}
 
 
-def test_a_conv_given_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:
+def test_a_conv_that_receives_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(GraphError, match="the layer 0 was given one image without a batch axis"):
+    with pytest.raises(GraphError, match="the layer 0 received one image without a batch axis"):
         find_sites(model, images(1, 9)[0])
 
 
@@ -355,12 +369,12 @@ def test_a_model_without_layers_has_no_sites() -> None:
     assert survey(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2, 8)) == []
 
 
-def test_a_model_whose_forward_no_graph_can_hold_is_a_graph_error_with_class_shape_and_way_out() -> None:
+def test_a_model_that_cannot_be_traced_is_a_graph_error_with_class_shape_and_way_out() -> None:
     with pytest.raises(GraphError) as caught:
         find_sites(ControlledByValues(), images(2, 8))
     message = str(caught.value)
-    assert message.startswith("torch.export cannot see through ControlledByValues for an input of shape (2, 3, 8, 8): ")
-    assert message.endswith(". Pass a submodule that holds the layers and has no such code in its forward")
+    assert message.startswith("torch.export cannot trace ControlledByValues for an input of shape (2, 3, 8, 8): ")
+    assert message.endswith(". Pass a submodule that contains the layers and has no such code in its forward")
     assert "\n" not in message
     assert caught.value.__cause__ is not None
 
@@ -375,7 +389,7 @@ def test_an_input_that_the_model_cannot_run_on_is_a_graph_error_with_class_shape
         find_sites(small_vgg(), example)
     message = str(caught.value)
     assert message.startswith(f"VGG cannot run on an input of shape {tuple(example.shape)}: ")
-    assert message.endswith(". Give inputs of the shape that it takes")
+    assert message.endswith(". Pass inputs of the shape that it expects")
     assert "\n" not in message
     assert caught.value.__cause__ is not None
     assert capfd.readouterr().err == ""  # torch.export would print a traceback
@@ -394,7 +408,7 @@ def test_sites_do_not_depend_on_the_batch_size(batch: int) -> None:
     assert find_sites(small_vgg(), images(batch, 16)) == find_sites(small_vgg(), images(2, 16))
 
 
-def test_a_grouped_network_of_the_field_has_sites_throughout() -> None:
+def test_every_layer_of_squeezenet_is_a_site() -> None:
     model = randomised(torchvision.models.squeezenet1_1())
     layers = survey(model, images(2, 64))
     assert len(layers) == 26

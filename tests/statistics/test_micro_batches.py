@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import CalibrationError, Moments, calibrate, find_sites
+from bn_insert.graph.operators import PER_IMAGE_MODULES
 from bn_insert.statistics import micro_batches, recorder
 from bn_insert.statistics.moments import moments_of
 from support.networks import images, randomised, small_vgg
 from support.references import activations, assert_moments
 
-ONE_IMAGE = 8 * 16 * 16 * 4  # bytes of what small_vgg's first conv gives for an image of 16 x 16
+ONE_IMAGE = 8 * 16 * 16 * 4  # bytes that small_vgg's first conv returns for an image of 16 x 16
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def _room_for_three_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared(network: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor]]]:
-    """Return the network split, and what each of its modules without children gives, call by call."""
+    """Return the network in micro-batches, and the output of every call of each module without children."""
     seen: dict[str, list[Tensor]] = {}
     own = {
         module.register_forward_hook(
@@ -88,7 +89,7 @@ def test_moments_of_split_batches_equal_the_float64_reference(placement: Any, la
         assert_moments(found[site.name], expected[site.anchor])
 
 
-def test_a_value_that_is_not_finite_is_told_by_its_place_in_the_whole_batch() -> None:
+def test_an_error_about_a_value_that_is_not_finite_has_its_place_in_the_whole_batch() -> None:
     model, whole = small_vgg(), images(10, 16)
     whole[7, 0, 3, 3] = torch.inf
     with pytest.raises(CalibrationError, match=r"features\.0 are not finite.* image 7 of its batch"):
@@ -106,14 +107,14 @@ def test_a_conv_run_twice_in_a_sequence_has_the_moments_of_both_runs() -> None:
         assert_moments(found[site.name], expected[site.name])
 
 
-def test_images_that_do_not_fit_are_told_in_the_words_of_the_layer_itself() -> None:
+def test_an_error_about_images_that_do_not_fit_has_the_message_of_the_layer_itself() -> None:
     model = small_vgg()
     with pytest.raises(CalibrationError, match=r"batch 1 of shape \(8, 1, 16, 16\): .*to have 3 channels, but got 1"):
         calibrate(model, find_sites(model, images(2, 16)), [images(8, 16), images(8, 16, channels=1)])
 
 
-class LooksAtTheBatch(nn.Module):
-    """Subtracts the mean over all images that it is given."""
+class DependsOnTheBatch(nn.Module):
+    """Subtracts the mean over all images of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)
@@ -140,7 +141,7 @@ def _flat() -> nn.Module:
 
 
 class TwoSequences(nn.Module):
-    """Two sequences of convs; under autocast the second is given bfloat16."""
+    """Two sequences of convs; under autocast the second receives bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class TwoSequences(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_sequences_behind_each_other_run_in_every_dtype(dtype: torch.dtype) -> None:
+def test_sequences_after_each_other_run_in_every_dtype(dtype: torch.dtype) -> None:
     model, whole = randomised(TwoSequences()).to(dtype), images(10, 16)
     sites = find_sites(model, whole, include_output=True)
     found = calibrate(model, sites, [whole])
@@ -161,7 +162,7 @@ def test_sequences_behind_each_other_run_in_every_dtype(dtype: torch.dtype) -> N
         assert_moments(found[site.name], expected[site.name], 1e-5 if dtype != torch.bfloat16 else 1e-2)
 
 
-def test_sequences_behind_each_other_run_under_autocast() -> None:
+def test_sequences_after_each_other_run_under_autocast() -> None:
     model, whole = randomised(TwoSequences()), images(10, 16)
     sites = find_sites(model, whole, include_output=True)
     exact = calibrate(model, sites, [whole])
@@ -173,7 +174,7 @@ def test_sequences_behind_each_other_run_under_autocast() -> None:
 
 
 class Taps(nn.Module):
-    """Takes an activation out of its features by a hook that is there during the forward alone."""
+    """Takes an activation out of its features by a hook that exists only during the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,8 +247,8 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(micro_batches._PER_IMAGE, key=lambda kind: kind.__name__))
-def test_every_module_that_is_split_gives_what_it_gives_whole(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", sorted(PER_IMAGE_MODULES, key=lambda kind: kind.__name__))
+def test_every_module_returns_the_same_in_micro_batches(kind: type[nn.Module]) -> None:
     made = MADE.get(kind, kind)()
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *(made if isinstance(made, nn.Sequential) else [made]))
     whole = images(10, 16)
@@ -257,8 +258,8 @@ def test_every_module_that_is_split_gives_what_it_gives_whole(kind: type[nn.Modu
     assert len(sizes(seen["0"])) > 1
 
 
-@pytest.mark.parametrize("module", [LooksAtTheBatch, _norm_by_batch, _watched, _replaced, _flat])
-def test_what_may_look_at_the_whole_batch_is_given_the_whole_batch(module: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("module", [DependsOnTheBatch, _norm_by_batch, _watched, _replaced, _flat])
+def test_a_module_that_may_depend_on_the_whole_batch_receives_the_whole_batch(module: Callable[[], nn.Module]) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), module(), nn.ReLU()).eval()
     whole = images(10, 16)
     expected = network(whole)
@@ -268,7 +269,7 @@ def test_what_may_look_at_the_whole_batch_is_given_the_whole_batch(module: Calla
 
 
 class Skips(nn.Sequential):
-    """A Sequential with a forward of its own."""
+    """A Sequential that overrides the forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
@@ -276,14 +277,14 @@ class Skips(nn.Sequential):
         return x
 
 
-def test_a_sequential_with_a_forward_of_its_own_keeps_it() -> None:
+def test_a_sequential_that_overrides_the_forward_keeps_it() -> None:
     network = randomised(Skips(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()))
     whole = images(40, 16)
     expected = network(whole)
     assert torch.equal(prepared(network)[0](whole), expected)
 
 
-def test_the_given_model_is_not_split() -> None:
+def test_the_models_own_forward_stays() -> None:
     model, whole = small_vgg(), images(10, 16)
     calibrate(model, find_sites(model, whole), [whole])
     assert all("forward" not in vars(module) for module in model.modules())

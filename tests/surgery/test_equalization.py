@@ -30,7 +30,8 @@ from bn_insert import (
 )
 from bn_insert.demo import network_path
 from bn_insert.graph.sites import Placement
-from bn_insert.surgery.edges import Consumer, Edge
+from bn_insert.graph.trace import Trace
+from bn_insert.surgery.edges import Consumer, Edge, edges_in
 from bn_insert.surgery.equalize import power_of_two_scales
 from support.networks import DEPTHS, images, randomised, sequential, torchvision_vgg
 
@@ -86,6 +87,12 @@ def test_gamma_is_near_1_in_every_channel_that_is_not_constant(placement: Placem
         alive = moments[site.name].m2 > 0
         assert alive.any()
         assert ((gamma[alive] >= 0.70) & (gamma[alive] <= 1.42)).all(), site.name
+
+
+def test_one_trace_has_the_edges_that_are_found_in_the_model() -> None:
+    model, x = torchvision_vgg("vgg11"), images(2)
+    sites = find_sites(model, x)
+    assert edges_in(Trace.of(model, x), sites) == find_edges(model, x, sites)
 
 
 def test_without_equalization_gamma_is_far_from_1() -> None:
@@ -225,11 +232,11 @@ def weight_normalized() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "site", "reason"),
     [
-        (lambda: between(nn.Sigmoid()), "0", r"^sigmoid \(1\) behind it does not keep the scale$"),
+        (lambda: between(nn.Sigmoid()), "0", r"^sigmoid \(1\) does not preserve its scale$"),
         (lambda: between(nn.GELU()), "0", "gelu"),
         (lambda: between(nn.ReLU6()), "0", "relu6|hardtanh"),
-        (Residual, "a", "^add joins it with other values$"),
-        (Residual, "b", "^add joins it with other values$"),
+        (Residual, "a", "^add combines it with other values$"),
+        (Residual, "b", "^add combines it with other values$"),
         (CalledTwice, "again", "called 2 times"),
         (Encoder, "a", "an output of the model"),
         (tied, "0", r"the weight of 2 is shared with another layer"),
@@ -275,11 +282,11 @@ def test_other_dtypes_stay_bit_identical(dtype: torch.dtype) -> None:
     seed=st.integers(0, 1000),
 )
 def test_random_stacks_stay_bit_identical_and_fold_back(widths: list[int], activations: list[str], seed: int) -> None:
-    behind = {"relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "pool": nn.MaxPool2d(2), "none": nn.Identity()}
+    modules_of = {"relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.2), "pool": nn.MaxPool2d(2), "none": nn.Identity()}
     modules: list[nn.Module] = []
     channels = 3
     for width, activation in zip(widths, activations, strict=False):
-        modules += [nn.Conv2d(channels, width, 3, padding=1), behind[activation]]
+        modules += [nn.Conv2d(channels, width, 3, padding=1), modules_of[activation]]
         channels = width
     model = spread(
         randomised(sequential(*modules, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, 3)), seed)
@@ -354,20 +361,20 @@ LINES = torch.randn(8, 3, 16, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize(
     ("layers", "way", "x", "reason"),
     [
-        (CONVS, changed_through_a_view, images(8, 16), "^add joins"),
-        (CONVS, changed_through_detach, images(8, 16), "^sigmoid behind it"),
+        (CONVS, changed_through_a_view, images(8, 16), "^add combines"),
+        (CONVS, changed_through_detach, images(8, 16), "^sigmoid does not"),
         (CONVS, gated_by_the_mean_of_everything, images(8, 16), "^(mean|div) "),
         (CONVS, shifted_by_the_sum_of_everything, images(8, 16), "^(sum|add) "),
-        (CONVS, lambda x: F.hardtanh(x, 0, 4), images(8, 16), "^hardtanh behind it"),
-        (CONVS, lambda x: F.pad(x, (1, -1), value=1.0), images(8, 16), "^pad behind it"),
+        (CONVS, lambda x: F.hardtanh(x, 0, 4), images(8, 16), "^hardtanh does not"),
+        (CONVS, lambda x: F.pad(x, (1, -1), value=1.0), images(8, 16), "^pad does not"),
         (
             (nn.Linear(6, 8), nn.Linear(10, 4)),
             lambda x: F.pad(x, (1, 1), mode="reflect"),
             ROWS,
-            "^pad behind it",
+            "^pad does not",
         ),
-        ((nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)), lambda x: F.avg_pool2d(x, 3, 1, 1), LINES, "^avg_pool2d behind it"),
-        ((nn.Conv1d(3, 8, 3), nn.Conv1d(4, 4, 1)), lambda x: F.max_pool2d(x, 2), LINES, "^max_pool2d behind it"),
+        ((nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)), lambda x: F.avg_pool2d(x, 3, 1, 1), LINES, "^avg_pool2d does not"),
+        ((nn.Conv1d(3, 8, 3), nn.Conv1d(4, 4, 1)), lambda x: F.max_pool2d(x, 2), LINES, "^max_pool2d does not"),
     ],
     ids=[
         *("in place on a view", "in place on detach", "mean", "sum", "hardtanh", "ones"),
@@ -424,7 +431,7 @@ def test_ways_that_keep_the_scale_are_equalized_exactly(
 def test_an_alpha_dropout_blocks_the_edge_where_it_is_active_in_eval_mode_too(active: bool) -> None:
     model, x = Between(*map(copy.deepcopy, CONVS), lambda x: F.alpha_dropout(x, training=active)), images(2, 16)
     (edge,) = find_edges(model, x, find_sites(model, x))
-    assert edge.reason == ("alpha_dropout behind it does not keep the scale" if active else "")
+    assert edge.reason == ("alpha_dropout does not preserve its scale" if active else "")
 
 
 class Concatenated(nn.Module):

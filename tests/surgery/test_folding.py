@@ -17,6 +17,7 @@ from bn_insert import GraphError, compare_outputs, fold_batchnorm, insert_batchn
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.surgery.affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
+from bn_insert.surgery.fold import fold
 from support.networks import (
     AWKWARD,
     AnyModule,
@@ -134,14 +135,16 @@ def test_a_conv_with_folded_inputs_is_the_affine_map_and_then_the_conv(kind: str
 
 def test_a_dense_layer_takes_up_an_affine_map_on_either_side() -> None:
     weight, bias, x = torch.randn(6, 4).double(), torch.randn(6).double(), torch.randn(3, 4).double()
-    behind, ahead = random_affine(6), random_affine(4)
+    of_outputs, of_inputs = random_affine(6), random_affine(4)
     torch.testing.assert_close(
-        F.linear(x, *fold_outputs(weight, bias, behind)), mapped(behind, F.linear(x, weight, bias))
+        F.linear(x, *fold_outputs(weight, bias, of_outputs)), mapped(of_outputs, F.linear(x, weight, bias))
     )
-    torch.testing.assert_close(F.linear(x, *fold_inputs(weight, bias, ahead)), F.linear(mapped(ahead, x), weight, bias))
+    torch.testing.assert_close(
+        F.linear(x, *fold_inputs(weight, bias, of_inputs)), F.linear(mapped(of_inputs, x), weight, bias)
+    )
 
 
-def test_a_dense_layer_behind_a_flatten_takes_up_one_map_for_all_positions_of_a_channel() -> None:
+def test_a_dense_layer_after_a_flatten_takes_up_one_map_for_all_positions_of_a_channel() -> None:
     weight, x, affine = torch.randn(6, 4 * 9).double(), torch.randn(2, 4, 3, 3).double(), random_affine(4)
     expected = F.linear(mapped(affine, x).flatten(1), weight)
     torch.testing.assert_close(F.linear(x.flatten(1), *fold_inputs(weight, None, affine)), expected)
@@ -229,7 +232,7 @@ def test_folding_undoes_an_insertion_into_named_children_and_layers_without_bias
     assert bits(fold_batchnorm(inserted, x)) == bits(model)
 
 
-def test_folding_undoes_an_insertion_behind_a_model_that_is_a_layer_itself() -> None:
+def test_folding_undoes_an_insertion_after_a_model_that_is_a_layer_itself() -> None:
     model, x = randomised(nn.Conv2d(3, 8, 3)), images(4, 12)
     folded = fold_batchnorm(insert_batchnorm(model, [x], include_output=True), x)
     assert type(folded) is nn.Conv2d
@@ -322,13 +325,13 @@ def test_a_pair_called_twice_folds_once() -> None:
     assert_folds(fine_tuned(sequential(conv, norm, nn.ReLU(), conv, norm)), images(4, 12, channels=4))
 
 
-def test_one_batchnorm_behind_two_layers_folds_into_both() -> None:
+def test_one_batchnorm_after_two_layers_folds_into_both() -> None:
     norm = nn.BatchNorm2d(4)
     model = sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm)
     assert_folds(fine_tuned(model), images(4, 12))
 
 
-def test_pooling_and_dropout_may_stand_between_the_layer_and_its_batchnorm() -> None:
+def test_pooling_and_dropout_may_be_between_the_layer_and_its_batchnorm() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Dropout(), nn.BatchNorm2d(8), nn.ReLU())
     assert_folds(positive(fine_tuned(model)), images(4, 12))
 
@@ -337,7 +340,7 @@ def test_pooling_and_dropout_may_stand_between_the_layer_and_its_batchnorm() -> 
 
 
 @pytest.mark.parametrize(
-    "behind",
+    "downstream",
     [
         [nn.Flatten(), nn.Linear(8 * 100, 5)],
         [nn.Dropout2d(), nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8 * 25, 5)],
@@ -346,18 +349,21 @@ def test_pooling_and_dropout_may_stand_between_the_layer_and_its_batchnorm() -> 
         [nn.Conv2d(8, 6, 1, padding="same", bias=False)],
         [nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular")],
         [nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.ReflectionPad2d(1), nn.Conv2d(8, 6, 3)],
+        [nn.Flatten(2), nn.Conv1d(8, 6, 3)],
+        [nn.Flatten(2), nn.Unflatten(2, (20, 5)), nn.Conv2d(8, 6, 3)],
+        [nn.Flatten(), nn.Unflatten(1, (800, 1)), nn.Conv1d(800, 6, 1)],
     ],
     ids=lambda modules: "-".join(type(module).__name__ for module in modules),
 )
-def test_behind_an_activation_a_batchnorm_folds_into_the_next_layer(behind: list[nn.Module]) -> None:
-    model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *behind))
+def test_after_an_activation_a_batchnorm_folds_into_the_next_layer(downstream: list[nn.Module]) -> None:
+    model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *downstream))
     assert_folds(model, images(6, 12))
 
 
 def test_with_positive_gammas_it_folds_through_max_pooling() -> None:
     tail = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 25, 5)
     model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *tail))
-    with pytest.raises(GraphError, match=r"BatchNorm 2 behind 0 .*max_pool2d 3 stands behind it"):
+    with pytest.raises(GraphError, match=r"BatchNorm 2 after layer 0 .*max_pool2d 3 is in between"):
         fold_batchnorm(model, images(1, 12))
     assert_folds(positive(model), images(6, 12))
 
@@ -439,38 +445,39 @@ def refusal(model: nn.Module, x: Tensor) -> str:
     return str(caught.value)
 
 
-def test_a_shift_in_front_of_a_conv_that_pads_with_zeros_is_refused_with_place_and_way_out() -> None:
+def test_a_shift_before_a_conv_that_pads_with_zeros_is_refused_with_place_and_way_out() -> None:
     next_conv = nn.Conv2d(8, 4, 3, padding=1)
     model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), next_conv))
     message = refusal(model, images(1, 12))
-    assert message.startswith("BatchNorm 2 behind 0 cannot be folded exactly")
-    assert "relu 1 stands between" in message
+    assert message.startswith("BatchNorm 2 after layer 0 cannot be folded exactly")
+    assert "relu 1 is in between" in message
     assert "conv 3 pads with zeros" in message
     assert "placement='before_activation'" in message
 
 
 @pytest.mark.parametrize(
-    ("behind", "obstacle"),
+    ("downstream", "obstacle"),
     [
         ([nn.ConvTranspose2d(8, 4, 3)], "conv 3 is transposed"),
-        ([nn.AvgPool2d(2, padding=1), nn.Conv2d(8, 4, 3)], "avg_pool2d 3 stands behind it"),
-        ([nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3)], "pad 3 stands behind it"),
-        ([nn.ReLU(), nn.Conv2d(8, 4, 3)], "relu 3 stands behind it"),
+        ([nn.AvgPool2d(2, padding=1), nn.Conv2d(8, 4, 3)], "avg_pool2d 3 is in between"),
+        ([nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3)], "pad 3 is in between"),
+        ([nn.ReLU(), nn.Conv2d(8, 4, 3)], "relu 3 is in between"),
         ([nn.Conv2d(8, 4, 3, padding="same")], "conv 3 pads with zeros"),
+        ([nn.Flatten(), nn.Unflatten(1, (80, 10)), nn.Conv1d(80, 4, 3)], "unflatten 4 is in between"),
         ([nn.Dropout()], "its values reach the model's output"),
         ([nn.Linear(10, 4)], "dense 3 has its channels on another axis"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_commute_with_a_shift_is_named(behind: list[nn.Module], obstacle: str) -> None:
-    model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *behind))
+def test_what_does_not_commute_with_a_shift_is_named(downstream: list[nn.Module], obstacle: str) -> None:
+    model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), *downstream))
     assert obstacle in refusal(model, images(1, 12))
 
 
 def test_a_batchnorm_without_running_statistics_is_refused() -> None:
     model = sequential(nn.Conv2d(3, 8, 3))
     model.append(nn.BatchNorm2d(8, track_running_stats=False))
-    assert "BatchNorm 1 behind 0 cannot be folded exactly: it has no running statistics" in refusal(
+    assert "BatchNorm 1 after layer 0 cannot be folded exactly: it has no running statistics" in refusal(
         model, images(2, 12)
     )
 
@@ -512,6 +519,15 @@ def test_weights_that_would_leave_the_range_of_their_dtype_are_refused() -> None
     model[1].weight.data.fill_(60000)
     model[1].running_var.fill_(1e-4)
     assert "out of the range of torch.float16" in refusal(model, images(1, 12).half())
+
+
+def test_a_result_has_the_names_of_what_was_folded_and_what_was_left() -> None:
+    model, x = fine_tuned(randomised(PreActivation())), images(4, 12)
+    model.stem = nn.Sequential(model.stem, nn.BatchNorm2d(8)).eval()
+    result = fold(model, x)
+    assert (result.folded, result.left) == (("stem.1",), ("norm",))
+    assert bits(result.model) == bits(fold_batchnorm(model, x))
+    assert (fold(result.model, x).folded, fold(small_vgg(), x).left) == ((), ())
 
 
 class PreActivation(nn.Module):
