@@ -148,8 +148,8 @@ def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Floa
     """Yield all values in slices for the kernel, which computes the moments of each column.
 
     A column holds values of one channel, and channels repeat along a row: rows are laid side by side, as several groups
-    of values, until no column has more than _ROWS_PER_GROUP. Devices other than the CPU get all rows at once: their kernels add
-    pairwise, and are faster on large inputs.
+    of values, until no column has more than _ROWS_PER_GROUP. Devices other than the CPU get all rows at once: their
+    kernels add pairwise, and are faster on large inputs.
     """
     channels = values.shape[1]
     channels_last = values.movedim(1, -1)
