@@ -340,8 +340,7 @@ def test_a_batch_without_a_tensor_is_described(batch: Any, described: str) -> No
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(2, 16), batch)
     assert str(caught.value) == (
-        f"batch 1 is {described}; a batch is a tensor, or a tuple, list or dict "
-        "whose first value is the input tensor"
+        f"batch 1 is {described}; a batch is a tensor, or a tuple, list or dict whose first value is the input tensor"
     )
 
 

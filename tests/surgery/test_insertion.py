@@ -540,7 +540,7 @@ def test_a_single_tensor_of_images_is_not_taken_for_batches() -> None:
         insert_batchnorm(small_vgg(), images(12, 16))
     assert str(caught.value) == (
         "batches is one tensor of shape (12, 3, 16, 16), which would be iterated image by image; "
-        "give an iterable of batches, such as [images] or images.split(32)"
+        "pass an iterable of batches, such as [images] or images.split(32)"
     )
 
 
