@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..graph.copies import unwrapped
 from ..statistics.moments import Moments
-from .affine import along
 from .edges import Consumer, Edge
+from .weight_algebra import broadcast_channels
 
 _BLOCK = 1 << 22  # weights checked at a time: the first dense layer of a VGG16 has a hundred million
 
@@ -106,7 +106,7 @@ def _of_consumer(inputs: Tensor, consumer: Consumer, channels: int) -> Shaped[Te
 def _grid(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
     """Return one factor a channel, in the weight's dtype and in a shape that multiplies it."""
     weight, _ = _parameters(layer)
-    return along(factors.to(weight), weight, axis, _groups(layer))
+    return broadcast_channels(factors.to(weight), weight, axis, _groups(layer))
 
 
 def _groups(layer: nn.Module) -> int:

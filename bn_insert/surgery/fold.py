@@ -16,9 +16,9 @@ from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.layers import layer_kind
 from ..graph.trace import Trace, argument, is_activation, operation, writes_in_place
-from .affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from .history import Architecture, Folding
 from .splice import take_out
+from .weight_algebra import Affine, batchnorm_affine, fold_inputs, fold_outputs
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _COPIES = {"detach", "alias", "contiguous", "clone"}
