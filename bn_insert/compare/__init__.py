@@ -1,1 +1,1 @@
-"""Compares the outputs of two networks, and of one network in train mode and in eval mode."""
+"""Compare the outputs of two networks, and of one network in train mode and in eval mode."""

@@ -1,8 +1,8 @@
-"""Compare two models' outputs."""
+"""Differences between the outputs of two models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,21 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
-from ..statistics.passes import Progress, checked, preserved_random_state
+from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a candidate's outputs are from a reference's, over all images.
+    """Differences of a candidate's outputs from a reference's, over all images.
 
-    images: their number. max_abs: largest absolute difference. max_rel: the largest, over the images, of an image's
-    largest absolute difference divided by its largest absolute reference output. top1_agreement: fraction of images
-    (for dense prediction: positions) with the same largest class, nan where outputs have fewer than two. bit_identical:
-    every output equals its reference exactly (+0 and -0 count as equal).
+    Attributes:
+        images: Number of images.
+        max_abs: Largest absolute difference.
+        max_rel: Largest relative difference of an image: its largest absolute difference, divided by its largest
+            absolute reference output.
+        top1_agreement: Fraction of images (for dense prediction: of positions) with the same largest class; NaN where
+            outputs have fewer than two classes.
+        bit_identical: Whether every output equals its reference exactly (+0 and -0 count as equal).
     """
 
     images: int
@@ -34,75 +38,73 @@ class Comparison:
     bit_identical: bool
 
     def within(self, atol: float | None = None, rtol: float | None = None) -> bool:
-        """Say whether both bounds hold; None means no bound."""
+        """Return whether max_abs and max_rel are within these bounds; None means no bound."""
         return (atol is None or self.max_abs <= atol) and (rtol is None or self.max_rel <= rtol)
 
 
 def compare_outputs(
     reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
 ) -> Comparison:
-    """Run both models in eval mode on the same inputs and return how far the outputs are apart.
+    """Run both models in eval mode on the same inputs, and return the differences of their outputs.
 
-    batches: as for `insert_batchnorm`.  Each model runs where it is, in its own dtype; of a DataParallel,
-    DistributedDataParallel or compiled model the module in it.  Several outputs (tuples, lists,
-    dicts) are compared one by one; top-1 is taken from the first.  Training flags and random state are put back.
-    progress: called after each batch with the number of images so far.
-    Raises CalibrationError for no data, outputs of different shapes, and reference outputs that are not finite.
+    Each model runs on its own device and in its own dtype. Several outputs (tuples, lists, dicts) are compared one by
+    one; top-1 agreement is that of the first. The models are not changed, and PyTorch's random state is restored.
 
-    >>> model = nn.Linear(4, 3)
-    >>> compare_outputs(model, model, [torch.rand(8, 4)]).bit_identical
-    True
+    Args:
+        reference: The model whose outputs are taken as correct. Of a DataParallel, DistributedDataParallel or compiled
+            model, the module inside it runs.
+        candidate: The model to compare with it.
+        batches: As for `insert_batchnorm`.
+        progress: Called after each batch with the number of images so far.
+
+    Raises:
+        CalibrationError: If there are no images, outputs differ in shape, the reference's outputs are not finite, or a
+            model cannot run on a batch.
+
+    Examples:
+        >>> model = nn.Linear(4, 3)
+        >>> compare_outputs(model, model, [torch.rand(8, 4)]).bit_identical
+        True
     """
-    images, max_abs, max_rel, identical = 0, 0.0, 0.0, True
-    agreeing, predictions = 0, 0
-    reference, candidate = working_copy(reference), working_copy(candidate)  # what a forward leaves in them is lost
-    with preserved_random_state(), torch.inference_mode():
-        for number, batch in enumerate(checked(batches)):
-            inputs = Inputs.of(batch, number, reference)
-            if len(inputs) == 0:
-                continue
-            expected = _outputs(reference, inputs, number)
-            actual = _outputs(candidate, Inputs.of(batch, number, candidate), number)
-            _check(expected, actual, number)
-            for position, (e, a) in enumerate(zip(expected, actual, strict=True)):
-                # An output that is NaN is off by more than any bound.
-                difference = (a.double() - e.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-                worst = difference.reshape(len(e), -1).amax(1)
-                scale = e.double().abs().reshape(len(e), -1).amax(1)
-                identical &= torch.equal(e, a)
-                max_abs = max(max_abs, float(worst.max()))
-                max_rel = max(max_rel, float(torch.where(worst == 0, 0.0, worst / scale).max()))
-                if position == 0 and e.ndim > 1 and e.shape[1] > 1:
-                    same = e.argmax(1) == a.argmax(1)
-                    agreeing, predictions = agreeing + int(same.sum()), predictions + same.numel()
-            images += len(expected[0])
-            if progress:
-                progress(images)
+    reference, candidate = working_copy(reference), working_copy(candidate)  # a forward may change its module
+    differences = _Differences()
+
+    def run(batch: Batch) -> None:
+        expected = _outputs("reference", reference, batch)
+        actual = _outputs("candidate", candidate, batch)
+        _check(expected, actual, batch.number)
+        differences.add(expected, actual)
+
+    images = for_each_batch(reference, batches, run, progress=progress)
     if images == 0:
-        raise CalibrationError("nothing to compare on: no batch arrived")
-    agreement = agreeing / predictions if predictions else float("nan")
-    return Comparison(images, max_abs, max_rel, agreement, identical)
+        raise CalibrationError("there are no images to compare the outputs on: no batch arrived")
+    return differences.comparison(images)
 
 
 def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
-    """Return the part of a VGG in front of a classifier that holds NaN or Inf, and a remark; else the model and "".
+    """Return the part of a model whose parameters are finite, and a remark for the user.
 
-    torchvision ships VGG16 weights with a NaN classifier, meant for their features alone (IMAGENET1K_FEATURES).
+    torchvision has VGG16 weights with a NaN classifier, which are meant for their features (IMAGENET1K_FEATURES).
+
+    Returns:
+        Of a VGG whose classifier holds NaN or Inf, everything before it, with the remark that says so; of any other
+        model, the model itself with an empty remark.
     """
     from torchvision.models import VGG  # noqa: PLC0415 - takes a second, and the API works without it
 
-    # The sum is finite only where all values are, and five times as fast; it may overflow, which is looked into.
+    # The sum is finite only where all values are, and takes a fifth of the time; since it may overflow, a sum that is
+    # not finite is checked value by value.
     if not isinstance(model, VGG) or all(
         parameter.sum().isfinite() or parameter.isfinite().all() for parameter in model.classifier.parameters()
     ):
         return model, ""
     part = nn.Sequential(model.features, model.avgpool)
-    return part, "The classifier holds NaN or Inf: outputs are compared in front of it."
+    return part, "The classifier holds NaN or Inf, so outputs are compared before it."
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode, and put the training flag of every module back afterwards."""
+    """Put a model in eval mode, and restore the training flag of every module afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -112,22 +114,51 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _outputs(model: nn.Module, inputs: Inputs, number: int) -> list[Tensor]:
-    try:
+@dataclass
+class _Differences:
+    """Differences over the batches so far."""
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    agreeing: int = 0
+    predictions: int = 0
+    bit_identical: bool = True
+
+    def add(self, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+        """Include one batch: its outputs from the reference and from the candidate, with the images in dimension 0."""
+        for reference, candidate in zip(expected, actual, strict=True):
+            # An output that is NaN exceeds every bound.
+            difference = (candidate.double() - reference.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            largest = difference.reshape(len(reference), -1).amax(1)
+            scale = reference.double().abs().reshape(len(reference), -1).amax(1)
+            self.bit_identical &= torch.equal(reference, candidate)
+            self.max_abs = max(self.max_abs, float(largest.max()))
+            self.max_rel = max(self.max_rel, float(torch.where(largest == 0, 0.0, largest / scale).max()))
+        logits, candidate_logits = expected[0], actual[0]
+        if logits.ndim > 1 and logits.shape[1] > 1:
+            same = logits.argmax(1) == candidate_logits.argmax(1)
+            self.agreeing += int(same.sum())
+            self.predictions += same.numel()
+
+    def comparison(self, images: int) -> Comparison:
+        """Return the differences over all batches."""
+        agreement = self.agreeing / self.predictions if self.predictions else float("nan")
+        return Comparison(images, self.max_abs, self.max_rel, agreement, self.bit_identical)
+
+
+def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:
+    inputs = Inputs.of(batch.value, batch.number, model)
+    with failures_named(f"the {role} ({type(model).__name__})", batch):
         outputs = inputs.run(model)
-    except Exception as error:  # the user's forward may raise anything; here it gains its context
-        raise CalibrationError(
-            f"{type(model).__name__} failed on batch {number} of shape {inputs.shapes}: {error}"
-        ) from error
     return [leaf.cpu().reshape(leaf.shape or (1,)) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def _check(expected: list[Tensor], actual: list[Tensor], number: int) -> None:
+def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], number: int) -> None:
     shapes = [tuple(output.shape) for output in expected], [tuple(output.shape) for output in actual]
     if shapes[0] != shapes[1] or not expected:
         raise CalibrationError(f"the two models' outputs cannot be compared: shapes {shapes[0]} and {shapes[1]}")
     if not all(output.isfinite().all() for output in expected):
         raise CalibrationError(
-            f"the reference's outputs are not finite on batch {number}; "
-            "compare in front of the layer that makes them so"
+            f"the reference's outputs are not finite on batch {number}; compare the part of the model before the layer "
+            "that makes them so"
         )

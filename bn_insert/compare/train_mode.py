@@ -1,4 +1,4 @@
-"""How far a network in train mode, which normalizes by the batch, is from the same network in eval mode."""
+"""Differences of a network in train mode, which normalizes by the batch, from itself in eval mode."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from ..batchnorm.modes import trains_on_batches
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
-from ..statistics.passes import Progress, checked, preserved_random_state
+from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class TrainModeAgreement:
-    """How far train mode is from eval mode with batches of one size.
+    """Differences of train mode from eval mode with batches of one size.
 
-    images: how many were run, in whole batches. top1_agreement: fraction of them (for dense prediction: of positions)
-    with the same largest class. kl_divergence: of the class probabilities in train mode from those in eval mode,
-    KL(eval || train) in nats, mean over the same. relative_logit_error: Euclidean norm of the difference of all logits,
-    divided by that of eval mode's logits.
+    Attributes:
+        batch_size: Number of images in a batch.
+        images: Number of images that were run, in full batches.
+        top1_agreement: Fraction of them (for dense prediction: of positions) with the same largest class.
+        kl_divergence: Kullback-Leibler divergence of the class probabilities in train mode from those in eval mode,
+            KL(eval || train), in nats; mean over images or positions.
+        relative_logit_error: Euclidean norm of the difference of all logits, divided by that of eval mode's logits.
     """
 
     batch_size: int
@@ -46,58 +49,68 @@ def train_mode_agreement(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> list[TrainModeAgreement]:
-    """Return, per batch size, how far a model in train mode is from itself in eval mode: is it ready to train?
+    """Return, for each batch size, how much a model in train mode differs from itself in eval mode.
 
-    In train mode BatchNorm normalizes by the batch, so that the function which the optimizer sees is another one than
-    in eval mode, the more so for small batches. Only BatchNorms are put into train mode: dropout stays off, and frozen
-    BatchNorms (`freeze_batchnorm`) go on with their running statistics. The model, its running statistics and PyTorch's
-    random state are never changed.
+    In train mode BatchNorm normalizes by the batch, so that the optimizer sees another function than that of eval mode,
+    the more so the smaller the batches. Only BatchNorms are put in train mode: dropout stays off, and frozen BatchNorms
+    (`freeze_batchnorm`) keep normalizing by their running statistics. The model and its running statistics are not
+    changed, and PyTorch's random state is restored.
 
-    batches: as for `insert_batchnorm`, iterated once; give them in random order. Their images are put anew, in order,
-        into batches of each size; a last batch that is not full is left out.
-    batch_sizes: those above the number of images are left out of the result, which has the order given here.
-    device: where to run; default: where the model is.  progress: called after each batch with the number of images.
-    Several outputs (tuples, lists, dicts): the first is taken. Its dimension 1 holds the classes.
-    Raises CalibrationError for a model without BatchNorm that normalizes by the batch, for outputs that are not logits
-    of two or more classes or are not finite, for fewer images than the smallest size, for images of different shapes,
-    and when the model cannot run on a batch.
+    Args:
+        model: Returns logits, with the classes in dimension 1. Of several outputs (tuples, lists, dicts), the first is
+            used.
+        batches: As for `insert_batchnorm`, best in random order; iterated once. The images are regrouped, in order,
+            into batches of each size; a last batch that is not full is dropped.
+        batch_sizes: Those larger than the number of images are missing from the result.
+        device: Where to run; by default the model's device.
+        progress: Called after each batch with the number of images so far.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    >>> [agreement.batch_size for agreement in train_mode_agreement(model, [torch.rand(50, 4)], (8, 32, 128))]
-    [8, 32]
+    Returns:
+        One entry for each batch size, in the order given.
+
+    Raises:
+        CalibrationError: If no BatchNorm of the model normalizes by the batch, outputs are not logits of two or more
+            classes or are not finite, there are fewer images than the smallest batch size, images differ in shape, or
+            the model cannot run on a batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        >>> [agreement.batch_size for agreement in train_mode_agreement(model, [torch.rand(50, 4)], (8, 32, 128))]
+        [8, 32]
     """
     if not batch_sizes or min(batch_sizes) < 1:
-        raise CalibrationError(f"batch_sizes is {tuple(batch_sizes)}; give one or more sizes of 1 or more")
+        raise CalibrationError(f"batch_sizes is {tuple(batch_sizes)}; pass one or more sizes of 1 or more")
     evaluated, trained = working_copy(model, device), working_copy(model, device)
     _normalize_by_batch(trained)
     totals = [_Totals(size) for size in dict.fromkeys(batch_sizes)]
-    images = 0
-    with preserved_random_state(), torch.inference_mode():
-        for number, batch in enumerate(checked(batches)):
-            inputs = _only_tensor(Inputs.of(batch, number, evaluated))
-            if len(inputs) == 0:
-                continue
-            logits = _logits(evaluated, inputs, "in eval mode")
-            for total in totals:
-                total.add(trained, inputs, logits)
-            images += len(inputs)
-            if progress:
-                progress(images)
+
+    def run(batch: Batch) -> None:
+        images = _only_tensor(batch.inputs)
+        logits = _logits(evaluated, images, "eval", batch)
+        for total in totals:
+            total.add(trained, images, logits)
+
+    images = for_each_batch(evaluated, batches, run, progress=progress)
     results = [total.result() for total in totals if total.images]
     if not results:
         raise CalibrationError(
-            f"{images} images do not fill one batch of the smallest size, {min(batch_sizes)}; give more images, or a "
+            f"{images} images do not fill one batch of the smallest size, {min(batch_sizes)}; use more images, or a "
             "smaller size"
         )
     return results
 
 
 def smallest_agreeing(agreements: Iterable[TrainModeAgreement], least: float = 0.95) -> int | None:
-    """Return the smallest batch size from which on the top-1 agreement is at least `least`; None where there is none.
+    """Return the smallest batch size from which on the top-1 agreement is at least `least`; None if there is none.
 
-    >>> found = [TrainModeAgreement(size, 64, top1, 0.1, 0.1) for size, top1 in ((4, 0.7), (8, 0.96), (16, 0.98))]
-    >>> smallest_agreeing(found)
-    8
+    Args:
+        agreements: From `train_mode_agreement`.
+        least: Fraction between 0 and 1.
+
+    Examples:
+        >>> found = [TrainModeAgreement(size, 64, top1, 0.1, 0.1) for size, top1 in ((4, 0.7), (8, 0.96), (16, 0.98))]
+        >>> smallest_agreeing(found)
+        8
     """
     smallest = None
     for agreement in sorted(agreements, key=lambda each: each.batch_size, reverse=True):
@@ -108,10 +121,15 @@ def smallest_agreeing(agreements: Iterable[TrainModeAgreement], least: float = 0
 
 
 def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0.95) -> str:
-    """Return in one sentence what the agreements say: the smallest batch size that keeps `least` of the top-1 classes.
+    """Return a sentence that names the smallest batch size with a top-1 agreement of at least `least`.
 
-    >>> agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)])
-    'Train mode keeps 95 % of the top-1 classes at batch sizes from 8 on.'
+    Args:
+        agreements: From `train_mode_agreement`.
+        least: Fraction between 0 and 1.
+
+    Examples:
+        >>> agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)])
+        'Train mode keeps 95 % of the top-1 classes at batch sizes from 8 on.'
     """
     smallest = smallest_agreeing(agreements, least)
     if smallest is not None:
@@ -119,25 +137,26 @@ def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0
     largest = max(agreement.batch_size for agreement in agreements)
     return (
         f"Train mode keeps {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train with larger "
-        "batches, or with frozen running statistics, which train mode then uses too."
+        "batches, or with frozen running statistics, which train mode then uses as well."
     )
 
 
 def _normalize_by_batch(network: nn.Module) -> None:
-    """Make a working copy's BatchNorms compute what they compute in train mode, without keeping account of it."""
+    """Make a working copy's BatchNorms compute as in train mode, without updating running statistics."""
     norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and trains_on_batches(each)]
     if not norms:
         raise CalibrationError(
-            f"{type(network).__name__} has no BatchNorm that train mode normalizes by the batch: it is the same in both"
+            f"{type(network).__name__} has no BatchNorm that normalizes by the batch in train mode, so that both modes "
+            "are the same"
         )
     for norm in norms:
-        # Without them eval mode too takes the batch's, and SyncBatchNorm waits for no other process.
+        # Without them, eval mode also normalizes by the batch, and SyncBatchNorm does not wait for other processes.
         norm.running_mean, norm.running_var = None, None
 
 
 @dataclass
 class _Totals:
-    """What one batch size has given so far, and the images that wait until a batch is full."""
+    """Sums over the batches of one size so far, and the images that do not fill a batch yet."""
 
     size: int
     images: int = 0
@@ -149,11 +168,12 @@ class _Totals:
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, network: nn.Module, inputs: Tensor, logits: Tensor) -> None:
-        """Take images and their logits in eval mode, and run the batches that they fill."""
+        """Add images with their logits in eval mode, and run the batches that they fill."""
         shapes = {tuple(images.shape[1:]) for images in (inputs, *(images for images, _ in self.waiting))}
         if len(shapes) > 1:
             raise CalibrationError(
-                f"images of the shapes {' and '.join(map(str, sorted(shapes)))} cannot be put into one batch; crop them"
+                f"images of shapes {' and '.join(map(str, sorted(shapes)))} cannot be put into one batch; crop them "
+                "to one shape"
             )
         self.waiting.append((inputs, logits))
         if sum(len(images) for images, _ in self.waiting) < self.size:
@@ -163,7 +183,8 @@ class _Totals:
         for images, expected in zip(
             all_inputs[:full].split(self.size), all_logits[:full].split(self.size), strict=True
         ):
-            self._compare(expected, _logits(network, images, f"in train mode with {self.size} images"))
+            batch = f"a batch of shape {tuple(images.shape)}"
+            self._compare(expected, _logits(network, images, "train", batch))
         self.waiting = [(all_inputs[full:], all_logits[full:])] if full < len(all_inputs) else []
 
     def _compare(self, expected: Tensor, actual: Tensor) -> None:
@@ -185,7 +206,7 @@ class _Totals:
 
 def _only_tensor(inputs: Inputs) -> Tensor:
     if len(inputs.tensors) > 1:
-        raise CalibrationError("train mode is measured on images alone, and this model's forward takes several inputs")
+        raise CalibrationError("train mode can only be measured for a forward that takes one input, not several")
     return inputs.tensors[0]
 
 
@@ -194,15 +215,13 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.cpu().double().movedim(1, -1).reshape(-1, logits.shape[1])
 
 
-def _logits(network: nn.Module, inputs: Tensor, where: str) -> Tensor:
-    try:
-        outputs = network(inputs.clone())  # it may work on them in place
-    except Exception as error:  # the user's forward may raise anything; here it gains its context
-        raise CalibrationError(f"the model failed {where}, on shape {tuple(inputs.shape)}: {error}") from error
+def _logits(network: nn.Module, images: Tensor, mode: str, batch: object) -> Tensor:
+    with failures_named(f"the model in {mode} mode", batch):
+        outputs = network(images.clone())  # it may change them in place
     logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
         shape = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
         raise CalibrationError(f"the model's output is {shape}, not logits of two or more classes in dimension 1")
     if not logits.isfinite().all():
-        raise CalibrationError(f"the model's logits are not finite {where}")
+        raise CalibrationError(f"the model's logits are not finite in {mode} mode, on {batch}")
     return logits

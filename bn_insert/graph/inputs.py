@@ -1,4 +1,4 @@
-"""What one batch gives a model's forward: one tensor, several, or a dict, on the model's device and in its dtype."""
+"""The inputs that a model's forward takes of a batch: one tensor, several, or a dict."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b
 
 @dataclass(frozen=True)
 class Inputs:
-    """The values that one call of a model's forward takes; tensors have the batch in dimension 0."""
+    """Arguments for one call of a model's forward; tensors have the batch in dimension 0."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Any, number: int, model: nn.Module) -> Inputs:
-        """Return what the model takes of a batch, as `insert_batchnorm` says, with the model's device and dtype.
+        """Return what the model takes of a batch, on the model's device.
 
-        Floating tensors get the dtype of the model's first floating parameter, others keep theirs.
-        Raises CalibrationError, naming the batch by `number`, for a batch that does not hold what the forward takes.
+        Floating-point tensors are converted to the dtype of the model's first floating-point parameter.
+
+        Args:
+            batch: As for `insert_batchnorm`.
+            number: The batch's number in error messages.
+            model: Its forward's parameters determine which values of the batch are used.
+
+        Raises:
+            CalibrationError: If the batch does not hold what the forward takes.
         """
         if isinstance(batch, Inputs):
             return batch
@@ -42,15 +49,15 @@ class Inputs:
         )
 
     def mapped(self, change: Callable[[Tensor], Any]) -> Inputs:
-        """Return the inputs with every tensor changed."""
+        """Return the inputs with `change` applied to every tensor."""
         return Inputs(*tree_map_only(Tensor, change, (self.args, dict(self.kwargs))))
 
     def rows(self, start: int, stop: int) -> Inputs:
-        """Return a part of the batch."""
+        """Return the images from `start` up to `stop`."""
         return self.mapped(lambda tensor: tensor[start:stop])
 
     def run(self, model: nn.Module) -> Any:
-        """Call the model on copies: it may work on them in place, and they are the caller's."""
+        """Call the model on copies of the tensors, since it may change them in place."""
         copies = self.mapped(torch.clone)
         return model(*copies.args, **copies.kwargs)
 
@@ -70,7 +77,10 @@ class Inputs:
 
 
 def reference_tensor(model: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype that a model's inputs need: its first floating parameter or buffer."""
+    """Return a tensor with the device and dtype that a model's inputs need.
+
+    This is the model's first floating-point parameter or buffer, or else an empty tensor on the CPU.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             return tensor
@@ -79,7 +89,13 @@ def reference_tensor(model: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class _Signature:
-    """required: names of the forward's parameters without default. mapping: its only one is annotated as a dict."""
+    """The parameters of a model's forward.
+
+    Attributes:
+        model: Name of the model's class.
+        required: Names of the parameters without a default.
+        mapping: Whether there is only one such parameter, and it is annotated as a dict.
+    """
 
     model: str
     required: tuple[str, ...]
@@ -106,7 +122,7 @@ def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
     if isinstance(value, Tensor) and not several:
         if not value.is_floating_point():
             raise CalibrationError(
-                f"calibration batch {number} holds {value.dtype}; scale and convert images to float first, as for "
+                f"batch {number} holds {value.dtype}; convert and scale the images to floating point first, as for "
                 "training"
             )
         return Inputs((value,))
@@ -124,11 +140,11 @@ def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
             return _checked(tuple(value[: len(signature.required)]), {}, number)
     if several:
         raise CalibrationError(
-            f"calibration batch {number} is {_described(batch)}, but {signature.model} takes "
-            f"{', '.join(signature.required)}; give a tuple of these, or a dict with these names"
+            f"batch {number} is {_described(batch)}, but {signature.model} takes "
+            f"{', '.join(signature.required)}; pass a tuple of these, or a dict with these names"
         )
     raise CalibrationError(
-        f"calibration batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
+        f"batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
         "value is the input tensor"
     )
 
@@ -138,8 +154,8 @@ def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Inpu
     lengths = {tuple(tensor.shape[:1]) for tensor in inputs.tensors}
     if len(lengths) != 1 or () in lengths:
         raise CalibrationError(
-            f"calibration batch {number} has inputs of the shapes {inputs.shapes or 'none'}; all need the same number "
-            "of images in dimension 0"
+            f"batch {number} has inputs of shapes {inputs.shapes or 'none'}; all need the same number of "
+            "images in dimension 0"
         )
     return inputs
 

@@ -1,1 +1,1 @@
-"""Measures activations: moments per channel, passes over batches, calibration and recalibration."""
+"""Measure activations: moments per channel, passes over batches, calibration and recalibration."""

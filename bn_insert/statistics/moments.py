@@ -1,4 +1,4 @@
-"""Count, mean and second central moment per channel, in float64; two sets of moments merge exactly."""
+"""Count, mean and second central moment of each channel, in float64; sets of moments merge exactly."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-# Values per call of the kernel, which reads them twice: on a CPU they stay in the second-level cache meanwhile.
-_VALUES_PER_CALL = 1 << 18
-# The CPU kernel adds up float32 values one by one, each with a rounding error of 6e-8: so many stay below 1e-5.
-_LONGEST_SUM = 128
+# The kernel reads its values twice: in between, slices of this many values stay in a CPU's second-level cache.
+_VALUES_PER_SLICE = 1 << 18
+# The CPU kernel adds float32 values one by one, each time with a rounding error of 6e-8: over this many rows the errors
+# add up to less than 1e-5.
+_ROWS_PER_GROUP = 128
 
-# Where |mean| exceeds this many standard deviations, a float32 mean (6e-8 relative) is too coarse a ruler for the std.
-# Those of the whole channel, not of one group: in a patch of blue sky a group's are next to nothing, and the errors of
-# groups' means, relative to their sizes, add up to no more than sqrt(mean^2 + var).
-_COARSE_RATIO = 6.0
-# Below it, float32 squares are subnormal and lose bits.
+# Where |mean| exceeds this many standard deviations, a float32 mean (relative error 6e-8) is too imprecise to take
+# deviations from. Mean and std are those of the whole channel, not of one group: in a patch of blue sky, a group's std
+# is close to zero, and the errors of the groups' means, relative to their sizes, add up to at most sqrt(mean^2 + var).
+_LARGEST_MEAN_IN_STDS = 6.0
+# Below this variance, float32 squares are subnormal and lose bits.
 _SMALLEST_VARIANCE = 1e-30
+
+_WITH_FLOAT64 = ("cpu", "cuda")  # device types
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and second central moment (sum of squared deviations) of each channel.
+    """Count, mean and second central moment of each channel.
 
-    count: number of values per channel. mean, m2: float64, one entry a channel. standard_error: where `calibrate` could
-    estimate it, that of mean and std (the larger), relative to std.
+    Attributes:
+        count: Number of values per channel.
+        mean: Mean of each channel.
+        m2: Sum of squared deviations from the mean, for each channel.
+        standard_error: Standard error of mean and std (the larger of the two), relative to std, for each channel; None
+            where `calibrate` could not estimate it.
     """
 
     count: int
@@ -42,7 +49,7 @@ class Moments:
 
     @property
     def var(self) -> Float64[Tensor, " channels"]:
-        """Unbiased variance (divided by count - 1), as PyTorch keeps it in `running_var`; nan for a count below 2."""
+        """Unbiased variance (divided by count - 1), as in PyTorch's `running_var`; NaN for a count below 2."""
         return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.m2, torch.nan)
 
     @property
@@ -52,17 +59,23 @@ class Moments:
 
     @property
     def constant_channels(self) -> int:
-        """Number of channels that had one and the same value throughout (dead ones, for instance)."""
+        """Number of channels with the same value throughout, dead ones for example."""
         return int((self.m2 == 0).sum())
 
     def scaled(self, scale: Float64[Tensor, " channels"]) -> Moments:
-        """Return the moments of the same values multiplied by `scale`, channel by channel."""
+        """Return the moments of the same values with each channel multiplied by its `scale`."""
         return Moments(self.count, self.mean * scale, self.m2 * scale.square(), self.standard_error)
 
     def error_of(self, fraction: float) -> float:
-        """Return what this fraction of the channels stay below in error, relative to std: three standard errors.
+        """Return a bound on the error, relative to std, that holds for this fraction of the channels.
 
-        nan where no standard error could be estimated.
+        The error of a channel is taken as three standard errors.
+
+        Args:
+            fraction: Between 0 and 1.
+
+        Returns:
+            The bound; NaN where the standard error could not be estimated.
         """
         if self.standard_error is None:
             return float("nan")
@@ -75,109 +88,133 @@ class Moments:
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all values together.
+    """Return the moments of the values of all parts together.
 
-    Exact but for float64 rounding, whatever the sizes of the parts: Chan, Golub, LeVeque, "Updating Formulae and a
-    Pairwise Algorithm for Computing Sample Variances", 1979. Raises ValueError when there is no part.
+    Exact up to float64 rounding, whatever the sizes of the parts: Chan, Golub, LeVeque, "Updating Formulae and a
+    Pairwise Algorithm for Computing Sample Variances", 1979.
+
+    Args:
+        parts: Moments of the same channels.
+
+    Raises:
+        ValueError: If there are no parts.
     """
     present = list(parts)
     if not present:
         raise ValueError("merge needs at least one set of moments")
-    counts = torch.tensor([part.count for part in present], dtype=torch.float64)
-    return _pool(
-        counts, torch.stack([part.mean for part in present]), torch.stack([part.m2 for part in present]).sum(0)
-    )
+    return _GroupMoments(
+        torch.tensor([part.count for part in present], dtype=torch.float64),
+        torch.stack([part.mean for part in present]),
+        torch.stack([part.m2 for part in present]),
+    ).pooled()
 
 
 def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
-    """Return the moments of each channel (dimension 1) of a tensor, pooled over all other dimensions.
+    """Return the moments of each channel of a tensor, pooled over all other dimensions.
 
-    values: any floating dtype.  A channels_last tensor (or a 2-D one) is read where it lies, others are copied a few
-    images at a time.  The error against float64 stays below 1e-5 (variance: relative; mean: relative to
-    std), also where |mean| >> std.
+    Compared with float64, the error stays below 1e-5 (of the variance: relative; of the mean: relative to std), also
+    where |mean| >> std.
+
+    Args:
+        values: Any floating dtype, with the channels in dimension 1. A 2-D or channels_last tensor is read in place;
+            any other is copied, a few images at a time.
     """
     channels = values.shape[1]
     if values.numel() == 0:
         empty = torch.zeros(channels, dtype=torch.float64)
         return Moments(0, empty, empty.clone())
-    parts = list(_parts(values))
+    slices = list(_slices(values))
     if values.dtype == torch.float64:
-        return _pooled(parts, *_stacked(parts, _double_moments, channels))
-    means, variances = _stacked(parts, _kernel_moments, channels)
-    pooled = _pooled(parts, means, variances)
-    tiny = (pooled.m2 > 0) & (pooled.m2 < _SMALLEST_VARIANCE * pooled.count)
-    coarse = ~((pooled.mean.square() * pooled.count <= _COARSE_RATIO**2 * pooled.m2) & pooled.m2.isfinite()) | tiny
-    if coarse.any():
-        columns = coarse.nonzero().squeeze(1)
-        there = columns.to(values.device)
-        rows = [part.reshape(-1, channels)[:, there] for part in parts]
-        exact = _pooled(rows, *_stacked(rows, _double_moments, len(columns)))
-        pooled.mean[columns], pooled.m2[columns] = exact.mean, exact.m2
+        return _GroupMoments.of(slices, channels, _float64_moments).pooled()
+    pooled = _GroupMoments.of(slices, channels, _kernel_moments).pooled()
+    imprecise = _is_imprecise(pooled)
+    if imprecise.any():
+        numbers = imprecise.nonzero().squeeze(1)
+        on_device = numbers.to(values.device)
+        selected = [each.reshape(-1, channels)[:, on_device] for each in slices]
+        exact = _GroupMoments.of(selected, len(numbers), _float64_moments).pooled()
+        pooled.mean[numbers], pooled.m2[numbers] = exact.mean, exact.m2
     return pooled
 
 
-def _parts(values: Tensor) -> Iterator[Float[Tensor, "rows columns"]]:
-    """Yield all values as parts whose columns are the channels, maybe several times over.
+def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
+    """Say for each channel whether float32 is not enough for its values: a mean far from 0, tiny values, overflow."""
+    near_zero = moments.mean.square() * moments.count <= _LARGEST_MEAN_IN_STDS**2 * moments.m2
+    tiny = (moments.m2 > 0) & (moments.m2 < _SMALLEST_VARIANCE * moments.count)
+    return ~(near_zero & moments.m2.isfinite()) | tiny
 
-    On a CPU, rows are laid side by side until a column has no more than _LONGEST_SUM of them.
+
+def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Yield all values in slices for the kernel, which computes the moments of each column.
+
+    A column holds values of one channel, and channels repeat along a row: rows are laid side by side, as several groups
+    of values, until no column has more than _ROWS_PER_GROUP. Devices other than the CPU get all rows at once: their
+    kernels add pairwise, and are faster on large inputs.
     """
     channels = values.shape[1]
-    last = values.movedim(1, -1)
-    values_per_image = last[0].numel()
-    # What lies in memory that way is only looked at; else images are copied, a few at a time.
-    pieces = [last] if last.is_contiguous() else last.split(max(1, _VALUES_PER_CALL // values_per_image))
-    rows_per_call = max(1, _VALUES_PER_CALL // (channels * _LONGEST_SUM)) * _LONGEST_SUM
-    for piece in pieces:
-        rows = piece.reshape(-1, channels)
-        if values.device.type != "cpu":  # other kernels add pairwise, and want large launches
+    channels_last = values.movedim(1, -1)
+    # Without a copy where the memory is laid out that way; else a few images are copied at a time.
+    images_per_copy = max(1, _VALUES_PER_SLICE // channels_last[0].numel())
+    parts = [channels_last] if channels_last.is_contiguous() else channels_last.split(images_per_copy)
+    rows_per_slice = max(1, _VALUES_PER_SLICE // (channels * _ROWS_PER_GROUP)) * _ROWS_PER_GROUP
+    for part in parts:
+        rows = part.reshape(-1, channels)
+        if values.device.type != "cpu":
             yield rows
             continue
-        whole = len(rows) // _LONGEST_SUM * _LONGEST_SUM
-        for start in range(0, whole, rows_per_call):
-            yield rows[start : min(start + rows_per_call, whole)].reshape(_LONGEST_SUM, -1)
-        if whole < len(rows):
-            yield rows[whole:]
+        in_full_groups = len(rows) // _ROWS_PER_GROUP * _ROWS_PER_GROUP
+        for start in range(0, in_full_groups, rows_per_slice):
+            yield rows[start : min(start + rows_per_slice, in_full_groups)].reshape(_ROWS_PER_GROUP, -1)
+        if in_full_groups < len(rows):
+            yield rows[in_full_groups:]
 
 
-def _stacked(
-    parts: Sequence[Tensor], moments: Callable[[Tensor], tuple[Tensor, Tensor]], channels: int
-) -> tuple[Float[Tensor, "groups channels"], Float[Tensor, "groups channels"]]:
-    """Return means and biased variances of groups of values, one row a group; a part is one group or several."""
-    means, variances = zip(*(moments(rows) for rows in parts), strict=True)
-    return torch.cat(means).reshape(-1, channels), torch.cat(variances).reshape(-1, channels)
+@dataclass(frozen=True, eq=False)
+class _GroupMoments:
+    """Count, mean and second central moment of groups of values of the same channels."""
 
+    counts: Float64[Tensor, " groups"]
+    means: Float64[Tensor, "groups channels"]
+    m2: Float64[Tensor, "groups channels"]
 
-def _pooled(parts: Sequence[Tensor], means: Tensor, variances: Tensor) -> Moments:
-    channels = means.shape[1]
-    device = means.device if means.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
-    counts = torch.tensor([len(rows) for rows in parts], dtype=torch.float64, device=device)
-    groups = torch.tensor([rows.shape[1] // channels for rows in parts], device=device)
-    weights = counts.repeat_interleave(groups)
-    within = variances.to(device, torch.float64).mul_(weights[:, None]).sum(0)
-    return _pool(weights, means.to(device, torch.float64), within)
+    @classmethod
+    def of(
+        cls, slices: Sequence[Tensor], channels: int, column_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> _GroupMoments:
+        """Return the moments of all groups in the slices, by a function that returns mean and biased variance."""
+        means, variances = zip(*(column_moments(each) for each in slices), strict=True)
+        device = means[0].device if means[0].device.type in _WITH_FLOAT64 else torch.device("cpu")
+        rows = torch.tensor([len(each) for each in slices], dtype=torch.float64, device=device)
+        groups_per_slice = torch.tensor([each.shape[1] // channels for each in slices], device=device)
+        counts = rows.repeat_interleave(groups_per_slice)
+        variance = torch.cat(variances).reshape(-1, channels).to(device, torch.float64)
+        mean = torch.cat(means).reshape(-1, channels).to(device, torch.float64)
+        return cls(counts, mean, variance.mul_(counts[:, None]))
 
-
-def _pool(counts: Tensor, means: Tensor, within: Tensor) -> Moments:
-    """Return the moments of groups of values together; within: the sum of the groups' second central moments."""
-    weights = counts.to(means.device)[:, None]
-    total = weights.sum()
-    origin = means[0]  # relative to it equal means give exactly that mean
-    deviations = means - origin
-    shift = (weights * deviations).sum(0) / total
-    m2 = within + deviations.sub_(shift).square_().mul_(weights).sum(0)
-    return Moments(int(total), origin + shift, m2)
+    def pooled(self) -> Moments:
+        """Return the moments of all groups together."""
+        counts = self.counts.to(self.means.device)[:, None]
+        total = counts.sum()
+        origin = self.means[0]  # subtracted first, so that equal means pool to exactly that mean
+        deviations = self.means - origin
+        shift = (counts * deviations).sum(0) / total
+        between_groups = deviations.sub_(shift).square_().mul_(counts).sum(0)
+        return Moments(int(total), origin + shift, self.m2.sum(0) + between_groups)
 
 
 def _kernel_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each column, float32.
+    """Return mean and biased variance of each column in float32.
 
-    By the kernel of BatchNorm's own training forward, the fastest that PyTorch has.
+    Computed by the kernel of BatchNorm's training forward, the fastest in PyTorch.
     """
     return torch.batch_norm_update_stats(rows.float(), None, None, 0.1)
 
 
-def _double_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each column, float64, relative to the first row: constants come out exact."""
-    exact = rows.to("cpu" if rows.device.type not in ("cpu", "cuda") else rows.device, torch.float64)
+def _float64_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each column in float64.
+
+    Computed relative to the first row, so that constant columns come out exact.
+    """
+    exact = rows.to(rows.device if rows.device.type in _WITH_FLOAT64 else "cpu", torch.float64)
     var, mean = torch.var_mean(exact - exact[0], 0, correction=0)
     return exact[0] + mean, var

@@ -1,10 +1,11 @@
-"""Run batches through a working copy of a model, whatever they and the model's forward are like."""
+"""Passes over batches: the loop that calibration and comparisons share, and forward passes that record activations."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,28 +17,101 @@ from ..graph.inputs import Inputs, reference_tensor
 Progress = Callable[[int], None]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a pass.
+
+    Attributes:
+        number: Its position in the iterable of batches, from 0.
+        value: The batch as the caller passed it.
+        inputs: What the model's forward takes of it.
+    """
+
+    number: int
+    value: Any
+    inputs: Inputs
+
+    def __str__(self) -> str:
+        """Return the batch's name for messages."""
+        return f"batch {self.number} of shape {self.inputs.shapes}"
+
+
+def for_each_batch(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Batch], object],
+    *,
+    progress: Progress | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> int:
+    """Call `run` with every batch that is not empty, in inference mode, and return the number of images.
+
+    PyTorch's random state is restored afterwards.
+
+    Args:
+        model: Determines the device and dtype of the inputs.
+        batches: As for `insert_batchnorm`; iterated once.
+        run: Whatever it raises, other than a CalibrationError, is reported as a failure of the model.
+        progress: Called after each batch with the number of images so far.
+        enough: Asked after each batch; the loop ends once it returns True.
+
+    Raises:
+        CalibrationError: If the batches are not an iterable of model inputs, or `run` fails. The message names the
+            batch.
+    """
+    images = 0
+    with preserved_random_state(), torch.inference_mode():
+        for number, value in enumerate(checked(batches)):
+            batch = Batch(number, value, Inputs.of(value, number, model))
+            if len(batch.inputs) == 0:
+                continue
+            with failures_named("the model", batch):
+                run(batch)
+            images += len(batch.inputs)
+            if progress:
+                progress(images)
+            if enough():
+                break
+    return images
+
+
+@contextmanager
+def failures_named(model: str, batch: object) -> Iterator[None]:
+    """Turn whatever a model's forward raises into a CalibrationError that names the model and the batch."""
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except Exception as error:  # the user's forward may raise anything; here it gains its context
+        raise CalibrationError(f"{model} failed on {batch}: {error}") from error
+
+
 class ForwardDone(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a hook to end a forward pass whose remaining layers nobody asks about."""
+    """Raised by a hook to end a forward pass whose remaining layers are not needed."""
 
 
 class NotFiniteError(CalibrationError):
-    """Activations that are NaN or Inf; `row` is the first image of the batch that has any."""
+    """Activations that are NaN or Inf.
+
+    Attributes:
+        row: The first image of the batch with such an activation.
+    """
 
     def __init__(self, layer: str, row: int, dtype: torch.dtype) -> None:
-        """Name the layer and the dtype it computed in."""
+        """Name the layer and the dtype in which it computed."""
         super().__init__(f"the activations of {layer} are not finite in {dtype}")
         self.row = row
 
 
 @runtime_checkable
 class Record(Protocol):
-    """What hooks take down during a pass: kept when it ends well, thrown away when it has to be run again."""
+    """What hooks record during a forward pass: kept if it succeeds, discarded if it has to be run again."""
 
     def commit(self) -> None:
-        """Keep what has been taken down since the last commit."""
+        """Keep what was recorded since the last commit."""
 
     def discard(self) -> None:
-        """Throw it away."""
+        """Discard what was recorded since the last commit."""
 
 
 def run_through(
@@ -51,38 +125,35 @@ def run_through(
 ) -> int:
     """Run batches through a network whose hooks fill `record`, and return the number of images.
 
-    network: a working copy in eval mode. enough: asked after each batch whether to end early.
-    Images run in channels_last where the forward allows it, and in smaller batches where memory ends.
-    PyTorch's random state is put back. Raises CalibrationError, saying which batch, layer, parameter or image.
+    Images run in channels_last where the forward allows it, and in smaller batches where memory runs out.
+    PyTorch's random state is restored afterwards.
+
+    Args:
+        network: A working copy in eval mode.
+        batches: As for `insert_batchnorm`.
+        record: Filled by the network's hooks.
+        autocast: Dtype for the forward pass; None runs it in the network's own dtype.
+        progress: Called after each batch with the number of images so far.
+        enough: Asked after each batch; the loop ends once it returns True.
+
+    Raises:
+        CalibrationError: If the network cannot run on a batch, or its activations are not finite. The message names
+            the batch, or the layer and the parameter or image that is the cause.
     """
     passes = _Passes(network, record)
-    context = torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext()
-    images = 0
-    with preserved_random_state(), torch.inference_mode(), context:
-        for number, batch in enumerate(checked(batches)):
-            inputs = Inputs.of(batch, number, network)
-            if len(inputs) == 0:
-                continue
-            try:
-                passes.run(inputs)
-            except NotFiniteError as error:
-                raise CalibrationError(f"{error}{_cause(network, inputs, batch, error)}") from None
-            except CalibrationError:
-                raise
-            except Exception as error:  # the user's forward may raise anything; here it gains its context
-                raise CalibrationError(
-                    f"the model failed on calibration batch {number} of shape {inputs.shapes}: {error}"
-                ) from error
-            images += len(inputs)
-            if progress:
-                progress(images)
-            if enough():
-                break
-    return images
+
+    def run(batch: Batch) -> None:
+        try:
+            passes.run(batch.inputs)
+        except NotFiniteError as error:
+            raise CalibrationError(f"{error}{_cause(network, batch, error)}") from None
+
+    with torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext():
+        return for_each_batch(network, batches, run, progress=progress, enough=enough)
 
 
 class _Passes:
-    """Forward passes that learn: which memory format the model takes, and how large a batch fits into memory."""
+    """Forward passes that remember which memory format the model takes, and how large a batch fits into memory."""
 
     def __init__(self, network: nn.Module, record: Record) -> None:
         self._network = network
@@ -104,7 +175,8 @@ class _Passes:
             else:  # outside of the except clause, whose traceback would keep the activations in memory
                 self._largest = len(part) // 2
                 warnings.warn(
-                    f"a batch of {len(part)} does not fit into memory: going on with {self._largest}", stacklevel=2
+                    f"a batch of {len(part)} does not fit into memory: continuing with batches of {self._largest}",
+                    stacklevel=2,
                 )
 
     def _fits(self, inputs: Inputs) -> bool:
@@ -118,7 +190,7 @@ class _Passes:
 
     def _attempt(self, inputs: Inputs) -> None:
         # channels_last: on a CPU it alone takes VGG16's forward to 0.78 of its time, and lets moments_of read
-        # activations where they lie.
+        # activations in place.
         attempted = self._channels_last and any(tensor.ndim == 4 for tensor in inputs.tensors)
         try:
             self._pass(inputs.mapped(_in_channels_last) if attempted else inputs)
@@ -139,7 +211,7 @@ class _Passes:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put PyTorch's random state back afterwards: even `iter(DataLoader)` draws from it."""
+    """Restore PyTorch's random state afterwards: even `iter(DataLoader)` draws from it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
@@ -150,39 +222,40 @@ def _in_channels_last(tensor: Tensor) -> Tensor:
 
 
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return the batches; raises CalibrationError for what is no iterable, and for a single tensor.
+    """Return the batches if they are an iterable other than a tensor, which would be iterated image by image.
 
-    A tensor can be iterated too, but would be taken image by image.
+    Raises:
+        CalibrationError: If they are not.
     """
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise CalibrationError(
-            f"batches is a {type(batches).__name__}, not an iterable of batches; give a DataLoader, or a list such as "
+            f"batches is a {type(batches).__name__}, not an iterable of batches; pass a DataLoader, or a list such as "
             "[images]"
         )
     if isinstance(batches, Tensor):
         raise CalibrationError(
-            f"batches is one tensor of shape {tuple(batches.shape)}, and would be taken image by image; "
-            "give an iterable of batches, such as [images] or images.split(32)"
+            f"batches is one tensor of shape {tuple(batches.shape)}, which would be iterated image by image; "
+            "pass an iterable of batches, such as [images] or images.split(32)"
         )
     return batches
 
 
-def _cause(network: nn.Module, inputs: Inputs, batch: Any, error: NotFiniteError) -> str:
-    """Say which parameter, or which image, makes the activations of a layer not finite."""
-    for name in _modules_called(network, inputs):
+def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
+    """Describe the parameter or image because of which the activations of a layer are not finite."""
+    for name in _modules_called(network, batch.inputs):
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):
             if not parameter.isfinite().all():
                 return (
-                    f": the parameter {parameter_name} holds NaN or Inf; mend the checkpoint, or leave the layers "
-                    "behind it out"
+                    f": the parameter {parameter_name} holds NaN or Inf; repair the checkpoint, or skip the layers "
+                    "downstream of it"
                 )
-    paths = getattr(batch, "paths", ())
-    place = str(paths[error.row]) if error.row < len(paths) else f"image {error.row} of its batch"
-    return f", first for {place}; run in float32, or look at that input"
+    paths = getattr(batch.value, "paths", ())
+    place = str(paths[error.row]) if error.row < len(paths) else f"image {error.row} of batch {batch.number}"
+    return f", first for {place}; run in float32, or check that input"
 
 
 def _modules_called(network: nn.Module, inputs: Inputs) -> list[str]:
-    """Return the names of the modules that a pass calls up to where it fails, in order."""
+    """Return the names of the modules that a pass calls until it fails, in order."""
     called: list[str] = []
     with ExitStack() as hooks:
         for name, module in network.named_modules():
@@ -190,6 +263,6 @@ def _modules_called(network: nn.Module, inputs: Inputs) -> list[str]:
             hooks.callback(module.register_forward_pre_hook(note).remove)
         try:
             inputs.run(network)
-        except Exception:  # noqa: BLE001 - the failure that we are looking into
+        except Exception:  # noqa: BLE001 - the failure to be explained
             return called
     return called

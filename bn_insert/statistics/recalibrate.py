@@ -1,4 +1,4 @@
-"""Re-estimate the running statistics of the BatchNorms that a model has."""
+"""Re-estimate the running statistics of a model's BatchNorms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
 from .moments import Moments
 from .passes import Progress, run_through
-from .recorder import Recorder
+from .recorder import Recorder, Statistics, pooled_over_ranks
 
 Earlier = Literal["batch", "running"]
 
@@ -32,48 +32,62 @@ def recalibrate(
     """Return a copy of the model whose BatchNorms have the statistics of these batches as running statistics.
 
     running_mean and running_var become mean and unbiased variance of each BatchNorm's input, pooled over all batches in
-    float64: not an exponential average, which lags behind weights that change fast, nor an average of averages. One
-    pass, dropout off. num_batches_tracked becomes the number of batches that were pooled, so that a cumulative average
-    (momentum None) goes on from there with the right weight. Everything else is as it was, and so is PyTorch's random
-    state; the given model is never changed. A BatchNorm that is never called keeps its statistics.
+    float64. This is neither an exponential average, which lags behind weights that change fast, nor an average of
+    averages. The model runs once over the batches, with dropout off. num_batches_tracked becomes the number of batches
+    that were pooled, so that a cumulative average (momentum None) continues with the right weight. Nothing else in the
+    copy differs. The model itself is not changed, and PyTorch's random state is restored. A BatchNorm that is never
+    called keeps its statistics.
 
-    batches: as for `insert_batchnorm`; after training, of the training images. Each process takes its own: inside a
-        process group give all of them the same batches, or take one's result.
-    earlier: what a BatchNorm's values are normalized with on their way to the deeper ones. "batch": each batch's own
-        statistics, as in training; give shuffled batches of the training's size. Where a batch has one value a channel
-        (a last batch of one image behind a dense layer), everything seen so far is used. "running": the running
-        statistics that the model has, as in eval mode; right when those are good, as after an insertion, and
-        independent of how the images are put into batches.
-    device, autocast, progress: as for `insert_batchnorm`.
-    Raises CalibrationError for a model without running statistics, for no data, for fewer than two values a channel,
-    for values that are not finite (naming the BatchNorm), and when the model cannot run on a batch.
+    Inside an initialized torch.distributed process group, every rank calls this with its own part of the batches, which
+    may be empty, and gets the statistics of all parts together.
+
+    Args:
+        model: A network with BatchNorm.
+        batches: As for `insert_batchnorm`. After training, use training images.
+        earlier: Statistics with which each BatchNorm normalizes the values that deeper ones receive.
+            "batch": each batch's own, as in training. Pass shuffled batches of the size used in training. Where a batch
+            has only one value per channel (a last batch of one image, after a dense layer), the statistics of all
+            batches so far are used.
+            "running": the model's running statistics, as in eval mode. Right where these are good, as after an
+            insertion; the result does not depend on how the images are divided into batches.
+        device: Where to run; by default the model's device.
+        autocast: Dtype for the forward pass.
+        progress: Called after each batch with the number of images so far.
+
+    Raises:
+        CalibrationError: If no BatchNorm has running statistics, if there are no data or fewer than two values per
+            channel, if values are not finite (the message names the BatchNorm), or if the model cannot run on a batch.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3 ("PreciseBN", as "batch" here).
 
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-    >>> x = torch.rand(100, 4)
-    >>> result = recalibrate(model, x.split(30))
-    >>> torch.allclose(result[1].running_var, model[0](x).var(0))
-    True
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> x = torch.rand(100, 4)
+        >>> result = recalibrate(model, x.split(30))
+        >>> torch.allclose(result[1].running_var, model[0](x).var(0))
+        True
     """
     if earlier not in get_args(Earlier):
-        raise CalibrationError(f"earlier is one of {', '.join(get_args(Earlier))}, not {earlier!r}")
+        raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
     network = working_copy(model, device)
     norms = _with_statistics(network)
     if not norms:
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
     if earlier == "running":
         _check_finite(norms)
-    recorder = Recorder()
-    with _recording_in_front_of(norms, recorder, by_batch=earlier == "batch"):
-        if run_through(network, batches, recorder, autocast=autocast, progress=progress) == 0:
-            raise CalibrationError("the calibration set is empty: no batch arrived")
+
+    def measure() -> tuple[int, Statistics]:
+        recorder = Recorder()
+        with _recording_inputs(norms, recorder, by_batch=earlier == "batch"):
+            images = run_through(network, batches, recorder, autocast=autocast, progress=progress)
+        return images, recorder.statistics()
+
+    statistics = pooled_over_ranks(measure)
     result = deep_copy(model)
-    moments = recorder.statistics().pooled
     for name, norm in _with_statistics(result).items():
-        if name in moments:
-            _set_statistics(norm, name, moments[name])
-            norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), recorder.calls[name])
+        if name in statistics.pooled:
+            _set_statistics(norm, name, statistics.pooled[name])
+            norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), statistics.calls[name])
     return result
 
 
@@ -83,7 +97,7 @@ def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _statistics(norm: _BatchNorm) -> list[Tensor]:
-    """Return running mean and variance; nothing for a BatchNorm that always normalizes by the batch."""
+    """Return running mean and variance; an empty list for a BatchNorm that always normalizes by the batch."""
     return [tensor for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
 
 
@@ -97,11 +111,11 @@ def _check_finite(norms: Mapping[str, _BatchNorm]) -> None:
 
 
 @contextmanager
-def _recording_in_front_of(norms: Mapping[str, _BatchNorm], recorder: Recorder, *, by_batch: bool) -> Iterator[None]:
-    """Record what each BatchNorm is given; by_batch: and make these its statistics, just before it normalizes.
+def _recording_inputs(norms: Mapping[str, _BatchNorm], recorder: Recorder, *, by_batch: bool) -> Iterator[None]:
+    """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics.
 
-    That gives what training mode gives, without what else comes with it: live dropout, processes that wait for each
-    other (SyncBatchNorm), and the refusal of a single value a channel.
+    The outputs are those of train mode, without its side effects: active dropout, processes that wait for each other
+    (SyncBatchNorm), and an error for a single value per channel.
     """
 
     def hook(name: str) -> Callable[[_BatchNorm, tuple[Any, ...], dict[str, Any]], None]:
@@ -123,12 +137,12 @@ def _recording_in_front_of(norms: Mapping[str, _BatchNorm], recorder: Recorder, 
 def _set_statistics(norm: _BatchNorm, name: str, moments: Moments, *, unbiased: bool = True) -> None:
     if moments.count < 2:
         raise CalibrationError(
-            f"a variance needs at least two values per channel and BatchNorm {name} was given {moments.count}; "
-            "give more images, or larger batches"
+            f"a variance needs at least two values per channel and BatchNorm {name} received {moments.count}; "
+            "use more images, or larger batches"
         )
     old = _statistics(norm)[0]
     mean = moments.mean.to(old.device, old.dtype)
     var = (moments.var if unbiased else moments.m2 / moments.count).to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):
-        raise CalibrationError(f"mean or variance in front of BatchNorm {name} is not finite in {old.dtype}")
+        raise CalibrationError(f"mean or variance of the input of BatchNorm {name} is not finite in {old.dtype}")
     norm.running_mean, norm.running_var = mean, var

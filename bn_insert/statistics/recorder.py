@@ -1,38 +1,50 @@
-"""Pools the moments of values that hooks observe, and the spread between batches."""
+"""Records the moments of values that hooks observe, and their spread between batches."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..errors import CalibrationError
+from ..support.processes import on_every_rank
 from .moments import Moments, merge, moments_of
 from .passes import NotFiniteError
 from .sampling_error import batch_spread, relative_standard_error
 
+_FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
+_CHANNELS_WITHIN = 0.99
+_LONGEST_LIST = 64  # moments kept before they are merged: memory stays constant over any number of batches
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """By the name of a place in a model: the moments of its values, and how far its batches are apart."""
+    """What was recorded at each place in a model, by the place's name.
+
+    Attributes:
+        pooled: Moments of all values.
+        spread: Moments over batches of what `batch_spread` returns for each batch.
+        calls: How many times values were recorded.
+    """
 
     pooled: Mapping[str, Moments]
     spread: Mapping[str, Moments]
+    calls: Mapping[str, int]
 
     @classmethod
     def merged(cls, parts: Iterable[Statistics]) -> Statistics:
         """Return the statistics of all parts together."""
         pooled: defaultdict[str, list[Moments]] = defaultdict(list)
         spread: defaultdict[str, list[Moments]] = defaultdict(list)
+        calls: Counter[str] = Counter()
         for part in parts:
+            calls.update(part.calls)
             for name, moments in part.pooled.items():
                 pooled[name].append(moments)
                 spread[name].append(part.spread[name])
-        return cls(
-            {name: merge(found) for name, found in pooled.items()},
-            {name: merge(found) for name, found in spread.items()},
-        )
+        return cls(_merged(pooled), _merged(spread), calls)
 
     def moments(self) -> dict[str, Moments]:
         """Return the moments with their standard errors."""
@@ -42,69 +54,87 @@ class Statistics:
         }
 
 
+def pooled_over_ranks(measure: Callable[[], tuple[int, Statistics]]) -> Statistics:
+    """Run a measurement on every rank, and return the statistics of all ranks together on each of them.
+
+    Args:
+        measure: Returns the number of images, 0 on a rank without any, and their statistics.
+
+    Raises:
+        CalibrationError: If there are no images on any rank, or `measure` fails on another rank.
+    """
+    parts = on_every_rank(measure)
+    if sum(images for images, _ in parts) == 0:
+        raise CalibrationError("the calibration set is empty: no batch arrived")
+    return Statistics.merged(statistics for _, statistics in parts)
+
+
 class Recorder:
-    """Pools the moments of the values that hooks show it, under one name for each place in a model."""
+    """Pools the moments of the values passed to it, under the name of their place in a model."""
 
     def __init__(self) -> None:
         """Start with nothing recorded."""
-        self._pending: defaultdict[str, list[Moments]] = defaultdict(list)
-        self._parts: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._uncommitted: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._moments: defaultdict[str, list[Moments]] = defaultdict(list)
         self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._calls: Counter[str] = Counter()
         self._batches = 0
-        self.calls: Counter[str] = Counter()
 
     def record(self, name: str, values: Tensor) -> Moments:
-        """Take and return the moments of values at this place; raises CalibrationError where they are not finite."""
+        """Record and return the moments of values at a place.
+
+        Raises:
+            NotFiniteError: If there are values that are not finite.
+        """
         moments = moments_of(values)
         if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
             raise NotFiniteError(name, _first_bad_row(values), values.dtype)
-        self._pending[name].append(moments)
+        self._uncommitted[name].append(moments)
         return moments
 
     def commit(self) -> None:
-        """Keep what one pass has shown."""
-        for name, parts in self._pending.items():
-            self.calls[name] += len(parts)
-            of_batch = merge(parts)
-            _append(self._parts[name], of_batch)
+        """Keep what was recorded during a forward pass."""
+        for name, moments in self._uncommitted.items():
+            self._calls[name] += len(moments)
+            of_batch = merge(moments)
+            _append(self._moments[name], of_batch)
             _append(self._spreads[name], batch_spread(of_batch))
         self._batches += 1
-        self._pending.clear()
+        self._uncommitted.clear()
 
     def discard(self) -> None:
-        """Forget what a pass has shown that is run again."""
-        self._pending.clear()
+        """Forget what was recorded during a forward pass that will be run again."""
+        self._uncommitted.clear()
 
     def pooled(self, name: str) -> Moments:
-        """Return the moments of everything that this place has shown so far, in the pass at hand too."""
-        return merge([*self._parts[name], *self._pending[name]])
+        """Return the moments of all values recorded at a place, including those of the current pass."""
+        return merge([*self._moments[name], *self._uncommitted[name]])
 
     def statistics(self) -> Statistics:
-        """Return what all places have shown, in host memory."""
+        """Return what was recorded at all places, in host memory."""
         return Statistics(
-            {name: merge(parts).cpu() for name, parts in self._parts.items()},
-            {name: merge(parts).cpu() for name, parts in self._spreads.items()},
+            {name: moments.cpu() for name, moments in _merged(self._moments).items()},
+            {name: spread.cpu() for name, spread in _merged(self._spreads).items()},
+            Counter(self._calls),
         )
 
     def precise_to(self, tolerance: float) -> bool:
-        """Say whether enough channels of every place are known to within `tolerance`, relative to their std."""
+        """Return whether enough channels of every place are known to within `tolerance`, relative to their std."""
         if self._batches < _FEWEST_BATCHES:
             return False
-        found = self.statistics().moments().values()
-        return all(moments.error_of(_CHANNELS_WITHIN) <= tolerance for moments in found)
+        moments_by_name = self.statistics().moments()
+        return all(moments.error_of(_CHANNELS_WITHIN) <= tolerance for moments in moments_by_name.values())
 
 
-def _append(parts: list[Moments], part: Moments) -> None:
-    parts.append(part)
-    if len(parts) >= 64:  # keep memory flat over any number of batches
-        parts[:] = [merge(parts)]
+def _merged(lists: Mapping[str, list[Moments]]) -> dict[str, Moments]:
+    return {name: merge(moments) for name, moments in lists.items()}
 
 
-_FEWEST_BATCHES = 8  # fewer say too little about how far batches are apart
+def _append(moments: list[Moments], more: Moments) -> None:
+    moments.append(more)
+    if len(moments) >= _LONGEST_LIST:
+        moments[:] = [merge(moments)]
 
 
-_CHANNELS_WITHIN = 0.99
-
-
-def _first_bad_row(output: Tensor) -> int:
-    return int(output.flatten(1).isfinite().all(1).int().argmin())
+def _first_bad_row(values: Tensor) -> int:
+    return int(values.flatten(1).isfinite().all(1).int().argmin())

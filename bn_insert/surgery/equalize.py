@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..graph.copies import unwrapped
 from ..statistics.moments import Moments
-from .affine import along
 from .edges import Consumer, Edge
+from .weight_algebra import broadcast_channels
 
 _BLOCK = 1 << 22  # weights checked at a time: the first dense layer of a VGG16 has a hundred million
 
@@ -111,7 +111,7 @@ def _inputs_of(consumer: Consumer, inputs: Tensor, channels: int) -> Shaped[Tens
 def _broadcast(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
     """Return one factor for each channel, in the weight's dtype and in a shape that multiplies the weight."""
     weight, _ = _parameters(layer)
-    return along(factors.to(weight), weight, axis, _groups(layer))
+    return broadcast_channels(factors.to(weight), weight, axis, _groups(layer))
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

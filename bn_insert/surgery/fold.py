@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
-from .affine import fold_inputs, fold_outputs
 from .fold_plan import Fold, plan_folds
 from .history import Architecture, Folding
 from .splice import take_out
+from .weight_algebra import fold_inputs, fold_outputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from ..graph.operators import (
     writes_in_place,
 )
 from ..graph.trace import Trace
-from .affine import Affine, batchnorm_affine
+from .weight_algebra import Affine, batchnorm_affine
 
 # Operations that pass values on, and may return the very tensor that they take.
 _ALIASES = (Role.DROPOUT, Role.COPY, Role.RESHAPE)

@@ -215,7 +215,8 @@ class Training:
 
     def _recalibrate(self) -> None:
         """Make the running statistics those of training images under the weights that the network has now."""
-        part, inputs = self.network, self._recalibration_images()
+        # Statistics are pooled over ranks: the first one runs as many images as one process would, the others none.
+        part, inputs = self.network, self._recalibration_images() if self.ranks.first else iter(())
         if self.settings.freeze_features:
             # The frozen part keeps its statistics, and its BatchNorms normalize by them.
             part, inputs = self.network.get_submodule("classifier"), self._features(inputs)
@@ -233,7 +234,7 @@ class Training:
         with torch.no_grad():
             for name, buffer in result.named_buffers():
                 part.get_buffer(name).copy_(buffer)
-        self.ranks.share_buffers(self.network)  # the first rank's: means over as many images as one process would take
+        self.ranks.share_buffers(self.network)
 
     def _recalibration_images(self) -> Iterator[Tensor]:
         chosen = self._order(self.images.train, self.state.epoch)

@@ -255,7 +255,8 @@ def test_a_classifier_of_nan_has_a_report_without_train_mode(run: Run, digits: P
 
 def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) -> None:
     assert_refused(
-        run("compare-modes", network_path(), digits, *AS_IT_IS), "has no BatchNorm that train mode normalizes"
+        run("compare-modes", network_path(), digits, *AS_IT_IS),
+        "has no BatchNorm that normalizes by the batch in train mode",
     )
     assert_refused(
         run("compare-modes", network_path(), digits, *AS_IT_IS, "--batch-sizes", "4,many"), "not one whole number"
@@ -317,7 +318,7 @@ def test_a_features_only_network_with_a_nan_classifier_works_for_conv(run: Run, 
     torch.save(torch.rand(4, 3, 32, 32), tmp_path / "x.pt")
     result = run("insert", "features.pth", "x.pt", "-o", "out.pth", "--layers", "conv")
     assert result.exit_code == 0, result.output
-    assert "in front of" in result.stderr
+    assert "compared before it" in result.stderr
     assert_refused(run("insert", "features.pth", "x.pt", "-o", "both.pth"), "classifier.0.weight", "NaN")
     assert not Path("both.pth").exists()
 

@@ -105,7 +105,8 @@ def test_a_reference_that_is_not_finite_is_refused() -> None:
     with pytest.raises(CalibrationError) as caught:
         compare_outputs(poisoned, passing(), [torch.ones(4, 5), torch.full((4, 5), 3.0)])
     assert str(caught.value) == (
-        "the reference's outputs are not finite on batch 1; compare in front of the layer that makes them so"
+        "the reference's outputs are not finite on batch 1; compare the part of the model before the layer that makes "
+        "them so"
     )
 
 
@@ -162,7 +163,7 @@ def test_models_without_outputs_cannot_be_compared() -> None:
 
 @pytest.mark.parametrize("batches", [(), (images(0, 16),)], ids=["no batch", "an empty batch"])
 def test_comparing_on_nothing_is_refused(batches: Iterable[Tensor]) -> None:
-    with pytest.raises(CalibrationError, match=r"^nothing to compare on: no batch arrived$"):
+    with pytest.raises(CalibrationError, match=r"^there are no images to compare the outputs on: no batch arrived$"):
         compare_outputs(small_vgg(), small_vgg(), batches)
 
 
@@ -174,7 +175,7 @@ def test_an_empty_batch_among_others_counts_for_nothing() -> None:
 def test_a_model_that_fails_is_named_with_the_batch_and_its_shape() -> None:
     with pytest.raises(CalibrationError) as caught:
         compare_outputs(small_vgg(), small_vgg(), [images(4, 16), images(2, 16, channels=5)])
-    assert str(caught.value).startswith("VGG failed on batch 1 of shape (2, 5, 16, 16): ")
+    assert str(caught.value).startswith("the reference (VGG) failed on batch 1 of shape (2, 5, 16, 16): ")
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
@@ -250,7 +251,7 @@ def test_a_vgg_with_a_classifier_that_is_not_finite_is_compared_in_front_of_it(k
     with torch.no_grad():
         getattr(model.classifier[3], kind)[0] = value
     part, remark = finite_part(model)
-    assert remark == "The classifier holds NaN or Inf: outputs are compared in front of it."
+    assert remark == "The classifier holds NaN or Inf, so outputs are compared before it."
     x = images(4, 16)
     assert torch.equal(part(x), model.avgpool(model.features(x)))
     result = insert_batchnorm(model, [x], layers=("conv",))

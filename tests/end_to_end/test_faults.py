@@ -56,8 +56,8 @@ def test_out_of_memory_halves_the_batch_says_so_and_changes_no_statistics(where:
     with pytest.warns(UserWarning, match="a batch of .* does not fit into memory") as warned:
         halved = calibrate(limited, sites, batches, progress=done.append)
     assert [str(one.message) for one in warned] == [
-        "a batch of 12 does not fit into memory: going on with 6",
-        "a batch of 6 does not fit into memory: going on with 3",
+        "a batch of 12 does not fit into memory: continuing with batches of 6",
+        "a batch of 6 does not fit into memory: continuing with batches of 3",
     ]
     assert done == [12, 24, 29]
     for name, moments in whole.items():
@@ -99,7 +99,7 @@ def test_a_value_that_is_not_finite_is_told_by_its_place_in_the_batch_that_was_h
     whole = images(12, 12)
     whole[9, 0, 3, 3] = torch.inf
     limited = LimitedMemory(plain(), room_for=4)
-    with warnings.catch_warnings(), pytest.raises(CalibrationError, match="image 9 of its batch"):
+    with warnings.catch_warnings(), pytest.raises(CalibrationError, match="image 9 of batch 0"):
         warnings.simplefilter("ignore")
         calibrate(limited, find_sites(limited, whole), [whole])
 
@@ -109,7 +109,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_its_shape() -> None:
     with warnings.catch_warnings(), pytest.raises(CalibrationError) as caught:
         warnings.simplefilter("ignore")
         calibrate(limited, find_sites(limited, images(4, 12)), [images(4, 12)])
-    assert "calibration batch 0 of shape (4, 3, 12, 12): CUDA out of memory" in str(caught.value)
+    assert "failed on batch 0 of shape (4, 3, 12, 12): CUDA out of memory" in str(caught.value)
 
 
 def test_a_large_image_that_overflows_in_float16_is_named_with_its_layer() -> None:
@@ -170,5 +170,5 @@ def test_the_command_line_takes_a_float16_checkpoint_there_and_back(
 
 @pytest.mark.parametrize("batches", [None, Path("photographs")])
 def test_what_holds_no_batches_is_not_taken_for_them(batches: Any, unchecked: Callable[..., Any]) -> None:
-    with pytest.raises(CalibrationError, match=r"^batches is a \w+, not an iterable of batches; give a DataLoader"):
+    with pytest.raises(CalibrationError, match=r"^batches is a \w+, not an iterable of batches; pass a DataLoader"):
         unchecked(checked)(batches)

@@ -282,7 +282,7 @@ def test_a_parameter_that_is_not_finite_is_named(layer: str, kind: str, value: f
         calibrated(poisoned(layer, value, kind), images(12, 16))
     assert str(caught.value) == (
         f"the activations of {layer} are not finite in torch.float32: the parameter {layer}.{kind} holds NaN or Inf; "
-        "mend the checkpoint, or leave the layers behind it out"
+        "repair the checkpoint, or skip the layers downstream of it"
     )
 
 
@@ -306,14 +306,14 @@ def test_an_input_that_is_not_finite_is_named_by_its_path() -> None:
         calibrated(small_vgg(), images(4, 16), batch)
     assert str(caught.value) == (
         "the activations of features.0 are not finite in torch.float32, first for c.png; "
-        "run in float32, or look at that input"
+        "run in float32, or check that input"
     )
 
 
 def test_an_input_that_is_not_finite_is_named_by_its_number_where_it_has_no_path() -> None:
     batch = images(4, 16)
     batch[1:, 1, 4, 4] = torch.inf
-    with pytest.raises(CalibrationError, match=r"not finite in torch\.float32, first for image 1 of its batch;"):
+    with pytest.raises(CalibrationError, match=r"not finite in torch\.float32, first for image 1 of batch 0;"):
         calibrated(small_vgg(), batch)
 
 
@@ -340,8 +340,7 @@ def test_a_batch_without_a_tensor_is_described(batch: Any, described: str) -> No
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(2, 16), batch)
     assert str(caught.value) == (
-        f"calibration batch 1 is {described}; a batch is a tensor, or a tuple, list or dict "
-        "whose first value is the input tensor"
+        f"batch 1 is {described}; a batch is a tensor, or a tuple, list or dict whose first value is the input tensor"
     )
 
 
@@ -350,14 +349,14 @@ def test_images_that_are_not_float_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(2, 16).to(dtype))
     assert str(caught.value) == (
-        f"calibration batch 0 holds {dtype}; scale and convert images to float first, as for training"
+        f"batch 0 holds {dtype}; convert and scale the images to floating point first, as for training"
     )
 
 
 def test_a_model_that_fails_on_a_later_batch_names_it_and_keeps_the_cause() -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(3, 16), images(2, 16), images(4, 16, channels=5))
-    assert str(caught.value).startswith("the model failed on calibration batch 2 of shape (4, 5, 16, 16): ")
+    assert str(caught.value).startswith("the model failed on batch 2 of shape (4, 5, 16, 16): ")
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 

@@ -92,7 +92,7 @@ def test_moments_of_split_batches_equal_the_float64_reference(placement: Any, la
 def test_an_error_about_a_value_that_is_not_finite_has_its_place_in_the_whole_batch() -> None:
     model, whole = small_vgg(), images(10, 16)
     whole[7, 0, 3, 3] = torch.inf
-    with pytest.raises(CalibrationError, match=r"features\.0 are not finite.* image 7 of its batch"):
+    with pytest.raises(CalibrationError, match=r"features\.0 are not finite.* image 7 of batch 0"):
         calibrate(model, find_sites(model, whole), [whole])
 
 

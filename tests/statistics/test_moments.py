@@ -68,7 +68,7 @@ def test_moments_of_images_with_flat_patches_equal_a_float64_reference(share: fl
 def test_flat_patches_do_not_cost_the_slow_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(2, 64, 60, 60).contiguous(memory_format=torch.channels_last)
     values[:, :, :30] = 2.0
-    monkeypatch.setattr("bn_insert.statistics.moments._double_moments", None)
+    monkeypatch.setattr("bn_insert.statistics.moments._float64_moments", None)
     assert_moments(moments_of(values), values)
 
 

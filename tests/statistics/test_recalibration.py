@@ -171,9 +171,9 @@ def test_a_last_batch_of_one_image_is_normalized_with_all_that_was_seen_and_coun
 
 def test_a_first_batch_of_one_image_is_refused_with_the_place_and_the_way_out() -> None:
     model, x = sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), features(41, 4)
-    with pytest.raises(CalibrationError, match=r"at least two values per channel and BatchNorm 1 was given 1; give"):
+    with pytest.raises(CalibrationError, match=r"at least two values per channel and BatchNorm 1 received 1; use"):
         recalibrate(model, x.split([1, 40]))
-    with pytest.raises(CalibrationError, match="BatchNorm 1 was given 1"):
+    with pytest.raises(CalibrationError, match="BatchNorm 1 received 1"):
         recalibrate(model, [x[:1]], earlier="running")
     recalibrate(model, x.split([1, 40]), earlier="running")
 
@@ -261,8 +261,8 @@ def with_nan(model: AnyModule, name: str) -> AnyModule:
             "Sequential has no BatchNorm with running statistics",
         ),
         (tuned_vgg, [], "the calibration set is empty"),
-        (tuned_vgg, [images(4, 16), "no tensor"], "calibration batch 1 is str"),
-        (tuned_vgg, [images(4, 16), images(4, 16, channels=2)], "the model failed on calibration batch 1"),
+        (tuned_vgg, [images(4, 16), "no tensor"], "batch 1 is str"),
+        (tuned_vgg, [images(4, 16), images(4, 16, channels=2)], "the model failed on batch 1"),
         (
             lambda: with_nan(tuned_vgg(), "features.4.weight"),
             [images(4, 16)],
@@ -288,12 +288,12 @@ def test_old_statistics_that_are_not_finite_matter_only_where_they_are_used() ->
 
 
 def test_an_unknown_mode_is_refused(unchecked: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    with pytest.raises(CalibrationError, match="earlier is one of batch, running, not 'train'"):
+    with pytest.raises(CalibrationError, match="earlier must be one of batch, running, not 'train'"):
         unchecked(recalibrate)(tuned_vgg(), [images(4, 16)], earlier="train")
 
 
 def test_statistics_out_of_the_range_of_their_dtype_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
     model[0].weight.data.fill_(200)
-    with pytest.raises(CalibrationError, match=r"BatchNorm 1 is not finite in torch.float16"):
+    with pytest.raises(CalibrationError, match=r"input of BatchNorm 1 is not finite in torch.float16"):
         recalibrate(model, [torch.tensor([[0.0, 0.0], [100.0, 100.0]])], earlier="running")

@@ -111,7 +111,7 @@ def test_the_true_error_is_below_the_tolerance_in_95_percent_of_runs_that_ended_
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan, math.inf])
 def test_a_tolerance_that_is_not_above_zero_is_refused(tolerance: float) -> None:
-    with pytest.raises(CalibrationError, match="tolerance is a number above 0, such as"):
+    with pytest.raises(CalibrationError, match="tolerance must be a finite number above 0, such as"):
         insert_batchnorm(randomised(dense()), [features(4, 8)], tolerance=tolerance)
 
 

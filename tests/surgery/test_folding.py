@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_insert import GraphError, compare_outputs, fold_batchnorm, insert_batchnorm, recalibrate
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
-from bn_insert.surgery.affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from bn_insert.surgery.fold import fold
+from bn_insert.surgery.weight_algebra import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from support.networks import (
     AWKWARD,
     AnyModule,

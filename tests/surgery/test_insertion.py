@@ -538,13 +538,13 @@ def test_a_single_tensor_of_images_is_not_taken_for_batches() -> None:
     with pytest.raises(CalibrationError) as caught:
         insert_batchnorm(small_vgg(), images(12, 16))
     assert str(caught.value) == (
-        "batches is one tensor of shape (12, 3, 16, 16), and would be taken image by image; "
-        "give an iterable of batches, such as [images] or images.split(32)"
+        "batches is one tensor of shape (12, 3, 16, 16), which would be iterated image by image; "
+        "pass an iterable of batches, such as [images] or images.split(32)"
     )
 
 
 def test_a_first_batch_that_is_none_is_described() -> None:
-    with pytest.raises(CalibrationError, match=r"^calibration batch 0 is str; a batch is a tensor, or a tuple, "):
+    with pytest.raises(CalibrationError, match=r"^batch 0 is str; a batch is a tensor, or a tuple, "):
         insert_batchnorm(small_vgg(), ["images"])
 
 
