@@ -2,7 +2,8 @@
 
 from .batchnorm.identity import identity_batchnorm
 from .batchnorm.modes import freeze_batchnorm
-from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from .checkpoints.load import load_checkpoint
+from .checkpoints.save import save_checkpoint
 from .compare.outputs import Comparison, compare_outputs
 from .compare.train_mode import TrainModeAgreement, smallest_agreeing, train_mode_agreement
 from .errors import (

@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import images_path, network_path
 from bn_insert.report.report import versions
 from bn_insert.training.loop import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE

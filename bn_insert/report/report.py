@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..checkpoints.sidecar import sha256, sidecar_path
 from ..compare.outputs import Comparison
 from ..compare.train_mode import TrainModeAgreement, agreement_reading
 from ..errors import CheckpointError
@@ -104,13 +104,10 @@ def check_suffix(report: Path) -> None:
 
 
 def check_report(report: Path, checkpoint: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if a report cannot be written there, or would take the place of checkpoint or settings."""
+    """Raise CheckpointError if a report cannot be written to a path, or would replace the checkpoint."""
     check_suffix(report)
-    taken = [real_path(checkpoint)]
-    if checkpoint.suffix.lower() != ".safetensors":  # whose settings are in its header
-        taken.append(sidecar_path(taken[0]))
-    if real_path(report) in taken:
-        raise CheckpointError(f"cannot write the report to {report}: the settings of {checkpoint} go there; rename it")
+    if real_path(report) == real_path(checkpoint):
+        raise CheckpointError(f"cannot write the report to {report}: the checkpoint is written there; rename it")
     check_writable(report, overwrite=overwrite)
 
 
@@ -123,7 +120,11 @@ def versions() -> dict[str, str]:
 def file_facts(path: str | Path) -> dict[str, Any]:
     """Return a checkpoint's path, and size in bytes and SHA-256 where it is a file."""
     path = Path(path)
-    return {"path": str(path)} | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path.is_file() else {})
+    if not path.is_file():
+        return {"path": str(path)}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _layer(

@@ -17,7 +17,7 @@ from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.layers import layer_kind
 from ..graph.trace import Trace, argument, is_activation, operation, writes_in_place
 from .affine import Affine, batchnorm_affine, fold_inputs, fold_outputs
-from .history import Architecture, Folding
+from .history import FoldedBatchNorms, History
 from .splice import take_out
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -73,7 +73,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     # Another class only if the model itself is a wrapper around one layer.
     result = cast(AnyModule, take_out(result, norms))
     if norms:
-        Architecture.of(model).changed(Folding(norms, tuple(sorted(biases)))).keep_with(result)
+        History.of(model).with_change(FoldedBatchNorms(norms, tuple(sorted(biases)))).keep_with(result)
     return result
 
 

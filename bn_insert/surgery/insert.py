@@ -23,7 +23,7 @@ from ..statistics.passes import Progress, checked, preserved_random_state
 from ..support.processes import on_every_rank
 from .edges import Edge, find_edges
 from .equalize import equalize as equalize_channels
-from .history import Architecture, Insertion
+from .history import History, InsertedBatchNorms
 from .splice import splice_behind
 
 
@@ -124,7 +124,7 @@ def insert_with_norms(
     }
     spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
     if sites:
-        Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(spliced)
+        History.of(model).with_change(InsertedBatchNorms(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}
 
 

@@ -13,7 +13,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_error, print_note, print_result, print_table
-from .inputs import ImageOptions, layer_kinds, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, layer_kinds, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table, edge_table, site_table
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
     from bn_insert import find_edges, survey  # noqa: PLC0415
-    from bn_insert.checkpoints.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
+    from bn_insert.checkpoints.save import check_output, save_checkpoint  # noqa: PLC0415
     from bn_insert.report.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
     from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
     from bn_insert.surgery.insert import insert_with_norms  # noqa: PLC0415
@@ -94,8 +94,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    transform = open_transform(checkpoint, image_options)
-    network = open_model(checkpoint, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model)
     batches = open_calibration(calibration, network, transform, image_options)
 
     example = next(iter(batches.head(1))).images

@@ -17,7 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bn_insert.checkpoints.checkpoint import check_output, load_checkpoint, read_settings, save_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
@@ -582,7 +584,8 @@ KILLED = """
 import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from torch import nn
-from bn_insert.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.save import save_checkpoint
 
 CHANGES = {"os.rename", "os.link", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.utime"}
 os.fsync = lambda file: None  # what was written outlives the process anyway: fsync is for power cuts

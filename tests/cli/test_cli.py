@@ -24,7 +24,8 @@ from typer.testing import CliRunner, Result
 
 import bn_insert.surgery.insert
 from bn_insert import BNInsertError
-from bn_insert.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli.app import app
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from bn_insert.checkpoints.checkpoint import load_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
 from bn_insert_cli.app import app

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import insert_batchnorm
-from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
 from bn_insert.images.class_folders import ClassFolders, open_class_folders
