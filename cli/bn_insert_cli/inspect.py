@@ -56,7 +56,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     modules = dict(network.named_modules())
     print_table(layer_table(found, {layer.name: modules[layer.name].weight.shape for layer in found}))
     if content.settings is None:
-        print_result("The file stores no settings: eps, momentum and dropout are PyTorch's defaults.")
+        print_result("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
     else:
         print_table(_settings_table(content.settings, content.settings_place))
     sites = sum(layer.site is not None for layer in found)
@@ -76,7 +76,7 @@ def _settings_table(settings: Settings, place: str) -> Table:
     if settings.transform is None:
         result.add_row("preprocessing", "not stored; ImageNet's by default")
     else:
-        described = ", ".join(f"{name} {value}" for name, value in settings.transform.items())
+        described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
         result.add_row("preprocessing", _literal(described))
     if settings.history.function:
         result.add_row("built by", _literal(settings.history.function))
@@ -93,6 +93,10 @@ def _described(change: Change) -> str:
     if isinstance(change, FoldedBatchNorms):
         return f"{_count(len(change.norms), 'BatchNorm layer')} folded"
     return f"output layer {change.layer} replaced, {change.classes} classes"
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _count(number: int, noun: str) -> str:
