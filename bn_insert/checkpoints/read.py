@@ -28,6 +28,9 @@ FileKind = Literal["torch", "safetensors"]
 HEADER_KEY = "bn-insert"
 """Where the metadata of a safetensors file has the settings."""
 
+# Where settings are, for messages.
+_HEADER, _METADATA = "its header", "its metadata"
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -86,7 +89,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False) -> Checkpoint:
             check_expansion(file, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         except RefusedError as error:
             raise _unreadable(path, error) from error
-        place = "its header" if kind == "safetensors" else "its metadata"
+        place = _HEADER if kind == "safetensors" else _METADATA
         settings = None if text is None else _parsed(path, text, place)
         if settings is None and kind == "torch" and (settings := read_sidecar(file)) is not None:
             place = str(sidecar_path(real_path(path)))
@@ -154,10 +157,10 @@ def _parsed(path: Path, text: object, place: str) -> Settings:
             raise CheckpointError(f"they are of type {type(text).__name__}, not str")
         return Settings.from_json(text)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{path}: the settings in {place} are damaged: {printable(error)}; write the file again, with "
-            "save_checkpoint, or its tensors alone with torch.save"
-        ) from error
+        advice = "save it again"
+        if place == _METADATA:
+            advice += ", or drop the settings: torch.save(dict(torch.load(path)), other_path)"
+        raise CheckpointError(f"{path}: the settings in {place} are damaged: {printable(error)}; {advice}") from error
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -360,7 +360,7 @@ def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], 
     message = refusal_of(lambda: load_checkpoint(path))
     assert message.startswith(f"{path}: the settings in its metadata are damaged: ")
     assert fragment in message
-    assert "or its tensors alone with torch.save" in message
+    assert "; save it again, or drop the settings: torch.save(dict(torch.load(path)), other_path)" in message
     assert refusal_of(lambda: read_settings(path)) == message
 
 

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 import bn_insert.surgery.insert
 from bn_insert import BNInsertError
 from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli.app import app
@@ -125,7 +126,10 @@ def test_preprocessing_is_remembered_beside_the_checkpoint(run: Run, digits: Pat
     run("insert", network_path(), digits, "-o", "first.pth", *AS_IT_IS)
     result = run("insert", "first.pth", digits, "-o", "second.pth", "--layers", "dense", "--include-output")
     assert result.exit_code == 0, result.output
-    assert json.loads(Path("second.json").read_text())["transform"]["mean"] == [0.0]
+    settings = read_settings("second.pth")
+    assert settings is not None
+    assert settings.transform is not None
+    assert settings.transform["mean"] == [0.0]
 
 
 def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path: Path) -> None:
@@ -263,11 +267,19 @@ def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) ->
     )
 
 
-def test_a_report_in_the_place_of_the_settings_is_refused(run: Run, digits: Path) -> None:
-    assert_refused(
-        run("insert", network_path(), digits, "-o", "out.pth", "--report", "out.json", *AS_IT_IS), "rename it"
-    )
-    assert not Path("out.pth").exists()
+def test_a_report_with_the_name_of_the_checkpoint_is_written_beside_it(run: Run, digits: Path) -> None:
+    result = run("insert", network_path(), digits, "-o", "out.pth", "--report", "out.json", *AS_IT_IS)
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text())["format"] == "bn-insert report"
+    assert read_settings("out.pth") is not None
+
+
+def test_a_json_file_beside_the_output_is_never_touched(run: Run, digits: Path) -> None:
+    Path("out.json").write_bytes(b'{"mine": 1}\n// \xe9\n')
+    for force in ((), ("--force",)):
+        result = run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, *force)
+        assert result.exit_code == 0, result.output
+    assert Path("out.json").read_bytes() == b'{"mine": 1}\n// \xe9\n'
 
 
 def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> None:

@@ -32,7 +32,7 @@ from support.labelled_digits import AS_IT_IS, link_digits, open_digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
-FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
 
 
