@@ -263,7 +263,8 @@ def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) ->
         run("compare-modes", network_path(), digits, *AS_IT_IS), "has no BatchNorm that train mode normalizes"
     )
     assert_refused(
-        run("compare-modes", network_path(), digits, *AS_IT_IS, "--batch-sizes", "4,many"), "not one whole number"
+        run("compare-modes", network_path(), digits, *AS_IT_IS, "--batch-sizes", "4,many"),
+        "is not an integer or several",
     )
 
 

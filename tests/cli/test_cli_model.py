@@ -167,16 +167,18 @@ def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
     for pair in (("vgg16", "net.pth"), ("net.pth", "vgg16")):
         compared = run("compare", *pair, digits / "val", *AS_IT_IS, *MODEL)
         assert compared.exit_code == 1, compared.output
-    assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is torchvision's network")
-    assert_refused(run("inspect", "vgg16", *MODEL), "vgg16 is torchvision's network", "--model is for checkpoint files")
+    assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is a network of torchvision")
+    assert_refused(
+        run("inspect", "vgg16", *MODEL), "vgg16 is a network of torchvision", "--model is for checkpoint files"
+    )
 
 
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
-        ("make", "'make' names no function; write package.module:function"),
+        ("make", "'make' does not name a function; write package.module:function"),
         ("my_nets.py:make", "write my_nets:make"),
-        ("their_nets:make", "no module named their_nets can be imported"),
+        ("their_nets:make", "there is no module their_nets to import"),
         ("my_nets:mak", "the module my_nets has no mak"),
         ("my_nets:nn", "my_nets:nn is a module, not a function that returns a network"),
         ("my_nets:F.relu", "cannot be called without arguments"),
