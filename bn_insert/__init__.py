@@ -6,7 +6,8 @@ The public names, grouped by what they are for. Reading images is in `bn_insert.
 # ruff: noqa: I001, RUF022 - grouped, everyday names first
 
 # Load, insert, check, save
-from .checkpoints.checkpoint import check_output, load_checkpoint, save_checkpoint
+from .checkpoints.load import load_checkpoint
+from .checkpoints.save import check_output, save_checkpoint
 from .checkpoints.torchvision_weights import torchvision_checkpoint
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm

@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.checkpoints.load import build_network
+from bn_insert.checkpoints.read import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.report import versions
 from bn_insert.training.loop import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
@@ -149,9 +150,9 @@ def _messages(folder: Path) -> str:
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a checkpoint's tensors and settings, read as any user's program reads them."""
     result = hashlib.sha256()
-    settings = read_settings(path)
-    result.update(b"none" if settings is None else settings.to_json().encode())
-    for key, tensor in load_checkpoint(path).state_dict().items():
+    checkpoint = read_checkpoint(path)
+    result.update(b"none" if checkpoint.settings is None else checkpoint.settings.to_json().encode())
+    for key, tensor in build_network(checkpoint).state_dict().items():
         result.update(key.encode())
         result.update(tensor.numpy().tobytes())
     return result.hexdigest()
@@ -172,8 +173,7 @@ def known(case: Case, path: Path, *wanted: str) -> str:
 def look_at_checkpoint(case: Case, folder: Path) -> str:
     """Return what a kill of insert or fold has left."""
     path = folder / case.output
-    allowed = {case.output, Path(case.output).with_suffix(".json").name}
-    check_names(folder, allowed)
+    check_names(folder, {case.output})
     if path.exists():
         return known(case, path)
     if "old" in case.states:
@@ -327,7 +327,6 @@ def finish(case: Case, folder: Path, left: str) -> None:
         return
     if left == "new" and not case.before:
         path.unlink()  # it would be refused, rightly
-        path.with_suffix(".json").unlink(missing_ok=True)
     undisturbed(case.command(), folder)
     known(case, path, "new")
 

@@ -95,16 +95,18 @@ def whole(kind: Kind) -> Mapping[str, bytes]:
             suffix = "safetensors" if kind.form == "safetensors" else "pth"
             save_checkpoint(network(), folder / f"x.{suffix}", transform=Transform(resize=None, crop=SIZE).to_dict())
             if kind.form == "old":
-                torch.save(network().state_dict(), folder / "x.pth", _use_new_zipfile_serialization=False)
+                torch.save(torch.load(folder / "x.pth"), folder / "x.pth", _use_new_zipfile_serialization=False)
+            elif kind.reader == "settings":  # in a file of their own, as older versions wrote them
+                state = torch.load(folder / "x.pth")
+                torch.save(dict(state), folder / "x.pth")
+                (folder / "x.json").write_text(state._metadata[""]["bn_insert"])
         elif kind.reader == "tensor file":
             _save_tensor(tensor(), kind.form, folder / f"x.{_suffix(kind.form)}")
         else:
             generator = np.random.default_rng(0)
             pixels = np.kron(generator.integers(0, 256, (3, 8, 8), np.uint8), np.ones((1, 3, 3), np.uint8))
             Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"x.{kind.form}")
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    first = "x.json" if kind.reader == "settings" else next(name for name in sorted(files) if name != "x.json")
-    return {first: files.pop(first)} | files
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def mutated(kind: Kind, generator: random.Random, trap: Path) -> tuple[str, bytes]:
@@ -219,6 +221,7 @@ def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:  # noqa: 
             ("pickle: memory or time", lambda content, generator: _in_zip(content, _pickle_bomb, generator)),
             ("contents altered", lambda _, generator: _contents(kind, generator)),
             ("contents altered", lambda _, generator: _contents(kind, generator)),
+            *([("settings altered", _stored_settings)] * (kind.reader == "checkpoint")),
         ]
     if kind.form == "old":
         return [
@@ -226,6 +229,7 @@ def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:  # noqa: 
             ("pickle: payload", partial_payload(trap)),
             ("pickle: memory or time", _pickle_bomb),
             ("contents altered", lambda _, generator: _contents(kind, generator)),
+            *([("settings altered", _stored_settings)] * (kind.reader == "checkpoint")),
         ]
     if kind.form == "safetensors":
         return [
@@ -244,6 +248,23 @@ def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:  # noqa: 
     if kind.form == "png":
         return [("png: chunks altered", _png_chunks)]
     return []
+
+
+def _stored_settings(content: bytes, generator: random.Random) -> bytes:
+    """Change the settings that a state dict carries, or the metadata that they are in."""
+    state = torch.load(io.BytesIO(content))
+    text = state._metadata[""]["bn_insert"].encode()
+    mutate = generator.choice((_json_values, _json_values, _json_text))
+    values: tuple[Any, ...] = (3, None, b"{}", [], {}, {"format": "bn-insert"}, torch.ones(2), "x" * (1 << 24))
+    if generator.random() < 0.7:
+        state._metadata[""]["bn_insert"] = mutate(text, generator).decode("utf-8", "surrogateescape")
+    elif generator.random() < 0.5:
+        state._metadata[""]["bn_insert"] = generator.choice(values)
+    else:
+        state._metadata = generator.choice((*values, {"": generator.choice(values)}, OrderedDict({"": state})))
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=content.startswith(b"PK"))
+    return buffer.getvalue()
 
 
 def _contents(kind: Kind, generator: random.Random) -> bytes:

@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from bn_insert import insert_batchnorm
-from bn_insert.checkpoints.checkpoint import load_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.statistics.recalibrate import recalibrate
 
 from .data import CLASSES, Split, load_split

@@ -1,1 +1,1 @@
-"""Checkpoint files: from a file to a network and back."""
+"""Checkpoint files: read a file, rebuild its network, save a network."""

@@ -1,4 +1,4 @@
-"""The network that a function of the user's makes, named as "package.module:function"."""
+"""Build a network with the user's own function, named as "package.module:function"."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from ..surgery.history import FUNCTION
 
 
 def make_network(name: str) -> nn.Module:
-    """Import what "package.module:function" names, call it without arguments, and return the network that it makes.
+    """Import a function by name, call it without arguments, and return the network that it builds.
 
-    This runs the user's code: the name has to come from the user, never from a file.  A name for a module object, such
-    as a network made when its file is imported, gives that object.
-    Raises CheckpointError saying what is wrong with the name, or what the code raised.
+    This runs the user's code: the name must come from the user, never from a file.
 
-    >>> type(make_network("torch.nn:ReLU")).__name__
-    'ReLU'
+    Args:
+        name: "package.module:function". If the name leads to a module object, such as a network that is built when its
+            file is imported, that object is returned.
+
+    Raises:
+        CheckpointError: The name is wrong, or the code raised an error; the message quotes it.
+
+    Examples:
+        >>> type(make_network("torch.nn:ReLU")).__name__
+        'ReLU'
     """
     if not FUNCTION.fullmatch(name):
         raise CheckpointError(
-            f"{name!r:.80} names no function; write package.module:function, such as torchvision.models:alexnet"
+            f"{name!r:.80} does not name a function; write package.module:function, such as torchvision.models:alexnet"
         )
     module, _, function = name.partition(":")
     found = _imported(name, module, function)
@@ -33,7 +39,7 @@ def make_network(name: str) -> nn.Module:
         return found
     if not callable(found):
         raise CheckpointError(f"{name} is a {type(found).__name__}, not a function that returns a network")
-    _check_needs_nothing(name, found)
+    _check_needs_no_arguments(name, found)
     try:
         network = found()
     except (Exception, SystemExit) as error:
@@ -49,26 +55,26 @@ def _imported(name: str, module: str, function: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise CheckpointError(f"importing {module} for {name} raised {_described(error)}") from error
-        advice = f"write {module[:-3]}:{function}" if module.endswith(".py") else "run in the folder that holds it"
-        raise CheckpointError(f"{name}: no module named {module} can be imported; {advice}, or install it") from error
-    except (Exception, SystemExit) as error:  # it runs the user's code, which may raise anything
+        advice = f"write {module[:-3]}:{function}" if module.endswith(".py") else "run in the folder that contains it"
+        raise CheckpointError(f"{name}: there is no module {module} to import; {advice}, or install it") from error
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise CheckpointError(f"importing {module} for {name} raised {_described(error)}") from error
     try:
         return attrgetter(function)(imported)
     except AttributeError:
-        raise CheckpointError(f"the module {module} has no {function}; look at the spelling of {name}") from None
+        raise CheckpointError(f"the module {module} has no {function}; check the spelling of {name}") from None
 
 
-def _check_needs_nothing(name: str, function: Any) -> None:
+def _check_needs_no_arguments(name: str, function: Any) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # some callables written in C do not tell
+        return  # some callables written in C have no signature
     try:
         signature.bind()
     except TypeError as error:
         raise CheckpointError(
-            f"{name}{signature} cannot be called without arguments ({error}); name a function that calls it with yours"
+            f"{name}{signature} cannot be called without arguments ({error}); name a function that passes the arguments"
         ) from None
 
 

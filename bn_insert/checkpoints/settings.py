@@ -1,4 +1,4 @@
-"""What a network has and its state dict has not: eps, momentum, dropout, and the preprocessing of its images."""
+"""Network settings that a state dict does not store: eps, momentum, dropout, preprocessing and history."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CheckpointError
-from ..surgery.history import Architecture
+from ..surgery.history import History
 
 FORMAT = "bn-insert"
 VERSION = 1
-_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture", "replaces"}  # last: sidecar.py
-_LARGEST = sys.float_info.max
+_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture"}
+_MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
+_MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class BatchNormSettings:
-    """Of one BatchNorm layer; momentum None means a cumulative average, as in PyTorch."""
+    """Settings of one BatchNorm layer; momentum None means a cumulative average, as in PyTorch."""
 
     eps: float = 1e-5
     momentum: float | None = 0.1
@@ -31,40 +32,49 @@ class BatchNormSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is stored with a checkpoint beside its tensors.
+    """What a checkpoint stores besides its tensors.
 
-    batchnorm, dropout: by qualified layer name; dropout is the probability p.  transform: the preprocessing of images,
-    any JSON object.  architecture: how its modules can be built again.
+    Attributes:
+        batchnorm: Settings of each BatchNorm layer, by qualified name.
+        dropout: Probability p of each dropout layer, by qualified name.
+        transform: Preprocessing of images, as a JSON object.
+        history: How the modules of the network can be rebuilt.
     """
 
     batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=dict)
     transform: Mapping[str, Any] | None = None
-    architecture: Architecture = field(default_factory=Architecture)
+    history: History = field(default_factory=History)
 
     @classmethod
     def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None) -> Settings:
-        """Return a model's settings, checked; raises CheckpointError for what could not be read again."""
+        """Return the settings of a model; raises CheckpointError if they could not be read back."""
         batchnorm = {
             name: BatchNormSettings(float(norm.eps), None if norm.momentum is None else float(norm.momentum))
             for name, norm in _batchnorms(model).items()
         }
         dropout = {name: float(module.p) for name, module in _dropouts(model).items()}
-        return cls.from_json(cls(batchnorm, dropout, transform, Architecture.of(model)).to_json())
+        return cls.from_json(cls(batchnorm, dropout, transform, History.of(model)).to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Return settings read from their JSON text; raises CheckpointError naming the field that is wrong."""
+        """Return the settings in a JSON text; raises CheckpointError naming the wrong field."""
+        if len(text) > _MAX_CHARACTERS:
+            raise CheckpointError(
+                f"{len(text):,} characters of settings are more than the limit of {_MAX_CHARACTERS:,}"
+            )
         document = parse_document(text)
         return cls.from_document(_object(document, "the text"))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Settings:
-        """Return settings from a JSON object; raises CheckpointError naming the field that is wrong."""
+        """Return the settings in a JSON object; raises CheckpointError naming the wrong field."""
         if document.get("format") != FORMAT:
             raise CheckpointError(f'the field "format" is {document.get("format")!r:.40}, not "{FORMAT}"')
         if (version := document.get("version")) != VERSION:
-            raise CheckpointError(f'the field "version" is {version!r:.40}, and this bn-insert reads version {VERSION}')
+            raise CheckpointError(
+                f'the field "version" is {version!r:.40}, and this version of bn-insert reads version {VERSION}'
+            )
         if unknown := sorted(document.keys() - _FIELDS):
             raise CheckpointError(f"unknown field {unknown[0]!r:.40}")
         batchnorm = {
@@ -76,16 +86,16 @@ class Settings:
             for name, value in _object(document.get("dropout", {}), "dropout").items()
         }
         transform = document.get("transform")
-        architecture = _object(document.get("architecture", {}), "architecture")
+        history = _object(document.get("architecture", {}), "architecture")
         return cls(
             batchnorm,
             dropout,
             None if transform is None else _object(transform, "transform"),
-            Architecture.from_document(architecture),
+            History.from_document(history),
         )
 
     def to_document(self) -> dict[str, Any]:
-        """Return the settings as the JSON object that `from_document` takes."""
+        """Return the settings as the JSON object that `from_document` reads."""
         document: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -94,8 +104,8 @@ class Settings:
         }
         if self.transform is not None:
             document["transform"] = dict(self.transform)
-        if self.architecture != Architecture():
-            document["architecture"] = self.architecture.to_document()
+        if self.history != History():
+            document["architecture"] = self.history.to_document()
         return document
 
     def to_json(self) -> str:
@@ -103,16 +113,19 @@ class Settings:
         return format_document(self.to_document())
 
     def without_prefix(self, prefix: str) -> Settings:
-        """Return the settings for layers whose names have lost a prefix, as the keys of a state dict do in reading."""
+        """Return the settings with a prefix removed from the names of layers, as from the keys of a state dict."""
         batchnorm = {name.removeprefix(prefix): norm for name, norm in self.batchnorm.items()}
         dropout = {name.removeprefix(prefix): p for name, p in self.dropout.items()}
-        return Settings(batchnorm, dropout, self.transform, self.architecture)
+        return Settings(batchnorm, dropout, self.transform, self.history)
 
     def apply_to(self, model: nn.Module) -> None:
-        """Set eps, momentum and p of the model's layers, in place.
+        """Set eps, momentum and p of the layers of a model, in place.
 
-        Settings that name BatchNorm layers name all of them, and so with dropout: if not, they belong to another
-        checkpoint, and half of them would be wrong numbers without a sign.  Raises CheckpointError then.
+        Settings that name any BatchNorm layer must name all of them, and so for dropout. Otherwise they belong to
+        another checkpoint, and applying some of them would change outputs silently.
+
+        Raises:
+            CheckpointError: The settings name other layers than the model has.
         """
         batchnorms, dropouts = _batchnorms(model), _dropouts(model)
         _check_names("BatchNorm", self.batchnorm, batchnorms)
@@ -125,7 +138,7 @@ class Settings:
 
 
 def parse_document(text: str | bytes) -> Any:
-    """Return what a JSON text holds; raises CheckpointError if the text is no JSON."""
+    """Return the value of a JSON text; raises CheckpointError if it is not valid JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -133,7 +146,7 @@ def parse_document(text: str | bytes) -> Any:
 
 
 def format_document(document: Mapping[str, Any]) -> str:
-    """Return JSON text; raises CheckpointError for what JSON cannot hold."""
+    """Return a document as JSON text; raises CheckpointError for values that JSON cannot represent."""
     try:
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
@@ -141,7 +154,7 @@ def format_document(document: Mapping[str, Any]) -> str:
 
 
 def _batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    # A module held twice has two names, and both are in the state dict.
+    # A module registered twice has two names, and the state dict has both.
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, _BatchNorm)}
 
@@ -154,9 +167,9 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
 def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> None:
     unknown, unnamed = sorted(set(stored) - set(present)), sorted(set(present) - set(stored))
     if unknown:
-        raise CheckpointError(f"the settings name {_listed(unknown)}, and the network has no {kind} there")
+        raise CheckpointError(f"the settings name {_listed(unknown)}, but the network has no {kind} there")
     if unnamed and stored:
-        raise CheckpointError(f"the settings leave out the network's {kind} {_listed(unnamed)}")
+        raise CheckpointError(f"the settings do not name the {kind} layers {_listed(unnamed)} of the network")
 
 
 def _listed(names: list[str]) -> str:
@@ -168,10 +181,10 @@ def _batchnorm_settings(values: object, place: str) -> BatchNormSettings:
     if unknown := sorted(set(fields) - {"eps", "momentum"}):
         raise CheckpointError(f"unknown field {place}.{unknown[0]:.40}")
     default = BatchNormSettings()
-    eps = _number(fields.get("eps", default.eps), f"{place}.eps", 0.0, _LARGEST)
+    eps = _number(fields.get("eps", default.eps), f"{place}.eps", 0.0, _MAX_FLOAT)
     momentum = fields.get("momentum", default.momentum)
     if momentum is not None:
-        momentum = _number(momentum, f"{place}.momentum", -_LARGEST, _LARGEST)
+        momentum = _number(momentum, f"{place}.momentum", -_MAX_FLOAT, _MAX_FLOAT)
     return BatchNormSettings(eps, momentum)
 
 
@@ -186,7 +199,9 @@ def _number(value: object, place: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"{place} is {_kind(value)}, not a number")
     if not low <= value <= high:
-        wanted = "finite" if low < 0 else "finite and not negative" if high == _LARGEST else f"from {low:g} to {high:g}"
+        wanted = (
+            "finite" if low < 0 else "finite and not negative" if high == _MAX_FLOAT else f"from {low:g} to {high:g}"
+        )
         raise CheckpointError(f"{place} is {value!r:.40}, and must be {wanted}")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""A VGG from its state dict alone: keys and shapes tell the architecture."""
+"""Rebuild a VGG from its state dict alone: keys and shapes determine the architecture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _POSSIBLE = {
 }
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
-# By the BatchNorms' distances from their layer: what stands behind it.
+# What follows a layer, by the distances of its BatchNorms from it.
 _LAYOUTS: dict[tuple[int, ...], tuple[Role, ...]] = {
     (): ("activation",),
     (1,): ("batchnorm", "activation"),
@@ -45,30 +45,34 @@ _LAYOUTS: dict[tuple[int, ...], tuple[Role, ...]] = {
 
 
 def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | None = None) -> VGG:
-    """Return the VGG, in eval mode, whose tensors these are: it holds them, and no copies.
+    """Return the VGG with these tensors, in eval mode.
 
-    Modules without parameters leave gaps in the numbering of torchvision's `features.N` and `classifier.N`, and the
-    gaps tell them: behind a conv stand ReLU, and MaxPool if there is room for it; behind a dense layer ReLU, and
-    Dropout if there is room; a BatchNorm stands in front of the ReLU or behind it. In front of the first dense layer a
-    Dropout may stand; behind the last conv always ReLU and MaxPool stand, behind the last dense layer at most a
-    BatchNorm. Convs have stride 1 and keep the size of the image; pooling is 2x2 with stride 2. Without `classifier`
-    keys the network returns the flattened features.
+    Modules without parameters leave gaps in the numbering of torchvision's `features.N` and `classifier.N`, from which
+    they are recovered: a conv is followed by ReLU, and by MaxPool if there is room for it; a dense layer by ReLU, and
+    by Dropout if there is room; a BatchNorm comes before or after the ReLU. The first dense layer may have a Dropout
+    before it. The last conv is always followed by ReLU and MaxPool, the last dense layer at most by a BatchNorm. Convs
+    have stride 1 and keep the size of the image; pooling is 2x2 with stride 2. Without `classifier` keys the network
+    returns the flattened features.
 
-    settings: eps, momentum and dropout p; without them PyTorch's defaults, 1e-5, 0.1 and 0.5.
-    Raises CheckpointError naming the key and the reason when the tensors make no such network.
+    Args:
+        state_dict: Tensors by key. The network uses them without copying.
+        settings: eps, momentum and dropout p; by default those of PyTorch, 1e-5, 0.1 and 0.5.
+
+    Raises:
+        CheckpointError: The tensors are not those of such a network; the message names the key and the reason.
     """
     layers = _layers(state_dict)
     convs = _blocks([layer for layer in layers if layer.section == "features"])
     dense = _blocks([layer for layer in layers if layer.section == "classifier"])
     _check_chain(convs, dense)
-    # On the meta device modules have shapes but no memory: VGG's own dense layers, replaced at once, would take 400 MB.
+    # On the meta device modules take no memory: the default dense layers of VGG, replaced at once, would take 400 MB.
     with torch.device("meta"):
         vgg = VGG(_features(convs), num_classes=1, init_weights=False)
         vgg.avgpool = nn.AdaptiveAvgPool2d(_pooled_size(convs, dense)) if dense else nn.Identity()
         vgg.classifier = _classifier(dense) if dense else nn.Identity()
     tensors = {key: tensor.detach() for key, tensor in state_dict.items()}
     for layer in layers:
-        if layer.kind == "batchnorm":  # counted only since PyTorch 0.4.1, and cast with the rest by some tools
+        if layer.kind == "batchnorm":  # exists since PyTorch 0.4.1, and some tools cast it with the rest
             key = f"{layer.name}.num_batches_tracked"
             tensors[key] = tensors[key].to(torch.int64) if key in tensors else torch.tensor(0)
     vgg.load_state_dict(tensors, strict=True, assign=True)
@@ -79,7 +83,7 @@ def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | N
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer with tensors: `name` is "features.3", `index` 3."""
+    """A layer with tensors, such as features.3: its section is "features", its index 3."""
 
     section: str
     index: int
@@ -92,7 +96,7 @@ class _Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: output channels first, then input channels."""
+        """Shape of the weight: output channels first, then input channels."""
         return tuple(self.tensors["weight"].shape)
 
     def described(self, tensor: str = "weight") -> str:
@@ -110,13 +114,13 @@ class _Block:
 
 def _refuse(reason: str) -> NoReturn:
     raise CheckpointError(
-        f"this is no VGG in torchvision's layout: {reason}; for another architecture pass it: "
+        f"this is not a VGG in torchvision's layout: {reason}; for other architectures pass "
         "load_checkpoint(path, model=...) (--model package.module:function)"
     )
 
 
 def _layers(state_dict: Mapping[str, Tensor]) -> list[_Layer]:
-    """Return the layers in order, each checked by itself."""
+    """Return the layers in order, each checked on its own."""
     found: dict[tuple[str, int], dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         match = _KEY.fullmatch(key)
@@ -140,7 +144,7 @@ def _layer(section: str, index: int, tensors: Mapping[str, Tensor]) -> _Layer:
         has = ", ".join(sorted(tensors))
         _refuse(f"{name}.{missing[0]} is missing, and {name} has only {has}")
     if surplus := sorted(tensors.keys() - _POSSIBLE[kind]):
-        _refuse(f"{name}.{surplus[0]} has no place in a {kind} layer")
+        _refuse(f"{name}.{surplus[0]} does not belong to a {kind} layer")
     wanted_dims = {"conv": 4, "dense": 2, "batchnorm": 1}[kind]
     if dims != wanted_dims:
         _refuse(f"{layer.described()} should have {wanted_dims} dimensions for a {kind} layer in {section}")
@@ -157,14 +161,14 @@ def _check_tensor(layer: _Layer, name: str) -> None:
         _refuse(f"{layer.name}.{name} is sparse, quantized or without values")
     if name == "num_batches_tracked":
         if tensor.dim() != 0 or tensor.is_complex():
-            _refuse(f"{layer.described(name)} should be one whole number")
+            _refuse(f"{layer.described(name)} should be a single integer")
         return
     if tensor.dtype not in _DTYPES:
-        _refuse(f"{layer.name}.{name} is of {tensor.dtype}, and weights are float16, bfloat16, float32 or float64")
+        _refuse(f"{layer.name}.{name} is {tensor.dtype}; weights must be float16, bfloat16, float32 or float64")
     if name != "weight" and tensor.shape != layer.shape[:1]:
         _refuse(f"{layer.described(name)} does not fit {layer.described()}")
     if layer.kind != "batchnorm" and tensor.dtype != layer.tensors["weight"].dtype:
-        _refuse(f"{layer.name}.{name} is of {tensor.dtype} and {layer.name}.weight of {layer.tensors['weight'].dtype}")
+        _refuse(f"{layer.name}.{name} is {tensor.dtype}, but {layer.name}.weight is {layer.tensors['weight'].dtype}")
 
 
 def _blocks(layers: Sequence[_Layer]) -> list[_Block]:
@@ -172,7 +176,7 @@ def _blocks(layers: Sequence[_Layer]) -> list[_Block]:
     if not layers:
         return []
     if layers[0].kind == "batchnorm":
-        _refuse(f"{layers[0].name} is a BatchNorm with no layer in front of it")
+        _refuse(f"{layers[0].name} is a BatchNorm with no layer before it")
     starts = [place for place, layer in enumerate(layers) if layer.kind != "batchnorm"]
     ends = [*starts[1:], len(layers)]
     return [
@@ -190,13 +194,13 @@ def _check_chain(convs: Sequence[_Block], dense: Sequence[_Block]) -> None:
         following = block.following
         if following is not None and following.shape[1] != layer.shape[0]:
             _refuse(
-                f"{following.described()} takes {following.shape[1]} channels and {layer.described()} gives "
+                f"{following.described()} takes {following.shape[1]} channels, but {layer.described()} returns "
                 f"{layer.shape[0]}"
             )
     for block in convs:
         if block.layer.shape[2:] not in ((3, 3), (1, 1)):
-            # Stride and padding of larger kernels cannot be known: AlexNet's keys would fit, and its outputs would not.
-            _refuse(f"{block.layer.described()} is no 3x3 or 1x1 kernel")
+            # Stride and padding of larger kernels are unknown: AlexNet's keys would fit, and its outputs would not.
+            _refuse(f"{block.layer.described()} is not a 3x3 or 1x1 kernel")
 
 
 def _features(blocks: Sequence[_Block]) -> nn.Sequential:
@@ -213,7 +217,7 @@ def _features(blocks: Sequence[_Block]) -> nn.Sequential:
 def _classifier(blocks: Sequence[_Block]) -> nn.Sequential:
     first = blocks[0].layer
     if first.index > 1:
-        _refuse(f"the first dense layer is {first.name}, and in front of it is room for one Dropout alone")
+        _refuse(f"the first dense layer is {first.name}, but only one Dropout can come before it")
 
     def dense(layer: _Layer) -> nn.Linear:
         outputs, inputs = layer.shape
@@ -231,7 +235,7 @@ def _modules(
 ) -> Iterator[nn.Module]:
     for block in blocks:
         yield layer(block.layer)
-        for role in _behind(block):
+        for role in _modules_after(block):
             if role == "batchnorm":
                 yield batchnorm(block.layer.shape[0])
             elif role == "activation":
@@ -240,36 +244,36 @@ def _modules(
                 yield extra()
 
 
-def _behind(block: _Block) -> tuple[Role, ...]:
-    """Return what stands behind a layer; "extra" is its section's own: MaxPool in features, Dropout in classifier."""
+def _modules_after(block: _Block) -> tuple[Role, ...]:
+    """Return the roles of the modules after a layer; "extra" is MaxPool in features, Dropout in classifier."""
     layer, following = block.layer, block.following
     roles = _LAYOUTS.get(tuple(norm.index - layer.index for norm in block.norms))
     if roles is None:
         names = " and ".join(norm.name for norm in block.norms)
-        _refuse(f"BatchNorm {names} stands neither directly behind {layer.name} nor behind its activation")
+        _refuse(f"BatchNorm {names} comes neither directly after {layer.name} nor after its activation")
     if following is not None:
         room = following.index - layer.index - 1 - len(roles)
         if room not in (0, 1):
             extra = "MaxPool" if layer.kind == "conv" else "Dropout"
             _refuse(
-                f"between {layer.name} and {following.name} belong an activation and at most one {extra}, and the "
-                "numbers say otherwise"
+                f"there must be an activation and at most one {extra} between {layer.name} and {following.name}, which "
+                "does not agree with their numbers"
             )
         return (*roles, "extra") if room else roles
     if layer.kind == "conv":
         return (*roles, "extra")
     if roles[-1] != "activation":
-        _refuse(f"BatchNorm {block.norms[0].name} stands behind an activation of the last layer {layer.name}")
+        _refuse(f"BatchNorm {block.norms[0].name} comes after an activation of the last layer {layer.name}")
     return roles[:-1]
 
 
 def _pooled_size(convs: Sequence[_Block], dense: Sequence[_Block]) -> tuple[int, int]:
-    """Return the height and width that the first dense layer wants each channel to have."""
+    """Return the height and width that each channel must have for the first dense layer."""
     last, first = convs[-1].layer, dense[0].layer
     size = isqrt(first.shape[1] // last.shape[0])
     if size == 0 or size * size * last.shape[0] != first.shape[1]:
         _refuse(
-            f"{first.described()} takes {first.shape[1]} values, which is no square for each of the {last.shape[0]} "
-            f"channels of {last.described()}"
+            f"{first.described()} takes {first.shape[1]} values, which is not a square number for each of the "
+            f"{last.shape[0]} channels of {last.described()}"
         )
     return size, size

@@ -155,7 +155,8 @@ def _read_safetensors(path: Path) -> Tensor:
 
 
 def _read_torch(path: Path) -> Tensor:
-    content = load_torch_file(path, mapped=True)
+    with path.open("rb") as file:
+        content = load_torch_file(file, mapped=True)
     if isinstance(content, Mapping):
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if len(tensors) != 1:

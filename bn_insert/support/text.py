@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def printable(text: object) -> str:
-    """Return text that may go to a terminal: control characters from a stranger's file could steer it."""
+    """Return text with control characters replaced by "?": those from an untrusted file could control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in str(text))

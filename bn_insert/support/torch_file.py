@@ -1,12 +1,13 @@
-"""Read what torch.save wrote, from anywhere: no code is run, and neither memory nor time without bound is taken.
+"""Read files written by torch.save from untrusted sources, without running code and in bounded time and memory.
 
-`torch.load(weights_only=True)` calls nothing but what rebuilds tensors and containers. But a few bytes of pickle can
-still ask for a terabyte, or for a key whose hash visits 2**200 values. So the opcodes are looked over before they are
-carried out, and the archive's claims before it is unpacked.
+`torch.load(weights_only=True)` calls only the functions that rebuild tensors and containers. But a few bytes of pickle
+can still request a terabyte, or build a key whose hash visits 2**200 values. So the opcodes of the pickle are checked
+before they are executed, and the claims of the archive before it is unpacked.
 """
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 import zipfile
@@ -17,73 +18,95 @@ from typing import IO, Protocol, cast, runtime_checkable
 
 import torch
 
-# torch.save compresses nothing, so tensors (shared ones counted twice) stay near the size of their file.
-LARGEST_EXPANSION = 10
+# torch.save compresses nothing, so the tensors (counting shared ones twice) are about as large as their file.
+MAX_EXPANSION = 10
 
-# Beside what the file's size allows: values met again through the memo, each with all that it holds.
-_SHARED_VALUES = 1_000_000
-_DEEPEST = 500
-# Called with a number, these allocate so much; torch.save writes no such call.
-_ALLOCATES = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(\w+\.)*\w*(Tensor|Storage)")
-# Places in the description of a storage: ("storage", class, key, device, number of elements).
+# Values fetched from the memo, each with all that it contains: allowed beyond what the size of the file allows.
+_MAX_SHARED_VALUES = 1_000_000
+_MAX_DEPTH = 500
+# Called with a number, these allocate that much memory; torch.save never writes such a call.
+_ALLOCATING = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(\w+\.)*\w*(Tensor|Storage)")
+# Positions in the description of a storage: ("storage", class, key, device, number of elements).
 _KEY, _NUMEL = 2, 4
-
 
 _ARCHIVE = b"PK\x03\x04"
 
 
 class RefusedError(ValueError):
-    """The file asks for more memory or time than its size can justify."""
+    """The file requests more memory or time than its size can justify."""
 
 
-def load_torch_file(path: Path, *, mapped: bool = False) -> object:
-    """Return what a file of torch.save holds, on the CPU.
+def load_torch_file(file: BufferedReader, *, mapped: bool = False) -> object:
+    """Return the content of a file that torch.save wrote, on the CPU.
 
-    mapped: map it into memory instead of reading it, where its format allows.
-    Raises RefusedError, and whatever the readers raise on a damaged file.
+    The file is checked and read through the same handle, so the file that was checked is the one that is read.
+
+    Args:
+        file: The open file; its position does not matter.
+        mapped: Map the file into memory instead of reading it, if its format allows. PyTorch maps by path, so the file
+            at the path of `file` is then required to be the open one.
+
+    Raises:
+        RefusedError: The file requests more memory or time than its size can justify.
+        Exception: Whatever the parsers raise for a damaged file.
     """
-    with path.open("rb") as file:  # as torch.load decides: an archive may also stand at the end of another file
-        archived = file.read(len(_ARCHIVE)) == _ARCHIVE
+    file.seek(0)
+    archived = (
+        file.read(len(_ARCHIVE)) == _ARCHIVE
+    )  # as torch.load decides: another file may have an archive at its end
+    file.seek(0)
     if archived:
-        mapped &= _check_archive(path)
+        mapped &= _check_archive(file)
     else:
-        with path.open("rb") as file:
-            _check_pickles(file, path.stat().st_size)
+        _check_pickles(file)
     if mapped and archived:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    with path.open("rb") as file:  # given a path, torch.load would let the suffix decide what it is
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        content: object = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+        check_same_file(file)
+        return content
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
-def check_expansion(path: Path, claimed: int) -> None:
-    """Raise RefusedError when a file claims to hold far more bytes than it has."""
-    size = path.stat().st_size
-    if claimed > LARGEST_EXPANSION * size:
+def check_same_file(file: BufferedReader) -> None:
+    """Raise RefusedError unless the path of an open file still leads to that file."""
+    if not os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat()):
+        raise RefusedError("it was replaced while it was being read")
+
+
+def check_expansion(file: BufferedReader, claimed: int) -> None:
+    """Raise RefusedError if a file claims to contain far more bytes than its size."""
+    size = _size(file)
+    if claimed > MAX_EXPANSION * size:
         raise RefusedError(
-            f"it claims to hold {claimed:,} bytes of tensors in a file of {size:,} bytes, and is damaged or made to "
+            f"it claims to contain {claimed:,} bytes of tensors in a file of {size:,} bytes; it is damaged or made to "
             "exhaust memory"
         )
 
 
-def _check_archive(path: Path) -> bool:
-    """Check an archive's claims and its pickles; say whether nothing in it is compressed, so that it can be mapped."""
-    with zipfile.ZipFile(path) as archive:
+def _size(file: BufferedReader) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _check_archive(file: BufferedReader) -> bool:
+    """Check the claims and pickles of an archive; return whether it can be mapped, with nothing compressed."""
+    with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        check_expansion(path, sum(record.file_size for record in records))
+        check_expansion(file, sum(record.file_size for record in records))
         program = f"{records[0].filename.partition('/')[0]}/constants.pkl" if records else ""
         if any(record.filename == program for record in records):
-            return False  # TorchScript, which torch.load names in refusing it
+            return False  # TorchScript, which torch.load refuses by name
         for record in records:
             if record.filename.endswith("data.pkl"):
-                with archive.open(record) as file:
-                    _check_pickle(_Bounded(file, record.file_size), path.stat().st_size)
+                with archive.open(record) as pickled:
+                    _check_pickle(_Bounded(pickled, record.file_size), _size(file))
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
-def _check_pickles(file: BufferedReader, size: int) -> None:
-    """Check the five pickles that torch.save wrote before PyTorch 1.6: the tensors' values stand behind them."""
+def _check_pickles(file: BufferedReader) -> None:
+    """Check the five pickles that torch.save wrote before PyTorch 1.6; the values of the tensors follow them."""
+    size = _size(file)
     for _ in range(5):
-        if not file.peek(1):  # torch.load says what is missing
+        if not file.peek(1):  # torch.load reports what is missing
             return
         _check_pickle(_Bounded(file, size), size)
 
@@ -102,7 +125,7 @@ class _Readable(Protocol):
 
 
 class _Bounded:
-    """A file that refuses to read more than it can hold: Python would make room for it first."""
+    """A file that refuses to read more than its size, for which Python would first allocate memory."""
 
     def __init__(self, file: _Readable, size: int) -> None:
         self._file = file
@@ -119,9 +142,12 @@ class _Bounded:
 
 @dataclass(eq=False)
 class _Value:
-    """What is known of a value on the stack: how many values it holds (shared ones each time), how deeply nested.
+    """What is known about a value on the stack.
 
-    content: of a whole number or a global the value, of a tuple its items.
+    Attributes:
+        weight: Number of values in it, counting a shared value every time.
+        depth: How deeply its values are nested.
+        content: The value of a whole number, text or global, the items of a tuple.
     """
 
     weight: int = 1
@@ -131,12 +157,12 @@ class _Value:
     def hold(self, values: list[_Value]) -> None:
         self.weight += sum(value.weight for value in values)
         self.depth = max([self.depth, *(value.depth + 1 for value in values)])
-        if self.depth > _DEEPEST:
-            raise RefusedError(f"values are nested more than {_DEEPEST} deep")
+        if self.depth > _MAX_DEPTH:
+            raise RefusedError(f"values are nested more than {_MAX_DEPTH} deep")
 
 
 class _Machine:
-    """Goes through the opcodes of a pickle with descriptions in the place of values."""
+    """Executes the opcodes of a pickle on descriptions of values instead of values."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -169,19 +195,19 @@ class _Machine:
 
     def _fetch(self, value: _Value) -> None:
         self._fetched += value.weight
-        if self._fetched > _SHARED_VALUES + LARGEST_EXPANSION * self._size:
-            raise RefusedError("a value in it holds another so often that looking at all would take for ever")
+        if self._fetched > _MAX_SHARED_VALUES + MAX_EXPANSION * self._size:
+            raise RefusedError("it refers to shared values so often that expanding them would take unbounded time")
         self._stack.append(value)
 
     def _taken(self, opcode: pickletools.OpcodeInfo) -> list[_Value]:
-        """Take off the stack what an opcode takes, in the stack's order, without the mark."""
+        """Pop the operands of an opcode, in the order of the stack, without the mark."""
         wanted = opcode.stack_before
         above: list[_Value] = []
         if pickletools.markobject in wanted:
             above, self._stack = self._stack, self._below.pop()
             wanted = wanted[: wanted.index(pickletools.markobject)]
         if len(wanted) > len(self._stack):
-            raise ValueError(f"{opcode.name} takes more than there is")
+            raise ValueError(f"{opcode.name} pops from an empty stack")
         start = len(self._stack) - len(wanted)
         taken = self._stack[start:] + above
         del self._stack[start:]
@@ -203,11 +229,11 @@ class _Machine:
         return made
 
     def _check_call(self, function: _Value, arguments: _Value) -> None:
-        if isinstance(function.content, str) and _ALLOCATES.fullmatch(function.content) and arguments.weight > 1:
+        if isinstance(function.content, str) and _ALLOCATING.fullmatch(function.content) and arguments.weight > 1:
             raise RefusedError(f"it calls {function.content}, as torch.save never does")
 
     def _check_storages(self, identity: list[_Value]) -> None:
-        """Check that the tensors' memory is no more than the file's size allows."""
+        """Check that the storages of the tensors need no more memory than the size of the file allows."""
         described = identity[0].content if identity else None
         if not isinstance(described, tuple) or len(described) <= _NUMEL:
             return
@@ -215,8 +241,8 @@ class _Machine:
         if key not in self._storages and isinstance(numel, int):
             self._storages.add(key)
             self._claimed += numel
-        if self._claimed > LARGEST_EXPANSION * self._size:
+        if self._claimed > MAX_EXPANSION * self._size:
             raise RefusedError(
-                f"it claims to hold {self._claimed:,} values in a file of {self._size:,} bytes, and is damaged or made "
-                "to exhaust memory"
+                f"it claims to contain {self._claimed:,} values in a file of {self._size:,} bytes; it is damaged or "
+                "made to exhaust memory"
             )

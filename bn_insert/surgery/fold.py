@@ -15,7 +15,7 @@ from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
 from .fold_plan import Fold, plan_folds
-from .history import Architecture, Folding
+from .history import FoldedBatchNorms, History
 from .splice import take_out
 from .weight_algebra import fold_inputs, fold_outputs
 
@@ -112,7 +112,7 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
     # Another class only if the model itself is a wrapper around one layer.
     result = cast(AnyModule, take_out(result, norms))
     if norms:
-        Architecture.of(model).changed(Folding(norms, tuple(sorted(biases)))).keep_with(result)
+        History.of(model).with_change(FoldedBatchNorms(norms, tuple(sorted(biases)))).keep_with(result)
     return result
 
 

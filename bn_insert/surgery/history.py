@@ -1,7 +1,7 @@
-"""How a network came about: the function that made it, and what was done to its modules since.
+"""The history of a network: the function that built it, and the changes that bn-insert made to its modules since.
 
-A state dict tells no architecture, so this is kept with a network, as an attribute of its root, and stored with its
-checkpoint: the same changes can then be made to the network that the function makes, before the tensors are loaded.
+A state dict does not store the architecture. The history is kept with the network, as an attribute of its root, and
+saved in its checkpoint. On load the changes are replayed on a freshly built network, which then takes the tensors.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from ..graph.sites import Site
 from .splice import splice_behind, take_out
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-"""What a name such as "package.module:function" looks like."""
+"""Pattern of a name such as "package.module:function"."""
 
-_ATTRIBUTE = "_bn_insert_architecture"
-_MOST_CHANGES = 1000  # each walks through the whole network; a stranger's file could name millions
-_LARGEST_EXTENT = 2**31
+_ATTRIBUTE = "_bn_insert_history"
+_MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
+_MAX_EXTENT = 2**31
 
 
 @dataclass(frozen=True)
-class Insertion:
-    """BatchNorms were put behind these sites."""
+class InsertedBatchNorms:
+    """BatchNorm layers were inserted at these sites."""
 
     sites: tuple[Site, ...]
 
-    def make(self, network: nn.Module) -> nn.Module:
-        """Make the change again, in place, and return the network; new tensors are on the meta device."""
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the change in place and return the network; new tensors are on the meta device."""
         norms: dict[Site, nn.Module] = {}
         for site in self.sites:
             layer = _submodule(network, site.name)
             _submodule(network, site.anchor)
             weight = next(layer.parameters(), None)
             if weight is None or layer_kind(layer) is None:
-                raise CheckpointError(f"{site.name} is a {type(layer).__name__}, and no conv or dense layer")
+                raise CheckpointError(f"{site.name} is a {type(layer).__name__}, not a conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
         return splice_behind(network, norms)
@@ -55,27 +55,29 @@ class Insertion:
 
 
 @dataclass(frozen=True)
-class Folding:
-    """BatchNorms were taken out, and layers that had no bias got one.
+class FoldedBatchNorms:
+    """BatchNorm layers were folded into the layers before them, and layers without a bias got one.
 
-    norms: by qualified name, whether an nn.Sequential ran it as its child.  biases: names of those layers.
+    Attributes:
+        norms: For each removed BatchNorm, by qualified name, whether it was a child of an nn.Sequential.
+        biases: Names of the layers that got a bias.
     """
 
     norms: Mapping[str, bool]
     biases: tuple[str, ...] = ()
 
-    def make(self, network: nn.Module) -> nn.Module:
-        """Make the change again, in place, and return the network."""
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the change in place and return the network."""
         for name in self.biases:
             layer = _submodule(network, name)
             if layer_kind(layer) is None:
-                raise CheckpointError(f"{name} is a {type(layer).__name__}, and no conv or dense layer")
+                raise CheckpointError(f"{name} is a {type(layer).__name__}, not a conv or dense layer")
             weight = next(layer.parameters())
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             layer.bias = nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=weight.device))  # type: ignore[arg-type]
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
-                raise CheckpointError(f"{name} is a {type(norm).__name__}, and no BatchNorm")
+                raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
         return take_out(network, self.norms)
 
     def to_document(self) -> dict[str, Any]:
@@ -84,17 +86,22 @@ class Folding:
 
 
 @dataclass(frozen=True)
-class NewOutput:
-    """The output layer was replaced by one for so many classes."""
+class ReplacedOutput:
+    """The output layer was replaced by a new one.
+
+    Attributes:
+        layer: Qualified name of the output layer.
+        classes: Number of outputs of the new layer.
+    """
 
     layer: str
     classes: int
 
-    def make(self, network: nn.Module) -> nn.Module:
-        """Make the change again, in place, and return the network; new tensors are on the meta device."""
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the change in place and return the network; new tensors are on the meta device."""
         old = _submodule(network, self.layer)
         if not isinstance(old, nn.Linear) or not self.layer:
-            raise CheckpointError(f"{self.layer} is a {type(old).__name__}, and no dense layer")
+            raise CheckpointError(f"{self.layer} is a {type(old).__name__}, not a dense layer")
         bias, dtype = old.bias is not None, old.weight.dtype
         parent, _, child = self.layer.rpartition(".")
         new = nn.Linear(old.in_features, self.classes, bias=bias, device="meta", dtype=dtype)
@@ -106,58 +113,66 @@ class NewOutput:
         return {"new_output": self.layer, "classes": self.classes}
 
 
-Change = Insertion | Folding | NewOutput
+Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Enough to build a network's modules again, without their values.
+class History:
+    """What it takes to rebuild the modules of a network, without their values.
 
-    function: "package.module:function" that makes the network as it began, or None where nobody named one.  changes:
-    what was done to its modules since, in order.
+    Attributes:
+        function: "package.module:function" that builds the original network, or None if the caller named none.
+        changes: Changes to its modules since, in order.
     """
 
     function: str | None = None
     changes: tuple[Change, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Architecture:
-        """Return what is kept with a network; nothing where it was not made or changed by bn-insert."""
+    def of(cls, model: nn.Module) -> History:
+        """Return the history kept with a model; empty if bn-insert neither loaded nor changed it."""
         kept = vars(unwrapped(model)).get(_ATTRIBUTE)
         return kept if isinstance(kept, cls) else cls()
 
     def keep_with(self, model: nn.Module) -> None:
-        """Keep this with a network, in place of what was."""
+        """Keep this history with a model, in place of its previous one."""
         vars(model)[_ATTRIBUTE] = self
 
-    def changed(self, change: Change) -> Architecture:
-        """Return the architecture after one more change."""
-        return Architecture(self.function, (*self.changes, change))
+    def with_change(self, change: Change) -> History:
+        """Return the history with one more change."""
+        return History(self.function, (*self.changes, change))
 
-    def make_changes(self, network: nn.Module) -> nn.Module:
-        """Make the changes to a network as it began, in place, and return it (a new root if the root is a layer).
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the changes to an original network, in place.
 
-        New modules are on the meta device, without memory: whoever fills them knows whether shapes are right.
-        Raises CheckpointError naming the layer when the network is not one that they were made to.
+        Args:
+            network: The network as its function builds it.
+
+        Returns:
+            The network; a new root if the root is a layer that got a BatchNorm. New modules are on the meta device,
+            without memory: the caller knows whether their shapes are right before memory is allocated.
+
+        Raises:
+            CheckpointError: The changes do not fit this network; the message names the layer.
         """
         for change in self.changes:
-            network = change.make(network)
+            network = change.replay(network)
         return network
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Architecture:
-        """Return what `to_document` gave; raises CheckpointError naming the field that is wrong."""
+    def from_document(cls, document: Mapping[str, Any]) -> History:
+        """Return the history that `to_document` wrote; raises CheckpointError naming the wrong field."""
         _check_fields(document, {"function", "changes"}, "architecture")
         function = document.get("function")
         if function is not None and not (isinstance(function, str) and FUNCTION.fullmatch(function)):
             raise CheckpointError(f"architecture.function is {function!r:.60}, not package.module:function")
         changes = document.get("changes", [])
-        if not isinstance(changes, list) or len(changes) > _MOST_CHANGES:
-            raise CheckpointError(f"architecture.changes is no list of at most {_MOST_CHANGES} changes")
+        if not isinstance(changes, list) or len(changes) > _MAX_CHANGES:
+            raise CheckpointError(f"architecture.changes is not a list of at most {_MAX_CHANGES} changes")
         return cls(function, tuple(_change(each, f"architecture.changes[{n}]") for n, each in enumerate(changes)))
 
     def to_document(self) -> dict[str, Any]:
-        """Return the architecture as JSON-ready data."""
+        """Return the history as JSON-ready data."""
         return {"function": self.function, "changes": [change.to_document() for change in self.changes]}
 
 
@@ -173,30 +188,30 @@ def _change(document: object, place: str) -> Change:
         _check_fields(document, {"insert"}, place)
         sites = tuple(_site(each, f"{place}.insert[{n}]") for n, each in enumerate(_list(document["insert"], place)))
         if len({site.anchor for site in sites}) < len(sites):
-            raise CheckpointError(f"{place} puts two BatchNorms in one place")
-        return Insertion(sites)
+            raise CheckpointError(f"{place} inserts two BatchNorms at one place")
+        return InsertedBatchNorms(sites)
     if isinstance(document, dict) and "fold" in document:
         _check_fields(document, {"fold", "new_biases"}, place)
         norms, biases = document["fold"], _list(document.get("new_biases", []), f"{place}.new_biases")
         if not isinstance(norms, dict) or not all(isinstance(flag, bool) for flag in norms.values()):
-            raise CheckpointError(f"{place}.fold is no object of true and false by name")
+            raise CheckpointError(f"{place}.fold is not an object with true or false for each name")
         if not all(isinstance(name, str) for name in biases):
-            raise CheckpointError(f"{place}.new_biases is no list of names")
-        return Folding(norms, tuple(biases))
+            raise CheckpointError(f"{place}.new_biases is not a list of names")
+        return FoldedBatchNorms(norms, tuple(biases))
     if isinstance(document, dict) and "new_output" in document:
         _check_fields(document, {"new_output", "classes"}, place)
         layer, classes = document["new_output"], document.get("classes")
         if not isinstance(layer, str) or not _is_extent(classes):
-            raise CheckpointError(f"{place} has no layer name and number of classes")
-        return NewOutput(layer, classes)
-    raise CheckpointError(f"{place} is no change that this bn-insert knows: {document!r:.60}")
+            raise CheckpointError(f"{place} needs a layer name and a number of classes")
+        return ReplacedOutput(layer, classes)
+    raise CheckpointError(f"{place} is not a change that this version of bn-insert knows: {document!r:.60}")
 
 
 def _site(document: object, place: str) -> Site:
     kinds = {"int": int, "bool": bool}  # all other fields are strings
     wanted = {field.name: kinds.get(str(field.type), str) for field in fields(Site)}
     if not isinstance(document, dict) or document.keys() != wanted.keys():
-        raise CheckpointError(f"{place} has not the fields {', '.join(wanted)}")
+        raise CheckpointError(f"{place} needs exactly the fields {', '.join(wanted)}")
     for name, kind in wanted.items():
         if type(document[name]) is not kind:
             raise CheckpointError(f"{place}.{name} is {document[name]!r:.40}, not of type {kind.__name__}")
@@ -205,7 +220,7 @@ def _site(document: object, place: str) -> Site:
         or document["kind"] not in get_args(Kind)
         or not _is_extent(document["channels"])
     ):
-        raise CheckpointError(f"{place} is no place where a BatchNorm can go: {document!r:.200}")
+        raise CheckpointError(f"{place} is not a place where a BatchNorm can go: {document!r:.200}")
     return Site(**document)
 
 
@@ -221,4 +236,4 @@ def _list(value: object, place: str) -> Sequence[Any]:
 
 
 def _is_extent(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _LARGEST_EXTENT
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _MAX_EXTENT

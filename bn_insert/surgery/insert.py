@@ -24,8 +24,7 @@ from ..statistics.passes import Progress, checked, preserved_random_state
 from ..support.processes import Ranks, on_every_rank
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
-from .history import Architecture
-from .history import Insertion as InsertionChange
+from .history import History, InsertedBatchNorms
 from .layer_statistics import layer_statistics
 from .splice import splice_behind
 
@@ -231,7 +230,7 @@ def _with_norms(
     norms = {site: _norm_for(result.get_submodule(site.name), site, scaled[site.name], eps, momentum) for site in sites}
     spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
     if sites:
-        Architecture.of(model).changed(InsertionChange(tuple(sites))).keep_with(spliced)
+        History.of(model).with_change(InsertedBatchNorms(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from .history import Architecture, NewOutput
+from .history import History, ReplacedOutput
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
@@ -46,7 +46,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
             parameter.zero_()
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(output.training))
-    Architecture.of(model).changed(NewOutput(name, classes)).keep_with(model)
+    History.of(model).with_change(ReplacedOutput(name, classes)).keep_with(model)
 
 
 def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm.modes import trains_on_batches
-from ..checkpoints.checkpoint import stage_checkpoint
+from ..checkpoints.save import stage_checkpoint
 from ..compare.outputs import evaluating
 from ..errors import CalibrationError, CheckpointError, DivergenceError, ImageError, TrainingError
 from ..images.batches import sample

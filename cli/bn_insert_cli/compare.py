@@ -8,7 +8,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_result, print_table
-from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table
 
 CHECK_FAILED = 1
@@ -52,13 +52,14 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert import compare_outputs  # noqa: PLC0415 - keeps torch out of --help
 
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    transform = open_transform(b, image_options)
     target = open_device(device)
     # --model applies to both, unless one of them is a torchvision name, whose architecture is known.
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
-    reference, candidate = open_model(a, model_a).to(target), open_model(b, model_b).to(target)
+    reference, _ = open_checkpoint(a, image_options, model_a)
+    candidate, transform = open_checkpoint(b, image_options, model_b)
+    reference, candidate = reference.to(target), candidate.to(target)
     batches = open_calibration(calibration, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)

@@ -8,7 +8,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_result, print_table
-from .inputs import ImageOptions, batch_sizes, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, batch_sizes, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table
 
 
@@ -43,9 +43,8 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     wanted = batch_sizes(sizes)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    transform = open_transform(checkpoint, image_options)
     target = open_device(device)
-    network = open_model(checkpoint, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model)
     batches = open_calibration(calibration, network, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         found = train_mode_agreement(network, batches, wanted, device=target, progress=progress)

@@ -11,7 +11,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_error, print_note, print_result
-from .inputs import ImageOptions, input_channels, open_device, open_model, open_transform
+from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
 from .interruption import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         seed=seed,
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    transform = open_transform(checkpoint, image_options)
-    network = open_model(checkpoint, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     with process_group(open_device(device)) as target, stop_on_signals() as stop:
         first = Ranks.current().first

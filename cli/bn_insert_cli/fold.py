@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, input_channels, open_calibration, open_model, open_transform
+from .inputs import ImageOptions, input_channels, open_calibration, open_checkpoint
 from .tables import comparison_table
 
 CHECK_FAILED = 1
@@ -52,13 +52,12 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
 
     from bn_insert import compare_outputs, fold_batchnorm  # noqa: PLC0415
-    from bn_insert.checkpoints.checkpoint import check_output, save_checkpoint  # noqa: PLC0415
+    from bn_insert.checkpoints.save import check_output, save_checkpoint  # noqa: PLC0415
     from bn_insert.errors import GraphError  # noqa: PLC0415
 
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    transform = open_transform(checkpoint, image_options)
-    network = open_model(checkpoint, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model)
     if calibration is None:
         side = transform.crop or transform.resize or DEFAULT_SIDE
         generator = torch.Generator().manual_seed(seed)

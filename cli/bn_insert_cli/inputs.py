@@ -1,4 +1,4 @@
-"""From what stands on the command line to a network and its images."""
+"""Open what the command line names: a network, its images, a device."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bn_insert.checkpoints.read import Checkpoint
+    from bn_insert.checkpoints.settings import Settings
     from bn_insert.graph.layers import Kind
     from bn_insert.images.batches import Batches
     from bn_insert.images.transform import Transform
@@ -22,7 +24,7 @@ TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What the user said about images; None stands for the checkpoint's own setting, else ImageNet's."""
+    """Options about images; None means the setting in the checkpoint, or else ImageNet's."""
 
     images: int
     seed: int
@@ -35,38 +37,53 @@ class ImageOptions:
     strict: bool
 
 
-def open_model(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> nn.Module:
-    """Return the network of a checkpoint file or of a torchvision name.
+def open_checkpoint(checkpoint: str, options: ImageOptions, function: str | None = None) -> tuple[nn.Module, Transform]:
+    """Return the network and the preprocessing of a checkpoint file or of a network in torchvision.
 
-    function: "package.module:function" that makes the architecture, from --model; this imports and calls it.
-    mmap: leave its values in the file, for a look at its layers.
+    Args:
+        checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
+        options: Preprocessing that replaces what the checkpoint stores; ImageNet's is used where neither has any.
+        function: "package.module:function" that builds the architecture, from --model; it is imported and called.
     """
-    from bn_insert.checkpoints.checkpoint import load_checkpoint  # noqa: PLC0415 - torch only when work begins
+    from bn_insert.checkpoints.load import build_network  # noqa: PLC0415 - torch only when work begins
+
+    content = read_named_checkpoint(checkpoint, function)
+    transform = _transform(content.settings, options)
+    return build_network(content, function), transform
+
+
+def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint file or the weights of a network in torchvision.
+
+    Args:
+        checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
+        function: --model; the current folder is added to the places from which it can be imported.
+        mmap: Leave the values in the file until they are used.
+    """
+    from bn_insert.checkpoints.read import read_checkpoint  # noqa: PLC0415
     from bn_insert.checkpoints.torchvision_weights import torchvision_checkpoint  # noqa: PLC0415
 
     if is_torchvision_name(checkpoint):
         if function is not None:
             raise typer.BadParameter(
-                f"{checkpoint} is torchvision's network, whose architecture is known; --model is for checkpoint files",
+                f"{checkpoint} is a network of torchvision, whose architecture is known; --model is for checkpoint "
+                "files",
                 param_hint="--model",
             )
         return torchvision_checkpoint(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)  # as for python -m; the function may import more when it is called
-    return load_checkpoint(checkpoint, model=function, mmap=mmap)
+        sys.path.insert(0, folder)  # as python -m does; the function may import more when it is called
+    return read_checkpoint(checkpoint, mmap=mmap)
 
 
 def is_torchvision_name(checkpoint: str) -> bool:
-    """Say whether it is no file, and the name of a network that torchvision has weights for."""
+    """Return whether an argument is the name of a network with weights in torchvision, and not a file."""
     return checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists()
 
 
-def open_transform(checkpoint: str, options: ImageOptions) -> Transform:
-    """Return the preprocessing: what the user said, else what is stored beside the checkpoint, else ImageNet's."""
-    from bn_insert.checkpoints.checkpoint import read_settings  # noqa: PLC0415
+def _transform(settings: Settings | None, options: ImageOptions) -> Transform:
     from bn_insert.images.transform import Transform  # noqa: PLC0415
 
-    settings = read_settings(checkpoint) if Path(checkpoint).exists() else None
     stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
     return Transform(
         resize=stored.resize if options.resize is None else options.resize or None,
@@ -77,7 +94,7 @@ def open_transform(checkpoint: str, options: ImageOptions) -> Transform:
 
 
 def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:
-    """Return the batches of a folder of images or a tensor file, with the channels that the model takes."""
+    """Return the batches of a folder of images or a tensor file, with as many channels as the model takes."""
     from bn_insert.images.image_batches import open_batches  # noqa: PLC0415
 
     return open_batches(
@@ -93,14 +110,14 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the number of channels of the images that a network takes: those of its first conv layer."""
+    """Return the number of input channels of a network, which is that of its first conv layer."""
     from torch.nn.modules.conv import _ConvNd  # noqa: PLC0415
 
     return next((module.in_channels for module in model.modules() if isinstance(module, _ConvNd)), 3)
 
 
 def open_device(name: str | None) -> torch.device:
-    """Return the device of that name, by default cuda where there is one."""
+    """Return a device by name; by default cuda if available, else cpu."""
     import torch  # noqa: PLC0415
 
     try:
@@ -113,7 +130,7 @@ def open_device(name: str | None) -> torch.device:
 
 
 def layer_kinds(text: str) -> tuple[Kind, ...]:
-    """Return "conv,dense" as kinds of layers."""
+    """Parse kinds of layers, such as "conv,dense"."""
     kinds = tuple(kind.strip() for kind in text.split(","))
     if not set(kinds) <= {"conv", "dense"}:
         raise typer.BadParameter(f"{text!r} is not one of: conv, dense, or conv,dense", param_hint="--layers")
@@ -121,20 +138,20 @@ def layer_kinds(text: str) -> tuple[Kind, ...]:
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
-    """Return "4,8" as batch sizes."""
+    """Parse batch sizes, such as "4,8"."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not one whole number or several with commas between", param_hint="--batch-sizes"
+            f"{text!r} is not an integer or several separated by commas", param_hint="--batch-sizes"
         ) from None
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Return "0.5" or "0.5,0.4,0.3" as numbers."""
+    """Parse numbers, such as "0.5" or "0.5,0.4,0.3"."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not one number or several with commas between", param_hint=option
+            f"{text!r} is not a number or several separated by commas", param_hint=option
         ) from None

@@ -14,7 +14,7 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_error, print_note, print_result, print_table
-from .inputs import ImageOptions, layer_kinds, open_calibration, open_device, open_model, open_transform
+from .inputs import ImageOptions, layer_kinds, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table, edge_table, site_table
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    transform = open_transform(checkpoint, image_options)
-    network = open_model(checkpoint, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model)
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
     with process_group(open_device(device)) as target:

@@ -1,15 +1,23 @@
-"""`bn-insert inspect`: what is in a checkpoint, and where BatchNorm would go."""
+"""`bn-insert inspect`: the layers and settings of a checkpoint, and where BatchNorm would be inserted."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from . import options as opt
-from .console import print_result, print_table
-from .inputs import input_channels, layer_kinds, open_model
+from .console import print_result, print_table, table
+from .inputs import input_channels, layer_kinds, read_named_checkpoint
 from .tables import layer_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bn_insert.checkpoints.settings import Settings
+    from bn_insert.surgery.history import Change
 
 
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -19,20 +27,22 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
     placement: opt.Placement = "before_activation",
-    size: Annotated[int, typer.Option(min=1, help="Side of the input images, for the output shapes.")] = 224,
+    size: Annotated[int, typer.Option(min=1, help="Side of the input images, which determines output shapes.")] = 224,
 ) -> None:
-    """Show every conv and dense layer, and whether a BatchNorm is there, would go there, or why not.
+    """Show every conv and dense layer and whether a BatchNorm can be inserted after it, and the settings in the file.
 
     Example: `bn-insert inspect vgg16.pth`
 
-    No VGG: `bn-insert inspect alexnet.pth --model torchvision.models:alexnet`
+    Other architectures: `bn-insert inspect alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
     from bn_insert import survey  # noqa: PLC0415
+    from bn_insert.checkpoints.load import build_network  # noqa: PLC0415
     from bn_insert.graph.inputs import reference_tensor  # noqa: PLC0415
 
-    network = open_model(checkpoint, model, mmap=True)
+    content = read_named_checkpoint(checkpoint, model, mmap=True)
+    network = build_network(content, model)
     dtype = reference_tensor(network).dtype
     example = torch.zeros(2, input_channels(network), size, size, dtype=dtype)
     found = survey(
@@ -45,6 +55,56 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     modules = dict(network.named_modules())
     print_table(layer_table(found, {layer.name: modules[layer.name].weight.shape for layer in found}))
+    if content.settings is None:
+        print_result("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
+    else:
+        print_table(_settings_table(content.settings, content.settings_place))
     sites = sum(layer.site is not None for layer in found)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")
+
+
+def _settings_table(settings: Settings, place: str) -> Table:
+    """Return a table of what a checkpoint stores besides its tensors, with equal layers counted together."""
+    result = table("Settings", "setting", "value")
+    result.add_row("stored in", _literal(place))
+    norms = Counter((norm.eps, norm.momentum) for norm in settings.batchnorm.values())
+    for (eps, momentum), count in norms.items():
+        result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({_count(count, 'layer')})")
+    for p, count in Counter(settings.dropout.values()).items():
+        result.add_row("dropout", f"p {p:g} ({_count(count, 'layer')})")
+    if settings.transform is None:
+        result.add_row("preprocessing", "not stored; ImageNet's by default")
+    else:
+        described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
+        result.add_row("preprocessing", _literal(described))
+    if settings.history.function:
+        result.add_row("built by", _literal(settings.history.function))
+    changes = "; ".join(_described(change) for change in settings.history.changes)
+    result.add_row("changes", _literal(changes) if changes else "none by bn-insert")
+    return result
+
+
+def _described(change: Change) -> str:
+    from bn_insert.surgery.history import FoldedBatchNorms, InsertedBatchNorms  # noqa: PLC0415
+
+    if isinstance(change, InsertedBatchNorms):
+        return f"{_count(len(change.sites), 'BatchNorm layer')} inserted"
+    if isinstance(change, FoldedBatchNorms):
+        return f"{_count(len(change.norms), 'BatchNorm layer')} folded"
+    return f"output layer {change.layer} replaced, {change.classes} classes"
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _literal(text: str) -> Text:
+    """Return text from the file as it goes to a terminal: one line, without control characters or markup."""
+    from bn_insert.support.text import printable  # noqa: PLC0415
+
+    return Text(f"{printable(text):.1000}")

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -16,9 +17,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision.models.vgg import VGG, make_layers
 
-from bn_insert.checkpoints.checkpoint import check_output, load_checkpoint, read_settings, save_checkpoint
-from bn_insert.checkpoints.settings import Settings
+import bn_insert.checkpoints.read
+from bn_insert.checkpoints.load import build_network, load_checkpoint
+from bn_insert.checkpoints.read import read_checkpoint, read_settings
+from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
 from support.full_disk import file_size_limit
@@ -83,20 +87,57 @@ def test_the_same_network_gives_the_same_bytes(name: str, tmp_path: Path) -> Non
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_pth_is_a_plain_dict_of_tensors_and_its_settings_stand_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("name", ["vgg-bn.pth", "vgg-bn.pt"])
+def test_a_pth_is_one_file_with_a_state_dict_that_carries_its_settings(name: str, mmap: bool, tmp_path: Path) -> None:
     vgg = small_vgg(SPEC)
-    save_checkpoint(vgg, tmp_path / "vgg-bn.pth")
-    assert sorted(contents(tmp_path)) == ["vgg-bn.json", "vgg-bn.pth"]
-    state = torch.load(tmp_path / "vgg-bn.pth", weights_only=True)
-    assert type(state) is dict
+    save_checkpoint(vgg, tmp_path / name)
+    assert sorted(contents(tmp_path)) == [name]
+    state = torch.load(tmp_path / name, weights_only=True, mmap=mmap)
+    assert type(state) is OrderedDict
     assert {type(value) for value in state.values()} == {Tensor}
     small_vgg(SPEC, seed=1).load_state_dict(state, strict=True)
-    document = json.loads((tmp_path / "vgg-bn.json").read_text())
+    metadata = state._metadata  # type: ignore[attr-defined]
+    document = json.loads(metadata[""].pop("bn_insert"))
+    assert metadata == vgg.state_dict()._metadata  # versions of modules, such as BatchNorm's
     assert document["format"] == "bn-insert"
     assert document["version"] == 1
     norm = vgg.features[1]
     assert document["batchnorm"]["features.1"] == {"eps": norm.eps, "momentum": norm.momentum}
     assert document["dropout"] == {"classifier.3": vgg.classifier[3].p}
+
+
+def test_torchvisions_own_network_loads_the_file_strictly_and_computes_the_same(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        vgg = VGG(nn.Identity(), num_classes=1, init_weights=False)
+    vgg.features = make_layers([4, "M", 6, "M"], batch_norm=True)
+    vgg.avgpool, vgg.classifier = nn.AdaptiveAvgPool2d(2), nn.Sequential(nn.Linear(24, 3))
+    save_checkpoint(vgg.eval(), tmp_path / "vgg_bn.pth")
+    other = copy.deepcopy(vgg)
+    nn.init.zeros_(other.classifier[0].weight)
+    result = other.load_state_dict(torch.load(tmp_path / "vgg_bn.pth"), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(other(images(SPEC)), vgg(images(SPEC)))
+
+
+def test_the_versions_of_modules_are_kept_so_that_a_missing_counter_is_told_by_pytorch_as_ever(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    save_checkpoint(model, tmp_path / "norm.pth")
+    state = torch.load(tmp_path / "norm.pth")
+    del state["0.num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        model.load_state_dict(state, strict=True)
+
+
+def test_metadata_of_a_module_that_could_not_be_read_again_is_left_out(tmp_path: Path) -> None:
+    class Strange(nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination._metadata[prefix[:-1]]["made by"] = Strange
+
+    save_checkpoint(nn.Sequential(Strange(2, 2)), tmp_path / "dense.pth")
+    assert torch.load(tmp_path / "dense.pth")._metadata["0"] == {"version": 1}
 
 
 def test_a_safetensors_file_holds_all_by_itself(tmp_path: Path) -> None:
@@ -227,7 +268,10 @@ def test_another_architecture_is_filled_and_the_given_module_stays(prefix: str, 
     original.model["bn"].eps = 1e-3
     save_checkpoint(original, tmp_path / name)
     if prefix and name.endswith("pth"):
-        torch.save({prefix + key: value for key, value in original.state_dict().items()}, tmp_path / name)
+        state = torch.load(tmp_path / name)
+        prefixed = OrderedDict((prefix + key, value) for key, value in state.items())
+        prefixed._metadata = state._metadata  # type: ignore[attr-defined]
+        torch.save(prefixed, tmp_path / name)
     given = SmallResidual().train()
     before = {key: value.clone() for key, value in given.state_dict().items()}
     for architecture in (given, SmallResidual):
@@ -259,26 +303,38 @@ def test_another_width_is_told_with_both_shapes(tmp_path: Path) -> None:
 
 def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path) -> None:
     save_checkpoint(nn.Linear(2, 2), tmp_path / "dense.pth")
-    assert "made a int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
+    assert "returned a int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
     meta = nn.Linear(2, 2, device="meta")
-    assert "make it on the CPU" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=meta))
+    assert "build it on the CPU" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=meta))
 
 
 # Settings
 
 
-def pth_with_sidecar(folder: Path, **changes: object) -> Path:
+def stored(path: Path) -> dict[str, Any]:
+    """Return the settings in a .pth as JSON data."""
+    document: dict[str, Any] = json.loads(torch.load(path)._metadata[""]["bn_insert"])
+    return document
+
+
+def store(path: Path, value: object) -> None:
+    """Put a value in the place of the settings of a .pth."""
+    state = torch.load(path)
+    state._metadata[""]["bn_insert"] = value
+    torch.save(state, path)
+
+
+def pth_with_settings(folder: Path, **changes: object) -> Path:
     path = folder / "vgg.pth"
     save_checkpoint(small_vgg(SPEC), path)
-    sidecar = folder / "vgg.json"
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+    store(path, json.dumps(stored(path) | changes))
     return path
 
 
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 2}, 'the field "version" is 2, and this bn-insert reads version 1'),
+        ({"version": 2}, 'the field "version" is 2, and this version of bn-insert reads version 1'),
         ({"batchnorm": []}, "batchnorm is a list, not an object"),
         ({"batchnorm": {"features.1": 3}}, "batchnorm.features.1 is a number, not an object"),
         (
@@ -296,32 +352,96 @@ def pth_with_sidecar(folder: Path, **changes: object) -> Path:
         ({"dropout": 0.5}, "dropout is a number, not an object"),
         ({"transform": [1]}, "transform is a list, not an object"),
         ({"batch_norm": {}}, "unknown field 'batch_norm'"),
-        ({"replaces": 3}, 'the field "replaces" is not what bn-insert writes'),
-        ({"replaces": {"sha256": "", "settings": 3}}, 'the field "replaces" is not what bn-insert writes'),
+        ({"replaces": {}}, "unknown field 'replaces'"),
     ],
 )
 def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
-    path = pth_with_sidecar(tmp_path, **changes)
+    path = pth_with_settings(tmp_path, **changes)
     message = refusal_of(lambda: load_checkpoint(path))
-    assert message.startswith(f"{tmp_path / 'vgg.json'}: ")
+    assert message.startswith(f"{path}: the settings in its metadata are damaged: ")
     assert fragment in message
-    assert "correct the file, or delete it and read vgg.pth with PyTorch's defaults" in message
+    assert "; save it again, or drop the settings: torch.save(dict(torch.load(path)), other_path)" in message
     assert refusal_of(lambda: read_settings(path)) == message
 
 
-@pytest.mark.parametrize("text", [b'{"format": "bn-insert",', b"\xff\xfe", b"[" * 100_000, b"", b"9" * 5000])
-def test_a_settings_file_that_is_no_json_is_told(text: bytes, tmp_path: Path) -> None:
-    path = pth_with_sidecar(tmp_path)
-    (tmp_path / "vgg.json").write_bytes(text)
-    assert "vgg.json: invalid JSON" in refusal_of(lambda: load_checkpoint(path))
+@pytest.mark.parametrize(
+    "text", ['{"format": "bn-insert",', "\ud800", "[" * 100_000, "", "9" * 5000, "\x1b[2J", " " * 2**24]
+)
+def test_settings_that_are_no_json_are_told(text: str, tmp_path: Path) -> None:
+    path = pth_with_settings(tmp_path)
+    store(path, text + " ")
+    message = refusal_of(lambda: load_checkpoint(path))
+    wanted = "16,777,217 characters of settings are more than the limit" if len(text) > 2**20 else "invalid JSON"
+    assert f"the settings in its metadata are damaged: {wanted}" in message
+    assert len(message) < 500
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("value", [3, None, b"{}", ["{}"], {"format": "bn-insert"}, torch.ones(2), OrderedDict(a=1)])
+def test_settings_that_are_no_text_are_told(value: object, tmp_path: Path) -> None:
+    path = pth_with_settings(tmp_path)
+    store(path, value)
+    if value is None:
+        assert read_settings(path) is None
+        return
+    message = refusal_of(lambda: load_checkpoint(path))
+    assert f"the settings in its metadata are damaged: they are of type {type(value).__name__}, not str" in message
+
+
+class StateWith:
+    """Pickles as an OrderedDict with these attributes, some of which hide its methods."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.attributes = attributes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return OrderedDict, (), self.attributes, None, iter(plain_state().items())
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"_metadata": 3},
+        {"_metadata": []},
+        {"_metadata": {}},
+        {"_metadata": {"": 3}},
+        {"_metadata": {"": []}},
+        {"_metadata": {"features.1": {"bn_insert": "{}"}}},
+        {"_metadata": OrderedDict({"": {"version": 1}})},
+        {"items": 3, "get": 3, "keys": torch.Size, "values": OrderedDict, "__iter__": 3},
+        {"_metadata": StateWith(get=3, items=3)},
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attributes_that_a_stranger_gave_a_state_dict_change_nothing(
+    attributes: dict[str, Any], wrapped: bool, tmp_path: Path
+) -> None:
+    state = StateWith(**attributes)
+    torch.save({"state_dict": state} if wrapped else state, tmp_path / "vgg.pth")
+    assert read_settings(tmp_path / "vgg.pth") is None
+    assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
+
+
+def test_a_state_dict_in_a_wrapper_keeps_its_settings(tmp_path: Path) -> None:
+    vgg = small_vgg(SPEC)
+    save_checkpoint(vgg, tmp_path / "vgg.pth")
+    torch.save({"epoch": 3, "model": torch.load(tmp_path / "vgg.pth")}, tmp_path / "run.pth")
+    assert_same(load_checkpoint(tmp_path / "run.pth"), vgg)
+
+
+def test_a_plain_dict_that_a_program_saves_over_the_file_has_no_settings(tmp_path: Path) -> None:
+    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth")
+    torch.save(dict(torch.load(tmp_path / "vgg.pth")), tmp_path / "vgg.pth")
+    assert read_settings(tmp_path / "vgg.pth") is None
+    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
 
 
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"batchnorm": {"features.9": {}}}, "the settings name features.9, and the network has no BatchNorm there"),
-        ({"batchnorm": {"features.1": {}}}, "leave out the network's BatchNorm classifier.1, features.8"),
-        ({"dropout": {"classifier.9": 0.5}}, "the settings name classifier.9, and the network has no Dropout there"),
+        ({"batchnorm": {"features.9": {}}}, "the settings name features.9, but the network has no BatchNorm there"),
+        ({"batchnorm": {"features.1": {}}}, "do not name the BatchNorm layers classifier.1, features.8"),
+        ({"dropout": {"classifier.9": 0.5}}, "the settings name classifier.9, but the network has no Dropout there"),
         (
             {"batchnorm": {f"features.{number}": {} for number in range(20, 26)}},
             "the settings name features.20, features.21, features.22 and 3 more",
@@ -329,11 +449,11 @@ def test_a_settings_file_that_is_no_json_is_told(text: bytes, tmp_path: Path) ->
     ],
 )
 def test_settings_of_another_checkpoint_are_told(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
-    path = pth_with_sidecar(tmp_path, **changes)
+    path = pth_with_settings(tmp_path, **changes)
     message = refusal_of(lambda: load_checkpoint(path))
-    assert f"the settings in {tmp_path / 'vgg.json'} belong to another checkpoint" in message
+    assert f"{path}: the settings in its metadata belong to another checkpoint" in message
     assert fragment in message
-    assert "delete them, or write the checkpoint again with save_checkpoint" in message
+    assert "remove them, or save the network again with save_checkpoint" in message
 
 
 def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
@@ -349,50 +469,81 @@ def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
     assert "\x1b" not in message
 
 
-@pytest.mark.parametrize("text", ['{"format": "other"}', "[1, 2]", "3", '{"features.0": "conv"}'])
-def test_foreign_json_beside_a_checkpoint_is_passed_over_and_never_replaced(text: str, tmp_path: Path) -> None:
-    torch.save(plain_state(), tmp_path / "vgg.pth")
-    (tmp_path / "vgg.json").write_text(text)
-    assert read_settings(tmp_path / "vgg.pth") is None
-    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
-    (tmp_path / "vgg.pth").unlink()
-    assert "vgg.json exists already" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth"))
-    with_overwrite = refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth", overwrite=True))
-    assert "vgg.json, and that is another kind of file; rename one of them" in with_overwrite
-    assert contents(tmp_path) == {"vgg.json": text.encode()}
+@BOTH_FORMATS
+@pytest.mark.parametrize("text", ['{"format": "other"}', '{"format": "bn-insert", "version": 1}', "{}{}", ""])
+def test_a_json_file_beside_a_checkpoint_is_never_written_or_removed(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "network.json").write_text(text)
+    for seed in (0, 1):
+        save_checkpoint(small_vgg(SPEC, seed=seed), tmp_path / name, overwrite=bool(seed))
+        assert_same(load_checkpoint(tmp_path / name), small_vgg(SPEC, seed=seed))
+        assert contents(tmp_path).keys() == {name, "network.json"}
+        assert (tmp_path / "network.json").read_text() == text
 
 
-def test_a_folder_or_a_huge_file_with_the_name_of_the_settings_is_passed_over(tmp_path: Path) -> None:
-    torch.save(plain_state(), tmp_path / "vgg.pth")
-    (tmp_path / "vgg.json").mkdir()
-    assert read_settings(tmp_path / "vgg.pth") is None
-    (tmp_path / "vgg.json").rmdir()
-    (tmp_path / "vgg.json").touch()
-    os.truncate(tmp_path / "vgg.json", 1 << 40)
-    assert read_settings(tmp_path / "vgg.pth") is None
+def test_pt_and_pth_of_one_name_have_each_its_own_settings(tmp_path: Path) -> None:
+    for eps, name in enumerate(("vgg.pth", "vgg.pt", "vgg.safetensors"), start=1):
+        save_checkpoint(nn.Sequential(nn.BatchNorm1d(2, eps=eps)), tmp_path / name)
+    found = [read_settings(tmp_path / name) for name in ("vgg.pth", "vgg.pt", "vgg.safetensors")]
+    assert [settings.batchnorm["0"].eps for settings in found if settings] == [1, 2, 3]
 
 
-def test_settings_by_hand_may_hold_the_transform_alone(tmp_path: Path) -> None:
-    torch.save(plain_state(), tmp_path / "vgg.pth")
-    (tmp_path / "vgg.json").write_text('{"format": "bn-insert", "version": 1, "transform": {"resize": 32}}')
-    assert read_settings(tmp_path / "vgg.pth") == Settings(transform={"resize": 32})
-    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
+# Reading once
 
 
-def test_a_checkpoint_that_was_trained_on_and_saved_over_keeps_its_settings(tmp_path: Path) -> None:
-    vgg = small_vgg(SPEC)
-    save_checkpoint(vgg, tmp_path / "vgg.pth")
-    torch.save(small_vgg(SPEC, seed=1).state_dict(), tmp_path / "vgg.pth")
-    assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == vgg.features[1].eps
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("name", ["network.pth", "network.pt", "network.safetensors", "old.pth"])
+def test_one_reading_has_all_that_a_network_is_built_from(name: str, mmap: bool, tmp_path: Path) -> None:
+    vgg, path = small_vgg(SPEC), tmp_path / name
+    save_checkpoint(vgg, path, transform={"resize": 32})
+    if name == "old.pth":
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    checkpoint = read_checkpoint(path, mmap=mmap)
+    assert checkpoint.path == path
+    assert checkpoint.kind == ("safetensors" if name.endswith("safetensors") else "torch")
+    assert checkpoint.settings is not None
+    assert checkpoint.settings.transform == {"resize": 32}
+    assert checkpoint.settings_place == ("its header" if name.endswith("safetensors") else "its metadata")
+    if not mmap and checkpoint.kind == "torch":
+        path.unlink()
+    assert_same(build_network(checkpoint), vgg)
+    with pytest.raises(AttributeError):
+        checkpoint.settings = None  # type: ignore[misc]
 
 
-def test_pt_and_pth_of_one_name_would_share_their_settings_and_are_refused(tmp_path: Path) -> None:
-    torch.save(plain_state(), tmp_path / "vgg.pth")
-    for action in (check_output, lambda path, overwrite: save_checkpoint(small_vgg(), path, overwrite=overwrite)):
-        message = refusal_of(lambda action=action: action(tmp_path / "vgg.pt", overwrite=True))
-        assert "vgg.pth stands beside it, and both would have their settings in vgg.json" in message
-    assert sorted(contents(tmp_path)) == ["vgg.pth"]
-    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.safetensors")
+@pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
+def test_a_file_that_is_replaced_while_it_is_mapped_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    save_checkpoint(small_vgg(SPEC), path)
+    save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / f"other-{name}")
+
+    def replaced(action: Callable[..., Any]) -> Callable[..., Any]:
+        def replace_first(*arguments: Any, **options: Any) -> Any:
+            (tmp_path / f"other-{name}").replace(path)
+            return action(*arguments, **options)
+
+        return replace_first
+
+    monkeypatch.setattr(torch, "load", replaced(torch.load))
+    monkeypatch.setattr(bn_insert.checkpoints.read, "safe_open", replaced(safe_open))
+    message = refusal_of(lambda: load_checkpoint(path, mmap=True))
+    assert f"{path} was refused: it was replaced while it was being read" in message
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gives_the_file_that_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, load = tmp_path / "vgg.pth", torch.load
+    save_checkpoint(small_vgg(SPEC), path)
+
+    def replace_first(*arguments: Any, **options: Any) -> Any:
+        path.unlink()
+        path.write_bytes(b"theirs")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", replace_first)
+    assert_same(load_checkpoint(path), small_vgg(SPEC))
 
 
 # Writing
@@ -421,8 +572,8 @@ def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "fragment"),
     [
-        ("network.onnx", "the name of a checkpoint ends in .pth, .pt, .safetensors"),
-        ("network", "the name of a checkpoint ends in .pth, .pt, .safetensors"),
+        ("network.onnx", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
+        ("network", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
         ("missing/network.pth", "missing; make it first"),
         ("folder.pth", "folder.pth: it is a folder; name a file in it"),
         ("file/network.pth", "Not a directory"),
@@ -484,7 +635,7 @@ def test_an_interruption_leaves_the_old_file_whole_and_nothing_behind(
     assert contents(tmp_path) == before
 
 
-def test_a_checkpoint_that_appears_meanwhile_is_left_alone_and_no_settings_remain(
+def test_a_checkpoint_that_appears_meanwhile_is_left_alone_and_nothing_else_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_slowly(tensors: StateDict, file: Any) -> None:
@@ -550,10 +701,10 @@ def test_a_symbolic_link_stays_a_link_and_its_target_is_written(suffix: str, tmp
         (lambda vgg: setattr(vgg.features[1], "eps", -1.0), "batchnorm.features.1.eps is -1.0"),
         (
             lambda vgg: setattr(vgg, "classifier", nn.Linear(2, 2, device="meta")),
-            "classifier.weight is no ordinary dense",
+            "classifier.weight is not an ordinary dense",
         ),
-        (lambda vgg: vgg.register_buffer("sparse", torch.eye(3).to_sparse()), "sparse is no ordinary dense tensor"),
-        (lambda vgg: setattr(vgg, "classifier", nn.LazyLinear(2)), "classifier.weight is no ordinary dense tensor"),
+        (lambda vgg: vgg.register_buffer("sparse", torch.eye(3).to_sparse()), "sparse is not an ordinary dense tensor"),
+        (lambda vgg: setattr(vgg, "classifier", nn.LazyLinear(2)), "classifier.weight is not an ordinary dense tensor"),
     ],
 )
 @BOTH_FORMATS
@@ -582,7 +733,8 @@ KILLED = """
 import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from torch import nn
-from bn_insert.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.load import build_network, load_checkpoint
+from bn_insert.checkpoints.save import save_checkpoint
 
 CHANGES = {"os.rename", "os.link", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.utime"}
 os.fsync = lambda file: None  # what was written outlives the process anyway: fsync is for power cuts
@@ -663,7 +815,7 @@ def test_code_in_a_checkpoint_is_named_and_never_run(zipped: bool, tmp_path: Pat
     path = tmp_path / "evil.pth"
     torch.save({"a": Payload(made)}, path, _use_new_zipfile_serialization=zipped)
     message = refusal_of(lambda: load_checkpoint(path))
-    assert "evil.pth holds code or objects other than tensors (posix.mkdir)" in message
+    assert "evil.pth contains code or objects other than tensors (posix.mkdir)" in message
     assert "torch.save(model.state_dict(), path)" in message
     path.write_bytes(pickle.dumps({"a": Payload(made)}, protocol=2))
     assert "evil.pth" in refusal_of(lambda: load_checkpoint(path))
@@ -674,7 +826,7 @@ def test_a_whole_model_is_refused_with_what_to_write_instead(tmp_path: Path) -> 
     torch.save(small_vgg(), tmp_path / "whole.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "whole.pth"))
     assert "code or objects other than tensors (torchvision.models.vgg.VGG)" in message
-    assert "write the weights alone: torch.save(model.state_dict(), path)" in message
+    assert "save only the weights: torch.save(model.state_dict(), path)" in message
 
 
 def lfs_pointer() -> bytes:
@@ -684,17 +836,17 @@ def lfs_pointer() -> bytes:
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        (b"", "is no checkpoint: it is empty"),
-        (b"hello, world\n", "is no checkpoint: it is a text file"),
+        (b"", "is not a checkpoint: it is empty"),
+        (b"hello, world\n", "is not a checkpoint: it is a text file"),
         (lfs_pointer(), "fetch the file itself with git lfs pull"),
-        (b"\x00\x01\x02\x03" * 20, "it is neither what torch.save writes nor safetensors"),
+        (b"\x00\x01\x02\x03" * 20, "neither torch.save nor safetensors wrote it"),
         (b"PK\x03\x04", "is damaged, or was not written by torch.save or safetensors"),
         (b"PK\x03\x04" + b"\x00" * 1000, "is damaged"),
         (b"\x80\x02.", "is damaged"),
         (pickle.dumps({"a": 1}, protocol=4), "is damaged, or was not written by torch.save"),
         (struct.pack("<Q", 1 << 62) + b"{" + b" " * 1000, "header too large"),
         (struct.pack("<Q", 90_000_000) + b"{" + b" " * 1000, "is damaged"),
-        (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
+        (struct.pack("<Q", 2) + b"{}", "contains no tensors"),
         (struct.pack("<Q", 64) + b"{" + b"[" * 63, "is damaged"),
     ],
 )
@@ -711,13 +863,13 @@ def test_a_path_without_a_readable_file_is_told(tmp_path: Path, monkeypatch: pyt
     assert refusal_of(lambda: load_checkpoint(tmp_path / "none.pth")) == f"there is no file {tmp_path / 'none.pth'}"
     assert "cannot be read" in refusal_of(lambda: load_checkpoint("nul\0.pth"))
     os.mkfifo(tmp_path / "pipe.pth")
-    assert "is no regular file" in refusal_of(lambda: load_checkpoint(tmp_path / "pipe.pth"))
+    assert "is not a regular file" in refusal_of(lambda: load_checkpoint(tmp_path / "pipe.pth"))
     torch.save(plain_state(), tmp_path / "vgg.pth")
 
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(os, "open", forbidden)
     assert "vgg.pth cannot be read: Permission denied" in refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
 
 
@@ -730,25 +882,25 @@ def recursive_dict() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ([torch.ones(2)], "holds a list, not a state dict; write one with torch.save(model.state_dict(), path)"),
-        (torch.ones(2), "holds a Tensor, not a state dict"),
-        ({}, "holds no tensors"),
+        ([torch.ones(2)], "contains a list, not a state dict; save one with torch.save(model.state_dict(), path)"),
+        (torch.ones(2), "contains a Tensor, not a state dict"),
+        ({}, "contains no tensors"),
         ({"state_dict": {}, "epoch": 3}, "has a dict under 'state_dict'"),
         ({"epoch": 3, "net": {"a": torch.ones(1)}}, "has an int under 'epoch', where a state dict has a tensor"),
-        ({3: torch.ones(1)}, "has a key that is no string, 3"),
-        ({"state_dict": {("a", 1): torch.ones(1)}}, "has a key that is no string, ('a', 1)"),
+        ({3: torch.ones(1)}, "has a key that is not a string, 3"),
+        ({"state_dict": {("a", 1): torch.ones(1)}}, "has a key that is not a string, ('a', 1)"),
         (recursive_dict(), "has a dict under 'state_dict'"),
-        ({"a": torch.eye(3).to_sparse()}, "has a tensor under 'a' that is not plain"),
-        ({"a": torch.ones(3, device="meta")}, "has a tensor under 'a' that is not plain"),
+        ({"a": torch.eye(3).to_sparse()}, "has a tensor under 'a' that is not an ordinary dense tensor"),
+        ({"a": torch.ones(3, device="meta")}, "has a tensor under 'a' that is not an ordinary dense tensor"),
         (
             {"features.0.weight": torch.ones(()).expand(10**6, 10**6)},
-            "claims to hold 4,000,000,000,000 bytes of tensors",
+            "claims to contain 4,000,000,000,000 bytes of tensors",
         ),
         (
             {str(number): torch.ones(4000).expand(100, 4000) for number in range(100)},
-            "claims to hold 160,000,000 bytes",
+            "claims to contain 160,000,000 bytes",
         ),
-        ({"\x1b[2J": torch.ones(1)}, "this is no VGG"),
+        ({"\x1b[2J": torch.ones(1)}, "this is not a VGG"),
     ],
 )
 def test_content_that_is_no_plain_state_dict_is_told(content: object, fragment: str, tmp_path: Path) -> None:
@@ -773,16 +925,16 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_unpacked(tmp_p
         for name, content in records.items():
             archive.writestr(name, content)
     message = refusal_of(lambda: load_checkpoint(tmp_path / "bomb.pth"))
-    assert "is not read: it claims to hold" in message
+    assert "was refused: it claims to contain" in message
     assert "made to exhaust memory" in message
 
 
-@pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "old.pth", "tiny.json"])
+@pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "old.pth"])
 def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path: Path) -> None:
     tiny = small_vgg(Spec((Conv(2, norm="before"),), (), pooled=1))
     for written in ("tiny.pth", "tiny.safetensors"):
         save_checkpoint(tiny, tmp_path / written)
-    torch.save(tiny.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(torch.load(tmp_path / "tiny.pth"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     whole = (tmp_path / name).read_bytes()
     generator = random.Random(name)
     outcomes = {"loads": 0, "refused": 0}
@@ -795,7 +947,7 @@ def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path
                 damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
         (tmp_path / name).write_bytes(damaged)
         try:
-            load_checkpoint((tmp_path / name).with_suffix(".pth") if name == "tiny.json" else tmp_path / name)
+            load_checkpoint(tmp_path / name)
             outcomes["loads"] += 1
         except CheckpointError:
             outcomes["refused"] += 1
@@ -805,7 +957,7 @@ def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path
 def test_complex_weights_for_a_real_architecture_are_refused_and_not_cut(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2, 2, dtype=torch.complex64), "bias": torch.ones(2)}, tmp_path / "x.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "x.pth", model=nn.Linear(2, 2)))
-    assert "weight is of torch.complex64 in the file and of torch.float32 in the model" in message
+    assert "weight is torch.complex64 in the file and torch.float32 in the model" in message
 
 
 @pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])

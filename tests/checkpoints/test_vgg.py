@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG
 
+from bn_insert.checkpoints.load import build_network
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.torchvision_weights import torchvision_checkpoint
 from bn_insert.checkpoints.vgg import vgg_from_state_dict
@@ -186,16 +187,19 @@ REFUSALS: dict[str, tuple[Callable[[StateDict], StateDict], list[str]]] = {
     ),
     "kernels whose stride is unknown": (
         replaced(features__0__weight=torch.ones(4, 3, 11, 11)),
-        ["features.0.weight (4, 3, 11, 11) is no 3x3 or 1x1 kernel"],
+        ["features.0.weight (4, 3, 11, 11) is not a 3x3 or 1x1 kernel"],
     ),
-    "kernels that are not square": (replaced(features__0__weight=torch.ones(4, 3, 3, 1)), ["no 3x3 or 1x1 kernel"]),
+    "kernels that are not square": (
+        replaced(features__0__weight=torch.ones(4, 3, 3, 1)),
+        ["is not a 3x3 or 1x1 kernel"],
+    ),
     "channels that do not chain": (
         replaced(features__2__weight=torch.ones(5, 8, 3, 3)),
-        ["features.2.weight (5, 8, 3, 3) takes 8 channels and features.0.weight (4, 3, 3, 3) gives 4"],
+        ["features.2.weight (5, 8, 3, 3) takes 8 channels, but features.0.weight (4, 3, 3, 3) returns 4"],
     ),
     "dense sizes that do not chain": (
         replaced(classifier__3__weight=torch.ones(7, 9)),
-        ["classifier.3.weight (7, 9) takes 9 channels and classifier.0.weight (6, 24) gives 6"],
+        ["classifier.3.weight (7, 9) takes 9 channels, but classifier.0.weight (6, 24) returns 6"],
     ),
     "no square image": (
         replaced(classifier__0__weight=torch.ones(6, 18)),
@@ -232,56 +236,62 @@ REFUSALS: dict[str, tuple[Callable[[StateDict], StateDict], list[str]]] = {
         ["features.0.bias (3,) does not fit features.0.weight (4, 3, 3, 3)"],
     ),
     "no channels": (replaced(features__0__weight=torch.ones(0, 3, 3, 3)), ["features.0.weight (0, 3, 3, 3) is empty"]),
-    "no room for an activation": (moved("features.2.", "features.1."), ["between features.0 and features.1 belong"]),
+    "no room for an activation": (
+        moved("features.2.", "features.1."),
+        ["an activation and at most one MaxPool between features.0 and features.1"],
+    ),
     "too much room between convs": (
         moved("features.5.", "features.6."),
-        ["between features.2 and features.6 belong an activation and at most one MaxPool"],
+        ["an activation and at most one MaxPool between features.2 and features.6"],
     ),
     "too much room between dense layers": (
         moved("classifier.6.", "classifier.7."),
-        ["between classifier.3 and classifier.7 belong an activation and at most one Dropout"],
+        ["an activation and at most one Dropout between classifier.3 and classifier.7"],
     ),
-    "BatchNorm and no room for an activation": (norm_at("features.1", 4), ["between features.0 and features.2 belong"]),
+    "BatchNorm and no room for an activation": (
+        norm_at("features.1", 4),
+        ["an activation and at most one MaxPool between features.0 and features.2"],
+    ),
     "BatchNorm behind a pooling": (
         lambda state: norm_at("features.5", 5)(moved("features.5.", "features.6.")(state)),
-        ["BatchNorm features.5 stands neither directly behind features.2 nor behind its activation"],
+        ["BatchNorm features.5 comes neither directly after features.2 nor after its activation"],
     ),
     "BatchNorm too far behind": (
         norm_at("features.9", 6),
-        ["BatchNorm features.9 stands neither directly behind features.5 nor behind its activation"],
+        ["BatchNorm features.9 comes neither directly after features.5 nor after its activation"],
     ),
     "two BatchNorms": (
         lambda state: norm_at("features.8", 6)(norm_at("features.6", 6)(state)),
-        ["BatchNorm features.6 and features.8 stands neither"],
+        ["BatchNorm features.6 and features.8 comes neither"],
     ),
     "BatchNorm first": (
         lambda state: norm_at("classifier.0", 24)(without("classifier.0.weight", "classifier.0.bias")(state)),
-        ["classifier.0 is a BatchNorm with no layer in front of it"],
+        ["classifier.0 is a BatchNorm with no layer before it"],
     ),
     "BatchNorm behind an activation of the output": (
         norm_at("classifier.8", 3),
-        ["BatchNorm classifier.8 stands behind an activation of the last layer classifier.6"],
+        ["BatchNorm classifier.8 comes after an activation of the last layer classifier.6"],
     ),
     "no first conv": (without("features.0.weight", "features.0.bias"), ["the first conv is features.2"]),
     "too much room in front": (
         without("classifier.0.weight", "classifier.0.bias"),
-        ["the first dense layer is classifier.3, and in front of it is room for one Dropout alone"],
+        ["the first dense layer is classifier.3, but only one Dropout can come before it"],
     ),
     "whole numbers": (
         replaced(features__0__weight=torch.ones(4, 3, 3, 3, dtype=torch.int8)),
-        ["features.0.weight is of torch.int8", "float16, bfloat16, float32 or float64"],
+        ["features.0.weight is torch.int8", "float16, bfloat16, float32 or float64"],
     ),
     "complex numbers": (
         replaced(features__0__bias=torch.ones(4, dtype=torch.complex64)),
-        ["features.0.bias is of torch.complex64"],
+        ["features.0.bias is torch.complex64"],
     ),
     "float8": (
         lambda state: state | {"features.0.bias": torch.ones(4).to(torch.float8_e4m3fn)},
-        ["features.0.bias is of torch.float8_e4m3fn"],
+        ["features.0.bias is torch.float8_e4m3fn"],
     ),
     "two dtypes in a layer": (
         replaced(features__0__bias=torch.ones(4, dtype=torch.float16)),
-        ["features.0.bias is of torch.float16 and features.0.weight of torch.float32"],
+        ["features.0.bias is torch.float16, but features.0.weight is torch.float32"],
     ),
     "sparse": (
         replaced(classifier__0__weight=torch.ones(6, 24).to_sparse()),
@@ -294,7 +304,7 @@ REFUSALS: dict[str, tuple[Callable[[StateDict], StateDict], list[str]]] = {
     "without values": (replaced(classifier__0__weight=torch.ones(6, 24, device="meta")), ["or without values"]),
     "a counter that is no number": (
         lambda state: norm_at("features.8", 6)(state) | {"features.8.num_batches_tracked": torch.zeros(2)},
-        ["features.8.num_batches_tracked (2,) should be one whole number"],
+        ["features.8.num_batches_tracked (2,) should be a single integer"],
     ),
 }
 
@@ -307,9 +317,9 @@ def test_a_state_dict_that_makes_no_vgg_is_refused_with_key_reason_and_way_out(
     with pytest.raises(CheckpointError) as refusal:
         vgg_from_state_dict(change(dict(small_vgg().state_dict())))
     message = str(refusal.value)
-    assert message.startswith("this is no VGG in torchvision's layout: ")
+    assert message.startswith("this is not a VGG in torchvision's layout: ")
     assert message.endswith(
-        "; for another architecture pass it: load_checkpoint(path, model=...) (--model package.module:function)"
+        "; for other architectures pass load_checkpoint(path, model=...) (--model package.module:function)"
     )
     assert [fragment for fragment in fragments if fragment not in message] == [], message
 
@@ -318,7 +328,7 @@ def test_a_state_dict_that_makes_no_vgg_is_refused_with_key_reason_and_way_out(
 def test_other_networks_of_torchvision_are_refused(name: str) -> None:
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
-    with pytest.raises(CheckpointError, match="this is no VGG in torchvision's layout"):
+    with pytest.raises(CheckpointError, match="this is not a VGG in torchvision's layout"):
         vgg_from_state_dict({key: torch.zeros(()).expand(value.shape) for key, value in state.items()})
 
 
@@ -331,7 +341,7 @@ def test_torchvisions_weights_come_as_the_same_network(monkeypatch: pytest.Monke
         return vgg.state_dict()
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
-    result = torchvision_checkpoint("vgg13")
+    result = build_network(torchvision_checkpoint("vgg13"))
     assert torch.equal(result(images()), vgg(images()))
     assert calls == [
         {
@@ -368,5 +378,7 @@ def test_without_a_network_the_error_says_what_could_not_be_had(
 
 
 def test_a_name_that_is_not_offered_is_refused_with_those_that_are() -> None:
-    with pytest.raises(CheckpointError, match="vgg11, vgg13, vgg16, vgg19, not 'resnet18'"):
+    with pytest.raises(
+        CheckpointError, match="'resnet18' is not a network of torchvision known here; use vgg11, vgg13, vgg16, vgg19"
+    ):
         torchvision_checkpoint("resnet18")

@@ -24,7 +24,9 @@ from typer.testing import CliRunner, Result
 
 import bn_insert.surgery.insert
 from bn_insert import BNInsertError
-from bn_insert.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli.app import app
 
@@ -124,7 +126,10 @@ def test_preprocessing_is_remembered_beside_the_checkpoint(run: Run, digits: Pat
     run("insert", network_path(), digits, "-o", "first.pth", *AS_IT_IS)
     result = run("insert", "first.pth", digits, "-o", "second.pth", "--layers", "dense", "--include-output")
     assert result.exit_code == 0, result.output
-    assert json.loads(Path("second.json").read_text())["transform"]["mean"] == [0.0]
+    settings = read_settings("second.pth")
+    assert settings is not None
+    assert settings.transform is not None
+    assert settings.transform["mean"] == [0.0]
 
 
 def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path: Path) -> None:
@@ -259,7 +264,8 @@ def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) ->
         "has no BatchNorm that normalizes by the batch in train mode",
     )
     assert_refused(
-        run("compare-modes", network_path(), digits, *AS_IT_IS, "--batch-sizes", "4,many"), "not one whole number"
+        run("compare-modes", network_path(), digits, *AS_IT_IS, "--batch-sizes", "4,many"),
+        "is not an integer or several",
     )
 
 
@@ -270,6 +276,21 @@ def test_a_report_that_would_replace_the_checkpoint_is_refused(run: Run, digits:
         "the checkpoint is written there; choose another name",
     )
     assert not Path("out.pth").exists()
+
+
+def test_a_report_with_the_name_of_the_checkpoint_is_written_beside_it(run: Run, digits: Path) -> None:
+    result = run("insert", network_path(), digits, "-o", "out.pth", "--report", "out.json", *AS_IT_IS)
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text())["format"] == "bn-insert report"
+    assert read_settings("out.pth") is not None
+
+
+def test_a_json_file_beside_the_output_is_never_touched(run: Run, digits: Path) -> None:
+    Path("out.json").write_bytes(b'{"mine": 1}\n// \xe9\n')
+    for force in ((), ("--force",)):
+        result = run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, *force)
+        assert result.exit_code == 0, result.output
+    assert Path("out.json").read_bytes() == b'{"mine": 1}\n// \xe9\n'
 
 
 def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> None:

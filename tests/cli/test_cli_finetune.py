@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from bn_insert.checkpoints.checkpoint import load_checkpoint
+from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
 from bn_insert_cli.app import app
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
 BRIEF = (*AS_IT_IS, "--device", "cpu", "-b", "8", "--lr", "0.003")
-FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
 # Several processes with threads that spin while they wait would starve each other.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}

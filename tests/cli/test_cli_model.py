@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from bn_insert import load_checkpoint
+from bn_insert.checkpoints.read import read_checkpoint
 from bn_insert.demo import network_path
 from bn_insert_cli.app import app
 from support.labelled_digits import link_digits
@@ -109,7 +110,7 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     inserted = run("insert", "net.pth", digits / "train", "-o", "bn.pth", "--equalize", *AS_IT_IS, *MODEL)
     assert inserted.exit_code == 0, inserted.output
     assert "3 BatchNorm layers inserted" in inserted.stdout
-    architecture = json.loads(Path("bn.json").read_text())["architecture"]
+    architecture = json.loads(torch.load("bn.pth")._metadata[""]["bn_insert"])["architecture"]
     assert architecture["function"] == "my_nets:make"
     assert [site["anchor"] for site in architecture["changes"][0]["insert"]] == ["conv", "features.0", "hidden"]
     compared = run("compare", "net.pth", "bn.pth", digits / "val", *MODEL)
@@ -161,21 +162,23 @@ def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
     assert "differ by more than the tolerance" in compared.stdout
     monkeypatch.setattr(
         "bn_insert.checkpoints.torchvision_weights.torchvision_checkpoint",
-        lambda _name: load_checkpoint(network_path()),
+        lambda _name: read_checkpoint(network_path()),
     )
     for pair in (("vgg16", "net.pth"), ("net.pth", "vgg16")):
         compared = run("compare", *pair, digits / "val", *AS_IT_IS, *MODEL)
         assert compared.exit_code == 1, compared.output
-    assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is torchvision's network")
-    assert_refused(run("inspect", "vgg16", *MODEL), "vgg16 is torchvision's network", "--model is for checkpoint files")
+    assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is a network of torchvision")
+    assert_refused(
+        run("inspect", "vgg16", *MODEL), "vgg16 is a network of torchvision", "--model is for checkpoint files"
+    )
 
 
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
-        ("make", "'make' names no function; write package.module:function"),
+        ("make", "'make' does not name a function; write package.module:function"),
         ("my_nets.py:make", "write my_nets:make"),
-        ("their_nets:make", "no module named their_nets can be imported"),
+        ("their_nets:make", "there is no module their_nets to import"),
         ("my_nets:mak", "the module my_nets has no mak"),
         ("my_nets:nn", "my_nets:nn is a module, not a function that returns a network"),
         ("my_nets:F.relu", "cannot be called without arguments"),
@@ -195,7 +198,7 @@ def test_a_function_that_gives_no_network_for_the_checkpoint_is_one_message(
 
 
 def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run) -> None:
-    assert_refused(run("inspect", "net.pth"), "this is no VGG", "(--model package.module:function)")
+    assert_refused(run("inspect", "net.pth"), "this is not a VGG", "(--model package.module:function)")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bn_insert.checkpoints.checkpoint import save_checkpoint
+from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
 from bn_insert_cli.app import app
 from support.labelled_digits import link_digits

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bn_insert import CalibrationError, calibrate, find_sites, insert_batchnorm
-from bn_insert.checkpoints.checkpoint import save_checkpoint
+from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.images.batches import Batch
 from bn_insert.statistics.passes import checked
 from bn_insert_cli.app import app

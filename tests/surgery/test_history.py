@@ -1,4 +1,4 @@
-"""Checkpoints of networks that are no VGGs: what bn-insert changed is stored, and done again in reading."""
+"""Checkpoints of other architectures than VGG: the changes by bn-insert are stored, and replayed on load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bn_insert import (
     replace_output,
     save_checkpoint,
 )
-from bn_insert.surgery.history import Architecture, Folding, Insertion, NewOutput
+from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedOutput
 from support.networks import AWKWARD, HeldAsAttributes, images, randomised, small_vgg
 
 BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
@@ -87,7 +87,7 @@ def test_a_chain_of_changes_comes_back_at_every_step(tmp_path: Path) -> None:
     replace_output(folded, 5)
     again = read_back(folded, path, make)
     # Keys and shapes are those that the function gives: nothing has to be done to it, and so nothing is recorded.
-    assert Architecture.of(again) == Architecture()
+    assert History.of(again) == History()
 
 
 def test_biases_that_folding_made_and_batchnorms_that_it_took_out_come_back(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_mismatches_are_listed_after_the_changes(tmp_path: Path) -> None:
         return network
 
     message = refusal_of(lambda: load_checkpoint(path, model=other))
-    assert "does not fit HeldAsAttributes with the changes that its settings tell of: heads.logits.weight" in message
+    assert "does not fit HeldAsAttributes with the changes recorded in its settings: heads.logits.weight" in message
     assert "(5, 12) in the file and (6, 12) in the model" in message
     message = refusal_of(lambda: load_checkpoint(path, model=WithoutBiases))
     assert "cannot be made to WithoutBiases: there is no layer 'blocks.0'" in message
@@ -163,7 +163,7 @@ def test_a_function_s_name_is_imported_and_stored_and_never_imported_from_there(
     (tmp_path / "imported").unlink()
     monkeypatch.delitem(__import__("sys").modules, "nets_by_name")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "bn.pth"))
-    assert "name the function that makes its network, nets_by_name:make" in message
+    assert "name the function that builds its network, nets_by_name:make" in message
     assert "pass model='nets_by_name:make' (--model nets_by_name:make)" in message
     assert not (tmp_path / "imported").exists()
     result = load_checkpoint(tmp_path / "bn.pth", model="nets_by_name:make")
@@ -174,11 +174,11 @@ def test_a_function_s_name_is_imported_and_stored_and_never_imported_from_there(
 @pytest.mark.parametrize(
     ("code", "name", "fragment"),
     [
-        ("", "given_nets", "'given_nets' names no function; write package.module:function"),
-        ("", "given_nets:", "names no function"),
-        ("", "given_nets:make it", "names no function"),
-        ("", "no.such:make", "no.such:make: no module named no.such can be imported; run in the folder that holds it"),
-        ("", "given_nets.py:make", "no module named given_nets.py can be imported; write given_nets:make"),
+        ("", "given_nets", "'given_nets' does not name a function; write package.module:function"),
+        ("", "given_nets:", "does not name a function"),
+        ("", "given_nets:make it", "does not name a function"),
+        ("", "no.such:make", "no.such:make: there is no module no.such to import; run in the folder that contains it"),
+        ("", "given_nets.py:make", "there is no module given_nets.py to import; write given_nets:make"),
         ("import no_such_thing", "given_nets:make", "raised ModuleNotFoundError: No module named 'no_such_thing'"),
         ("1 / 0", "given_nets:make", "importing given_nets for given_nets:make raised ZeroDivisionError: division by"),
         ("def make(:", "given_nets:make", "importing given_nets for given_nets:make raised SyntaxError"),
@@ -221,27 +221,27 @@ SITE = {
         ({"function": "os:system; rm"}, "architecture.function is 'os:system; rm', not package.module:function"),
         ({"function": 3}, "architecture.function is 3"),
         ({"code": "x"}, "unknown field architecture.code"),
-        ({"changes": {}}, "architecture.changes is no list of at most 1000 changes"),
-        ({"changes": [{"insert": []}] * 1001}, "architecture.changes is no list of at most 1000 changes"),
-        ({"changes": [{"exec": "x"}]}, "architecture.changes[0] is no change that this bn-insert knows"),
-        ({"changes": [3]}, "architecture.changes[0] is no change that this bn-insert knows"),
+        ({"changes": {}}, "architecture.changes is not a list of at most 1000 changes"),
+        ({"changes": [{"insert": []}] * 1001}, "architecture.changes is not a list of at most 1000 changes"),
+        ({"changes": [{"exec": "x"}]}, "architecture.changes[0] is not a change that this version of bn-insert knows"),
+        ({"changes": [3]}, "architecture.changes[0] is not a change that this version of bn-insert knows"),
         ({"changes": [{"insert": 3}]}, "architecture.changes[0] is 3, not a list"),
-        ({"changes": [{"insert": [{}]}]}, "architecture.changes[0].insert[0] has not the fields name, kind"),
-        ({"changes": [{"insert": [SITE | {"dims": 9}]}]}, "insert[0] is no place where a BatchNorm can go"),
-        ({"changes": [{"insert": [SITE | {"kind": "x"}]}]}, "insert[0] is no place where a BatchNorm can go"),
-        ({"changes": [{"insert": [SITE | {"channels": 2**40}]}]}, "insert[0] is no place where a BatchNorm can go"),
+        ({"changes": [{"insert": [{}]}]}, "architecture.changes[0].insert[0] needs exactly the fields name, kind"),
+        ({"changes": [{"insert": [SITE | {"dims": 9}]}]}, "insert[0] is not a place where a BatchNorm can go"),
+        ({"changes": [{"insert": [SITE | {"kind": "x"}]}]}, "insert[0] is not a place where a BatchNorm can go"),
+        ({"changes": [{"insert": [SITE | {"channels": 2**40}]}]}, "insert[0] is not a place where a BatchNorm can go"),
         ({"changes": [{"insert": [SITE | {"channels": True}]}]}, "insert[0].channels is True, not of type int"),
-        ({"changes": [{"insert": [SITE, SITE]}]}, "puts two BatchNorms in one place"),
-        ({"changes": [{"fold": []}]}, "architecture.changes[0].fold is no object of true and false by name"),
-        ({"changes": [{"fold": {}, "new_biases": [1]}]}, "new_biases is no list of names"),
-        ({"changes": [{"new_output": "fc", "classes": -1}]}, "has no layer name and number of classes"),
+        ({"changes": [{"insert": [SITE, SITE]}]}, "inserts two BatchNorms at one place"),
+        ({"changes": [{"fold": []}]}, "architecture.changes[0].fold is not an object with true or false for each name"),
+        ({"changes": [{"fold": {}, "new_biases": [1]}]}, "new_biases is not a list of names"),
+        ({"changes": [{"new_output": "fc", "classes": -1}]}, "needs a layer name and a number of classes"),
         ({"changes": [{"insert": [SITE | {"name": "gone"}]}]}, "there is no layer 'gone'"),
         ({"changes": [{"insert": [SITE | {"anchor": "gone"}]}]}, "there is no layer 'gone'"),
-        ({"changes": [{"insert": [SITE | {"name": "blocks"}]}]}, "blocks is a ModuleList, and no conv or dense layer"),
+        ({"changes": [{"insert": [SITE | {"name": "blocks"}]}]}, "blocks is a ModuleList, not a conv or dense layer"),
         ({"changes": [{"insert": [SITE | {"channels": 2**30}]}]}, "stem.1.weight is not in the file"),
-        ({"changes": [{"fold": {"stem": True}}]}, "stem is a Conv2d, and no BatchNorm"),
-        ({"changes": [{"fold": {}, "new_biases": ["blocks"]}]}, "blocks is a ModuleList, and no conv or dense layer"),
-        ({"changes": [{"new_output": "stem", "classes": 3}]}, "stem is a Conv2d, and no dense layer"),
+        ({"changes": [{"fold": {"stem": True}}]}, "stem is a Conv2d, not a BatchNorm"),
+        ({"changes": [{"fold": {}, "new_biases": ["blocks"]}]}, "blocks is a ModuleList, not a conv or dense layer"),
+        ({"changes": [{"new_output": "stem", "classes": 3}]}, "stem is a Conv2d, not a dense layer"),
         ({"changes": [{"new_output": "heads.logits", "classes": 2**30}]}, "heads.logits.weight is not in the file"),
     ],
 )
@@ -250,18 +250,20 @@ def test_changes_that_a_stranger_wrote_are_checked(architecture: object, fragmen
     network = HeldAsAttributes()
     network.extra = nn.Linear(1, 1)  # so that the file does not fit before the changes
     save_checkpoint(network, path)
-    sidecar = path.with_suffix(".json")
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"architecture": architecture}))
+    state = torch.load(path)
+    settings = json.loads(state._metadata[""]["bn_insert"])
+    state._metadata[""]["bn_insert"] = json.dumps(settings | {"architecture": architecture})
     if "logits" in fragment:
-        torch.save({key: value for key, value in network.state_dict().items() if "logits" not in key}, path)
+        del state["heads.logits.weight"], state["heads.logits.bias"]
+    torch.save(state, path)
     assert fragment in refusal_of(lambda: load_checkpoint(path, model=HeldAsAttributes))
 
 
-def test_what_is_stored_of_an_architecture_is_what_is_read() -> None:
+def test_the_history_that_is_stored_is_the_one_that_is_read() -> None:
     x = images(6, size=12)
     inserted = insert_batchnorm(randomised(HeldAsAttributes()), [x])
     replace_output(inserted, 3)
-    architecture = Architecture.of(fold_batchnorm(inserted, x))
-    assert [type(change) for change in architecture.changes] == [Insertion, NewOutput, Folding]
-    named = Architecture("some.nets:make", architecture.changes)
-    assert Architecture.from_document(json.loads(json.dumps(named.to_document()))) == named
+    history = History.of(fold_batchnorm(inserted, x))
+    assert [type(change) for change in history.changes] == [InsertedBatchNorms, ReplacedOutput, FoldedBatchNorms]
+    named = History("some.nets:make", history.changes)
+    assert History.from_document(json.loads(json.dumps(named.to_document()))) == named

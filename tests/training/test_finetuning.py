@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import insert_batchnorm
-from bn_insert.checkpoints.checkpoint import load_checkpoint, read_settings
+from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
 from bn_insert.images.class_folders import ClassFolders, open_class_folders
@@ -31,7 +32,7 @@ from support.labelled_digits import AS_IT_IS, link_digits, open_digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
-FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
+FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
 
 

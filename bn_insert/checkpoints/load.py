@@ -1,0 +1,205 @@
+"""Rebuild the network of a checkpoint: a VGG from its keys and shapes, any other with the caller's architecture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..graph.inputs import reference_tensor
+from ..support.files import StrPath
+from ..support.text import printable
+from ..surgery.history import Change, History
+from .model_function import make_network
+from .read import Checkpoint, read_checkpoint
+from .settings import Settings
+from .state_dict import independent, without_prefix
+
+_MISMATCHES_SHOWN = 8
+
+Architecture = str | nn.Module | Callable[[], nn.Module]
+
+
+def load_checkpoint(path: StrPath, *, model: Architecture | None = None, mmap: bool = False) -> nn.Module:
+    """Return the network of a checkpoint file, in eval mode, on the CPU, without running code from the file.
+
+    A VGG is rebuilt from keys and shapes alone, with the dtypes of the file (see `vgg.vgg_from_state_dict`). Settings
+    that `save_checkpoint` stored are applied. Without them, BatchNorm in a VGG has eps 1e-5 and momentum 0.1, and
+    dropout has p 0.5.
+
+    Args:
+        path: A .pth, .pt, .bin or .safetensors file; its content determines the format. It contains a state dict, or a
+            dict with one under "state_dict", "model", "model_state_dict" or "model_ema". The prefixes "module.",
+            "model." and "_orig_mod." are removed from its keys.
+        model: The architecture, required for other networks than VGGs: a module, of which a copy is returned, a
+            zero-argument function that builds the module, or the name of that function as "package.module:function",
+            which is imported. The checkpoint is loaded strictly; dtype and device of the module stay. Changes that
+            bn-insert made (inserting or folding BatchNorm, replacing the output layer) are recorded in the checkpoint
+            and replayed, so pass the original architecture.
+        mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
+            layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
+            that share memory in the file share it in the network.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit the architecture, or its settings name the function
+            that builds its network and `model` is not given: only the caller decides which code is imported. The
+            message has the path, the reason and the way out.
+
+    Examples:
+        >>> from bn_insert.demo import network_path
+        >>> model = load_checkpoint(network_path())
+        >>> type(model).__name__, len(model.features), model.training
+        ('VGG', 16, False)
+    """
+    return build_network(read_checkpoint(path, mmap=mmap), model)
+
+
+def build_network(checkpoint: Checkpoint, model: Architecture | None = None) -> nn.Module:
+    """Return the network of a checkpoint that has been read; see `load_checkpoint`.
+
+    A VGG takes over the tensors of the checkpoint where it can, without copying them: build only one network from it.
+
+    Args:
+        checkpoint: What the file contains.
+        model: The architecture, as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: As for `load_checkpoint`.
+    """
+    path, settings = checkpoint.path, checkpoint.settings or Settings()
+    given = None if model is None else _built(model)
+    try:
+        if given is None:
+            # Importing torchvision takes as long as everything else here, and only this case needs it.
+            from .vgg import vgg_from_state_dict  # noqa: PLC0415
+
+            _check_needs_no_function(settings.history)
+            prefix, tensors = without_prefix(_unshared(checkpoint))
+            network: nn.Module = vgg_from_state_dict(tensors)
+            history = History() if prefix else settings.history
+        else:
+            network, changes, prefix = _filled(given, checkpoint.tensors, settings.history)
+            history = History(model if isinstance(model, str) else None, changes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {printable(error)}") from error
+    if history != History():
+        history.keep_with(network)
+    try:
+        settings.without_prefix(prefix).apply_to(network)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: the settings in {checkpoint.settings_place} belong to another checkpoint: {printable(error)}; "
+            "remove them, or save the network again with save_checkpoint"
+        ) from error
+    return network.eval()
+
+
+def _unshared(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """Return tensors that share memory neither with each other nor with the file, unless the file is to be mapped."""
+    if checkpoint.mapped:
+        return checkpoint.tensors
+    if checkpoint.kind == "safetensors":  # mapped in any case
+        return {key: tensor.clone() for key, tensor in checkpoint.tensors.items()}
+    return independent(checkpoint.tensors)
+
+
+def _built(model: Architecture) -> nn.Module:
+    """Return a network of the architecture that the caller passed; its values do not matter."""
+    if isinstance(model, str):
+        model = make_network(model)
+    built = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    if not isinstance(built, nn.Module):
+        raise CheckpointError(
+            f"model must be a module or a function that returns one, and returned a {type(built).__name__}"
+        )
+    if any(isinstance(value, Tensor) and value.is_meta for value in built.state_dict().values()):
+        raise CheckpointError("the model passed is on the meta device, which has no memory; build it on the CPU")
+    return built
+
+
+def _check_needs_no_function(history: History) -> None:
+    if name := history.function:
+        raise CheckpointError(
+            f"its settings name the function that builds its network, {name}, and code is imported only on request: "
+            f"if you trust that code, pass model={name!r} (--model {name})"
+        )
+
+
+def _filled(
+    network: nn.Module, tensors: Mapping[str, Tensor], history: History
+) -> tuple[nn.Module, tuple[Change, ...], str]:
+    """Load the tensors into the network, in place and strictly.
+
+    The changes in the checkpoint's history are replayed first, unless the network has its keys and shapes already.
+    Returns the network, the changes made, and the prefix removed from the keys.
+    """
+    device, described = reference_tensor(network).device, type(network).__name__
+    changes: tuple[Change, ...] = ()
+    prefix, named = without_prefix(tensors, network.state_dict().keys())
+    if history.changes and not _has_all_of(network, named):
+        changes = history.changes
+        try:
+            network = history.replay(network)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the changes recorded in its settings cannot be made to {described}: {error}; pass the architecture "
+                "that they were made to"
+            ) from error
+        described += " with the changes recorded in its settings"
+        prefix, named = without_prefix(tensors, network.state_dict().keys())
+    without_memory = [
+        key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
+    ]
+    absent = [f"{key} is not in the file" for key in without_memory if key not in named]
+    _check_fit(described, absent + _misfits(network, named))  # before memory is allocated: the file may claim any size
+    _give_memory(network, device)
+    try:
+        missing, unexpected = network.load_state_dict(named, strict=False)
+    except RuntimeError as error:  # an architecture may have its own way to load tensors
+        raise CheckpointError(f"the checkpoint does not fit {described}: {error}") from error
+    mismatches = [f"{key} is not in the file" for key in missing]
+    _check_fit(described, mismatches + [f"{key} is not in the model" for key in unexpected])
+    return network, changes, prefix
+
+
+def _has_all_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a network has exactly the keys and shapes of these tensors."""
+    different = network.state_dict().keys() ^ tensors.keys()
+    # PyTorch itself loads a BatchNorm without its counter.
+    return all(key.endswith("num_batches_tracked") for key in different) and not _misfits(network, tensors)
+
+
+def _misfits(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    wanted = network.state_dict()
+    both = {key: (tensors[key], value) for key, value in wanted.items() if key in tensors and isinstance(value, Tensor)}
+    return [
+        f"{key} is {tuple(stored.shape)} in the file and {tuple(value.shape)} in the model"
+        for key, (stored, value) in both.items()
+        if value.shape != stored.shape
+    ] + [
+        f"{key} is {stored.dtype} in the file and {value.dtype} in the model"
+        for key, (stored, value) in both.items()
+        if stored.is_complex() and not value.is_complex()
+    ]
+
+
+def _give_memory(network: nn.Module, device: torch.device) -> None:
+    """Move modules from the meta device to a device, in place, with zeros as values."""
+    for module in network.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device=device, recurse=False)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.detach().zero_()
+
+
+def _check_fit(described: str, mismatches: Sequence[str]) -> None:
+    if mismatches:
+        shown = "; ".join(mismatches[:_MISMATCHES_SHOWN])
+        more = f"; and {len(mismatches) - _MISMATCHES_SHOWN} more" if len(mismatches) > _MISMATCHES_SHOWN else ""
+        raise CheckpointError(
+            f"the checkpoint does not fit {described}: {shown}{more}; pass the architecture that it was saved from"
+        )

@@ -1,0 +1,194 @@
+"""Read a checkpoint file: tensors and settings, from one opening of the file, without running code from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..support.files import StrPath, real_path
+from ..support.text import printable
+from ..support.torch_file import RefusedError, check_expansion, check_same_file, load_torch_file
+from .legacy_sidecar import read_sidecar, sidecar_path
+from .settings import Settings
+from .state_dict import METADATA_KEY, checked_tensors, stored_metadata, unwrapped_state_dict
+
+FileKind = Literal["torch", "safetensors"]
+
+HEADER_KEY = "bn-insert"
+"""Where the metadata of a safetensors file has the settings."""
+
+# Where settings are, for messages.
+_HEADER, _METADATA = "its header", "its metadata"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint file contains.
+
+    Attributes:
+        path: The file, for messages.
+        kind: Its format.
+        tensors: Tensors on the CPU by key, as in the file. They may share memory with each other or with the file.
+        settings: Settings that `save_checkpoint` stored, or None.
+        settings_place: Where the settings were found, for messages: "its metadata", "its header", or the sidecar of an
+            older bn-insert.
+        mapped: Whether the tensors stay in the file until they are used.
+    """
+
+    path: Path
+    kind: FileKind
+    tensors: Mapping[str, Tensor]
+    settings: Settings | None = None
+    settings_place: str = ""
+    mapped: bool = False
+
+
+def read_checkpoint(path: StrPath, *, mmap: bool = False) -> Checkpoint:
+    """Read a .pth, .pt, .bin or .safetensors file; its content determines the format, not its name.
+
+    Settings are read from the file itself. Only if it contains none is a sidecar `NAME.json`, as older versions of
+    bn-insert wrote beside a .pth, used instead.
+
+    Args:
+        path: A file with a state dict, or with a dict that contains one under "state_dict", "model",
+            "model_state_dict" or "model_ema".
+        mmap: Map the file into memory instead of reading it, if its format allows. Safetensors files are always mapped.
+
+    Raises:
+        CheckpointError: The file is not a checkpoint, is damaged, contains anything but tensors, requests more memory
+            than its size can justify, or has damaged settings.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        kind = _file_kind(path, file)
+        try:
+            with warnings.catch_warnings():
+                # How the file was written (old pickle protocols, typed storages) does not concern its reader.
+                warnings.simplefilter("ignore")
+                if kind == "safetensors":
+                    content, text = _read_safetensors(file)
+                else:
+                    content, text = _read_torch(path, file, mapped=mmap)
+        except CheckpointError:
+            raise
+        except Exception as error:  # parsers raise anything for a damaged file
+            raise _unreadable(path, error) from error
+        tensors = checked_tensors(path, content)
+        try:
+            check_expansion(file, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        except RefusedError as error:
+            raise _unreadable(path, error) from error
+        place = _HEADER if kind == "safetensors" else _METADATA
+        settings = None if text is None else _parsed(path, text, place)
+        if settings is None and kind == "torch" and (settings := read_sidecar(file)) is not None:
+            place = str(sidecar_path(real_path(path)))
+    return Checkpoint(path, kind, tensors, settings, place if settings else "", mmap)
+
+
+def read_settings(path: StrPath) -> Settings | None:
+    """Return the settings stored in a checkpoint, or None if there are none; raises as `read_checkpoint` does."""
+    return read_checkpoint(path, mmap=True).settings
+
+
+def _open(path: Path) -> BufferedReader:
+    """Open a regular file; a named pipe must not block."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        # Before the opening: Python refuses to open a folder, with a message of its own.
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, not a checkpoint file; name a file in it")
+        file = open(path, "rb", opener=opener)  # noqa: SIM115 - Path.open has no opener; the caller closes it
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path} is not a regular file; copy its content to one")
+    return file
+
+
+def _file_kind(path: Path, file: BufferedReader) -> FileKind:
+    """Return the format that the first bytes of a file show."""
+    try:
+        start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    # The first eight bytes are the length of the header and can look like anything, so this comes first: a zip archive
+    # and the older format of torch.save have other bytes after them.
+    if start[8:9] == b"{":
+        return "safetensors"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    raise CheckpointError(f"{path} is not a checkpoint: {_guess(start)}")
+
+
+def _read_safetensors(file: BufferedReader) -> tuple[dict[Any, Any], object]:
+    """Return the tensors and the text of the settings."""
+    with safe_open(file.name, framework="pt", device="cpu") as opened:
+        check_same_file(file)
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is not a dict
+        return tensors, (opened.metadata() or {}).get(HEADER_KEY)
+
+
+def _read_torch(path: Path, file: BufferedReader, *, mapped: bool) -> tuple[dict[Any, Any], object]:
+    """Return the state dict, with unchecked keys and values, and what it has in place of the text of the settings."""
+    state_dict = unwrapped_state_dict(path, load_torch_file(file, mapped=mapped))
+    return state_dict, stored_metadata(state_dict).get(METADATA_KEY)
+
+
+def _parsed(path: Path, text: object, place: str) -> Settings:
+    try:
+        if not isinstance(text, str):
+            raise CheckpointError(f"they are of type {type(text).__name__}, not str")
+        return Settings.from_json(text)
+    except CheckpointError as error:
+        advice = "save it again"
+        if place == _METADATA:
+            advice += ", or drop the settings: torch.save(dict(torch.load(path)), other_path)"
+        raise CheckpointError(f"{path}: the settings in {place} are damaged: {printable(error)}; {advice}") from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, RefusedError):
+        return CheckpointError(f"{path} was refused: {printable(error)}; download or write it again")
+    text = str(error)
+    if wanted := re.search(r"(?:Unsupported (?:global: GLOBAL|class)|unsupported GLOBAL) ([\w.]+)", text):
+        return CheckpointError(
+            f"{path} contains code or objects other than tensors ({wanted[1]}), which could run anything, so it is not "
+            "read; where it was made, save only the weights: torch.save(model.state_dict(), path)"
+        )
+    if "TorchScript" in text:
+        return CheckpointError(
+            f"{path} is a TorchScript program, not a state dict; "
+            "save one with torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
+    reason = printable(re.split(r"\. |\n", text.rpartition("WeightsUnpickler error:")[2].strip())[0][:200])
+    return CheckpointError(
+        f"{path} is damaged, or was not written by torch.save or safetensors ({reason or type(error).__name__}); "
+        "download or write it again"
+    )
+
+
+def _guess(start: bytes) -> str:
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
+        return "it is a text file"
+    return "neither torch.save nor safetensors wrote it"

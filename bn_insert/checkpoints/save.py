@@ -1,0 +1,119 @@
+"""Save a network as a checkpoint: one file with its state dict and its settings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..graph.copies import unwrapped
+from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
+from .read import HEADER_KEY
+from .settings import Settings
+from .state_dict import METADATA_KEY, independent, is_plain
+
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def save_checkpoint(
+    model: nn.Module, path: StrPath, *, transform: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Save the state dict of a model in one file, with the settings that a state dict does not store.
+
+    The settings are eps and momentum of every BatchNorm, p of every dropout layer, the transform, and the changes that
+    bn-insert made to the modules, which `load_checkpoint` replays on the network that the model's function builds.
+
+    A `.pth` or `.pt` is what `torch.save(model.state_dict(), path)` writes, so any program can load it. Its settings
+    are a string in the metadata that PyTorch keeps with a state dict, `state_dict._metadata[""]["bn_insert"]`. A
+    program that saves a plain dict of the tensors, or the state dict of its own model, over the file drops them. A
+    `.safetensors` file has its settings in the header.
+
+    Wrappers such as torch.compile, DataParallel and DistributedDataParallel are not saved. Writing is atomic: after a
+    kill at any moment the path has the old file or the new one, whole. No other file is written or removed; a
+    `NAME.json` that an older bn-insert wrote beside the `.pth` stays, unused, since settings in the file come first.
+
+    Args:
+        model: The model to save.
+        path: A file name that ends in .pth, .pt or .safetensors.
+        transform: Preprocessing of images for the model; any JSON object.
+        overwrite: Replace an existing file.
+
+    Raises:
+        CheckpointError: The file exists or cannot be written, or the model has values that cannot be stored. Then
+            nothing has changed.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "network.pth")
+        >>> save_checkpoint(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, eps=1e-3)), path)
+        >>> "bn_insert" in torch.load(path)._metadata[""]
+        True
+    """
+    check_output(path, overwrite=overwrite)
+    with staging_folder(real_path(path)) as folder:
+        stage_checkpoint(model, path, folder, transform=transform, overwrite=overwrite)()
+
+
+def stage_checkpoint(
+    model: nn.Module,
+    path: StrPath,
+    folder: Path,
+    *,
+    transform: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Callable[[], None]:
+    """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place."""
+    network = unwrapped(model)
+    try:
+        state_dict = _state_dict(network)
+        text = Settings.of(network, transform).to_json()
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    write: Callable[[Path], object]
+    if _suffix(path) == ".safetensors":
+        # One key alone: the order of several would vary.
+        write = partial(safetensors.torch.save_file, state_dict, metadata={HEADER_KEY: text})
+    else:
+        state_dict._metadata.setdefault("", {})[METADATA_KEY] = text  # type: ignore[attr-defined]
+        write = partial(_save_by_torch, state_dict)
+    return stage_file(real_path(path), write, folder, overwrite=overwrite)
+
+
+def check_output(path: StrPath, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError if `save_checkpoint` could not write to a path: checked before the work, not after."""
+    if _suffix(path) not in _SUFFIXES:
+        raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {', '.join(_SUFFIXES)}")
+    check_writable(path, overwrite=overwrite)
+
+
+def _suffix(path: StrPath) -> str:
+    return Path(path).suffix.lower()
+
+
+def _state_dict(network: nn.Module) -> OrderedDict[str, Tensor]:
+    """Return a state dict of contiguous tensors on the CPU that share no memory, with the metadata of PyTorch."""
+    state = network.state_dict()
+    for key, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter) or not is_plain(value):
+            raise CheckpointError(f"{key} is not an ordinary dense tensor with values; only those can be stored")
+    result = OrderedDict(independent(state))
+    # Versions of modules, by which PyTorch tells how a state dict was written. Other values might not load again.
+    versions = {
+        name: {key: value for key, value in entry.items() if isinstance(value, int | str | None)}
+        for name, entry in getattr(state, "_metadata", {}).items()
+    }
+    result._metadata = versions  # type: ignore[attr-defined]
+    return result
+
+
+def _save_by_torch(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    # Through a file object: given a path, torch.save would store the name of the staged file.
+    with path.open("wb") as file:
+        torch.save(state_dict, file)

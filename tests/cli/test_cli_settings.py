@@ -1,0 +1,78 @@
+"""Settings of a checkpoint on the command line: `inspect` shows them, and every command reads its file once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import bn_insert.checkpoints.read
+from bn_insert import save_checkpoint
+from bn_insert.demo import images_path, network_path
+from bn_insert_cli.app import app
+
+AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--images", "16")
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def digits() -> Path:
+    return images_path()
+
+
+def words_of(stream: str) -> str:
+    return re.sub(r"\s+", " ", stream)
+
+
+def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digits: Path) -> None:
+    assert "The file stores no settings" in run("inspect", network_path()).stdout
+    run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, "--eps", 0.25, "--layers", "conv")
+    shown = words_of(run("inspect", "out.pth").stdout)
+    assert "stored in its metadata" in shown
+    assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
+    assert "dropout p 0.5 (2 layers)" in shown
+    assert "preprocessing resize none, crop none, mean 0.0, std 1.0" in shown
+    assert "changes 6 BatchNorm layers inserted" in shown
+
+
+def test_settings_from_a_stranger_are_shown_without_markup_and_escapes(run: Run) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    save_checkpoint(model, "x.pth", transform={"[red]": "\x1b[2J", "long": "y" * 10_000})
+    Path("nets_here.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))\n"
+    )
+    result = run("inspect", "x.pth", "--model", "nets_here:make", "--size", 8)
+    assert result.exit_code == 0, result.output
+    assert "[red] ?[2J" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert len(result.stdout) < 10_000
+
+
+def test_a_command_reads_its_checkpoint_once(run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(network_path(), "net.pth")
+    read: list[str] = []
+    original = bn_insert.checkpoints.read.load_torch_file
+
+    def counted(file: BufferedReader, *, mapped: bool) -> object:
+        read.append(Path(file.name).name)
+        return original(file, mapped=mapped)
+
+    monkeypatch.setattr(bn_insert.checkpoints.read, "load_torch_file", counted)
+    run("insert", "net.pth", digits, "-o", "out.pth", *AS_IT_IS)
+    run("fold", "out.pth", "-o", "folded.pth")
+    run("inspect", "folded.pth")
+    assert read == ["net.pth", "out.pth", "folded.pth"]
