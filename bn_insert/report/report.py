@@ -20,8 +20,6 @@ from ..graph.sites import Layer
 from ..statistics.moments import Moments
 from ..support.files import check_writable, real_path, write_atomically
 from ..surgery.edges import Edge
-from ..training.metrics import EpochMetrics
-from ..training.settings import TrainingSettings
 from .page import INSERTION, RUNS, page
 
 SUFFIXES = (".html", ".json")
@@ -57,12 +55,12 @@ def insertion_report(
 
 
 def run_report(
-    name: str, settings: TrainingSettings, epochs: Sequence[EpochMetrics], facts: Mapping[str, Any]
+    name: str, settings: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a training run's settings and epochs as JSON-ready data, with `facts` as they are."""
-    best = max(epochs, key=lambda epoch: epoch.val_accuracy, default=None)
-    run = {"name": name, "settings": asdict(settings), "best_epoch": best and best.epoch}
-    return runs_report([run | dict(facts) | {"versions": versions(), "epochs": [asdict(epoch) for epoch in epochs]}])
+    best = max(epochs, key=lambda epoch: epoch["val_accuracy"], default=None)
+    run = {"name": name, "settings": dict(settings), "best_epoch": best and best["epoch"]}
+    return runs_report([run | dict(facts) | {"versions": versions(), "epochs": [dict(epoch) for epoch in epochs]}])
 
 
 def runs_report(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

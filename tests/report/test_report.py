@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ def run(name: str, accuracies: tuple[float, ...] = (0.5, 0.75, 0.7), **settings:
         for number, value in enumerate(accuracies, 1)
     ]
     facts = {"checkpoint": {"path": f"{name}.pth"}, "batchnorms": 0, "data": {"folder": "flowers", "classes": 3}}
-    return run_report(name, TrainingSettings(epochs=len(epochs) or 1, **settings), epochs, facts)["runs"][0]
+    return run_report(
+        name,
+        asdict(TrainingSettings(epochs=len(epochs) or 1, **settings)),
+        [asdict(epoch) for epoch in epochs],
+        facts,
+    )["runs"][0]
 
 
 class Page(HTMLParser):
@@ -273,6 +278,6 @@ def test_a_layer_without_varying_channels_has_a_page_too() -> None:
 
 def test_settings_of_a_run_are_those_of_the_run() -> None:
     settings = replace(TrainingSettings(), dropout=0.25, amp=True)
-    text = Page(page(run_report("a", settings, [], {"batchnorms": 3}))).text
+    text = Page(page(run_report("a", asdict(settings), [], {"batchnorms": 3}))).text
     assert "dropout 0.25" in text
     assert "amp yes" in text
