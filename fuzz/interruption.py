@@ -204,6 +204,8 @@ def look_at_run(case: Case, folder: Path) -> str:
         state = load_state(run / STATE)
         if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
             raise WrongError(f"{STATE} tells of files that are not there: {missing}")
+        if case.before and str(state.settings["lr"]) == case.before[-1]:
+            return "old run, still to be resumed"
         return f"complete, {found[LAST]}" if state.progress.epoch else "complete"
     return "each file whole, not yet all" if found else "absent"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from support.labelled_digits import AS_IT_IS, link_digits, open_digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
+CONSTANT = replace(BRIEF, lr_scheduler="constant")  # its first epoch does not depend on the number of epochs
 FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth", "report.html", "report.json"}
 FILES |= {"best.json", "last.json"}  # settings of the checkpoints
 
@@ -208,6 +210,88 @@ def test_a_damaged_state_says_so(digits: ClassFolders, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match="is not a folder"):
         finetune(dense_network(), digits, tmp_path / "file", BRIEF)
+
+
+# Replacing another run
+
+
+def fail_to_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the rename of one result fail, as on a file system that has gone."""
+    rename = Path.replace
+
+    def replace_unless_named(self: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_named)
+
+
+@pytest.fixture(scope="module")
+def runs(network: nn.Module, digits: ClassFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a run of one epoch, `short`, and the same run with two, `long`."""
+    folder = tmp_path_factory.mktemp("runs")
+    with torch.random.fork_rng(devices=()):
+        torch.set_num_threads(1)
+        for name, epochs in (("short", 1), ("long", 2)):
+            finetune(network, digits, folder / name, replace(CONSTANT, epochs=epochs))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "last.pth", "state.pth"])
+def test_a_rename_that_fails_leaves_the_replaced_run_to_be_resumed_exactly(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, runs: Path, name: str
+) -> None:
+    run = shutil.copytree(runs / "short", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_name(patch, name)
+        with pytest.raises(CheckpointError, match=rf"{name}: Input/output error"):
+            finetune(network, digits, run, replace(CONSTANT, lr=0.1, epochs=1), overwrite=True)
+    assert_same_weights(weights_in(run, "best.pth"), weights_in(runs / "short", "best.pth"))
+    finetune(network, digits, run, CONSTANT, resume=True)
+    for checkpoint in ("last.pth", "best.pth"):
+        assert_same_weights(weights_in(run, checkpoint), weights_in(runs / "long", checkpoint))
+
+
+def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    old, new = replace(BRIEF, epochs=1), replace(BRIEF, epochs=1, lr=0.01)
+    finetune(dense_network(), digits, tmp_path, old)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_name(patch, "best.pth")
+        with pytest.raises(CheckpointError, match=r"best\.pth: Input/output error"):
+            finetune(dense_network(), digits, tmp_path, new, overwrite=True)
+    result = finetune(dense_network(), digits, tmp_path, new, resume=True)
+    assert len(result.epochs) == 1
+    loaded = [load_checkpoint(tmp_path / name, model=dense_network()).state_dict() for name in ("best.pth", "last.pth")]
+    assert_same_weights(*loaded)
+
+
+def test_what_only_the_replaced_run_had_goes_last(digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    stopped = finetune(dense_network(), digits, tmp_path, replace(BRIEF, lr=0.01), overwrite=True, stop=stop_after(1))
+    assert stopped.interrupted
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names & {"best.pth", "metrics.csv", "curves.png"} == set()
+    assert {"last.pth", "state.pth", "classes.txt", "report.html", "report.json"} <= names
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth", "state.pth", "metrics.csv", "report.html"])
+@pytest.mark.parametrize("kind", ["a folder", "a symbolic link"])
+def test_a_result_that_cannot_be_written_is_found_before_the_first_step(
+    digits: ClassFolders, tmp_path: Path, name: str, kind: str
+) -> None:
+    if kind == "a folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "classes.txt")
+    seen: list[object] = []
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(TrainingError, match=rf"cannot write .*{name}: it is {kind}.*move it away"):
+            finetune(dense_network(), digits, tmp_path, BRIEF, on_step=seen.append, **options)
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # Batches of one
@@ -439,6 +523,17 @@ def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: st
     folder = link_digits(tmp_path / "data", classes=2)
     spoil(folder, how)
     with pytest.raises(ImageError, match=wording):
+        open_digits(folder)
+
+
+@pytest.mark.parametrize(("name", "fault"), [(b"caf\xe9", "is not valid UTF-8"), (b"a\nb", "contains a line break")])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_that_cannot_be_a_line_of_text_is_refused_before_training(
+    tmp_path: Path, name: bytes, fault: str, part: str
+) -> None:
+    folder = link_digits(tmp_path / "data", classes=2)
+    (folder / part / "1").rename(folder / part / os.fsdecode(name))
+    with pytest.raises(ImageError, match=rf"class folder '(caf.udce9|a.nb)' in .*{part} {fault}; rename"):
         open_digits(folder)
 
 
