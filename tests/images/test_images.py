@@ -93,9 +93,9 @@ def test_what_is_no_folder_of_images_is_named_with_the_suffixes_looked_for(
     for name in ("file.txt", "texts/a.txt", "texts/sub/b.txt"):
         (tmp_path / name).touch()
     suffixes = r".*\.avif, \.bmp, .*\.jpeg, .*\.webp"
-    with pytest.raises(ImageError, match=rf"missing does not exist; give a folder that holds images{suffixes}"):
+    with pytest.raises(ImageError, match=rf"missing does not exist; pass a folder of images{suffixes}"):
         opener(tmp_path / "missing")
-    with pytest.raises(ImageError, match=rf"file.txt is not a folder; give a folder that holds images{suffixes}"):
+    with pytest.raises(ImageError, match=rf"file.txt is not a folder; pass a folder of images{suffixes}"):
         opener(tmp_path / "file.txt")
     with pytest.raises(ImageError, match=rf"empty holds no image: no file in it ends in{suffixes}"):
         opener(tmp_path / "empty")
@@ -261,7 +261,7 @@ def test_damaged_exif_does_not_make_a_picture_unreadable(tmp_path: Path) -> None
 def test_postscript_behind_an_images_suffix_is_not_run(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
-    with pytest.raises(ImageError, match="no image of a format that can be read"):
+    with pytest.raises(ImageError, match="not an image in a supported format"):
         list(image_batches(tmp_path, PLAIN))
 
 
@@ -289,7 +289,7 @@ def test_unreadable_files_are_skipped_and_listed_with_their_reasons(workers: int
     assert list(reasons) == ["1", "2", "3", "6"]
     assert "image file is truncated" in reasons["1"]
     assert reasons["2"] == "the file is empty"
-    assert reasons["3"] == "no image of a format that can be read"
+    assert reasons["3"] == "not an image in a supported format"
     assert reasons["6"] == "Is a directory"
     assert batches.images == 8
     list(batches)
@@ -462,15 +462,15 @@ def test_a_source_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_pa
     (tmp_path / "x.csv").touch()
     with pytest.raises(ImageError, match=r"x.csv is neither a folder of images nor .* tensor files \(.npy, .*images"):
         open_batches(tmp_path / "x.csv", PLAIN)
-    with pytest.raises(ImageError, match=r"missing.pt does not exist; give a folder of images, or a file: tensor"):
+    with pytest.raises(ImageError, match=r"missing.pt does not exist; pass a folder of images, or a file: tensor"):
         open_batches(tmp_path / "missing.pt", PLAIN)
 
 
 def test_options_out_of_range_are_refused(folder: Path) -> None:
     for option, value, message in (
-        ("batch_size", 0, "batch_size is 0; give 1 or more"),
-        ("workers", -1, "workers is -1; give 0 or more"),
-        ("images", 0, "images is 0; give 1 or more"),
+        ("batch_size", 0, "batch_size is 0; use 1 or more"),
+        ("workers", -1, "workers is -1; use 0 or more"),
+        ("images", 0, "images is 0; use 1 or more"),
         (
             "channels",
             4,
@@ -530,5 +530,5 @@ def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
 
 def test_a_killed_worker_is_reported_as_such(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bn_insert.images.decoding.read_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; give fewer workers"):
+    with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; use fewer workers"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))
