@@ -30,7 +30,6 @@ from support.labelled_digits import AS_IT_IS, link_digits, open_digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
-CONSTANT = replace(BRIEF, lr_scheduler="constant")  # its first epoch does not depend on the number of epochs
 FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth", "report.html", "report.json"}
 FILES |= {"best.json", "last.json"}  # settings of the checkpoints
 
@@ -53,8 +52,8 @@ def network(digits: ClassFolders) -> nn.Module:
     return insert_batchnorm(load_checkpoint(network_path()), batches)
 
 
-def weights_in(folder: Path, name: str = "last.pth") -> dict[str, Tensor]:
-    return load_checkpoint(folder / name).state_dict()
+def weights_in(folder: Path, name: str = "last.pth", model: nn.Module | None = None) -> dict[str, Tensor]:
+    return load_checkpoint(folder / name, model=model).state_dict()
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -227,30 +226,23 @@ def fail_to_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Path, "replace", replace_unless_named)
 
 
-@pytest.fixture(scope="module")
-def runs(network: nn.Module, digits: ClassFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a run of one epoch, `short`, and the same run with two, `long`."""
-    folder = tmp_path_factory.mktemp("runs")
-    with torch.random.fork_rng(devices=()):
-        torch.set_num_threads(1)
-        for name, epochs in (("short", 1), ("long", 2)):
-            finetune(network, digits, folder / name, replace(CONSTANT, epochs=epochs))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["classes.txt", "last.pth", "state.pth"])
 def test_a_rename_that_fails_leaves_the_replaced_run_to_be_resumed_exactly(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path, runs: Path, name: str
+    digits: ClassFolders, tmp_path: Path, name: str
 ) -> None:
-    run = shutil.copytree(runs / "short", tmp_path / "run")
+    settings = replace(BRIEF, lr_scheduler="constant")  # so that the first epoch is the same in longer runs
+    model, run, whole = dense_network(), tmp_path / "run", tmp_path / "whole"
+    finetune(model, digits, run, replace(settings, epochs=1))
+    before = weights_in(run, "best.pth", model)
     with pytest.MonkeyPatch.context() as patch:
         fail_to_name(patch, name)
         with pytest.raises(CheckpointError, match=rf"{name}: Input/output error"):
-            finetune(network, digits, run, replace(CONSTANT, lr=0.1, epochs=1), overwrite=True)
-    assert_same_weights(weights_in(run, "best.pth"), weights_in(runs / "short", "best.pth"))
-    finetune(network, digits, run, CONSTANT, resume=True)
+            finetune(model, digits, run, replace(settings, lr=0.1, epochs=1), overwrite=True)
+    assert_same_weights(weights_in(run, "best.pth", model), before)
+    finetune(model, digits, run, settings, resume=True)
+    finetune(model, digits, whole, settings)
     for checkpoint in ("last.pth", "best.pth"):
-        assert_same_weights(weights_in(run, checkpoint), weights_in(runs / "long", checkpoint))
+        assert_same_weights(weights_in(run, checkpoint, model), weights_in(whole, checkpoint, model))
 
 
 def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
@@ -264,8 +256,8 @@ def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
             finetune(dense_network(), digits, tmp_path, new, overwrite=True)
     result = finetune(dense_network(), digits, tmp_path, new, resume=True)
     assert len(result.epochs) == 1
-    loaded = [load_checkpoint(tmp_path / name, model=dense_network()).state_dict() for name in ("best.pth", "last.pth")]
-    assert_same_weights(*loaded)
+    best, last = (weights_in(tmp_path, name, dense_network()) for name in ("best.pth", "last.pth"))
+    assert_same_weights(best, last)
 
 
 def test_what_only_the_replaced_run_had_goes_last(digits: ClassFolders, tmp_path: Path) -> None:
