@@ -6,7 +6,9 @@ The public names, grouped by what they are for. Reading images is in `bn_insert.
 # ruff: noqa: I001, RUF022 - grouped, everyday names first
 
 # Load, insert, check, save
-from .checkpoints.load import load_checkpoint
+from .checkpoints.load import build_network, load_checkpoint
+from .checkpoints.read import Checkpoint, read_checkpoint
+from .checkpoints.settings import Settings
 from .checkpoints.save import check_output, save_checkpoint
 from .checkpoints.torchvision_weights import torchvision_checkpoint
 from .compare.outputs import Comparison, compare_outputs, finite_part
@@ -20,12 +22,12 @@ from .surgery.output_layer import replace_output
 from .training.parameter_groups import parameter_groups
 
 # Fine-tune on class folders
-from .training.finetune import FineTuning, StepMetrics, finetune
-from .training.metrics import EpochMetrics
+from .training.finetune import FineTuning, finetune
+from .training.metrics import EpochMetrics, StepMetrics
 from .training.settings import TrainingSettings
 
 # Fold
-from .surgery.fold import fold_batchnorm
+from .surgery.fold import FoldResult, fold, fold_batchnorm
 
 # Insert step by step
 from .batchnorm.identity import identity_batchnorm
@@ -53,6 +55,10 @@ from .errors import (
 __all__ = [
     # Load, insert, check, save
     "check_output",
+    "read_checkpoint",
+    "Checkpoint",
+    "Settings",
+    "build_network",
     "load_checkpoint",
     "save_checkpoint",
     "torchvision_checkpoint",
@@ -79,6 +85,8 @@ __all__ = [
     "EpochMetrics",
     # Fold
     "fold_batchnorm",
+    "fold",
+    "FoldResult",
     # Insert step by step
     "find_sites",
     "survey",

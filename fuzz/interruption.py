@@ -36,8 +36,8 @@ from bn_insert.checkpoints.load import build_network
 from bn_insert.checkpoints.read import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.report import versions
-from bn_insert.training.loop import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
 from bn_insert.training.metrics import write_curves
+from bn_insert.training.results import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
 from bn_insert.training.state import load_state
 from bn_insert_cli.app import app
 
@@ -204,7 +204,9 @@ def look_at_run(case: Case, folder: Path) -> str:
         state = load_state(run / STATE)
         if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
             raise WrongError(f"{STATE} tells of files that are not there: {missing}")
-        return f"complete, {found[LAST]}" if state.epoch else "complete"
+        if case.before and str(state.settings["lr"]) == case.before[-1]:
+            return "old run, still to be resumed"
+        return f"complete, {found[LAST]}" if state.progress.epoch else "complete"
     return "each file whole, not yet all" if found else "absent"
 
 

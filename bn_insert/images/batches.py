@@ -1,4 +1,4 @@
-"""A set of images as batches that come out the same in every pass."""
+"""A set of images as batches that are the same in every pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """Images as the network takes them, and where each is from; the first value is the input, as in a DataLoader's.
+    """Images as the network takes them, and the origin of each; the first value is the input, as from a DataLoader.
 
-    paths: one an image; a row of a tensor file is written FILE[row].
+    Args:
+        images: The images.
+        paths: One path per image; a row of a tensor file is written FILE[row].
     """
 
     images: Float32[Tensor, "images channels height width"]
@@ -28,57 +30,65 @@ class Batch(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A file that was skipped, and why."""
+    """A file that was skipped, and the reason."""
 
     path: Path
     reason: str
 
 
 class Batches(ABC):
-    """Images in batches; every pass over them gives the same ones in the same order."""
+    """Images in batches; every pass over them yields the same batches in the same order."""
 
     @property
     @abstractmethod
     def images(self) -> int:
-        """Number of images, those included that turn out to be unreadable."""
+        """Number of images, including those that turn out to be unreadable."""
 
     @property
     @abstractmethod
     def unreadable(self) -> list[Unreadable]:
-        """Files that the passes so far had to skip, each named once."""
+        """Files that were skipped in the passes so far, each listed once."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """Give the batches; none is empty, and one with unreadable files has fewer images than the others."""
+        """Yield the batches; none is empty, and one with unreadable files has fewer images than the others."""
 
     @abstractmethod
     def head(self, count: int) -> Batches:
-        """Return the first `count` images that can be read (all where there are fewer) as a set of their own."""
+        """Return the first `count` readable images (all of them if there are fewer) as a new set."""
 
     @abstractmethod
     def part(self, rank: int, ranks: int) -> Batches:
-        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+        """Return the share of one of several processes, every ranks-th whole batch, as a new set."""
 
     @abstractmethod
     def with_pinned_memory(self) -> Batches:
-        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+        """Return the same images in page-locked memory, which a GPU can copy from while it computes."""
 
     @abstractmethod
     def sample(self, count: int | None, seed: int) -> Batches:
-        """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
+        """Return `count` images (None: all) drawn as by the function `sample`, as a new set."""
 
 
 def dealt(items: Sequence[T], batch_size: int, rank: int, ranks: int) -> list[T]:
-    """Return the items of every ranks-th batch, from number `rank` on: whole batches, none twice and none left out."""
+    """Return the items of every ranks-th batch, starting with number `rank`: whole batches, each given to one rank."""
     starts = range(rank * batch_size, len(items), ranks * batch_size)
     return [item for start in starts for item in items[start : start + batch_size]]
 
 
 def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
-    """Return `count` of the items, drawn at random without replacement; all of them, shuffled, where there are fewer.
+    """Return `count` of the items, drawn at random without replacement; all of them, shuffled, if there are fewer.
 
-    The draw depends on seed, position and number of items alone, in every version of Python, and a smaller count gives
-    the beginning of a larger one.  No global random state is touched.  Raises ImageError for a count below 1.
+    The draw depends only on the seed and on the number of items, in every version of Python, and a smaller count draws
+    the beginning of a larger one. No global random state is touched.
+
+    Args:
+        items: What to draw from.
+        count: How many to draw; None draws all of them.
+        seed: Seed of the draw.
+
+    Raises:
+        ImageError: For a count below 1.
     """
     check_at_least(1, images=count)
     generator = random.Random(seed)
@@ -87,12 +97,12 @@ def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise ImageError that names the first option below `least`."""
+    """Raise ImageError naming the first option below `least`."""
     for name, value in options.items():
         if value is not None and value < least:
-            raise ImageError(f"{name} is {value}; give {least} or more")
+            raise ImageError(f"{name} is {value}; use {least} or more")
 
 
 def pinned(images: Tensor) -> Tensor:
-    """Return the images in page-locked memory; as they are without a GPU."""
+    """Return the images in page-locked memory; unchanged without a GPU."""
     return images.pin_memory() if torch.cuda.is_available() else images

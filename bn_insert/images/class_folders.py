@@ -1,4 +1,4 @@
-"""Labelled images: `train/` and `val/` with one folder a class, read in batches."""
+"""Labelled images: `train/` and `val/` with one folder per class, read in batches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ..errors import ImageError
-from .batches import Unreadable, check_at_least
-from .decoding import Chunk, decode
-from .files import MODES, find_images
+from .batches import Unreadable
+from .files import find_images
+from .reader import ImageReader
 from .transform import Transform
 
 _LAYOUT = "the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"
 
 
 class LabelledImage(NamedTuple):
-    """An image file, and the position of its class among the classes."""
+    """An image file, and the index of its class."""
 
     path: Path
     label: int
 
 
 class LabelledBatch(NamedTuple):
-    """Images as the network takes them, and the position of each one's class."""
+    """Images as the network takes them, and the index of each one's class."""
 
     images: Float32[Tensor, "images channels height width"]
     labels: Int64[Tensor, " images"]
@@ -38,23 +38,31 @@ class LabelledBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ClassFolders:
-    """The images of a folder with `train/` and `val/`; `open_class_folders` makes one.
+    """The images of a folder with `train/` and `val/`; created by `open_class_folders`.
 
-    classes: names of the folders in `train/`, sorted: the outputs of a network trained on them, in this order.
+    Args:
+        folder: The folder that holds `train/` and `val/`.
+        classes: Names of the folders in `train/`, sorted: the outputs of a network trained on them, in this order.
+        train: Training images, sorted by class.
+        val: Validation images, sorted by class.
+        reader: How the files are decoded.
     """
 
     folder: Path
     classes: tuple[str, ...]
     train: tuple[LabelledImage, ...] = field(repr=False)
     val: tuple[LabelledImage, ...] = field(repr=False)
-    transform: Transform
-    channels: int
-    workers: int
+    reader: ImageReader
     _skipped: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
+    def transform(self) -> Transform:
+        """Preprocessing of every image."""
+        return self.reader.transform
+
+    @property
     def unreadable(self) -> list[Unreadable]:
-        """Files that had to be skipped so far, each named once."""
+        """Files that have been skipped so far, each listed once."""
         return [Unreadable(path, reason) for path, reason in self._skipped.items()]
 
     @property
@@ -64,56 +72,56 @@ class ClassFolders:
         return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
     def batches(self, images: Sequence[LabelledImage], size: int, *, full: bool = False) -> Iterator[LabelledBatch]:
-        """Give the images in batches of `size`, in their order.
+        """Yield images in batches, in their order.
 
-        A file that cannot be read is left out and listed in `unreadable`; with `full` another image of its batch takes
-        its place, so that batches have the size that their number of files says, whichever process reads them.
-        Raises ImageError when pictures in one batch differ in size, and with `full` when all of a batch are damaged.
+        A file that cannot be read is left out and listed in `unreadable`.
+
+        Args:
+            images: The images, some or all of `train` or `val`.
+            size: Files per batch.
+            full: Replace an unreadable image by another one of its batch, so that the size of a batch follows from
+                the number of files alone, in whichever process they are read.
+
+        Raises:
+            ImageError: When pictures in one batch differ in size, and with `full` when no image of a batch can be
+                read.
         """
         labels = dict(images)
-        workers = 0 if len(images) <= size else self.workers
-        paths = tuple(image.path for image in images)
-        decoding = decode(paths, self.transform, channels=self.channels, size=size, workers=workers, strict=False)
-        with closing(decoding):
-            for chunk in decoding:
-                self._note(chunk)
-                if chunk.pixels is None:
+        decoded = self.reader.read(tuple(image.path for image in images), size, self._skipped)
+        with closing(decoded):
+            for pixels, paths, unreadable in decoded:
+                if pixels is None:
                     if full:
-                        path, reason = chunk.unreadable[0]
-                        raise ImageError(
-                            f"none of the {len(chunk.unreadable)} images of a batch can be read; the first is {path}: "
-                            f"{reason}; mend or remove them"
-                        )
+                        raise _none_readable(unreadable)
                     continue
-                pixels = self.transform.normalize(torch.from_numpy(chunk.pixels))
-                targets = torch.tensor([labels[path] for path in chunk.paths])
-                if full and chunk.unreadable:
-                    rows = torch.arange(len(chunk.paths) + len(chunk.unreadable)) % len(chunk.paths)
-                    pixels, targets = pixels[rows], targets[rows]
-                yield LabelledBatch(pixels, targets)
-
-    def _note(self, chunk: Chunk) -> None:
-        if chunk.differing:
-            raise ImageError(f"pictures of one batch differ in size: {chunk.differing}; give a crop (--crop)")
-        for path, reason in chunk.unreadable:
-            self._skipped.setdefault(path, reason)
+                targets = torch.tensor([labels[path] for path in paths])
+                if full and unreadable:
+                    rows = torch.arange(len(paths) + len(unreadable)) % len(paths)
+                    yield LabelledBatch(pixels[rows], targets[rows])
+                else:
+                    yield LabelledBatch(pixels, targets)
 
 
 def open_class_folders(
     folder: str | Path, transform: Transform, *, channels: int = 3, workers: int = 0
 ) -> ClassFolders:
-    """Return the labelled images of a folder that has `train/` and `val/`, each with one folder a class.
+    """Return the labelled images of a folder that has `train/` and `val/`, each with one folder per class.
 
-    transform: the same for both, without random crops.  channels: what the network takes, 1 or 3.  workers: processes
-    that decode; 0 decodes in this one.  Hidden folders do not count; `val/` may lack classes that `train/` has.
-    Raises ImageError, naming the folder, when one is missing, when there are fewer than two classes, when `val/` has a
-    class that `train/` has not, and when a class has no image.
+    Hidden folders are ignored; `val/` may lack classes that `train/` has.
+
+    Args:
+        folder: The folder that holds `train/` and `val/`.
+        transform: Preprocessing of training and validation images alike, without random crops.
+        channels: Channels that the network takes, 1 or 3.
+        workers: Processes that decode; 0 decodes in this process.
+
+    Raises:
+        ImageError: Naming the folder, when one is missing, when there are fewer than two classes, when `val/` has a
+            class that `train/` does not have, when a class has no image, and when the name of a class cannot be
+            written as one line of UTF-8 text.
     """
     folder = Path(folder)
-    check_at_least(0, workers=workers)
-    if channels not in MODES:
-        raise ImageError(f"image files give 1 or 3 channels, but the network takes {channels}")
-    transform.check_channels(channels)
+    reader = ImageReader(transform, channels, workers)
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "does not exist"
         raise ImageError(f"{folder} {fault}; {_LAYOUT}")
@@ -122,14 +130,15 @@ def open_class_folders(
             raise ImageError(f"{folder} has no folder {name}/; {_LAYOUT}")
     classes = _classes(folder / "train")
     if len(classes) < 2:
-        raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, and 2 are the least; {_LAYOUT}")
+        raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, but at least 2 are needed; {_LAYOUT}")
     in_val = _classes(folder / "val")
     if not in_val:
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")
     if unknown := [name for name in in_val if name not in classes]:
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ImageError(
-            f"{folder / 'val'} has classes that {folder / 'train'} has not: {shown}; give the folders the same names"
+            f"{folder / 'val'} has classes that {folder / 'train'} does not have: {shown}; use the same folder names "
+            "in both"
         )
     train, val = (
         tuple(
@@ -140,11 +149,38 @@ def open_class_folders(
         )
         for part, present in (("train", classes), ("val", in_val))
     )
-    return ClassFolders(folder, tuple(classes), train, val, transform, channels, workers)
+    return ClassFolders(folder, tuple(classes), train, val, reader)
 
 
 def _classes(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        raise ImageError(f"cannot read the folder {folder}: {error.strerror}; mend or remove it") from error
+        raise ImageError(
+            f"cannot read the folder {folder}: {error.strerror}; fix its permissions or remove it"
+        ) from error
+    for name in names:
+        _check_class_name(name, folder)
+    return names
+
+
+def _check_class_name(name: str, folder: Path) -> None:
+    """Raise ImageError for a name that cannot be a line of a text file: results list the classes one per line."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        fault = "is not valid UTF-8"
+    else:
+        if name.splitlines() == [name]:
+            return
+        fault = "contains a line break"
+    # !a escapes what a terminal could not print or would obey.
+    raise ImageError(f"the name of the class folder {name!a} in {folder} {fault}; rename the folder")
+
+
+def _none_readable(unreadable: Sequence[Unreadable]) -> ImageError:
+    path, reason = unreadable[0]
+    return ImageError(
+        f"none of the {len(unreadable)} images of a batch can be read; the first is {path}: {reason}; repair or "
+        "remove these files"
+    )

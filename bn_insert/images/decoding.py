@@ -1,4 +1,4 @@
-"""Decode image files, batch after batch, in this process or in others."""
+"""Decode image files, batch by batch, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from .transform import Transform
 
 
 class Chunk(NamedTuple):
-    """What became of one batch of files; `pixels` are None when none could be read or when sizes differ."""
+    """The result of decoding one batch of files.
+
+    Args:
+        pixels: The pictures; None when no file can be read, and when sizes differ.
+        paths: The files that were read.
+        unreadable: The files that cannot be read.
+        differing: Two pictures that differ in size, as a phrase; empty when all are alike.
+    """
 
     pixels: UInt8[np.ndarray, "images channels height width"] | None
     paths: tuple[Path, ...]
@@ -35,26 +42,33 @@ class Chunk(NamedTuple):
 def decode(
     paths: tuple[Path, ...], transform: Transform, *, channels: int, size: int, workers: int, strict: bool
 ) -> Generator[Chunk, None, None]:
-    """Give what became of the files, `size` at a time and in their order.
+    """Yield the decoded files, `size` at a time and in their order; PyTorch's random state is left alone.
 
-    channels: 1 or 3, what every picture is converted to.  workers: number of processes that decode; 0 decodes in this
-    one.  strict: end a chunk at the first file that cannot be read.  PyTorch's random state is left alone.  Raises
-    ImageError when a process is killed.
+    Args:
+        paths: The files.
+        transform: Preprocessing; of it resizing and cropping are done here.
+        channels: 1 or 3; every picture is converted to grey or RGB.
+        size: Files per chunk.
+        workers: Processes that decode; 0 decodes in this process.
+        strict: End a chunk at the first unreadable file.
+
+    Raises:
+        ImageError: When a worker process is killed.
     """
     chunks = _Chunks(paths, size, transform, channels, strict)
     if workers == 0:
         yield from map(chunks.__getitem__, range(len(chunks)))
         return
     with warnings.catch_warnings():
-        # About more workers than cores, and about forking a process with threads, as PyTorch's loader always does.
+        # More workers than cores, and forking a process with threads, as PyTorch's loader always does.
         warnings.simplefilter("ignore")
         loader = DataLoader(
             chunks,
             batch_size=None,
             num_workers=min(workers, len(chunks)),
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # otherwise it would draw from the global one
         )
         with _signals_held_back():
             decoded = iter(loader)
@@ -62,16 +76,16 @@ def decode(
         yield from decoded
     except RuntimeError as error:
         raise ImageError(
-            f"a process that decodes images ended early, perhaps for want of memory ({error}); give fewer workers"
+            f"a process that decodes images ended early, perhaps out of memory ({error}); use fewer workers (--workers)"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Chunks(Dataset[Chunk]):
-    """Files decoded chunk by chunk: what the worker processes work on.
+    """Files decoded chunk by chunk, in the worker processes.
 
-    Pixels travel as uint8, a fourth of what the input takes, and as NumPy arrays: tensors would travel in shared
-    memory, of which a Docker container has 64 MB, and are no faster.
+    Pixels are sent as uint8, a quarter of the size of the input, and as NumPy arrays: tensors would be sent through
+    shared memory, of which a Docker container has 64 MB, and are no faster.
     """
 
     paths: tuple[Path, ...]
@@ -98,13 +112,13 @@ class _Chunks(Dataset[Chunk]):
         differing = _differing(paths, pixels)
         if differing or not pixels:
             return Chunk(None, tuple(paths), tuple(unreadable), differing)
-        # Pillow's order of values is height, width, channels; without `out` stack would keep it.
+        # Pillow's memory order is height, width, channels; without `out` stack would keep it.
         batch = np.stack(pixels, out=np.empty((len(pixels), *pixels[0].shape), np.uint8))
         return Chunk(batch, tuple(paths), tuple(unreadable))
 
 
 def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channels _ _"]]) -> str:
-    """Name the first picture and the first that differs from it in size; empty when all are alike."""
+    """Return the first picture and the first that differs from it in size, as a phrase; empty when all are alike."""
     other = next((number for number, each in enumerate(pixels) if each.shape != pixels[0].shape), None)
     if other is None:
         return ""
@@ -117,7 +131,7 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Let no signal end a worker process before it has begun; this one gets its own a moment later."""
+    """Keep signals from ending a worker process before it has started; this process receives its own a moment later."""
     if sys.platform == "win32":
         yield
         return
@@ -130,8 +144,8 @@ def _signals_held_back() -> Iterator[None]:
 
 def _begin_worker(_number: int) -> None:
     torch.set_num_threads(1)
-    # Signals to a whole process group (Ctrl-C, what schedulers send) are for the main process, which ends the workers
-    # when its results are whole: a worker that dies of one would end it with a traceback of PyTorch's.
+    # Signals to a whole process group (Ctrl-C, or from a scheduler) are for the main process, which ends the workers
+    # when its results are complete: a worker that dies of one would end it with a traceback from PyTorch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         os.setpgrp()
@@ -140,5 +154,5 @@ def _begin_worker(_number: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _as_it_is(chunk: Any) -> Any:
+def _unchanged(chunk: Any) -> Any:
     return chunk

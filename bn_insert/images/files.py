@@ -1,4 +1,4 @@
-"""Find the image files of a folder, and read one into pixels."""
+"""The image files of a folder, and the pixels of one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..errors import ImageError
 from .batches import Unreadable
 from .transform import Transform
 
-# What Pillow may take a file for. It goes by a file's content, whatever the suffix, and without this list would hand
-# PostScript in a file named .jpg to Ghostscript.
+# The formats that Pillow may recognize. It goes by the content of a file, not by its suffix, and without this list
+# would pass PostScript in a file named .jpg to Ghostscript.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -32,24 +32,26 @@ _SUFFIXES = {
 }
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes))
 
-# Pillow's names for what a picture becomes, by the number of channels that the network takes.
+# Pillow's name for the mode that a picture is converted to, by the number of channels that the network takes.
 MODES = {1: "L", 3: "RGB"}
 
-# Without a handler Python prints what Pillow logs about damaged files; a program that has handlers still gets it.
+# Without a handler Python prints what Pillow logs about damaged files; a program's own handlers still receive it.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, whether these stand for classes or not, sorted.
+    """Return the image files in a folder and its subfolders, sorted; subfolders may be classes or anything else.
 
-    Files count by their suffix, in capitals or not; hidden files and folders do not.  Links are followed, and a folder
-    that can be reached in several ways counts once.  Raises ImageError when there is no such folder, when it or a
-    subfolder cannot be read, and when no image is in it.
+    Files are recognized by their suffix, in upper or lower case; hidden files and folders are ignored. Links are
+    followed, and a folder that can be reached in several ways is searched once.
+
+    Raises:
+        ImageError: When there is no such folder, when it or a subfolder cannot be read, and when it holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {fault}; give a folder that holds images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ImageError(f"{folder} {fault}; pass a folder of images ({', '.join(IMAGE_SUFFIXES)})")
     files = list(_visible_files(folder))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
@@ -61,40 +63,43 @@ def find_images(folder: str | Path) -> list[Path]:
 def read_pixels(
     path: Path, transform: Transform, channels: int
 ) -> UInt8[np.ndarray, "channels height width"] | Unreadable:
-    """Return the pixels of an image file, resized and cropped; or, when that fails in any way, why.
+    """Return the pixels of an image file, resized and cropped; if that fails in any way, the reason.
 
-    Nothing is printed, and no warning gets out: one on a decompression bomb makes the file unreadable.
+    Nothing is printed and no warning is emitted; a warning of a decompression bomb makes the file unreadable.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return transform.pixels(read_image(path, channels))
-    except Exception as error:  # noqa: BLE001 - on a damaged file the codecs raise anything
+    except Exception as error:  # noqa: BLE001 - on a damaged file the codecs may raise anything
         return Unreadable(path, _reason(error))
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
-    """Return the first frame of an image file as RGB (3 channels) or grey (1 channel), turned as its EXIF says.
+    """Return the first frame of an image file as RGB (3 channels) or grey (1 channel), rotated as its EXIF data says.
 
-    Modes are converted as Pillow's `convert` does: palettes are looked up, CMYK is converted without its colour
-    profile, transparency is dropped, and what colour lies under it comes to light.  Of 16-bit values the high byte is
-    taken, as Pillow itself does for 16-bit colour.  Raises what Pillow raises, and ImageError for values without a
-    known range.
+    Modes are converted as by Pillow's `convert`: palettes are looked up, CMYK is converted without its colour profile,
+    and transparency is dropped, which reveals the colour under it. Of 16-bit values the high byte is used, as Pillow
+    itself does for 16-bit colour.
+
+    Raises:
+        ImageError: For an empty file, and for values whose range is not known.
+        Exception: Whatever Pillow raises.
     """
-    # Read as a whole: Pillow then decodes a JPEG of 80 kB in 0.8 of the time, and no file stays open.
+    # Read at once: Pillow then decodes a JPEG of 80 kB in 0.8 of the time, and no file stays open.
     content = path.read_bytes()
     if not content:
         raise ImageError("the file is empty")
     Image.init()
     with Image.open(io.BytesIO(content), formats=[name for name in _SUFFIXES if name in Image.OPEN]) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        whole = _eight_bit(image) if image.mode[0] in "IF" else image
-        return whole if whole.mode == MODES[channels] else whole.convert(MODES[channels])
+        eight_bit = _eight_bit(image) if image.mode[0] in "IF" else image
+        return eight_bit if eight_bit.mode == MODES[channels] else eight_bit.convert(MODES[channels])
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Return a picture of mode I;16, I or F as grey; `convert` would set everything above 255 to white."""
+    """Return a picture of mode I;16, I or F as grey; `convert` would turn everything above 255 white."""
     if image.mode == "F":
         raise ImageError("its pixels are floating-point numbers, whose range is not known")
     values = np.asarray(image)
@@ -105,7 +110,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image of a format that can be read"  # Pillow's text gives the address of the buffer
+        return "not an image in a supported format"  # Pillow's text has the address of the buffer
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -121,7 +126,9 @@ def _visible_files(folder: Path) -> Iterator[Path]:
             with os.scandir(current) as listing:
                 entries = sorted((entry for entry in listing if entry.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
-            raise ImageError(f"cannot read the folder {current}: {error.strerror}; mend or remove it") from error
+            raise ImageError(
+                f"cannot read the folder {current}: {error.strerror}; fix its permissions or remove it"
+            ) from error
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -129,7 +136,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
             path = Path(entry.path)
             if _is_folder(entry):
                 waiting.append(path)
-            # A link into nowhere counts, so that it is reported; a pipe, on which reading would wait, does not.
+            # A dangling link is listed, so that it is reported; a pipe is not, because reading it would block.
             elif path.is_file() or not path.exists():
                 yield path
 
@@ -137,5 +144,5 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False

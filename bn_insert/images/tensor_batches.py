@@ -1,4 +1,4 @@
-"""Images that stand ready in a tensor file: .pt, .pth, .npy or .safetensors."""
+"""Preprocessed images in a tensor file: .pt, .pth, .npy or .safetensors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 def tensor_batches(
     path: str | Path, *, batch_size: int = 32, channels: int | None = None, pin_memory: bool = False
 ) -> TensorBatches:
-    """Return the images of a tensor file, N x C x H x W, as batches; their values are taken as they are.
+    """Return the images of a tensor file, N x C x H x W, as batches; their values are used unchanged.
 
-    path: a .pt or .pth file (read with weights_only=True) that holds a tensor, or a dict with exactly one; a .npy file
-    (without pickles); a .safetensors file with one tensor.  It is mapped, not loaded, so it may be larger than memory.
-    Every real dtype becomes float32 without scaling: uint8 pixels come out as 0..255, float64 is rounded.
-    channels: what the network takes; None accepts any number.
+    Every real dtype becomes float32 without scaling: uint8 pixels stay 0..255, and float64 is rounded. The file is
+    mapped into memory, not loaded, so that it may be larger than memory.
 
-    Raises ImageError that names the file and the shape found: for another shape, no images, another number of channels,
-    a file that is damaged or would run code when read; and, during a pass, for NaN or Inf.
+    Args:
+        path: A .pt or .pth file (read with weights_only=True) that holds a tensor, or a dict with exactly one; a .npy
+            file without pickles; or a .safetensors file with one tensor.
+        batch_size: Images per batch.
+        channels: Channels that the network takes; None accepts any number.
+        pin_memory: Put batches into page-locked memory where there is a GPU.
+
+    Raises:
+        ImageError: Naming the file and its shape, for any other shape, no images, another number of channels, and a
+            file that is damaged or would run code when read; during a pass, for NaN or Inf.
     """
     check_at_least(1, batch_size=batch_size)
     values = read_tensor(Path(path))
@@ -44,7 +50,15 @@ def tensor_batches(
 
 @dataclass(frozen=True, eq=False)
 class TensorBatches(Batches):
-    """Rows of a tensor file as batches; `tensor_batches` makes one."""
+    """Rows of a tensor file as batches; created by `tensor_batches`.
+
+    Args:
+        path: The file.
+        values: Its tensor, of any real dtype, mapped where the format allows.
+        rows: Which rows to read, in the order of the batches.
+        batch_size: Rows per batch.
+        pin_memory: Put batches into page-locked memory where there is a GPU.
+    """
 
     path: Path
     values: Shaped[Tensor, "rows channels height width"] = field(repr=False)
@@ -59,35 +73,39 @@ class TensorBatches(Batches):
 
     @property
     def unreadable(self) -> list[Unreadable]:
-        """Always empty: a tensor file is readable as a whole or not at all."""
+        """Always empty: a tensor file can be read completely or not at all."""
         return []
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give the batches. Raises ImageError that names the first value that is NaN or Inf in float32."""
+        """Yield the batches.
+
+        Raises:
+            ImageError: Naming the first value that is NaN or Inf in float32.
+        """
         for start in range(0, len(self.rows), self.batch_size):
             rows = self.rows[start : start + self.batch_size]
-            # Row by row, because indexing with a list is missing for some dtypes; and a copy, because a consumer may
-            # work in place.
+            # Row by row, because some dtypes cannot be indexed with a list; and a copy, because a consumer may work in
+            # place.
             images = torch.stack([self.values[row].to(torch.float32) for row in rows]).contiguous()
             self._check_finite(images, rows)
             paths = tuple(Path(f"{self.path}[{row}]") for row in rows)
             yield Batch(pinned(images) if self.pin_memory else images, paths)
 
     def head(self, count: int) -> TensorBatches:
-        """Return the first `count` images (all where there are fewer) as a set of their own."""
+        """Return the first `count` images (all of them if there are fewer) as a new set."""
         check_at_least(1, images=count)
         return replace(self, rows=self.rows[:count])
 
     def part(self, rank: int, ranks: int) -> TensorBatches:
-        """Return the share of one of several processes: every ranks-th whole batch, as a set of their own."""
+        """Return the share of one of several processes, every ranks-th whole batch, as a new set."""
         return replace(self, rows=dealt(self.rows, self.batch_size, rank, ranks))
 
     def with_pinned_memory(self) -> TensorBatches:
-        """Return the same images in page-locked memory, from which a GPU copies while it computes."""
+        """Return the same images in page-locked memory, which a GPU can copy from while it computes."""
         return replace(self, pin_memory=True)
 
     def sample(self, count: int | None, seed: int) -> TensorBatches:
-        """Return `count` images (None: all) drawn as by the function `sample`, as a set of their own."""
+        """Return `count` images (None: all) drawn as by the function `sample`, as a new set."""
         return replace(self, rows=sample(self.rows, count, seed))
 
     def _check_finite(self, images: Float32[Tensor, "rows channels height width"], rows: Sequence[int]) -> None:
@@ -98,20 +116,21 @@ class TensorBatches(Batches):
         index = ", ".join(map(str, [rows[place[0]], *place[1:]]))
         raise ImageError(
             f"{self.path} ({_shape(self.values)}) holds {float(images[tuple(place)])} at [{index}] (in float32); "
-            "mend that image or leave it out"
+            "repair or remove that image"
         )
 
 
 def read_tensor(path: Path) -> Tensor:
-    """Return the one tensor of a file, mapped into memory where its format allows.
+    """Return the one tensor of a file, mapped into memory where its format allows; no code from the file is run.
 
-    Nothing in the file is run.  Raises ImageError for a file that cannot be read or holds not exactly one tensor.
+    Raises:
+        ImageError: For a file that cannot be read or does not hold exactly one tensor.
     """
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower(), _read_torch)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch has to say on old formats is of no use to the reader here
+            warnings.simplefilter("ignore")  # those about old formats do not help the user here
             tensor = reader(path)
     except ImageError:
         raise
@@ -120,14 +139,14 @@ def read_tensor(path: Path) -> Tensor:
     except pickle.UnpicklingError as error:
         raise ImageError(
             f"{path} is damaged, or holds more than a tensor: reading it could run code, so it was not read; "
-            "save the tensor alone, as torch.save(tensor, path)"
+            "save only the tensor, with torch.save(tensor, path)"
         ) from error
-    except Exception as error:  # a damaged file makes the readers raise anything
-        # The text of a KeyError and its like is the bare key, which says nothing.
+    except Exception as error:  # on a damaged file the readers may raise anything
+        # The text of a KeyError is the bare key, which explains nothing.
         text = str(error) if " " in str(error) else type(error).__name__
         reason = printable(" ".join(text.splitlines()[0].split()))[:200]
         raise ImageError(
-            f"{path} is damaged, or no {path.suffix} file ({reason}); write it again, as torch.save(tensor, path)"
+            f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save(tensor, path)"
         ) from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
@@ -140,8 +159,8 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    # Unlike np.load it takes nothing but .npy, and has no way to a pickle. Copy on write ("c"), because PyTorch makes
-    # tensors from a read-only array only under protest.
+    # Unlike np.load this reads only .npy, and never a pickle. Copy on write ("c"), because PyTorch warns when a tensor
+    # is made from a read-only array.
     array = np.lib.format.open_memmap(path, mode="c")
     return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
 
@@ -163,23 +182,23 @@ def _read_torch(path: Path) -> Tensor:
             raise _not_one_tensor(path, list(tensors))
         content = next(iter(tensors.values()))
     if not isinstance(content, Tensor):
-        raise ImageError(f"{path} holds {type(content).__name__}, not a tensor; save the tensor alone")
+        raise ImageError(f"{path} holds {type(content).__name__}, not a tensor; save only the tensor")
     return content.detach()
 
 
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
     shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
     found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
-    return ImageError(f"{path} holds {len(names)} tensors{found}; save the one with the images alone")
+    return ImageError(f"{path} holds {len(names)} tensors{found}; save only the one with the images")
 
 
 def _check_shape(path: Path, values: Tensor, channels: int | None) -> None:
     found = f"{path} has the shape {_shape(values)}"
     if values.ndim != 4:
         way_out = "; save one image as image[None]" if values.ndim == 3 else ""
-        raise ImageError(f"{found}, but N x C x H x W is needed{way_out}")
+        raise ImageError(f"{found}, but N x C x H x W is expected{way_out}")
     if values.numel() == 0:
-        raise ImageError(f"{found}: it holds no image")
+        raise ImageError(f"{found}: it holds no images")
     if channels is not None and values.shape[1] != channels:
         way_out = "; save tensor.permute(0, 3, 1, 2)" if values.shape[3] == channels else ""
         raise ImageError(f"{found}, N x C x H x W, but the network takes C = {channels}{way_out}")

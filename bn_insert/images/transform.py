@@ -1,4 +1,4 @@
-"""What happens to a picture before the network sees it: resize, crop, scale to 0..1, normalise."""
+"""Preprocessing of a picture: resize, crop, scale to 0..1, normalize."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from torch import Tensor
 
 from ..errors import ImageError
 
-# Pillow's limit against decompression bombs looks at what a file holds, these at what resizing and padding make of it:
-# a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
+# Pillow's limit against decompression bombs applies to the size in the file, these to the size after resizing and
+# padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
 _LONGEST_SIDE = 1 << 14
 _MOST_PIXELS = _LONGEST_SIDE**2
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, centre crop, scaling to 0..1 and normalisation; the defaults are torchvision's for its ImageNet VGGs.
-
-    resize: pixels of the shorter side, bilinear with antialias; None leaves the size.
-    crop: pixels of the square cut from the centre, filled up with black where the picture is smaller; None: no crop.
-    mean, std: subtracted from, and dividing, the values in 0..1; one value for all channels, or one a channel.
+    """Resize, center crop, scaling to 0..1 and normalization; the defaults are torchvision's for its ImageNet VGGs.
 
     On a Pillow image the result equals `torchvision.models.VGG16_Weights.IMAGENET1K_V1.transforms()` bit for bit.
-    Raises ImageError for sizes below 1 or over 16384, a std that is not positive, and numbers of values that do not
-    match.
 
-    >>> Transform(resize=None, crop=48, mean=(0.5,), std=(0.5,))(Image.new("RGB", (48, 48))).unique()
-    tensor([-1.])
+    Args:
+        resize: Length of the shorter side in pixels, bilinear with antialiasing; None keeps the size.
+        crop: Side of the square cut from the center in pixels, padded with black where the picture is smaller; None
+            does not crop.
+        mean: Subtracted from the values in 0..1; one value for all channels, or one per channel.
+        std: Divides them then; one value for all channels, or one per channel.
+
+    Raises:
+        ImageError: For sizes below 1 or above 16384, a std that is not positive, and numbers of values that do not
+            match.
+
+    Examples:
+        >>> Transform(resize=None, crop=48, mean=(0.5,), std=(0.5,))(Image.new("RGB", (48, 48))).unique()
+        tensor([-1.])
     """
 
     resize: int | None = 256
@@ -42,28 +48,33 @@ class Transform:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        """Check the values, so that no picture has to be read to find a mistake."""
+        """Check the values before any picture is read."""
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and not 1 <= size <= _LONGEST_SIDE:
-                raise ImageError(f"{name} is {size}; give 1 to {_LONGEST_SIDE} pixels, or leave it out")
+                raise ImageError(f"{name} is {size}; use 1 to {_LONGEST_SIDE} pixels, or leave it out")
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         if not len(mean) or not mean.isfinite().all():
-            raise ImageError(f"mean is {self.mean}; give one finite value for all channels, or one a channel")
+            raise ImageError(f"mean is {self.mean}; use one finite value for all channels, or one per channel")
         if not len(std) or not (std.isfinite() & (std > 0)).all():
-            raise ImageError(f"std is {self.std}; give one value above 0 for all channels, or one a channel")
+            raise ImageError(f"std is {self.std}; use one value above 0 for all channels, or one per channel")
         if len({len(self.mean), len(self.std)} - {1}) > 1:
-            raise ImageError(f"mean has {len(self.mean)} values and std {len(self.std)}; give both one value a channel")
+            raise ImageError(f"mean has {len(self.mean)} values and std {len(self.std)}; use one per channel for both")
 
     def __call__(self, image: Image.Image) -> Float32[Tensor, "channels height width"]:
-        """Return the network's input for one picture of mode RGB or L. Raises ImageError as `pixels` does."""
+        """Return the network's input for one picture of mode RGB or L.
+
+        Raises:
+            ImageError: For the reasons of `pixels` and `check_channels`.
+        """
         self.check_channels(len(image.getbands()))
         pixels = torch.from_numpy(self.pixels(image)).contiguous()
         return self.normalize(pixels)
 
     def pixels(self, image: Image.Image) -> UInt8[np.ndarray, "channels height width"]:
-        """Return the resized and cropped pixels of a picture of mode RGB or L, 0..255, not yet normalised.
+        """Return the resized and cropped pixels of a picture of mode RGB or L, 0..255, not yet normalized.
 
-        Raises ImageError when resizing a very long and thin picture would take gigabytes.
+        Raises:
+            ImageError: When resizing a very long and thin picture would take gigabytes.
         """
         if self.resize is not None:
             image = _resized(image, self.resize)
@@ -77,35 +88,39 @@ class Transform:
     def normalize(
         self, pixels: UInt8[Tensor, "*images channels height width"]
     ) -> Float32[Tensor, "*images channels height width"]:
-        """Return pixels of 0..255 scaled to 0..1, less the mean, divided by std."""
-        # The order of torchvision's preset: with other formulas the last bit differs.
+        """Return pixels of 0..255 scaled to 0..1, minus the mean, divided by std."""
+        # The order of operations of torchvision's preset: with any other the last bit differs.
         mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def check_channels(self, channels: int) -> None:
-        """Raise ImageError when mean or std have neither one value nor one for each of the channels."""
+        """Raise ImageError unless mean and std each have one value, or one per channel."""
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ImageError(
                     f"{name} has {len(values)} values, but the network takes {channels} channel"
-                    f"{'s' * (channels > 1)}; give 1{f' or {channels}' * (channels > 1)} (--{name})"
+                    f"{'s' * (channels > 1)}; use 1{f' or {channels}' * (channels > 1)} (--{name})"
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as JSON holds them."""
+        """Return the values as JSON can hold them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> Transform:
-        """Return the transform that `to_dict` described. Raises ImageError for anything else."""
+        """Return the transform that `to_dict` described.
+
+        Raises:
+            ImageError: For anything else.
+        """
         if not isinstance(values, Mapping) or set(values) != {"resize", "crop", "mean", "std"}:
             raise ImageError(f"a transform has the keys resize, crop, mean and std, but this has {_keys(values)}")
         for name in ("resize", "crop"):
             if values[name] is not None and type(values[name]) is not int:
-                raise ImageError(f"{name} of a transform is {values[name]!r}; it has to be a whole number or null")
+                raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a whole number or null")
         for name in ("mean", "std"):
             if not isinstance(values[name], Sequence) or not all(map(_is_number, values[name])):
-                raise ImageError(f"{name} of a transform is {values[name]!r}; it has to be a list of numbers")
+                raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a list of numbers")
         mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
         return cls(values["resize"], values["crop"], mean, std)
 
@@ -122,7 +137,7 @@ def _resized(image: Image.Image, shorter: int) -> Image.Image:
 
 
 def _offset(side: int, crop: int) -> int:
-    """Return where a centred crop begins; torchvision rounds differently where it has to pad."""
+    """Return where a center crop starts; torchvision rounds differently where it pads."""
     return -((crop - side) // 2) if crop > side else round((side - crop) / 2)
 
 
@@ -131,5 +146,5 @@ def _keys(values: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    # JSON knows integers that no float can hold.
+    # JSON allows integers that no float can hold.
     return type(value) is float or (type(value) is int and abs(value) < 1 << 64)

@@ -6,3 +6,8 @@ from __future__ import annotations
 def printable(text: object) -> str:
     """Return text with control characters replaced by "?": those from an untrusted file could control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s unless the number is one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..graph.layers import Kind, layer_kind
 from ..graph.sites import Site
+from ..support.text import counted
 from .splice import splice_behind, take_out
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -35,6 +36,11 @@ class InsertedBatchNorms:
     """BatchNorm layers were inserted at these sites."""
 
     sites: tuple[Site, ...]
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"{counted(len(self.sites), 'BatchNorm layer')} inserted"
 
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network; new tensors are on the meta device."""
@@ -66,6 +72,11 @@ class FoldedBatchNorms:
     norms: Mapping[str, bool]
     biases: tuple[str, ...] = ()
 
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"{counted(len(self.norms), 'BatchNorm layer')} folded"
+
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network."""
         for name in self.biases:
@@ -96,6 +107,11 @@ class ReplacedOutput:
 
     layer: str
     classes: int
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"output layer {self.layer} replaced, {self.classes} classes"
 
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network; new tensors are on the meta device."""

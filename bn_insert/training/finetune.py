@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from ..batchnorm.modes import freeze_batchnorm
-from ..errors import TrainingError
+from ..errors import DivergenceError, TrainingError
 from ..images.class_folders import ClassFolders
 from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, output_folder
 from ..support.processes import Ranks, on_every_rank
-from ..surgery.output_layer import output_layer, replace_output
-from .loop import RESULTS, STATE, StepMetrics, Training
-from .metrics import EpochMetrics
+from .classifier import Classifier
+from .loop import TrainingLoop
+from .metrics import EpochMetrics, StepMetrics
+from .preparation import make_optimizer, prepared_network
+from .progress import Progress
+from .results import STATE, RunFolder, results_in, run_facts
 from .settings import TrainingSettings
-from .state import load_state
-
-__all__ = ["FineTuning", "StepMetrics", "finetune"]
+from .state import TrainingState, load_state, random_state, run_data
+from .stopping import StopCheck
+from .training_set import TrainingSet
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What came of a run.  interrupted: it was stopped before its last epoch, and can be resumed."""
+    """The outcome of a run.
+
+    Args:
+        epochs: Metrics of all complete epochs, also of those before the run was resumed.
+        best: The first epoch with the highest validation accuracy; None before the first epoch is complete.
+        interrupted: Whether the run was stopped before its last epoch, so that it can be resumed.
+    """
 
     epochs: tuple[EpochMetrics, ...]
     best: EpochMetrics | None
@@ -51,106 +57,112 @@ def finetune(
     stop: Callable[[], bool] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> FineTuning:
-    """Train a copy of a classifier on labelled images, and write into a folder what comes of it.
+    """Train a copy of a classifier on labelled images, and write the results into a folder.
 
-    After each epoch BatchNorm's running statistics are estimated anew on training images (`settings.recalibrate`), the
-    network is validated, and these are written, each whole or not at all: metrics.csv, curves.png, last.pth, best.pth
-    when its validation accuracy is the highest so far, classes.txt, state.pth, from which a run can be resumed, and the
-    run's page report.html with its data, report.json.
+    After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
+    the network is validated, and these files are written, each of them whole or not at all: metrics.csv, curves.png,
+    last.pth, best.pth if its validation accuracy is the highest so far, classes.txt, state.pth, from which the run can
+    be resumed, and the report of the run, report.html, with its data, report.json.
 
-    The copy gets a new output layer where the model's outputs are not as many as the classes, float32 for half
-    precision, and the memory format channels_last.
-    output_dir: is made; one that holds results is refused unless `resume` or `overwrite` is given. The latter replaces
-        them, when this run's first results are there.
-    resume: go on from state.pth with the same settings and images; on a CPU that gives exactly the weights that an
-        uninterrupted run gives. Without results in the folder the run begins.
-    stop: asked after each step; True ends the run there, with state.pth and last.pth written. Statistics are not
-        re-estimated then: nobody who stops a run wants to wait.
-    facts: JSON-ready values that the report shows as they are: which checkpoint the model is from, say.
-    In a torch.distributed process group all ranks call it: batches are per rank, gradients are averaged by
-    DistributedDataParallel, and the first rank alone writes.
-    Each epoch's last batch is left out where it is one image and a BatchNorm would have to normalize by it.
-    Raises TrainingError for what cannot be trained or resumed as asked, DivergenceError when the loss is not finite
-    (files stay as they were after the last complete epoch), ImageError and CheckpointError.
+    The copy has float32 in place of half precision, the memory format channels_last, and a new output layer if the
+    model's does not have one output per class. An epoch's last batch is left out if it is a single image that a
+    BatchNorm would have to normalize by. PyTorch's random state is restored.
+
+    In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
+    DistributedDataParallel, and only the first rank writes.
+
+    Args:
+        model: The classifier; it is left unchanged.
+        images: Training and validation images, from `open_class_folders`.
+        output_dir: Output directory; created if missing. One that holds results is refused without `resume` or
+            `overwrite`.
+        settings: Settings of the run; None uses the defaults.
+        resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
+            an uninterrupted run. A run is started if the folder holds no results.
+        overwrite: Replace the results in the folder, as soon as this run has results.
+        device: Where to train.
+        on_step: Called after each step.
+        on_epoch: Called after each epoch.
+        stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
+            statistics are not re-estimated in that case, to stop without delay.
+        facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
+
+    Returns:
+        Metrics of the epochs, and whether the run was stopped.
+
+    Raises:
+        TrainingError: For what cannot be trained or resumed as requested, and for an output folder in which a result
+            cannot be written.
+        DivergenceError: When the loss is not finite; the files stay as they were after the last complete epoch.
+        ImageError: When images cannot be read.
+        CheckpointError: When state.pth cannot be read, or results cannot be written.
     """
-    settings = settings or TrainingSettings()
+    settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
     folder = Path(output_dir)
-    state_path = folder / STATE
-    ranks = Ranks.current()
-    begun = _results_in(folder)
-    if begun and not (resume or overwrite):
+    existing = results_in(folder)
+    _check_may_write(folder, existing, resume=resume, overwrite=overwrite)
+    with preserved_random_state():
+        # Each process has its own random sequence, for dropout.
+        torch.manual_seed(settings.seed * 1000 + ranks.rank)
+        network = prepared_network(model, settings, len(images.classes), device, ranks)
+        classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp)
+        training_set = TrainingSet.of(images, network, settings, ranks)
+        optimizer = make_optimizer(network, settings)
+        data = run_data(network, images, ranks)
+        facts = {**(facts or {}), **run_facts(network, images, device, ranks)}
+        results = RunFolder(folder, images, facts, replaced=() if resume else existing)
+        progress = Progress()
+        if resume and existing:
+            state = load_state(folder / STATE)
+            state.check_continues(settings, data, folder / STATE)
+            state.restore(network, optimizer, ranks, device)
+            progress = state.progress
+            del state  # it holds a second copy of the weights
+
+        def save(progress: Progress) -> None:
+            random = ranks.gathered(random_state(device))
+            state = TrainingState(
+                asdict(settings), data, progress, network.state_dict(), optimizer.state_dict(), random
+            )
+            _on_first_rank(lambda: results.write(network, state), ranks)
+
+        loop = TrainingLoop(
+            classifier,
+            optimizer,
+            training_set,
+            images,
+            settings,
+            ranks,
+            StopCheck(stop, ranks),
+            save,
+            on_step,
+            on_epoch,
+        )
+        ranks.wait()  # no rank looks into the folder after the first rank changes it
+        with ExitStack() as writing:
+            _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
+            if progress.just_improved:
+                _on_first_rank(lambda: results.restore_best(network), ranks)
+            try:
+                progress = loop.run(progress)
+            except DivergenceError as error:
+                raise DivergenceError(
+                    f"{error}: training diverged. Try a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), "
+                    f"or a network with BatchNorm (bn-insert insert); {results.kept}"
+                ) from error
+    return FineTuning(progress.history, progress.best, interrupted=progress.epoch < settings.epochs)
+
+
+def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:
+    if existing and not (resume or overwrite):
         raise TrainingError(
-            f"{folder} holds results already ({begun[0]}): go on with resume=True (--resume), replace them with "
+            f"{folder} already holds results ({existing[0]}): continue with resume=True (--resume), replace them with "
             "overwrite=True (--force), or choose another output folder"
         )
-    if resume and begun and not state_path.exists():
-        raise TrainingError(f"{folder} has no {STATE} to resume from; begin again with overwrite=True (--force)")
-    # Random state is the caller's; every process that trains has a sequence of its own for dropout.
-    with preserved_random_state():
-        torch.manual_seed(settings.seed * 1000 + ranks.rank)
-        network = _prepared(model, settings, images, torch.device(device), ranks)
-        training = Training(
-            network=network,
-            images=images,
-            folder=folder,
-            settings=settings,
-            device=torch.device(device),
-            ranks=ranks,
-            replaced=() if resume else begun,
-            on_step=on_step,
-            stop=stop,
-            facts=facts or {},
-        )
-        if resume and state_path.exists():
-            training.go_on_from(load_state(state_path))
-        ranks.wait()  # none has looked into the folder after the first changes it
-        with ExitStack() as results:
-            on_every_rank(lambda: results.enter_context(output_folder(folder)) if ranks.first else None)
-            finished = training.run(on_epoch)
-    state = training.state
-    return FineTuning(tuple(state.history), state.best, interrupted=not finished)
+    if resume and existing and STATE not in existing:
+        raise TrainingError(f"{folder} has no {STATE} to resume from; start again with overwrite=True (--force)")
 
 
-def _results_in(folder: Path) -> list[str]:
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is not a folder; choose another output folder")
-    return [name for name in RESULTS if (folder / name).exists()]
-
-
-def _prepared(
-    model: nn.Module, settings: TrainingSettings, images: ClassFolders, device: torch.device, ranks: Ranks
-) -> nn.Module:
-    """Return a copy of the model as it is to be trained, on its device."""
-    network = copy.deepcopy(model)
-    if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
-        network.float()  # small steps would be rounded away
-    if output_layer(network)[1].out_features != len(images.classes):
-        replace_output(network, len(images.classes))
-    if settings.dropout is not None:
-        layers = [module for module in network.modules() if isinstance(module, _DropoutNd)]
-        if not layers:
-            raise TrainingError(f"{type(model).__name__} has no dropout layer whose p could be {settings.dropout}")
-        for layer in layers:
-            layer.p = settings.dropout
-    network.to(device).to(memory_format=torch.channels_last)
-    if settings.sync_bn and device.type != "cuda":
-        raise TrainingError("sync_bn (--sync-bn) works on GPUs alone; leave it out")
-    if settings.sync_bn and ranks.count > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    freeze_batchnorm(network, settings.batchnorm)
-    if settings.freeze_features:
-        features = _part(network, "features")
-        _part(network, "classifier")
-        freeze_batchnorm(features, "freeze")
-        features.requires_grad_(requires_grad=False)
-    return network
-
-
-def _part(network: nn.Module, name: str) -> nn.Module:
-    part = getattr(network, name, None)
-    if not isinstance(part, nn.Module):
-        raise TrainingError(
-            f"freeze_features (--freeze-features) is for networks with features and classifier, and "
-            f"{type(network).__name__} has no {name}"
-        )
-    return part
+def _on_first_rank(work: Callable[[], None], ranks: Ranks) -> None:
+    """Run `work` on the first rank; all ranks raise if it fails, so that none waits for one whose disk is full."""
+    on_every_rank(lambda: work() if ranks.first else None)

@@ -1,4 +1,4 @@
-"""What each epoch of a training run gave: as values, as a table in a file, as a figure."""
+"""What each step and each epoch of a training run measured: as values, as a table in a file, as a figure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step of training; all numbers are counted from 1.
+
+    Args:
+        epoch: The epoch.
+        step: The step within it.
+        steps: Steps per epoch.
+        loss: Mean loss of the batch.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One epoch: losses are means over images, accuracies fractions of them.
+    """One epoch; losses are means over images, and accuracies fractions of them.
 
-    epoch: from 1.  step: steps since the beginning of the run.  lr: of the epoch's last step.  The training figures are
-    taken while the weights change, with dropout.  seconds: training, re-estimation and validation.
+    Args:
+        epoch: The epoch, from 1.
+        step: Steps since the start of the run.
+        lr: Learning rate of the epoch's last step.
+        train_loss: Mean loss on the training images, taken while the weights change, with dropout.
+        train_accuracy: Accuracy on the training images, taken likewise.
+        val_loss: Mean loss on the validation images after the epoch.
+        val_accuracy: Accuracy on the validation images after the epoch.
+        seconds: Duration of training, re-estimation and validation.
     """
 
     epoch: int
@@ -26,8 +51,20 @@ class EpochMetrics:
     seconds: float
 
 
+class Totals(NamedTuple):
+    """Sums over images: of their losses, of those classified correctly, and of the images themselves."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: float = 0.0
+
+    def plus(self, other: Totals) -> Totals:
+        """Return the sums over the images of both."""
+        return Totals(self.loss + other.loss, self.correct + other.correct, self.images + other.images)
+
+
 def write_metrics(epochs: Sequence[EpochMetrics], path: Path) -> None:
-    """Write the epochs as CSV, one line each."""
+    """Write the epochs as CSV, one per line."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
         table.writeheader()
@@ -36,8 +73,8 @@ def write_metrics(epochs: Sequence[EpochMetrics], path: Path) -> None:
 
 def write_curves(epochs: Sequence[EpochMetrics], path: Path) -> None:
     """Write a PNG with loss and accuracy over the epochs."""
-    # Without pyplot: no window system is asked for, and no global state is touched.
-    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second that only this function needs
+    # Without pyplot, which would look for a display and keep global state.
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes half a second, and only this function needs it
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)

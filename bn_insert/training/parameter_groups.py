@@ -1,4 +1,4 @@
-"""Which parameters an optimizer shrinks by weight decay, and which it leaves alone."""
+"""Parameters with and without weight decay."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer: weight decay on weights, none on biases and normalizations.
 
-    After an insertion gamma carries the pretrained scale of a layer: decay would shrink the layer's outputs.
+    After an insertion gamma carries the pretrained scale of a layer, and decay would shrink the layer's outputs.
 
-    Every parameter that requires a gradient is in exactly one group, in the model's order, and one that does not is in
-    none: freeze first. A group without parameters is left out.
-    norm_weight_decay: for gamma and beta of BatchNorm and of the other normalizations.
-    Raises TrainingError when the model has nothing to train, and for a decay below 0.
+    Every parameter that requires a gradient is in exactly one group, in the model's order; the others are in none, so
+    freeze first. Groups without parameters are left out.
 
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-    >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(model, 1e-4)]
-    [(1, 0.0001), (2, 0.0), (1, 0.0)]
+    Args:
+        model: The model to be trained.
+        weight_decay: Weight decay of weights, 0 or more.
+        norm_weight_decay: Weight decay of gamma and beta of BatchNorm and of the other normalizations, 0 or more.
+
+    Returns:
+        Dicts with the keys "params" and "weight_decay".
+
+    Raises:
+        TrainingError: For a model without trainable parameters, and for a negative decay.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(model, 1e-4)]
+        [(1, 0.0001), (2, 0.0), (1, 0.0)]
     """
     for name, value in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if not value >= 0:
-            raise TrainingError(f"{name} is {value}; give 0 or more")
+            raise TrainingError(f"{name} is {value}; use 0 or more")
     weights: list[nn.Parameter] = []
     norms: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
@@ -44,6 +54,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
     result = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
     if not result:
         raise TrainingError(
-            f"{type(model).__name__} has no parameter that requires a gradient: nothing would be trained"
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train; set "
+            "requires_grad on those to be trained"
         )
     return result

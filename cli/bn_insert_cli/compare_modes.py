@@ -38,8 +38,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
-    from bn_insert import train_mode_agreement  # noqa: PLC0415 - keeps torch out of --help
-    from bn_insert.compare.train_mode import agreement_reading  # noqa: PLC0415
+    from bn_insert import agreement_reading, train_mode_agreement  # noqa: PLC0415 - keeps torch out of --help
 
     wanted = batch_sizes(sizes)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)

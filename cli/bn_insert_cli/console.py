@@ -45,6 +45,11 @@ def print_result(message: str, *, good: bool = True) -> None:
     stdout().print(Text(message, style="bold green" if good else "bold red"), soft_wrap=True)
 
 
+def plain(text: str, longest: int = 1000) -> Text:
+    """Return foreign text, such as a name from a file, as one line without control characters or markup."""
+    return Text("".join(character if character.isprintable() else "?" for character in text[:longest]))
+
+
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     """Return a table without rows.
 

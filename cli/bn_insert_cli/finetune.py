@@ -15,14 +15,12 @@ from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
 from .interruption import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
-    from bn_insert.training.finetune import FineTuning
-    from bn_insert.training.loop import StepMetrics
-    from bn_insert.training.metrics import EpochMetrics
+    from bn_insert import EpochMetrics, FineTuning, StepMetrics
 
 DIVERGED = 1
 INTERRUPTED = 130
 
-_EPOCHS_THAT_TELL = 3
+_EPOCHS_BEFORE_ADVICE = 3
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
 _NETWORK = "Network"
@@ -35,43 +33,55 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Argument(metavar="DATA", help="A folder with train/CLASS/IMAGE and val/CLASS/IMAGE.", show_default=False),
     ],
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", metavar="DIR", help="Where results go; is made.", show_default=False)
+        Path,
+        typer.Option("--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False),
     ],
     model: opt.Model = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[
-        int, typer.Option("-b", "--batch-size", min=1, help="Images a step; with torchrun, of each process.")
+        int, typer.Option("-b", "--batch-size", min=1, help="Images per step (and per process, with torchrun).")
     ] = 32,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what DIR holds; begin where it holds nothing.")
+        bool, typer.Option("--resume", help="Resume the run in DIR, or start one if DIR is empty.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the results that DIR holds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images' order, mirroring and dropout.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the results in DIR.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of image order, mirroring and dropout.")] = 0,
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Train under bfloat16 autocast.")] = False,
-    lr: Annotated[float, typer.Option(help="At its highest.", rich_help_panel=_RATE)] = 0.01,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RATE)] = 0.01,
     lr_warmup_epochs: Annotated[
-        float, typer.Option(min=0, help="Rise to --lr for so long; 0.5 is half an epoch.", rich_help_panel=_RATE)
+        float, typer.Option(min=0, help="Epochs of linear warm-up; may be a fraction.", rich_help_panel=_RATE)
     ] = 0.0,
     lr_scheduler: Annotated[
-        Literal["constant", "cosine", "step"], typer.Option(help="What it does then.", rich_help_panel=_RATE)
+        Literal["constant", "cosine", "step"], typer.Option(help="Schedule after warm-up.", rich_help_panel=_RATE)
     ] = "cosine",
-    lr_step_size: Annotated[int, typer.Option(min=1, help="Epochs between steps.", rich_help_panel=_RATE)] = 30,
-    lr_gamma: Annotated[float, typer.Option(min=0, help="Factor of each step.", rich_help_panel=_RATE)] = 0.1,
+    lr_step_size: Annotated[
+        int, typer.Option(min=1, help="Epochs between steps of the step schedule.", rich_help_panel=_RATE)
+    ] = 30,
+    lr_gamma: Annotated[
+        float, typer.Option(min=0, help="Factor of each step of the step schedule.", rich_help_panel=_RATE)
+    ] = 0.1,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option("--opt", help="Optimizer.", rich_help_panel=_OPTIMIZER)
     ] = "sgd",
-    momentum: Annotated[float, typer.Option(min=0, help="Of sgd.", rich_help_panel=_OPTIMIZER)] = 0.9,
+    momentum: Annotated[float, typer.Option(min=0, help="SGD momentum.", rich_help_panel=_OPTIMIZER)] = 0.9,
     weight_decay: Annotated[
-        float, typer.Option("--wd", "--weight-decay", min=0, help="Of weights.", rich_help_panel=_OPTIMIZER)
+        float,
+        typer.Option(
+            "--wd", "--weight-decay", min=0, help="Weight decay of conv and dense weights.", rich_help_panel=_OPTIMIZER
+        ),
     ] = 1e-4,
     norm_weight_decay: Annotated[
         float,
         typer.Option(
-            min=0, help="Of BatchNorm's gamma and beta, which carry the pretrained scale.", rich_help_panel=_OPTIMIZER
+            min=0,
+            help="Weight decay of BatchNorm's gamma and beta, which carry the pretrained scale.",
+            rich_help_panel=_OPTIMIZER,
         ),
     ] = 0.0,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0: none.", rich_help_panel=_OPTIMIZER)] = 0.0,
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, max=1, help="Label smoothing; 0 turns it off.", rich_help_panel=_OPTIMIZER)
+    ] = 0.0,
     hflip: Annotated[
         float,
         typer.Option(min=0, max=1, help="Probability of mirroring a training image.", rich_help_panel=_OPTIMIZER),
@@ -79,26 +89,34 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     batchnorm: Annotated[
         Literal["train", "freeze-statistics", "freeze"],
         typer.Option(
-            help="What training changes in BatchNorms: all, gamma and beta, nothing.", rich_help_panel=_NETWORK
+            help="What training changes in BatchNorms: everything, gamma and beta only, or nothing.",
+            rich_help_panel=_NETWORK,
         ),
     ] = "train",
     recalibrate: Annotated[
         bool,
         typer.Option(
-            help="Before each validation, estimate running statistics anew on training images.",
+            help="Re-estimate running statistics on training images before each validation.",
             rich_help_panel=_NETWORK,
         ),
     ] = True,
     freeze_features: Annotated[
-        bool, typer.Option("--freeze-features", help="Train the classifier alone.", rich_help_panel=_NETWORK)
+        bool, typer.Option("--freeze-features", help="Train the classifier only.", rich_help_panel=_NETWORK)
     ] = False,
     dropout: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="p of every dropout layer. [the checkpoint's]", rich_help_panel=_NETWORK),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Probability of every dropout layer. [default: the checkpoint's]",
+            rich_help_panel=_NETWORK,
+        ),
     ] = None,
     sync_bn: Annotated[
         bool,
-        typer.Option("--sync-bn", help="Normalize by the batches of all GPUs (torchrun).", rich_help_panel=_NETWORK),
+        typer.Option(
+            "--sync-bn", help="Synchronize batch statistics across GPUs (torchrun).", rich_help_panel=_NETWORK
+        ),
     ] = False,
     workers: opt.Workers = 2,
     resize: opt.Resize = None,
@@ -106,25 +124,23 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     mean: opt.Mean = None,
     std: opt.Std = None,
 ) -> None:
-    """Train a checkpoint on labelled images; its output layer is replaced where the number of classes differs.
+    """Train a checkpoint on labelled images; its output layer is replaced if the number of classes differs.
 
-    DIR gets best and last checkpoints (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html (and its
-    data, report.json), and state.pth, from which --resume goes on. `bn-insert report` holds several DIRs together.
-    Ctrl-C ends after the step in hand with everything saved, a second one at once.
-    With several processes: `torchrun --nproc-per-node 2 -m cli finetune ...`.
+    DIR gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html
+    (with its data, report.json), and state.pth, from which --resume continues. `bn-insert report` compares several
+    runs. Ctrl-C finishes the current step and saves; press it again to stop immediately.
+    With several processes: `torchrun --nproc-per-node 2 -m bn_insert finetune ...`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
 
-    No VGG: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model torchvision.models:alexnet`
+    Other architectures: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model
+    torchvision.models:alexnet`
     """
-    from bn_insert.errors import DivergenceError  # noqa: PLC0415
-    from bn_insert.images.class_folders import open_class_folders  # noqa: PLC0415 - torch only when work begins
+    import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
+    from bn_insert.images import open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
-    from bn_insert.support.processes import Ranks, process_group  # noqa: PLC0415
-    from bn_insert.training.finetune import finetune as train  # noqa: PLC0415
-    from bn_insert.training.settings import TrainingSettings  # noqa: PLC0415
 
-    settings = TrainingSettings(
+    settings = bn_insert.TrainingSettings(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -149,11 +165,11 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
     network, transform = open_checkpoint(checkpoint, image_options, model)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
-    with process_group(open_device(device)) as target, stop_on_signals() as stop:
-        first = Ranks.current().first
+    with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:
+        first = bn_insert.Ranks.current().first
         with _Display(epochs, len(images.train)) as display:
             try:
-                result = train(
+                result = bn_insert.finetune(
                     network,
                     images,
                     output_dir,
@@ -166,14 +182,14 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     stop=stop,
                     facts={"checkpoint": file_facts(checkpoint)} if first else {},
                 )
-            except DivergenceError as error:
+            except bn_insert.DivergenceError as error:
                 display.close()
                 if first:
                     print_error(str(error))
                 raise typer.Exit(DIVERGED) from None
             except KeyboardInterrupt:
                 display.close()
-                print_error(f"interrupted at once; {output_dir} keeps what was saved last")
+                print_error(f"stopped immediately; {output_dir} keeps what was saved last")
                 raise typer.Exit(INTERRUPTED) from None
         if first:
             if images.unreadable:
@@ -185,7 +201,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 
 
 class _Display:
-    """A bar while an epoch runs, and a line when it is complete."""
+    """A progress bar during an epoch, and a line when it is complete."""
 
     def __init__(self, epochs: int, images: int) -> None:
         self._epochs, self._images = epochs, images
@@ -199,14 +215,14 @@ class _Display:
         self.close()
 
     def step(self, metrics: StepMetrics) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self._update is None:
             title = f"epoch {metrics.epoch} of {self._epochs}"
             self._update = self._bar.enter_context(image_progress(title, self._images))
         self._update(self._images * metrics.step // metrics.steps)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        """Print the line of an epoch."""
+        """Print the line of a complete epoch."""
         self.close()
         typer.echo(
             f"epoch {metrics.epoch} of {self._epochs}: lr {metrics.lr:.3g}, "
@@ -215,7 +231,7 @@ class _Display:
         )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
         self._update = None
 
@@ -223,14 +239,15 @@ class _Display:
 def _conclude(result: FineTuning, output_dir: Path) -> None:
     if result.interrupted:
         print_error(
-            f"interrupted; all is saved in {output_dir}, and the same command with --resume (without --force) goes on"
+            f"interrupted; the run is saved in {output_dir}, and the same command with --resume (without --force) "
+            "continues it"
         )
     elif result.best:
         print_result(
             f"Wrote {output_dir}: best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}."
         )
-        if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_THAT_TELL:
-            print_note("No epoch was better than the first: the network may keep more of what it knew at a lower --lr.")
+        if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_BEFORE_ADVICE:
+            print_note("No epoch was better than the first: a lower --lr may preserve more of the pretrained network.")
 
 
 def _exit_code(stop: StopRequest) -> int:

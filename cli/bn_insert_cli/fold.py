@@ -1,4 +1,4 @@
-"""`bn-insert fold`: every BatchNorm goes back into the layer in front of it."""
+"""`bn-insert fold`: merge every BatchNorm into the layer before it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     calibration: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CALIBRATION]",
-            help="Images to check the result on, as for insert. Without them: random inputs.",
+            metavar="IMAGES",
+            help="Images to check the result on; random inputs by default.",
             show_default=False,
         ),
     ] = None,
@@ -39,21 +39,19 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     rtol: opt.RelativeTolerance = 1e-4,
     force: opt.Force = False,
 ) -> None:
-    """Merge every BatchNorm into its conv or dense layer: a plain VGG comes out, with the same outputs.
+    """Fold every BatchNorm into its conv or dense layer; the outputs stay the same.
 
-    The way back from `insert`, after fine-tuning or before it. The result is checked against the original before
+    The inverse of `insert`, before or after fine-tuning. The result is checked against the original before
     anything is written; beyond tolerance nothing is written and the exit code is 1.
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
 
-    No VGG: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
+    Other architectures: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
-    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
 
-    from bn_insert import compare_outputs, fold_batchnorm  # noqa: PLC0415
-    from bn_insert.checkpoints.save import check_output, save_checkpoint  # noqa: PLC0415
-    from bn_insert.errors import GraphError  # noqa: PLC0415
+    from bn_insert import GraphError, check_output, compare_outputs, save_checkpoint  # noqa: PLC0415
+    from bn_insert import fold as fold_network  # noqa: PLC0415
 
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
@@ -65,16 +63,14 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
     else:
         inputs = [batch.images for batch in open_calibration(calibration, network, transform, image_options)]
-    norms = sum(isinstance(module, _BatchNorm) for module in network.modules())
-    if norms == 0:
+    result = fold_network(network, inputs[0])
+    if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
-    result = fold_batchnorm(network, inputs[0])
-    left = sum(isinstance(module, _BatchNorm) for module in result.modules())
-    comparison = compare_outputs(network, result, inputs)
+    comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    save_checkpoint(result, output, transform=transform.to_dict(), overwrite=force)
-    kept = f", {left} left in place" if left else ""
-    print_result(f"Wrote {output}: {norms - left} BatchNorm layers folded{kept}.")
+    save_checkpoint(result.model, output, transform=transform.to_dict(), overwrite=force)
+    kept = f", {len(result.left)} left in place" if result.left else ""
+    print_result(f"Wrote {output}: {len(result.folded)} BatchNorm layers folded{kept}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import typer
 
@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert.checkpoints.read import Checkpoint
-    from bn_insert.checkpoints.settings import Settings
-    from bn_insert.graph.layers import Kind
-    from bn_insert.images.batches import Batches
-    from bn_insert.images.transform import Transform
+    from bn_insert import Checkpoint
+    from bn_insert.images import Batches, Transform
 
+LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 
 
@@ -45,10 +43,10 @@ def open_checkpoint(checkpoint: str, options: ImageOptions, function: str | None
         options: Preprocessing that replaces what the checkpoint stores; ImageNet's is used where neither has any.
         function: "package.module:function" that builds the architecture, from --model; it is imported and called.
     """
-    from bn_insert.checkpoints.load import build_network  # noqa: PLC0415 - torch only when work begins
+    from bn_insert import build_network  # noqa: PLC0415 - torch only when work begins
 
     content = read_named_checkpoint(checkpoint, function)
-    transform = _transform(content.settings, options)
+    transform = _transform(content, options)
     return build_network(content, function), transform
 
 
@@ -60,8 +58,7 @@ def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap:
         function: --model; the current folder is added to the places from which it can be imported.
         mmap: Leave the values in the file until they are used.
     """
-    from bn_insert.checkpoints.read import read_checkpoint  # noqa: PLC0415
-    from bn_insert.checkpoints.torchvision_weights import torchvision_checkpoint  # noqa: PLC0415
+    from bn_insert import read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
 
     if is_torchvision_name(checkpoint):
         if function is not None:
@@ -81,9 +78,10 @@ def is_torchvision_name(checkpoint: str) -> bool:
     return checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists()
 
 
-def _transform(settings: Settings | None, options: ImageOptions) -> Transform:
-    from bn_insert.images.transform import Transform  # noqa: PLC0415
+def _transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:
+    from bn_insert.images import Transform  # noqa: PLC0415
 
+    settings = checkpoint.settings
     stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
     return Transform(
         resize=stored.resize if options.resize is None else options.resize or None,
@@ -95,7 +93,7 @@ def _transform(settings: Settings | None, options: ImageOptions) -> Transform:
 
 def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:
     """Return the batches of a folder of images or a tensor file, with as many channels as the model takes."""
-    from bn_insert.images.image_batches import open_batches  # noqa: PLC0415
+    from bn_insert.images import open_batches  # noqa: PLC0415
 
     return open_batches(
         source,
@@ -129,12 +127,12 @@ def open_device(name: str | None) -> torch.device:
     return device
 
 
-def layer_kinds(text: str) -> tuple[Kind, ...]:
+def layer_kinds(text: str) -> tuple[LayerKind, ...]:
     """Parse kinds of layers, such as "conv,dense"."""
     kinds = tuple(kind.strip() for kind in text.split(","))
     if not set(kinds) <= {"conv", "dense"}:
         raise typer.BadParameter(f"{text!r} is not one of: conv, dense, or conv,dense", param_hint="--layers")
-    return cast("tuple[Kind, ...]", kinds)
+    return cast("tuple[LayerKind, ...]", kinds)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""`bn-insert insert`: a checkpoint and images in, a checkpoint with BatchNorm and the same outputs out."""
+"""`bn-insert insert`: insert BatchNorm into a checkpoint without changing its outputs."""
 
 from __future__ import annotations
 
@@ -41,10 +41,15 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     skip: opt.Skip = None,
     placement: opt.Placement = "before_activation",
     equalize: Annotated[
-        bool, typer.Option("--equalize", help="First scale channels by powers of two: gamma becomes 0.7 to 1.42.")
+        bool,
+        typer.Option(
+            "--equalize", help="Rescale channels by powers of two first, so that gamma is between 0.7 and 1.42."
+        ),
     ] = False,
     eps: Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")] = 1e-5,
-    momentum: Annotated[float, typer.Option(min=0, max=1, help="Of the running statistics, for later training.")] = 0.1,
+    momentum: Annotated[
+        float, typer.Option(min=0, max=1, help="Momentum of the running statistics, for later training.")
+    ] = 0.1,
     images: opt.Images = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -60,27 +65,29 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Stop when mean and std are known this exactly, relative to std; 0.1, say. [all images]"),
+        typer.Option(
+            help="Stop calibrating once the error of mean and std is below this fraction of std, such as 0.1. [default: use all images]"
+        ),
     ] = None,
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write what was done and found, and how far train mode is from eval mode: a page, or JSON by name.",
+            help="Write a report, including how far train mode is from eval mode: a page or JSON, by suffix.",
             metavar="FILE.html|FILE.json",
         ),
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Insert BatchNorm behind conv and dense layers so that the outputs stay the same, bit for bit on a CPU.
+    """Insert BatchNorm after conv and dense layers without changing the outputs: bit for bit on a CPU.
 
-    Each layer's mean and variance are taken from the CALIBRATION images in one pass. The result is checked against the
-    original before anything is written; beyond tolerance nothing is written and the exit code is 1.
+    The statistics of each layer are measured on the CALIBRATION images in one pass. The result is checked against the
+    original first; if it differs by more than the tolerance, nothing is written and the exit code is 1.
 
     Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
 
-    No VGG: `bn-insert insert alexnet.pth photographs/ -o alexnet-bn.pth --model torchvision.models:alexnet`
+    Other architectures: `bn-insert insert alexnet.pth photographs/ -o alexnet-bn.pth --model torchvision.models:alexnet`
     """
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick

@@ -6,18 +6,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from . import options as opt
-from .console import print_result, print_table, table
+from .console import plain, print_result, print_table, table
 from .inputs import input_channels, layer_kinds, read_named_checkpoint
 from .tables import layer_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_insert.checkpoints.settings import Settings
-    from bn_insert.surgery.history import Change
+    from bn_insert import Settings
 
 
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -37,14 +35,11 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import survey  # noqa: PLC0415
-    from bn_insert.checkpoints.load import build_network  # noqa: PLC0415
-    from bn_insert.graph.inputs import reference_tensor  # noqa: PLC0415
+    from bn_insert import build_network, survey  # noqa: PLC0415
 
     content = read_named_checkpoint(checkpoint, model, mmap=True)
     network = build_network(content, model)
-    dtype = reference_tensor(network).dtype
-    example = torch.zeros(2, input_channels(network), size, size, dtype=dtype)
+    example = torch.zeros(2, input_channels(network), size, size)
     found = survey(
         network,
         example,
@@ -67,7 +62,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
 def _settings_table(settings: Settings, place: str) -> Table:
     """Return a table of what a checkpoint stores besides its tensors, with equal layers counted together."""
     result = table("Settings", "setting", "value")
-    result.add_row("stored in", _literal(place))
+    result.add_row("stored in", plain(place))
     norms = Counter((norm.eps, norm.momentum) for norm in settings.batchnorm.values())
     for (eps, momentum), count in norms.items():
         result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({_count(count, 'layer')})")
@@ -77,22 +72,12 @@ def _settings_table(settings: Settings, place: str) -> Table:
         result.add_row("preprocessing", "not stored; ImageNet's by default")
     else:
         described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
-        result.add_row("preprocessing", _literal(described))
+        result.add_row("preprocessing", plain(described))
     if settings.history.function:
-        result.add_row("built by", _literal(settings.history.function))
-    changes = "; ".join(_described(change) for change in settings.history.changes)
-    result.add_row("changes", _literal(changes) if changes else "none by bn-insert")
+        result.add_row("built by", plain(settings.history.function))
+    changes = "; ".join(change.description for change in settings.history.changes)
+    result.add_row("changes", plain(changes) if changes else "none by bn-insert")
     return result
-
-
-def _described(change: Change) -> str:
-    from bn_insert.surgery.history import FoldedBatchNorms, InsertedBatchNorms  # noqa: PLC0415
-
-    if isinstance(change, InsertedBatchNorms):
-        return f"{_count(len(change.sites), 'BatchNorm layer')} inserted"
-    if isinstance(change, FoldedBatchNorms):
-        return f"{_count(len(change.norms), 'BatchNorm layer')} folded"
-    return f"output layer {change.layer} replaced, {change.classes} classes"
 
 
 def _value(value: object) -> str:
@@ -101,10 +86,3 @@ def _value(value: object) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _literal(text: str) -> Text:
-    """Return text from the file as it goes to a terminal: one line, without control characters or markup."""
-    from bn_insert.support.text import printable  # noqa: PLC0415
-
-    return Text(f"{printable(text):.1000}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which a long job grants when its results are whole."""
+"""Cooperative shutdown: Ctrl-C and SIGTERM set a flag that a long job polls at safe points."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Says, when called, whether a signal has asked to stop; `signal_number` says which."""
+    """A flag that returns, when called, whether a signal has asked to stop; `signal_number` is that signal."""
 
     def __init__(self) -> None:
-        """Start with no wish."""
+        """Create the flag, not set."""
         self.signal_number: int | None = None
         self._process = os.getpid()
 
     def __call__(self) -> bool:
-        """Say whether to stop."""
+        """Return whether to stop."""
         return self.signal_number is not None
 
     def receive(self, signal_number: int, _frame: FrameType | None) -> None:
-        """Note the first signal; end at once on the second."""
+        """Record the first signal; stop immediately on the second."""
         if os.getpid() != self._process:
             return  # a process that decodes images: it ends with its parent, which still needs it
         if self.signal_number is None:
@@ -38,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a StopRequest; the handlers before are put back afterwards."""
+    """Turn Ctrl-C and SIGTERM into a StopRequest; the previous handlers are restored afterwards."""
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
     try:

@@ -105,7 +105,7 @@ def test_a_compressed_tensor_file_is_unpacked_and_not_taken_for_its_values(tmp_p
 def test_a_header_of_thousands_of_brackets_gets_one_short_line(tmp_path: Path) -> None:
     header = b"(" * 5000 + b"\n"
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
-    with pytest.raises(ImageError, match=r"x.npy is damaged, or no .npy file \(") as caught:
+    with pytest.raises(ImageError, match=r"x.npy is damaged, or not a .npy file \(") as caught:
         tensor_batches(tmp_path / "x.npy")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500

@@ -101,9 +101,9 @@ def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) 
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "the same command with --resume" in re.sub(r"\s+", " ", errors)
     state = load_state(Path("parts/state.pth"))
-    assert 1 <= state.epoch < 3
-    assert state.step > 0
-    assert len(Path("parts/metrics.csv").read_text().splitlines()) == 1 + state.epoch
+    assert 1 <= state.progress.epoch < 3
+    assert state.progress.step > 0
+    assert len(Path("parts/metrics.csv").read_text().splitlines()) == 1 + state.progress.epoch
     resumed = run(*command, "parts", "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "epoch 3 of 3" in resumed.stdout
@@ -149,9 +149,9 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
     ("arguments", "wording"),
     [
         (("nowhere",), "nowhere does not exist; the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"),
-        (("DIGITS", "--lr", "-1"), "lr is -1.0; give a learning rate above 0"),
+        (("DIGITS", "--lr", "-1"), "lr is -1.0; use a learning rate above 0"),
         (("DIGITS", "--lr-warmup-epochs", "99"), "lr_warmup_epochs is 99.0"),
-        (("DIGITS", "--sync-bn"), "sync_bn (--sync-bn) works on GPUs alone"),
+        (("DIGITS", "--sync-bn"), "sync_bn (--sync-bn) works on GPUs only"),
         (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
         (("DIGITS/train",), "has no folder train/"),
     ],
@@ -169,7 +169,7 @@ def test_what_cannot_be_trained_is_one_message(
 def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
     assert run(*command).exit_code == 0
-    assert_refused(run(*command), "run holds results already", "--resume", "--force")
+    assert_refused(run(*command), "run already holds results", "--resume", "--force")
     options = ("--opt", "adamw", "--weight-decay", 0.1, "--dropout", 0.25, "--no-recalibrate", "--batchnorm", "freeze")
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output
@@ -179,7 +179,7 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     assert (settings["lr_scheduler"], settings["label_smoothing"]) == ("step", 0.1)
 
 
-def test_the_first_signal_is_a_wish_and_the_second_an_end() -> None:
+def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signals() as stop:
         assert not stop()

@@ -19,10 +19,8 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import VGG16_Weights
 
 from bn_insert.errors import ImageError
-from bn_insert.images.batches import Batches, sample
-from bn_insert.images.files import find_images, read_image
-from bn_insert.images.image_batches import image_batches, open_batches
-from bn_insert.images.transform import Transform
+from bn_insert.images import Batches, Transform, find_images, image_batches, open_batches, sample
+from bn_insert.images.files import read_image
 
 PLAIN = Transform(resize=None, crop=8, mean=(0.0,), std=(1.0,))
 PHOTOGRAPH = load_sample_image("china.jpg")
@@ -95,9 +93,9 @@ def test_what_is_no_folder_of_images_is_named_with_the_suffixes_looked_for(
     for name in ("file.txt", "texts/a.txt", "texts/sub/b.txt"):
         (tmp_path / name).touch()
     suffixes = r".*\.avif, \.bmp, .*\.jpeg, .*\.webp"
-    with pytest.raises(ImageError, match=rf"missing does not exist; give a folder that holds images{suffixes}"):
+    with pytest.raises(ImageError, match=rf"missing does not exist; pass a folder of images{suffixes}"):
         opener(tmp_path / "missing")
-    with pytest.raises(ImageError, match=rf"file.txt is not a folder; give a folder that holds images{suffixes}"):
+    with pytest.raises(ImageError, match=rf"file.txt is not a folder; pass a folder of images{suffixes}"):
         opener(tmp_path / "file.txt")
     with pytest.raises(ImageError, match=rf"empty holds no image: no file in it ends in{suffixes}"):
         opener(tmp_path / "empty")
@@ -263,7 +261,7 @@ def test_damaged_exif_does_not_make_a_picture_unreadable(tmp_path: Path) -> None
 def test_postscript_behind_an_images_suffix_is_not_run(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
-    with pytest.raises(ImageError, match="no image of a format that can be read"):
+    with pytest.raises(ImageError, match="not an image in a supported format"):
         list(image_batches(tmp_path, PLAIN))
 
 
@@ -291,7 +289,7 @@ def test_unreadable_files_are_skipped_and_listed_with_their_reasons(workers: int
     assert list(reasons) == ["1", "2", "3", "6"]
     assert "image file is truncated" in reasons["1"]
     assert reasons["2"] == "the file is empty"
-    assert reasons["3"] == "no image of a format that can be read"
+    assert reasons["3"] == "not an image in a supported format"
     assert reasons["6"] == "Is a directory"
     assert batches.images == 8
     list(batches)
@@ -310,7 +308,7 @@ def test_strict_makes_the_first_unreadable_file_an_error(workers: int, folder: P
     for number in (3, 4):
         break_file(folder / "cat" / f"{number}.png")
     batches = image_batches(folder, PLAIN, batch_size=2, workers=workers, strict=True)
-    with pytest.raises(ImageError, match=r"cannot read .*3.png: .*; mend or remove it, or leave out strict"):
+    with pytest.raises(ImageError, match=r"cannot read .*3.png: .*; repair or remove the file, or leave out strict"):
         list(batches)
 
 
@@ -390,7 +388,9 @@ def test_pictures_of_several_sizes_in_one_batch_without_a_crop_are_named_with_th
     for number, size in enumerate([(12, 10), (12, 10), (12, 11), (9, 9)]):
         picture(number, size).save(tmp_path / f"{number}.png")
     uncropped = Transform(None, None)
-    message = r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; give a crop \(--crop\), or a batch size of"
+    message = (
+        r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; set a crop \(--crop\), or use a batch size of"
+    )
     with pytest.raises(ImageError, match=message):
         list(image_batches(tmp_path, uncropped, batch_size=3, workers=workers))
     assert len(list(image_batches(tmp_path, uncropped, batch_size=1, workers=workers))) == 4
@@ -462,16 +462,20 @@ def test_a_source_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_pa
     (tmp_path / "x.csv").touch()
     with pytest.raises(ImageError, match=r"x.csv is neither a folder of images nor .* tensor files \(.npy, .*images"):
         open_batches(tmp_path / "x.csv", PLAIN)
-    with pytest.raises(ImageError, match=r"missing.pt does not exist; give a folder of images, or a file: tensor"):
+    with pytest.raises(ImageError, match=r"missing.pt does not exist; pass a folder of images, or a file: tensor"):
         open_batches(tmp_path / "missing.pt", PLAIN)
 
 
 def test_options_out_of_range_are_refused(folder: Path) -> None:
     for option, value, message in (
-        ("batch_size", 0, "batch_size is 0; give 1 or more"),
-        ("workers", -1, "workers is -1; give 0 or more"),
-        ("images", 0, "images is 0; give 1 or more"),
-        ("channels", 4, "image files give 1 or 3 channels, but the network takes 4; give a tensor file"),
+        ("batch_size", 0, "batch_size is 0; use 1 or more"),
+        ("workers", -1, "workers is -1; use 0 or more"),
+        ("images", 0, "images is 0; use 1 or more"),
+        (
+            "channels",
+            4,
+            "image files provide 1 or 3 channels, but the network takes 4; such images are read from tensor files only",
+        ),
     ):
         with pytest.raises(ImageError, match=message):
             open_batches(folder, PLAIN, **{option: value})  # type: ignore[arg-type]
@@ -508,7 +512,7 @@ def test_no_random_state_is_touched(workers: int, folder: Path, monkeypatch: pyt
 def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
     script = """
         import sys, time
-        from bn_insert.images.image_batches import Transform, image_batches
+        from bn_insert.images import Transform, image_batches
         try:
             for batch in image_batches(sys.argv[1], Transform(None, 8), batch_size=1, workers=2):
                 print("ready", flush=True)
@@ -526,5 +530,5 @@ def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
 
 def test_a_killed_worker_is_reported_as_such(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bn_insert.images.decoding.read_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; give fewer workers"):
+    with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; use fewer workers"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))

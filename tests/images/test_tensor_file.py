@@ -97,9 +97,12 @@ def test_without_a_number_all_images_come_shuffled(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.zeros(3, 5, 4), r"x.pt has the shape 3 x 5 x 4, but N x C x H x W is needed; save one image as image\["),
-        (torch.zeros(3), "x.pt has the shape 3, but N x C x H x W is needed"),
-        (torch.tensor(1.0), "x.pt has the shape .., but N x C x H x W is needed"),
+        (
+            torch.zeros(3, 5, 4),
+            r"x.pt has the shape 3 x 5 x 4, but N x C x H x W is expected; save one image as image\[",
+        ),
+        (torch.zeros(3), "x.pt has the shape 3, but N x C x H x W is expected"),
+        (torch.tensor(1.0), "x.pt has the shape .., but N x C x H x W is expected"),
         (torch.zeros(0, 3, 5, 4), "x.pt has the shape 0 x 3 x 5 x 4: it holds no image"),
         (torch.zeros(2, 3, 0, 4), "x.pt has the shape 2 x 3 x 0 x 4: it holds no image"),
         (torch.zeros(2, 1, 5, 4), "x.pt has the shape 2 x 1 x 5 x 4, N x C x H x W, but the network takes C = 3$"),
@@ -173,7 +176,7 @@ def test_code_in_a_file_is_refused_and_not_run(protocol: int, tmp_path: Path) ->
     for name in ("zip.pt", "plain.pt"):
         with pytest.raises(ImageError, match=rf"{name} .*holds more than a tensor.*torch.save\(tensor, path\)"):
             tensor_batches(tmp_path / name)
-    with pytest.raises(ImageError, match=r"objects.npy is damaged, or no .npy file"):
+    with pytest.raises(ImageError, match=r"objects.npy is damaged, or not a .npy file"):
         tensor_batches(tmp_path / "objects.npy")
     assert not Explosive.exploded
 
@@ -205,10 +208,10 @@ def test_a_tensor_that_is_no_plain_array_of_real_numbers_is_refused(values: Tens
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": VALUES, "b": VALUES}, r"x.pt holds 2 tensors \(a, b\); save the one with the images alone"),
+        ({"a": VALUES, "b": VALUES}, r"x.pt holds 2 tensors \(a, b\); save only the one with the images"),
         ({f"{number}": VALUES for number in range(9)}, r"holds 9 tensors \(0, 1, 2, 3, ...\)"),
         ({"labels": [1, 2]}, "x.pt holds 0 tensors; save"),
-        ([VALUES], "x.pt holds list, not a tensor; save the tensor alone"),
+        ([VALUES], "x.pt holds list, not a tensor; save only the tensor"),
         (None, "x.pt holds NoneType, not a tensor"),
     ],
 )
@@ -242,9 +245,9 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_options_out_of_range_are_refused(saved: Path) -> None:
-    with pytest.raises(ImageError, match="batch_size is 0; give 1 or more"):
+    with pytest.raises(ImageError, match="batch_size is 0; use 1 or more"):
         tensor_batches(saved, batch_size=0)
-    with pytest.raises(ImageError, match="images is 0; give 1 or more"):
+    with pytest.raises(ImageError, match="images is 0; use 1 or more"):
         open_batches(saved, Transform(), images=0)
-    with pytest.raises(ImageError, match="images is -1; give 1 or more"):
+    with pytest.raises(ImageError, match="images is -1; use 1 or more"):
         tensor_batches(saved).head(-1)

@@ -68,9 +68,9 @@ def test_a_transform_comes_back_from_json() -> None:
         ({"resize": 256}, "this has resize"),
         ({**Transform().to_dict(), "flip": True}, "this has crop, flip, mean, resize, std"),
         ({}, "this has none"),
-        ({**Transform().to_dict(), "crop": "224"}, "crop of a transform is '224'; it has to be a whole number or null"),
+        ({**Transform().to_dict(), "crop": "224"}, "crop of a transform is '224'; it must be a whole number or null"),
         ({**Transform().to_dict(), "crop": True}, "crop of a transform is True"),
-        ({**Transform().to_dict(), "mean": "0.5"}, "mean of a transform is '0.5'; it has to be a list of numbers"),
+        ({**Transform().to_dict(), "mean": "0.5"}, "mean of a transform is '0.5'; it must be a list of numbers"),
         ({**Transform().to_dict(), "std": [0.5, None]}, r"std of a transform is \[0.5, None\]"),
         ({**Transform().to_dict(), "std": [0]}, r"std is \(0.0,\)"),
         ({**Transform().to_dict(), "mean": [10**400]}, "mean of a transform"),
@@ -89,17 +89,17 @@ def test_something_else_than_a_dict_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"resize": 0}, "resize is 0; give 1 to 16384 pixels, or leave it out"),
-        ({"crop": -3}, "crop is -3; give 1 to 16384 pixels"),
-        ({"crop": 10**6}, "crop is 1000000; give 1 to 16384 pixels"),
-        ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\); give one value above 0"),
-        ({"std": (-1.0,)}, r"std is \(-1.0,\); give one value above 0"),
-        ({"std": (1e-60,)}, "std is .*; give one value above 0"),
-        ({"std": (float("nan"),)}, "std is .*; give one value above 0"),
-        ({"mean": (float("inf"),)}, "mean is .*; give one finite value"),
-        ({"mean": (1e300,)}, "mean is .*; give one finite value"),
-        ({"mean": ()}, "mean is .*; give one finite value"),
-        ({"mean": (0.1, 0.2)}, "mean has 2 values and std 3; give both one value a channel"),
+        ({"resize": 0}, "resize is 0; use 1 to 16384 pixels, or leave it out"),
+        ({"crop": -3}, "crop is -3; use 1 to 16384 pixels"),
+        ({"crop": 10**6}, "crop is 1000000; use 1 to 16384 pixels"),
+        ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\); use one value above 0"),
+        ({"std": (-1.0,)}, r"std is \(-1.0,\); use one value above 0"),
+        ({"std": (1e-60,)}, "std is .*; use one value above 0"),
+        ({"std": (float("nan"),)}, "std is .*; use one value above 0"),
+        ({"mean": (float("inf"),)}, "mean is .*; use one finite value"),
+        ({"mean": (1e300,)}, "mean is .*; use one finite value"),
+        ({"mean": ()}, "mean is .*; use one finite value"),
+        ({"mean": (0.1, 0.2)}, "mean has 2 values and std 3; use one per channel for both"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused(values: dict[str, object], message: str) -> None:
@@ -108,7 +108,7 @@ def test_a_value_that_cannot_be_meant_is_refused(values: dict[str, object], mess
 
 
 def test_three_values_for_one_channel_are_refused_with_the_way_out() -> None:
-    message = r"mean has 3 values, but the network takes 1 channel; give 1 \(--mean\)"
+    message = r"mean has 3 values, but the network takes 1 channel; use 1 \(--mean\)"
     with pytest.raises(ImageError, match=message):
         Transform().check_channels(1)
     with pytest.raises(ImageError, match=message):
@@ -117,7 +117,7 @@ def test_three_values_for_one_channel_are_refused_with_the_way_out() -> None:
 
 def test_two_values_for_three_channels_are_refused_with_the_way_out() -> None:
     transform = Transform(mean=(0.5,), std=(0.5, 0.5))
-    with pytest.raises(ImageError, match=r"std has 2 values, but the network takes 3 channels; give 1 or 3 \(--std\)"):
+    with pytest.raises(ImageError, match=r"std has 2 values, but the network takes 3 channels; use 1 or 3 \(--std\)"):
         transform.check_channels(3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,17 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bn_insert import insert_batchnorm
+from bn_insert import EpochMetrics, TrainingSettings, finetune, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
-from bn_insert.images.class_folders import ClassFolders, open_class_folders
+from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support.processes import Ranks
 from bn_insert.surgery.output_layer import replace_output
-from bn_insert.training.finetune import finetune
-from bn_insert.training.metrics import EpochMetrics
-from bn_insert.training.settings import TrainingSettings
+from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import load_state
 from support.labelled_digits import AS_IT_IS, link_digits, open_digits
 
@@ -54,8 +53,8 @@ def network(digits: ClassFolders) -> nn.Module:
     return insert_batchnorm(load_checkpoint(network_path()), batches)
 
 
-def weights_in(folder: Path, name: str = "last.pth") -> dict[str, Tensor]:
-    return load_checkpoint(folder / name).state_dict()
+def weights_in(folder: Path, name: str = "last.pth", model: nn.Module | None = None) -> dict[str, Tensor]:
+    return load_checkpoint(folder / name, model=model).state_dict()
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -146,7 +145,7 @@ def test_a_run_that_was_stopped_anywhere_comes_to_exactly_the_same_weights(
     settings = replace(BRIEF, hflip=0.5)
     stopped = finetune(network, digits, tmp_path, settings, stop=stop_after(steps))
     assert stopped.interrupted
-    assert load_state(tmp_path / "state.pth").step == steps % 5 or steps
+    assert load_state(tmp_path / "state.pth").progress.step == min(steps, 5)
     torch.manual_seed(1234)  # another process would begin with another random state
     result = finetune(network, digits, tmp_path, settings, resume=True)
     assert not result.interrupted
@@ -181,17 +180,17 @@ def test_resuming_with_other_settings_or_images_names_what_differs(
     folder: Path, digits: ClassFolders, tmp_path: Path
 ) -> None:
     finetune(dense_network(), digits, tmp_path / "run", BRIEF)
-    with pytest.raises(TrainingError, match=r"state.pth is of another run: lr was 0.003 and is 0.1"):
+    with pytest.raises(TrainingError, match=r"state.pth belongs to another run: lr was 0.003 and is now 0.1"):
         finetune(dense_network(), digits, tmp_path / "run", replace(BRIEF, lr=0.1), resume=True)
     shutil.copytree(folder, tmp_path / "fewer", symlinks=True)
     next((tmp_path / "fewer" / "train" / "3").iterdir()).unlink()
-    with pytest.raises(TrainingError, match="its images are not those of this one"):
+    with pytest.raises(TrainingError, match="its images differ from this run's"):
         finetune(dense_network(), open_digits(tmp_path / "fewer"), tmp_path / "run", BRIEF, resume=True)
 
 
 def test_results_are_neither_replaced_nor_mixed_without_being_asked_for(digits: ClassFolders, tmp_path: Path) -> None:
     finetune(dense_network(), digits, tmp_path, BRIEF)
-    with pytest.raises(TrainingError, match=r"holds results already .*--resume.*--force"):
+    with pytest.raises(TrainingError, match=r"already holds results .*--resume.*--force"):
         finetune(dense_network(), digits, tmp_path, BRIEF)
     (tmp_path / "notes.txt").write_text("mine")
     result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), overwrite=True)
@@ -202,7 +201,7 @@ def test_results_are_neither_replaced_nor_mixed_without_being_asked_for(digits: 
 def test_a_damaged_state_says_so(digits: ClassFolders, tmp_path: Path) -> None:
     for content in (b"", b"no state", b"\x80\x02}q\x00."):
         (tmp_path / "state.pth").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"state.pth (cannot be read|is no training state)"):
+        with pytest.raises(CheckpointError, match=r"state.pth (cannot be read|is not a training state)"):
             finetune(dense_network(), digits, tmp_path, BRIEF, resume=True)
     (tmp_path / "state.pth").unlink()
     (tmp_path / "metrics.csv").touch()
@@ -211,6 +210,81 @@ def test_a_damaged_state_says_so(digits: ClassFolders, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match="is not a folder"):
         finetune(dense_network(), digits, tmp_path / "file", BRIEF)
+
+
+# Replacing another run
+
+
+def fail_to_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the rename of one result fail, as on a file system that has gone."""
+    rename = Path.replace
+
+    def replace_unless_named(self: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_named)
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "last.pth", "state.pth"])
+def test_a_rename_that_fails_leaves_the_replaced_run_to_be_resumed_exactly(
+    digits: ClassFolders, tmp_path: Path, name: str
+) -> None:
+    settings = replace(BRIEF, lr_scheduler="constant")  # so that the first epoch is the same in longer runs
+    model, run, whole = dense_network(), tmp_path / "run", tmp_path / "whole"
+    finetune(model, digits, run, replace(settings, epochs=1))
+    before = weights_in(run, "best.pth", model)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_name(patch, name)
+        with pytest.raises(CheckpointError, match=rf"{name}: Input/output error"):
+            finetune(model, digits, run, replace(settings, lr=0.1, epochs=1), overwrite=True)
+    assert_same_weights(weights_in(run, "best.pth", model), before)
+    finetune(model, digits, run, settings, resume=True)
+    finetune(model, digits, whole, settings)
+    for checkpoint in ("last.pth", "best.pth"):
+        assert_same_weights(weights_in(run, checkpoint, model), weights_in(whole, checkpoint, model))
+
+
+def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    old, new = replace(BRIEF, epochs=1), replace(BRIEF, epochs=1, lr=0.01)
+    finetune(dense_network(), digits, tmp_path, old)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_name(patch, "best.pth")
+        with pytest.raises(CheckpointError, match=r"best\.pth: Input/output error"):
+            finetune(dense_network(), digits, tmp_path, new, overwrite=True)
+    result = finetune(dense_network(), digits, tmp_path, new, resume=True)
+    assert len(result.epochs) == 1
+    best, last = (weights_in(tmp_path, name, dense_network()) for name in ("best.pth", "last.pth"))
+    assert_same_weights(best, last)
+
+
+def test_what_only_the_replaced_run_had_goes_last(digits: ClassFolders, tmp_path: Path) -> None:
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    stopped = finetune(dense_network(), digits, tmp_path, replace(BRIEF, lr=0.01), overwrite=True, stop=stop_after(1))
+    assert stopped.interrupted
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names & {"best.pth", "metrics.csv", "curves.png"} == set()
+    assert {"last.pth", "state.pth", "classes.txt", "report.html", "report.json"} <= names
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth", "state.pth", "metrics.csv", "report.html"])
+@pytest.mark.parametrize("kind", ["a folder", "a symbolic link"])
+def test_a_result_that_cannot_be_written_is_found_before_the_first_step(
+    digits: ClassFolders, tmp_path: Path, name: str, kind: str
+) -> None:
+    if kind == "a folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "classes.txt")
+    seen: list[object] = []
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(TrainingError, match=rf"cannot write .*{name}: it is {kind}.*move it away"):
+            finetune(dense_network(), digits, tmp_path, BRIEF, on_step=seen.append, **options)
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # Batches of one
@@ -312,7 +386,7 @@ def test_dropout_is_set_and_stored(network: nn.Module, digits: ClassFolders, tmp
     [
         ({"dropout": 0.5}, "Sequential has no dropout layer"),
         ({"freeze_features": True}, "Sequential has no features"),
-        ({"sync_bn": True}, "sync_bn .* works on GPUs alone"),
+        ({"sync_bn": True}, "sync_bn .* works on GPUs only"),
     ],
 )
 def test_what_a_network_cannot_take_is_refused(
@@ -335,9 +409,9 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
     finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()}
     broken = load_state(tmp_path / "later" / "state.pth")
-    assert broken.history
+    assert broken.progress.history
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingSettings, "learning_rate", lambda *_arguments: 1e6)
+        patch.setattr("bn_insert.training.loop.learning_rate", lambda *_arguments: 1e6)
         with pytest.raises(DivergenceError, match="keeps what was saved last"):
             finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=3), resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()} == before
@@ -362,14 +436,14 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"epochs": 0}, "epochs is 0; give 1 or more"),
+        ({"epochs": 0}, "epochs is 0; use 1 or more"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"lr": 0.0}, "lr is 0.0; give a learning rate above 0"),
+        ({"lr": 0.0}, "lr is 0.0; use a learning rate above 0"),
         ({"lr": math.nan}, "lr is nan"),
         ({"momentum": -0.1}, "momentum is -0.1"),
-        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; give 0 to 1"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; use 0 to 1"),
         ({"dropout": -1.0}, "dropout is -1.0"),
-        ({"lr_warmup_epochs": 11.0}, "lr_warmup_epochs is 11.0; give 0 to the 10 of epochs"),
+        ({"lr_warmup_epochs": 11.0}, "lr_warmup_epochs is 11.0; use 0 to 10, the number of epochs"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
@@ -380,14 +454,14 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], wording: str) 
 
 def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
     settings = TrainingSettings(epochs=4, lr=1.0, lr_warmup_epochs=1.5, lr_scheduler="constant")
-    rates = [settings.learning_rate(step, 4) for step in range(16)]
+    rates = [learning_rate(settings, step, 4) for step in range(16)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[:7] == sorted(rates[:7])
     assert set(rates[6:]) == {1.0}
     stepped = replace(settings, lr_warmup_epochs=0.0, lr_scheduler="step", lr_step_size=2)
-    assert [stepped.learning_rate(step, 1) for step in range(4)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+    assert [learning_rate(stepped, step, 1) for step in range(4)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
     cosine = replace(settings, lr_warmup_epochs=2.0, lr_scheduler="cosine")
-    assert [cosine.learning_rate(step, 1) for step in range(2, 4)] == pytest.approx([1.0, 0.5])
+    assert [learning_rate(cosine, step, 1) for step in range(2, 4)] == pytest.approx([1.0, 0.5])
 
 
 # Labelled images
@@ -431,9 +505,9 @@ def spoil(folder: Path, how: str) -> None:
         ("a file", "data is not a folder"),
         ("train", "data has no folder train/; the layout is"),
         ("val", "data has no folder val/"),
-        ("one class", "train has 1 class folders, and 2 are the least"),
+        ("one class", "train has 1 class folders, but at least 2 are needed"),
         ("no val classes", "val has no class folders"),
-        ("unknown class", "val has classes that .*train has not: one"),
+        ("unknown class", "val has classes that .*train does not have: one"),
         ("train/1", "train/1 holds no image"),
         ("val/0", "val/0 holds no image"),
     ],
@@ -442,6 +516,17 @@ def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: st
     folder = link_digits(tmp_path / "data", classes=2)
     spoil(folder, how)
     with pytest.raises(ImageError, match=wording):
+        open_digits(folder)
+
+
+@pytest.mark.parametrize(("name", "fault"), [(b"caf\xe9", "is not valid UTF-8"), (b"a\nb", "contains a line break")])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_that_cannot_be_a_line_of_text_is_refused_before_training(
+    tmp_path: Path, name: bytes, fault: str, part: str
+) -> None:
+    folder = link_digits(tmp_path / "data", classes=2)
+    (folder / part / "1").rename(folder / part / os.fsdecode(name))
+    with pytest.raises(ImageError, match=rf"class folder '(caf.udce9|a.nb)' in .*{part} {fault}; rename"):
         open_digits(folder)
 
 

@@ -1,0 +1,110 @@
+"""A network that gives one logit per class, and how it is run: device, precision, processes."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import DivergenceError, TrainingError
+from ..images.class_folders import LabelledBatch
+from ..support.processes import Ranks
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network ready to be trained or validated.
+
+    Args:
+        network: The network itself.
+        parallel: The network as a training step calls it: inside DistributedDataParallel when there are several
+            processes, otherwise `network`.
+        classes: Number of logits per image.
+        device: Where the network is.
+        amp: Run under bfloat16 autocast.
+    """
+
+    network: nn.Module
+    parallel: nn.Module
+    classes: int
+    device: torch.device
+    amp: bool
+
+    @classmethod
+    def of(cls, network: nn.Module, classes: int, device: torch.device, ranks: Ranks, *, amp: bool) -> Classifier:
+        """Return a network that is on its device as a classifier."""
+        parallel = network if ranks.count == 1 else _data_parallel(network, device)
+        return cls(network, parallel, classes, device, amp)
+
+    def inputs(self, batch: LabelledBatch) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+        """Return the images, in the network's dtype and channels_last, and the labels of a batch, on the device."""
+        dtype = next(self.network.parameters()).dtype
+        images = batch.images.to(self.device, dtype, memory_format=torch.channels_last)
+        return images, batch.labels.to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the network is run."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
+
+    def training_logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Return the outputs of a training step.
+
+        Raises:
+            TrainingError: When the network cannot run on the images, or does not return one logit per class.
+        """
+        name = type(self.network).__name__
+        try:
+            with self.autocast():
+                logits = self.parallel(images)
+        except (torch.OutOfMemoryError, DivergenceError):
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {_first_line(error)}; its last dense "
+                "layer is assumed to be the output layer, and all images must have one size (--crop)"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise TrainingError(
+                f"{name} returns {found} for a batch of {len(images)} images instead of one logit for each of "
+                f"{self.classes} classes; only classifiers can be fine-tuned"
+            )
+        return logits
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Return the mean loss of a batch, computed in float32 or higher."""
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, label_smoothing=smoothing
+    )
+
+
+def batch_totals(
+    loss: Float[Tensor, ""], logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]
+) -> Float64[Tensor, " totals"]:
+    """Return the `Totals` of a batch as a tensor on its device, so that the caller decides when to wait for it."""
+    correct = (logits.detach().argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]).double()
+
+
+def _data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    with warnings.catch_warnings():
+        # The replacement of this argument is newer than the oldest PyTorch that we support.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        # Running statistics are shared once per epoch; DDP would send them before every forward pass.
+        return DistributedDataParallel(
+            network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,42 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .metrics import EpochMetrics, Totals
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, between two steps.
+
+    Args:
+        epoch: Complete epochs.
+        step: Complete steps of the current epoch.
+        seen: Losses and correct predictions of these steps.
+        history: Metrics of the complete epochs.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seen: Totals = field(default_factory=Totals)
+    history: tuple[EpochMetrics, ...] = ()
+
+    @property
+    def best(self) -> EpochMetrics | None:
+        """The first epoch with the highest validation accuracy."""
+        return max(self.history, key=lambda epoch: epoch.val_accuracy, default=None)
+
+    @property
+    def just_improved(self) -> bool:
+        """Whether the last step ended an epoch that is the best so far."""
+        return self.step == 0 and bool(self.history) and self.best is self.history[-1]
+
+    def after_step(self, totals: Totals) -> Progress:
+        """Return the progress one step later."""
+        return replace(self, step=self.step + 1, seen=self.seen.plus(totals))
+
+    def after_epoch(self, metrics: EpochMetrics) -> Progress:
+        """Return the progress at the start of the next epoch."""
+        return Progress(epoch=self.epoch + 1, history=(*self.history, metrics))

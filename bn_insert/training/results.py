@@ -1,0 +1,146 @@
+"""The files that a run leaves in its output folder, and the order in which they get their names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoints.save import stage_checkpoint
+from ..errors import CheckpointError, TrainingError
+from ..images.class_folders import ClassFolders
+from ..report import run_report, write_report
+from ..support.files import stage_file, staging_folder
+from ..support.processes import Ranks
+from .metrics import write_curves, write_metrics
+from .state import TrainingState, write_state
+
+STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
+BEST, LAST = "best.pth", "last.pth"
+REPORTS = ("report.json", "report.html")
+RESULTS = (STATE, METRICS, CURVES, CLASSES, *REPORTS, BEST, LAST)
+
+
+def results_in(folder: Path) -> list[str]:
+    """Return the names of results that a folder holds, after checking that every result can be written there.
+
+    Raises:
+        TrainingError: When the folder is not one, or something other than a regular file has the name of a result.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is not a folder; choose another output folder")
+    for path in (folder / name for name in RESULTS):
+        # A link may lead to another disk, where no file can be renamed to, or to another result.
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "not a regular file"
+            raise TrainingError(
+                f"cannot write {path}: it is {kind}, and results are regular files; move it away, or choose another "
+                "output folder"
+            )
+    return [name for name in RESULTS if (folder / name).exists()]
+
+
+def run_facts(network: nn.Module, images: ClassFolders, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """Return what the report shows about a run besides settings and epochs."""
+    return {
+        "data": {
+            "folder": str(images.folder),
+            "classes": len(images.classes),
+            "training_images": len(images.train),
+            "validation_images": len(images.val),
+            "preprocessing": images.transform.to_dict(),
+        },
+        "batchnorms": sum(isinstance(module, _BatchNorm) for module in network.modules()),
+        "device": str(device),
+        "processes": ranks.count,
+    }
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Each file is replaced whole. All are written in full before the first gets its name, so that a full disk changes
+    nothing. They get their names in an order in which a kill or a failing rename leaves a run that can be resumed:
+
+    - `state.pth` comes after the other files, which it describes.
+    - Where another run is replaced, `best.pth` comes after `state.pth`: until then that run can be resumed, and all its
+      files but `best.pth` follow from its state. `restore_best` makes up for a kill between the two.
+    - What the other run had and this one does not have yet is removed last.
+    """
+
+    def __init__(self, folder: Path, images: ClassFolders, facts: Mapping[str, Any], replaced: Sequence[str]) -> None:
+        """Describe the folder, and touch nothing.
+
+        Args:
+            folder: The folder.
+            images: The images of the run, for class names and preprocessing.
+            facts: JSON-ready values for the report.
+            replaced: Names of another run's results, which stay until this run has results.
+        """
+        self._folder, self._images, self._facts, self._replaced = folder, images, facts, tuple(replaced)
+
+    @property
+    def kept(self) -> str:
+        """What is left when training fails, as a phrase."""
+        saved = (self._folder / STATE).exists()
+        return f"{self._folder} keeps what was saved last" if saved else "nothing was written"
+
+    def write(self, network: nn.Module, state: TrainingState) -> None:
+        """Write all results of a run.
+
+        Raises:
+            CheckpointError: With the path and the reason.
+        """
+        order = [CLASSES, METRICS, CURVES, LAST, *((STATE, BEST) if self._replaced else (BEST, STATE))]
+        with staging_folder(self._folder / STATE) as staging:
+            publish = self._staged(network, state, staging)
+            for name in filter(publish.__contains__, order):
+                publish[name]()
+        written = {*publish, *self._write_reports(state)}
+        for name in self._replaced:
+            if name not in written:
+                (self._folder / name).unlink(missing_ok=True)
+        self._replaced = ()
+
+    def restore_best(self, network: nn.Module) -> None:
+        """Write best.pth of a run that is resumed where its best epoch ended: a kill may have come before it."""
+        with staging_folder(self._folder / BEST) as staging:
+            self._staged_checkpoint(network, BEST, staging)()
+
+    def _staged(self, network: nn.Module, state: TrainingState, staging: Path) -> dict[str, Callable[[], None]]:
+        """Write the files, apart from the reports, into a staging folder; return functions that name them."""
+        checkpoints = (LAST, BEST) if state.progress.just_improved else (LAST,)
+        writers: dict[str, Callable[[Path], object]] = {}
+        if history := state.progress.history:
+            writers[METRICS] = partial(write_metrics, history)
+            writers[CURVES] = partial(write_curves, history)
+        classes = "".join(f"{name}\n" for name in self._images.classes)
+        writers[CLASSES] = lambda path: path.write_text(classes, encoding="utf-8")
+        writers[STATE] = partial(write_state, state)
+        return {name: self._staged_checkpoint(network, name, staging) for name in checkpoints} | {
+            name: stage_file(self._folder / name, write, staging, overwrite=True) for name, write in writers.items()
+        }
+
+    def _staged_checkpoint(self, network: nn.Module, name: str, staging: Path) -> Callable[[], None]:
+        transform = self._images.transform.to_dict()
+        return stage_checkpoint(network, self._folder / name, staging, transform=transform, overwrite=True)
+
+    def _write_reports(self, state: TrainingState) -> list[str]:
+        """Write the reports, and return the names of those that could be written."""
+        epochs = [asdict(epoch) for epoch in state.progress.history]
+        data = run_report(self._folder.resolve().name, state.settings, epochs, self._facts)
+        written = []
+        try:
+            for name in REPORTS:
+                write_report(self._folder / name, data, overwrite=True)
+                written.append(name)
+        except CheckpointError as error:  # the run itself is saved, and worth more
+            warnings.warn(f"{error}; all else is saved, and training continues", stacklevel=2)
+        return written

@@ -1,0 +1,42 @@
+"""Stopping a run at a safe point, when the caller asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..support.processes import Ranks
+
+
+class StoppedError(Exception):
+    """Ends re-estimation or validation early; both are repeated when the run is resumed."""
+
+
+@dataclass(frozen=True)
+class StopCheck:
+    """The caller's `stop` function, polled by the run.
+
+    Args:
+        asked: Returns True once the run should stop; None never stops it.
+        ranks: The processes of the run.
+    """
+
+    asked: Callable[[], bool] | None
+    ranks: Ranks
+
+    def requested(self) -> bool:
+        """Return whether this process was asked to stop."""
+        return bool(self.asked and self.asked())
+
+    def alone(self) -> bool:
+        """Return whether to stop without agreeing with other processes, because there are none."""
+        return self.ranks.count == 1 and self.requested()
+
+    def check(self) -> None:
+        """Raise StoppedError if a process without others was asked to stop.
+
+        In re-estimation and validation the shares of several processes differ in size, so that they could not agree on
+        a batch to stop after; they finish the epoch.
+        """
+        if self.alone():
+            raise StoppedError

@@ -1,0 +1,84 @@
+"""The training images of one process, in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..batchnorm.modes import trains_on_batches
+from ..errors import TrainingError
+from ..images.batches import sample
+from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
+from ..support.processes import Ranks
+from .settings import TrainingSettings
+
+# Seeds of epochs and of batches are this far apart, so that neighbouring seeds of users share none of them.
+_SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The batches that one process trains on; any of them can be produced without those before it.
+
+    Args:
+        images: The images of all processes.
+        ranks: This process's share of them.
+        settings: Batch size, seed, and probability of mirroring.
+        images_per_epoch: Number of images of this process in one epoch.
+    """
+
+    images: ClassFolders
+    ranks: Ranks
+    settings: TrainingSettings
+    images_per_epoch: int
+
+    @classmethod
+    def of(cls, images: ClassFolders, network: nn.Module, settings: TrainingSettings, ranks: Ranks) -> TrainingSet:
+        """Return the training set of a network.
+
+        A last batch of one image is left out when a BatchNorm would have to normalize by it.
+
+        Raises:
+            TrainingError: When every batch would be too small for BatchNorm.
+        """
+        share, size = -(-len(images.train) // ranks.count), settings.batch_size
+        left_out = 0
+        if any(map(trains_on_batches, network.modules())):
+            if size == 1 or share < 2:
+                raise TrainingError(
+                    f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
+                    f"size {size}); use a batch size of 2 or more, or --batchnorm freeze-statistics"
+                )
+            left_out = int(share % size == 1)
+        return cls(images, ranks, settings, share - left_out)
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return -(-self.images_per_epoch // self.settings.batch_size)
+
+    def batches(self, epoch: int, step: int = 0) -> Iterator[LabelledBatch]:
+        """Yield the batches of an epoch from a step on, both counted from 0, with images mirrored at random."""
+        rest = self._order(epoch)[step * self.settings.batch_size : self.images_per_epoch]
+        for number, batch in enumerate(self.images.batches(rest, self.settings.batch_size, full=True), step):
+            yield self._mirrored(batch, epoch * self.steps + number)
+
+    def sample(self, epoch: int, count: int) -> Iterator[LabelledBatch]:
+        """Yield at most `count` images of an epoch in batches, none of them mirrored."""
+        yield from self.images.batches(self._order(epoch)[:count], self.settings.batch_size, full=True)
+
+    def _order(self, epoch: int) -> list[LabelledImage]:
+        """Return this process's images in the order of an epoch."""
+        return self.ranks.share(sample(self.images.train, None, self.settings.seed + _SEED_STRIDE * epoch))
+
+    def _mirrored(self, batch: LabelledBatch, step: int) -> LabelledBatch:
+        """Mirror images as the seed, the step since the start of the run, and the rank decide."""
+        if self.settings.hflip == 0:
+            return batch
+        number = step * self.ranks.count + self.ranks.rank
+        generator = torch.Generator().manual_seed(self.settings.seed + _SEED_STRIDE * number)
+        chosen = torch.rand(len(batch.labels), generator=generator) < self.settings.hflip
+        return LabelledBatch(torch.where(chosen[:, None, None, None], batch.images.flip(3), batch.images), batch.labels)
