@@ -66,7 +66,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Stop calibrating once the error of mean and std is below this fraction of std, such as 0.1. [default: use all images]"
+            help="Stop calibrating once mean and std are known to within this fraction of std, such as 0.1. "
+            "[default: use all images]"
         ),
     ] = None,
     atol: opt.AbsoluteTolerance = None,
@@ -87,7 +88,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
 
-    Other architectures: `bn-insert insert alexnet.pth photographs/ -o alexnet-bn.pth --model torchvision.models:alexnet`
+    Other architectures: `bn-insert insert alexnet.pth photographs/ -o alexnet-bn.pth --model
+    torchvision.models:alexnet`
     """
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
