@@ -17,7 +17,7 @@ from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.layers import layer_kind
 from ..graph.trace import Trace, argument, is_activation, operation, writes_in_place
 from .history import Architecture, Folding
-from .splice import take_out
+from .splice import splice_out
 from .weight_algebra import Affine, batchnorm_affine, fold_inputs, fold_outputs
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -71,7 +71,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
     norms = {fold.norm: trace.runs_in_sequence(fold.norm) for fold in plan}
     # Another class only if the model itself is a wrapper around one layer.
-    result = cast(AnyModule, take_out(result, norms))
+    result = cast(AnyModule, splice_out(result, norms))
     if norms:
         Architecture.of(model).changed(Folding(norms, tuple(sorted(biases)))).keep_with(result)
     return result

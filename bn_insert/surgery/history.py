@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..graph.layers import Kind, layer_kind
 from ..graph.sites import Site
-from .splice import splice_behind, take_out
+from .splice import splice_after, splice_out
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """What a name such as "package.module:function" looks like."""
@@ -47,7 +47,7 @@ class Insertion:
                 raise CheckpointError(f"{site.name} is a {type(layer).__name__}, and no conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
-        return splice_behind(network, norms)
+        return splice_after(network, norms)
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
@@ -76,7 +76,7 @@ class Folding:
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
                 raise CheckpointError(f"{name} is a {type(norm).__name__}, and no BatchNorm")
-        return take_out(network, self.norms)
+        return splice_out(network, self.norms)
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""

@@ -24,7 +24,7 @@ from ..support.processes import on_every_rank
 from .edges import Edge, find_edges
 from .equalize import equalize as equalize_channels
 from .history import Architecture, Insertion
-from .splice import splice_behind
+from .splice import splice_after
 
 
 def insert_batchnorm(
@@ -122,7 +122,7 @@ def insert_with_norms(
     norms = {
         site: _norm_for(result.get_submodule(site.name), site, moments[site.name], eps, momentum) for site in sites
     }
-    spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+    spliced = cast(AnyModule, splice_after(result, norms))  # another class only if the model itself is a layer
     if sites:
         Architecture.of(model).changed(Insertion(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}
