@@ -134,7 +134,7 @@ def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path
         Path(folder).chmod(0o555)
         with no_privileges():
             result = run(*finetune(inputs)(Path(folder)))
-        assert_refused(result, "does not let you write")
+        assert_refused(result, "no permission to write")
         assert "epoch 1" not in result.stdout
 
 
@@ -143,7 +143,7 @@ def test_the_settings_that_a_kill_left_alone_are_not_in_the_way(inputs: Path, tm
     assert run(*command).exit_code == 0
     whole = contents(tmp_path)
     (tmp_path / "out.pth").unlink()
-    assert_refused(run(*command), "out.json exists already")  # somebody's: its checkpoint may be elsewhere
+    assert_refused(run(*command), "out.json already exists")  # somebody's: its checkpoint may be elsewhere
     settings = (tmp_path / "out.json").read_text()
     (tmp_path / "out.json").write_text(settings.rstrip().removesuffix("}") + ', "replaces": {}}')
     assert run(*command).exit_code == 0
