@@ -1,20 +1,20 @@
-"""The errors that a caller can tell apart; each message has the fact, the place and the way out."""
+"""Exceptions raised by bn-insert; each message says what is wrong, where, and what to do."""
 
 
 class BNInsertError(Exception):
-    """Base of every error that bn-insert raises for what a user can cause."""
+    """Base class of all errors that a user can cause."""
 
 
 class CheckpointError(BNInsertError):
-    """A checkpoint file cannot be read, holds no network that can be rebuilt, or cannot be written."""
+    """A checkpoint cannot be read or written, or holds no network that can be rebuilt."""
 
 
 class GraphError(BNInsertError):
-    """The model's graph cannot be seen, or a layer cannot take what was asked for."""
+    """The model cannot be traced, or a change that was requested is not possible in its graph."""
 
 
 class CalibrationError(BNInsertError):
-    """The calibration set gives no usable statistics: no data, too few values, or values that are not finite."""
+    """Batches yield no usable statistics: no data, too few values, or values that are not finite."""
 
 
 class ImageError(BNInsertError):
@@ -22,8 +22,8 @@ class ImageError(BNInsertError):
 
 
 class TrainingError(BNInsertError):
-    """A fine-tuning run cannot begin, go on or be resumed as it was asked for."""
+    """A fine-tuning run cannot be started, continued or resumed as requested."""
 
 
 class DivergenceError(TrainingError):
-    """The loss, or what a BatchNorm is given, is no longer finite."""
+    """The loss, or the input of a BatchNorm, is no longer finite."""

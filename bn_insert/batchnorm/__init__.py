@@ -1,1 +1,1 @@
-"""The BatchNorm layer itself: one that changes nothing, and what training changes in it."""
+"""The BatchNorm layer itself: identity BatchNorms, and modes that freeze its statistics or parameters."""

@@ -1,4 +1,4 @@
-"""Moments -> a BatchNorm whose eval output equals its input."""
+"""Identity BatchNorms, whose outputs in eval mode equal their inputs."""
 
 from __future__ import annotations
 
@@ -31,28 +31,38 @@ def identity_batchnorm(
     momentum: float | None = 0.1,
     dtype: torch.dtype = torch.float32,
 ) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d:
-    """Return a BatchNorm with these moments as running statistics that changes nothing in eval mode.
+    """Return a BatchNorm with these moments as running statistics whose outputs in eval mode equal its inputs.
 
     running_mean = mean, running_var = unbiased variance, gamma (`weight`) = sqrt(running_var + eps), beta (`bias`) =
-    mean. On PyTorch's CPU kernel the output equals the input bit for bit: gamma, and where that is not enough the
-    variance, are moved by a few float steps to where the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
+    mean. With PyTorch's CPU kernel the outputs equal the inputs bit for bit: gamma, and where that is not enough the
+    variance, are moved by a few float steps, so that the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
 
-    dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.  dtype: of parameters and statistics.
-    Raises CalibrationError for fewer than two values per channel, for eps or dims out of range, and for moments that
-    are not finite in `dtype`. Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
+    Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
 
-    >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
-    >>> norm = identity_batchnorm(moments, 2).eval()
-    >>> x = torch.randn(1, 8, 4, 4)
-    >>> torch.equal(norm(x), x)
-    True
+    Args:
+        moments: Of the BatchNorm's input.
+        dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.
+        eps: Added to the variance, as in PyTorch.
+        momentum: Of the running statistics, as in PyTorch; None for a cumulative average.
+        dtype: Of parameters and statistics.
+
+    Raises:
+        CalibrationError: If there are fewer than two values per channel, eps or dims is out of range, or the moments
+            are not finite in `dtype`.
+
+    Examples:
+        >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
+        >>> norm = identity_batchnorm(moments, 2).eval()
+        >>> x = torch.randn(1, 8, 4, 4)
+        >>> torch.equal(norm(x), x)
+        True
     """
     check_eps(eps)
     if dims not in BATCHNORMS:
-        raise CalibrationError(f"dims is 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
+        raise CalibrationError(f"dims must be 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
     if moments.count < 2:
         raise CalibrationError(
-            f"a variance needs at least two values per channel and the calibration set gave {moments.count}; "
+            f"a variance needs at least two values per channel and the calibration set has {moments.count}; "
             "calibrate on more images"
         )
     mean = moments.mean.to("cpu", dtype)
@@ -64,33 +74,37 @@ def identity_batchnorm(
     with torch.no_grad():
         norm.weight.copy_(gamma)
         norm.bias.copy_(mean)
-    norm.running_mean = mean.clone()  # in float64 it is the moments' own tensor
+    norm.running_mean = mean.clone()  # in float64, `mean` is the moments' own tensor
     norm.running_var = var
     return norm
 
 
 def check_eps(eps: float) -> None:
-    """Raise CalibrationError unless eps is finite, and a normal number in float32: below, kernels round it away."""
+    """Check that eps is finite and a normal number in float32: kernels may round smaller ones to 0.
+
+    Raises:
+        CalibrationError: If it is not.
+    """
     if not torch.finfo(torch.float32).tiny <= eps < float("inf"):
         raise CalibrationError(
-            f"eps is a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as 1e-5, not {eps}: it "
-            "keeps constant channels defined"
+            f"eps must be a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as 1e-5, not {eps}: "
+            "without it, constant channels would be divided by 0"
         )
 
 
 def kernel_factor(
     gamma: Float[Tensor, " channels"], var: Float[Tensor, " channels"], eps: float
 ) -> Float[Tensor, " channels"]:
-    """Return what PyTorch's CPU kernel multiplies each channel by in eval mode, as it rounds it.
+    """Return the factor by which PyTorch's CPU kernel multiplies each channel in eval mode, as rounded by the kernel.
 
-    The kernel is asked, not imitated: its formula has changed between releases (1/sqrt against rsqrt).
+    Found by running the kernel on ones, since its formula differs between releases (1/sqrt or rsqrt).
     """
     zero = torch.zeros_like(var)
     return F.batch_norm(torch.ones_like(var)[None], zero, var, gamma, zero, training=False, eps=eps)[0]
 
 
 def _exact_factors(var: Float[Tensor, " channels"], eps: float) -> tuple[Tensor, Tensor]:
-    """Return (var, gamma) moved by as few float steps as make the kernel's factor exactly 1."""
+    """Return (var, gamma), moved by as few float steps as are needed for the kernel's factor to be exactly 1."""
     best_var = var.clone()
     best_gamma = (var.double() + eps).sqrt().to(var.dtype)
     open_channels: Bool[Tensor, " channels"] = torch.ones_like(var, dtype=torch.bool)
@@ -98,9 +112,9 @@ def _exact_factors(var: Float[Tensor, " channels"], eps: float) -> tuple[Tensor,
         nearest = (candidate_var.double() + eps).sqrt().to(var.dtype)
         for steps in _GAMMA_STEPS:
             gamma = _step(nearest, steps)
-            hit = open_channels & (kernel_factor(gamma, candidate_var, eps) == 1)
-            best_var[hit], best_gamma[hit] = candidate_var[hit], gamma[hit]
-            open_channels &= ~hit
+            exact = open_channels & (kernel_factor(gamma, candidate_var, eps) == 1)
+            best_var[exact], best_gamma[exact] = candidate_var[exact], gamma[exact]
+            open_channels &= ~exact
             if not open_channels.any():
                 return best_var, best_gamma
     return best_var, best_gamma

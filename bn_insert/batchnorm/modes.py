@@ -1,4 +1,4 @@
-"""Hold statistics, or statistics and parameters, of BatchNorms still while a network is trained."""
+"""Modes of BatchNorm in training: freeze its statistics, or its statistics and parameters."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ BatchNormMode = Literal["train", "freeze-statistics", "freeze"]
 
 
 def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:
-    """Say, in place, what training changes in a model's BatchNorms; it holds until the next call.
+    """Set, in place, what training changes in a model's BatchNorms; it applies until the next call.
 
-    mode: "train": normalize by the batch, keep running statistics, train gamma and beta: an ordinary BatchNorm, and the
-    way back from the other two. "freeze-statistics": normalize by the running statistics, which stay as they are, and
-    train gamma and beta. "freeze": the same, and gamma and beta stay too.
+    `model.train()` in a training loop does not undo it: a hook puts a frozen BatchNorm back in eval mode before each
+    forward pass. Copies of the model stay frozen. Call it before creating the optimizer, so that frozen gamma and beta
+    get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which creates new modules.
 
-    `model.train()` in a training loop does not undo it: a hook puts a frozen BatchNorm back into eval mode before each
-    forward pass. Copies of the model stay frozen. Call it before the optimizer is made, so that gamma and beta which
-    are frozen get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which makes new modules.
-    Raises TrainingError for another mode, and for a BatchNorm without running statistics, which cannot be frozen.
+    Args:
+        model: The network to change.
+        mode: "train": normalize by the batch, update running statistics, train gamma and beta, like any BatchNorm;
+            this undoes the other two.
+            "freeze-statistics": normalize by the running statistics without updating them, train gamma and beta.
+            "freeze": the same with gamma and beta frozen too.
 
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-    >>> freeze_batchnorm(model, "freeze-statistics")
-    >>> before = model[1].running_mean.clone()
-    >>> _ = model.train()(torch.rand(16, 4))
-    >>> torch.equal(model[1].running_mean, before), model[1].weight.requires_grad
-    (True, True)
+    Raises:
+        TrainingError: If the mode is unknown, or a BatchNorm to be frozen has no running statistics.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> freeze_batchnorm(model, "freeze-statistics")
+        >>> before = model[1].running_mean.clone()
+        >>> _ = model.train()(torch.rand(16, 4))
+        >>> torch.equal(model[1].running_mean, before), model[1].weight.requires_grad
+        (True, True)
     """
     if mode not in get_args(BatchNormMode):
-        raise TrainingError(f"the mode of BatchNorm is one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
+        raise TrainingError(f"the mode of BatchNorm must be one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
         if mode != "train" and norm.running_mean is None:
-            raise TrainingError(f"BatchNorm {name} keeps no running statistics, so that it cannot be frozen")
+            raise TrainingError(f"BatchNorm {name} keeps no running statistics, so it cannot be frozen")
     for norm in norms.values():
         for key in [key for key, hook in norm._forward_pre_hooks.items() if hook is _hold_in_eval_mode]:
             del norm._forward_pre_hooks[key]
@@ -48,10 +54,10 @@ def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:
 
 
 def trains_on_batches(module: nn.Module) -> bool:
-    """Say whether a module is a BatchNorm that training mode normalizes by the batch: one that is not frozen."""
+    """Return whether a module is a BatchNorm that is not frozen, and so normalizes by the batch in train mode."""
     return isinstance(module, _BatchNorm) and _hold_in_eval_mode not in module._forward_pre_hooks.values()
 
 
-# A function of the module, not of an object: hooks are copied and pickled with a model.
+# A module-level function, not a closure: hooks are copied and pickled with a model.
 def _hold_in_eval_mode(norm: nn.Module, _inputs: tuple[Any, ...]) -> None:
     norm.training = False

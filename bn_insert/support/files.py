@@ -1,4 +1,4 @@
-"""Write files so that whoever looks, at any moment, finds the old file or the new one, whole."""
+"""Atomic writes: at any moment, a path holds either the old file or the new one, complete."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .text import first_line
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and nothing abandoned is removed
+except ImportError:  # Windows: without locks, abandoned folders are not removed
     fcntl = None  # type: ignore[assignment]
 
 _STAGING = re.compile(r"\.bn-insert-[0-9a-f]{16}\.tmp")
@@ -25,21 +26,28 @@ StrPath = str | os.PathLike[str]
 
 
 def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
-    """Make a file appear at `path` complete, or not at all.
+    """Write a file that appears at `path` complete, or not at all.
 
-    write: called with the path of an empty file beside the target, which it fills.  overwrite: replace a file that is
-    there; without it such a file is left alone even if it appears while `write` runs.  A symbolic link stays a link,
-    and what it points to is written.  A new file has the mode that the umask gives, a replaced one keeps its own.
+    The file is staged in a folder `.bn-insert-*.tmp` next to the target, which is always removed. Only if the process
+    is killed does the folder remain: the target is then either the old file or the new one, and the next write into the
+    same folder removes the staging folder.
 
-    Everything is staged in a folder `.bn-insert-*.tmp` beside the target.  It is removed whatever happens, except by
-    a kill: then the target is the old file or the new one, and the next write beside it removes the folder.
-    Raises CheckpointError with the path and the reason; then nothing has changed.
+    Args:
+        path: The target. If it is a symbolic link, the link stays and the file that it points to is written. A new file
+            gets the mode determined by the umask; a replaced file keeps its mode.
+        write: Called with the path of an empty file, which it fills.
+        overwrite: Replace an existing file. Otherwise an existing file is never changed, even if it appears while
+            `write` runs.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "note.txt")
-    >>> write_atomically(path, lambda staged: staged.write_text("whole"))
-    >>> path.read_text()
-    'whole'
+    Raises:
+        CheckpointError: If the file cannot be written; nothing has changed then.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "note.txt")
+        >>> write_atomically(path, lambda staged: staged.write_text("complete"))
+        >>> path.read_text()
+        'complete'
     """
     check_writable(path, overwrite=overwrite)
     target = real_path(path)
@@ -48,9 +56,14 @@ def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrit
 
 
 def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError if it is plain already that no file can be written there: before the work, not after.
+    """Check that a file can be written, to find out before the work and not after it.
 
-    The rules are those of `write_atomically`.
+    Args:
+        path: As for `write_atomically`.
+        overwrite: As for `write_atomically`.
+
+    Raises:
+        CheckpointError: If it is already certain that the file cannot be written.
     """
     target = real_path(path)
     try:
@@ -60,32 +73,39 @@ def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
     except OSError as error:
         raise _cannot_write(path, error) from error
     if mode is not None and stat.S_ISDIR(mode):
-        raise CheckpointError(f"cannot write {path}: it is a folder; name a file in it")
+        raise CheckpointError(f"cannot write {path}: it is a folder; name a file inside it")
     if mode is not None and not stat.S_ISREG(mode):
-        raise CheckpointError(f"cannot write {path}: it is no regular file; choose another name")
+        raise CheckpointError(f"cannot write {path}: it is not a regular file; choose another name")
     if mode is not None and not overwrite:
         raise _exists(path)
     folder = target.parent
     if not folder.is_dir():
-        raise CheckpointError(f"cannot write {path}: there is no folder {folder}; make it first")
+        raise CheckpointError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write {path}: the folder {folder} does not let you write; choose another one")
+        raise CheckpointError(f"cannot write {path}: no permission to write in the folder {folder}; choose another one")
 
 
 def real_path(path: StrPath) -> Path:
-    """Return the file that a path means, with symbolic links followed; it need not exist."""
+    """Return the path with symbolic links resolved; it need not exist.
+
+    Raises:
+        CheckpointError: If it cannot be the path of a file.
+    """
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{os.fspath(path)!r} is no usable path: {error}") from error
+        raise CheckpointError(f"{os.fspath(path)!r} is not a usable path: {error}") from error
 
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, for files to be written into; check that they can be.
+    """Create a folder and its parents, and check that files can be written into it.
 
-    What killed processes have left in it is removed.  When the block fails, those folders that were made here and are
+    Staging folders of killed processes in it are removed. If the block fails, folders that were created here and are
     still empty are removed.
+
+    Raises:
+        CheckpointError: If no file can be written into the folder.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -105,9 +125,12 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside the target, on the same file system, that is removed with all in it at the end.
+    """Yield a folder next to the target, on the same file system, that is removed with its contents at the end.
 
-    Folders beside it that killed processes have left are removed too.
+    Staging folders of killed processes in the same place are removed too.
+
+    Raises:
+        CheckpointError: If the folder cannot be created.
     """
     _remove_abandoned(target.parent)
     with ExitStack() as cleaning:
@@ -119,8 +142,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def _new_staging_folder(parent: Path, cleaning: ExitStack) -> Path:
-    # A folder is locked as long as its process lives. Another process may take it for abandoned in the moment before,
-    # so one that is not there and locked gives way to another; without any locks nobody removes anything.
+    # A folder is locked for as long as its process lives. Before it is locked, another process may take it for an
+    # abandoned one and remove it: then the next name is tried. On file systems without locks, nothing is ever removed.
     for _ in range(3):
         folder = parent / f".bn-insert-{secrets.token_hex(8)}.tmp"
         cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -140,7 +163,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _lock(folder: Path, closing: ExitStack) -> bool:
-    """Lock a folder until `closing` ends or the process does; say whether that went."""
+    """Lock a folder until `closing` or the process ends; return whether it could be locked."""
     if fcntl is None:
         return False
     try:
@@ -155,15 +178,33 @@ def _lock(folder: Path, closing: ExitStack) -> bool:
 def stage_file(
     target: Path, write: Callable[[Path], object], folder: Path, *, overwrite: bool = False
 ) -> Callable[[], None]:
-    """Fill a file in a staging folder, and return the function that gives it its name.
+    """Write a file into a staging folder, and return the function that moves it to its target.
 
-    Several files that are staged before the first gets its name come all or, on a full disk, none.
+    If several files are staged before the first is moved, then on a full disk none of them appears.
+
+    Args:
+        target: Where the file goes.
+        write: Called with the path of an empty file, which it fills.
+        folder: From `staging_folder`.
+        overwrite: Replace an existing file.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
     """
     return partial(publish, stage(folder / target.name, write, target), target, overwrite=overwrite)
 
 
 def stage(path: Path, write: Callable[[Path], object], target: Path) -> Path:
-    """Fill a file in a staging folder, give it the mode that it will have as `target`, and bring it to the disk."""
+    """Write a file into a staging folder, with the mode that it will have as `target`, and flush it to disk.
+
+    Args:
+        path: The file in the staging folder; it must not exist.
+        write: Called with `path`, an empty file by then, which it fills.
+        target: Where the file will go.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
     try:
         path.touch(exist_ok=False)
         mode = (target if target.exists() else path).stat().st_mode
@@ -173,13 +214,22 @@ def stage(path: Path, write: Callable[[Path], object], target: Path) -> Path:
             os.fsync(file.fileno())
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the writer of a format makes of a full disk is one fact to us
+    except Exception as error:  # writers of different formats raise different exceptions on a full disk
         raise _cannot_write(target, error) from error
     return path
 
 
 def publish(staged: Path, target: Path, *, overwrite: bool) -> None:
-    """Give a staged file its name, in one step that is seen whole or not at all, and bring the name to the disk."""
+    """Move a staged file to its target in one atomic step, and flush the target's folder to disk.
+
+    Args:
+        staged: From `stage`.
+        target: Where the file goes.
+        overwrite: Replace an existing file.
+
+    Raises:
+        CheckpointError: If the target exists and is not to be replaced, or cannot be written.
+    """
     try:
         if overwrite:
             staged.replace(target)
@@ -189,7 +239,7 @@ def publish(staged: Path, target: Path, *, overwrite: bool) -> None:
         raise _exists(target) from error
     except OSError as error:
         raise _cannot_write(target, error) from error
-    # The file is in place: a file system that cannot sync folders must not make that look like a failure.
+    # The file is in place: that some file systems cannot sync folders is not a failure.
     with suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -199,13 +249,13 @@ def publish(staged: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def _publish_as_new(staged: Path, target: Path) -> None:
-    """Give a staged file a name that must be free: renaming would replace a file that has appeared meanwhile."""
+    """Move a staged file to a target that must not exist: renaming would replace a file that has appeared meanwhile."""
     try:
         target.hardlink_to(staged)
     except FileExistsError:
         raise
     except OSError:
-        # No hard links here (FAT, some network shares): an empty file claims the name until the rename.
+        # Without hard links (FAT, some network shares), an empty file reserves the name until the rename.
         target.touch(exist_ok=False)
         try:
             staged.replace(target)
@@ -215,7 +265,7 @@ def _publish_as_new(staged: Path, target: Path) -> None:
 
 
 def _exists(path: StrPath) -> CheckpointError:
-    return CheckpointError(f"{path} exists already: choose another name, or replace it with overwrite=True (--force)")
+    return CheckpointError(f"{path} already exists: choose another name, or replace it with overwrite=True (--force)")
 
 
 def _cannot_write(path: StrPath, error: BaseException) -> CheckpointError:
@@ -223,11 +273,10 @@ def _cannot_write(path: StrPath, error: BaseException) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what the operating system said, which torch.save hides behind an exception of its own."""
+    """Return the operating system's error message, which torch.save wraps in another exception."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.strerror:
             return link.strerror
         link = link.__cause__ or link.__context__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

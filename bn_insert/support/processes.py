@@ -1,4 +1,4 @@
-"""The processes that work on one network together, as torchrun starts them."""
+"""Cooperation of several processes on one network, as started by torchrun."""
 
 from __future__ import annotations
 
@@ -20,27 +20,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among those that train together, and how many they are; 0 of 1 without others."""
+    """This process's rank among those that work together, and their number.
+
+    Attributes:
+        rank: From 0; 0 for a process on its own.
+        count: Number of processes; 1 for a process on its own.
+    """
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
-        """Return this process's place in the default process group."""
+        """Return this process's rank in the default process group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def first(self) -> bool:
-        """This is the process that writes files."""
+        """Whether this is the first rank, the one that writes files."""
         return self.rank == 0
 
     def share(self, items: Sequence[T], *, equal: bool = True) -> list[T]:
-        """Return every count-th item from this rank's number on.
+        """Return this rank's share of the items: every count-th, starting at its rank.
 
-        equal: fill up from the beginning so that all ranks have as many: else some would wait for others for ever.
+        Args:
+            items: The same on all ranks.
+            equal: Repeat items from the beginning, so that all ranks get the same number. Ranks that exchange gradients
+                at each step would otherwise wait for each other forever.
         """
         missing = -len(items) % self.count if equal else 0
         filled = [*items, *(items[number % len(items)] for number in range(missing))] if missing else items
@@ -53,7 +61,7 @@ class Ranks:
         return values
 
     def gathered(self, value: T) -> list[T]:
-        """Return every rank's value, in the order of the ranks, on each of them."""
+        """Return the values of all ranks on each of them, in the order of the ranks."""
         if self.count == 1:
             return [value]
         values: list[T] = [value] * self.count
@@ -61,23 +69,29 @@ class Ranks:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks the first one's buffers: the running statistics of BatchNorm."""
+        """Copy the first rank's buffers, such as BatchNorm's running statistics, to all ranks."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Return once all ranks have come here."""
+        """Wait until all ranks have reached this point."""
         if self.count > 1:
             dist.barrier()
 
 
 def on_every_rank(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank, and return all ranks' results, in the order of the ranks, on each of them.
+    """Run `work` on every rank, and return the results of all ranks on each of them, in the order of the ranks.
 
-    Without an initialized process group: the one result. Results travel by pickle; let them be small.
-    When `work` raises on a rank, that error is raised there, and a CalibrationError that quotes it on all the others:
-    no rank is left waiting.
+    An error on one rank stops all of them, so that no rank waits for another forever. Without an initialized process
+    group, there is only one result.
+
+    Args:
+        work: Its result is pickled and sent to all ranks, so it should be small.
+
+    Raises:
+        CalibrationError: If `work` fails on another rank; the message quotes its error. On that rank itself, the error
+            is raised as it is.
     """
     ranks = Ranks.current()
     if ranks.count == 1:
@@ -105,9 +119,13 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, and leave them afterwards; alone where it started none.
+    """Join the process group if torchrun started this process, and leave it afterwards.
 
-    Yields the device to work on: with NCCL each process's own GPU, with gloo the CPU.
+    Args:
+        device: Device that was asked for. On a GPU the processes communicate by NCCL, on a CPU by gloo.
+
+    Yields:
+        The device to use: with NCCL, each process's own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
         yield device

@@ -11,3 +11,9 @@ def printable(text: object) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which takes an s unless the number is one."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
 from .fold_plan import Fold, plan_folds
 from .history import FoldedBatchNorms, History
-from .splice import take_out
+from .splice import splice_out
 from .weight_algebra import fold_inputs, fold_outputs
 
 
@@ -110,7 +110,7 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
     biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
     norms = {each.norm: each.in_sequence for each in plan}
     # Another class only if the model itself is a wrapper around one layer.
-    result = cast(AnyModule, take_out(result, norms))
+    result = cast(AnyModule, splice_out(result, norms))
     if norms:
         History.of(model).with_change(FoldedBatchNorms(norms, tuple(sorted(biases)))).keep_with(result)
     return result

@@ -21,7 +21,7 @@ from ..graph.copies import unwrapped
 from ..graph.layers import Kind, layer_kind
 from ..graph.sites import Site
 from ..support.text import counted
-from .splice import splice_behind, take_out
+from .splice import splice_after, splice_out
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """Pattern of a name such as "package.module:function"."""
@@ -53,7 +53,7 @@ class InsertedBatchNorms:
                 raise CheckpointError(f"{site.name} is a {type(layer).__name__}, not a conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
-        return splice_behind(network, norms)
+        return splice_after(network, norms)
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
@@ -89,7 +89,7 @@ class FoldedBatchNorms:
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
                 raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
-        return take_out(network, self.norms)
+        return splice_out(network, self.norms)
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""

@@ -26,7 +26,7 @@ from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .history import History, InsertedBatchNorms
 from .layer_statistics import layer_statistics
-from .splice import splice_behind
+from .splice import splice_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ def _with_norms(
     result = deep_copy(model)
     scaled = equalize_channels(result, edges, moments)
     norms = {site: _norm_for(result.get_submodule(site.name), site, scaled[site.name], eps, momentum) for site in sites}
-    spliced = cast(AnyModule, splice_behind(result, norms))  # another class only if the model itself is a layer
+    spliced = cast(AnyModule, splice_after(result, norms))  # another class only if the model itself is a layer
     if sites:
         History.of(model).with_change(InsertedBatchNorms(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}

@@ -1,4 +1,4 @@
-"""The layer that gives the logits, for other classes than a network was trained on."""
+"""The layer that computes the logits, and its replacement for another number of classes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from .history import History, ReplacedOutput
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
-    """Give a network, in place, a new output layer for so many classes, its weights and bias zero.
+    """Replace a network's output layer, in place, by one for another number of classes.
 
-    The last nn.Linear is taken for the output layer.  Zeros make training begin at the loss log(classes), whatever the
-    scale of the activations in front; the layers before it get their first gradient in the second step.  Device and
-    dtype stay.
-    Raises TrainingError for a network without a dense layer, one with a BatchNorm behind its last dense layer, and
-    fewer than 2 classes.
+    The output layer is the last nn.Linear. The new one has zero weights and bias, and the device and dtype of the old
+    one. With zeros, training starts at a loss of log(classes) whatever the scale of the layer's input; the layers
+    before it get their first gradient in the second step.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1000))
-    >>> replace_output(model, 10)
-    >>> model[-1]
-    Linear(in_features=4, out_features=10, bias=True)
+    Args:
+        model: The network to change.
+        classes: Number of classes, 2 or more.
+
+    Raises:
+        TrainingError: If there are fewer than 2 classes, the network has no dense layer, or there is a BatchNorm after
+            the last one.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1000))
+        >>> replace_output(model, 10)
+        >>> model[-1]
+        Linear(in_features=4, out_features=10, bias=True)
     """
     if classes < 2:
-        raise TrainingError(f"a network for {classes} classes has nothing to tell apart; give 2 or more")
+        raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
     modules = list(model.named_modules())
     name, output = output_layer(model)
-    behind = modules[[module for _, module in modules].index(output) + 1 :]
-    for norm_name, norm in behind:
+    after_output = modules[[module for _, module in modules].index(output) + 1 :]
+    for norm_name, norm in after_output:
         if isinstance(norm, _BatchNorm):
             raise TrainingError(
-                f"BatchNorm {norm_name} stands behind the output layer {name}; leave that layer out when inserting"
+                f"BatchNorm {norm_name} comes after the output layer {name}; skip that layer when inserting BatchNorm"
             )
     new = nn.Linear(
         output.in_features,
@@ -50,8 +57,12 @@ def replace_output(model: nn.Module, classes: int) -> None:
 
 
 def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Return the last dense layer and its qualified name; raises TrainingError where there is none."""
+    """Return the qualified name of the last dense layer, and the layer.
+
+    Raises:
+        TrainingError: If the network has no dense layer.
+    """
     dense = [(name, module) for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
     if not dense:
-        raise TrainingError(f"{type(model).__name__} has no dense layer that could give one logit a class")
+        raise TrainingError(f"{type(model).__name__} has no dense layer to use as the output layer")
     return dense[-1]

@@ -1,4 +1,4 @@
-"""Put modules into a module tree and take them out, so that class, attribute names and keys stay what people know."""
+"""Insert modules into a module tree and remove them, keeping its class, attribute names and keys."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from torch import nn
 
 from ..graph.sites import Site
 
-# Marks the containers made here (it outlives copying and pickling), so that no Sequential of the user's is unwrapped.
+# Marks the containers made here, also after copying and pickling, so that a user's own Sequential is never unwrapped.
 _WRAPPER = "_made_around_one_layer"
 
 
-def splice_behind(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module:
-    """Put each module behind its site's anchor, in place, and return the model (a new root if the anchor is the root).
+def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module:
+    """Insert each module after its site's anchor, in place, and return the model.
 
     In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
     0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
-    replaced by `nn.Sequential(anchor, module)`. An anchor that several containers hold is treated in each.
+    replaced by `nn.Sequential(anchor, module)`. If several containers hold an anchor, this is done in each of them.
+
+    Args:
+        model: The network to change.
+        norms: The module to insert at each site.
+
+    Returns:
+        The model, or `nn.Sequential(model, module)` if the model itself is an anchor.
     """
     siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
     wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
-    pairs: dict[int, nn.Sequential] = {}  # one for all places that hold an anchor, as there is one anchor
+    pairs: dict[int, nn.Sequential] = {}  # by anchor: all containers of an anchor get the same one
     for container in list(model.modules()):
         children = _children(container)
         if isinstance(container, nn.Sequential) and any(id(child) in siblings for _, child in children):
@@ -34,21 +41,29 @@ def splice_behind(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Modul
     return model if root is None else _pair(model, root)
 
 
-def take_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
-    """Take the modules of these names out, in place, and return the model: the inverse of `splice_behind`.
+def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
+    """Remove modules, in place, and return the model: the inverse of `splice_after`.
 
-    in_sequence: by qualified name, whether an nn.Sequential around the module runs it as its child. Then the child is
-    removed, and children numbered from 0 are renumbered; else nn.Identity takes its place, since some forward calls it.
-    A Sequential that `splice_behind` made around a layer gives way to the layer; others stay, even with one child left.
+    A Sequential that `splice_after` made around a layer is replaced by the layer; others stay, even with only one child
+    left.
+
+    Args:
+        model: The network to change.
+        in_sequence: For the qualified name of each module, whether its nn.Sequential runs it as a child. If so, the
+            child is removed, and children numbered from 0 are renumbered; if not, it is replaced by nn.Identity, since
+            a forward calls it by name.
+
+    Returns:
+        The model, or its layer if the model is a Sequential made by `splice_after`.
     """
     flags = {id(model.get_submodule(name)): flag for name, flag in in_sequence.items()}
     for container in list(model.modules()):
         children = _children(container)
-        gone = [(name, child) for name, child in children if id(child) in flags]
-        if gone and isinstance(container, nn.Sequential) and all(flags[id(child)] for _, child in gone):
-            _set_children(container, [pair for pair in children if pair not in gone], _numbered(children))
+        removed = [(name, child) for name, child in children if id(child) in flags]
+        if removed and isinstance(container, nn.Sequential) and all(flags[id(child)] for _, child in removed):
+            _set_children(container, [each for each in children if each not in removed], _numbered(children))
         else:
-            for name, child in gone:
+            for name, child in removed:
                 setattr(container, name, nn.Identity().train(child.training))
     for container in list(model.modules()):
         for name, child in _children(container):
@@ -58,7 +73,7 @@ def take_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
 
 
 def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (name, child) pairs; unlike named_children, a child held twice comes twice."""
+    """Return (name, child) pairs; unlike named_children, this lists a child held under two names twice."""
     return [(name, child) for name, child in container._modules.items() if child is not None]
 
 

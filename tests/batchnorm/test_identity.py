@@ -147,7 +147,7 @@ def test_a_channel_without_variance_stays_finite_in_both_modes() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_values_per_channel_are_refused(count: int) -> None:
     message = (
-        "^a variance needs at least two values per channel and the calibration set gave "
+        "^a variance needs at least two values per channel and the calibration set has "
         f"{count}; calibrate on more images$"
     )
     with pytest.raises(CalibrationError, match=message):

@@ -93,7 +93,7 @@ def test_keys_stay_as_they_are() -> None:
 
 
 def test_an_unknown_mode_names_the_three(unchecked: Callable[..., Any]) -> None:
-    with pytest.raises(TrainingError, match="train, freeze-statistics, freeze, not 'eval'"):
+    with pytest.raises(TrainingError, match="must be one of train, freeze-statistics, freeze, not 'eval'"):
         unchecked(freeze_batchnorm)(network(), "eval")
 
 

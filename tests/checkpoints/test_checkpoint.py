@@ -555,7 +555,7 @@ def test_an_existing_file_is_replaced_only_when_asked(name: str, tmp_path: Path)
     save_checkpoint(old, tmp_path / name)
     before = contents(tmp_path)
     message = refusal_of(lambda: save_checkpoint(new, tmp_path / name))
-    assert "exists already: choose another name, or replace it with overwrite=True (--force)" in message
+    assert "already exists: choose another name, or replace it with overwrite=True (--force)" in message
     assert contents(tmp_path) == before
     save_checkpoint(new, tmp_path / name, overwrite=True)
     assert_same(load_checkpoint(tmp_path / name), new)
@@ -574,12 +574,12 @@ def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> N
     [
         ("network.onnx", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
         ("network", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
-        ("missing/network.pth", "missing; make it first"),
-        ("folder.pth", "folder.pth: it is a folder; name a file in it"),
+        ("missing/network.pth", "missing does not exist; create it first"),
+        ("folder.pth", "folder.pth: it is a folder; name a file inside it"),
         ("file/network.pth", "Not a directory"),
-        ("pipe.pth", "pipe.pth: it is no regular file"),
+        ("pipe.pth", "pipe.pth: it is not a regular file"),
         ("x" * 300 + ".pth", "File name too long"),
-        ("nul\0.pth", "is no usable path"),
+        ("nul\0.pth", "is not a usable path"),
     ],
 )
 def test_a_place_where_nothing_can_be_written_is_told_before_the_work(name: str, fragment: str, tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     message = refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
     assert message == f"cannot write {tmp_path / 'vgg.pth'}: Read-only file system"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "does not let you write" in refusal_of(lambda: check_output(tmp_path / "vgg.pth"))
+    assert "no permission to write" in refusal_of(lambda: check_output(tmp_path / "vgg.pth"))
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
@@ -643,7 +643,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_left_alone_and_nothing_else_rema
         (tmp_path / "vgg.pth").write_bytes(b"theirs")
 
     monkeypatch.setattr(torch, "save", save_slowly)
-    assert "vgg.pth exists already" in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
+    assert "vgg.pth already exists" in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
     assert contents(tmp_path) == {"vgg.pth": b"theirs"}
 
 
@@ -662,7 +662,7 @@ def test_a_file_that_appears_while_another_is_written_is_left_alone(
         staged.write_text("mine")
         target.write_text("theirs")
 
-    assert f"{target} exists already" in refusal_of(lambda: write_atomically(target, write))
+    assert f"{target} already exists" in refusal_of(lambda: write_atomically(target, write))
     assert contents(tmp_path) == {"report.json": b"theirs"}
     target.unlink()
     write_atomically(target, lambda staged: staged.write_text("mine"))
@@ -688,7 +688,7 @@ def test_a_symbolic_link_stays_a_link_and_its_target_is_written(suffix: str, tmp
     link, target = tmp_path / f"latest{suffix}", tmp_path / "runs" / f"first{suffix}"
     link.symlink_to(target)
     save_checkpoint(small_vgg(SPEC, seed=1), link)
-    assert "exists already" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), link))
+    assert "already exists" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), link))
     save_checkpoint(small_vgg(SPEC), link, overwrite=True)
     assert link.is_symlink()
     for path in (link, target):

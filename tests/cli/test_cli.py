@@ -209,7 +209,7 @@ def test_the_report_is_a_page_by_its_suffix(run: Run, digits: Path) -> None:
     assert text.startswith("<!doctype html>")
     assert text.count("<figure") == 5
     again = run("insert", network_path(), digits, "-o", "other.pth", *AS_IT_IS, "--report", "r.html")
-    assert_refused(again, "r.html exists already", "--force")
+    assert_refused(again, "r.html already exists", "--force")
     assert not Path("other.pth").exists()
     assert Path("r.html").read_text() == text
 

@@ -134,7 +134,7 @@ def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path
         Path(folder).chmod(0o555)
         with no_privileges():
             result = run(*finetune(inputs)(Path(folder)))
-        assert_refused(result, "does not let you write")
+        assert_refused(result, "no permission to write")
         assert "epoch 1" not in result.stdout
 
 

@@ -214,9 +214,7 @@ def test_report_holds_runs_together(run: Run, digits: Path) -> None:
     assert "higher <b>" not in text
     run("report", "plain", "higher <b>", "-o", "both.json")
     assert [each["name"] for each in json.loads(Path("both.json").read_text())["runs"]] == ["plain", "higher <b>"]
-    assert_refused(run("report", "plain", "-o", "both.html"), "both.html exists already", "--force")
-    assert_refused(
-        run("report", "plain", "none", "-o", "x.html"), "none/report.json cannot be read", "output directory"
-    )
+    assert_refused(run("report", "plain", "-o", "both.html"), "both.html already exists", "--force")
+    assert_refused(run("report", "plain", "none", "-o", "x.html"), "none/report.json cannot be read", "output folder")
     assert_refused(run("report", "plain", "-o", "x.txt"), "ends in .html or .json")
     assert not Path("x.html").exists()

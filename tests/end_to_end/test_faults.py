@@ -88,7 +88,7 @@ def test_no_activation_is_kept_in_memory_while_a_smaller_batch_is_run() -> None:
 def test_after_running_out_of_memory_outputs_stay_bit_identical_and_the_smaller_batch_is_kept() -> None:
     x = images(8, 12)
     limited = LimitedMemory(plain(), room_for=2)
-    with pytest.warns(UserWarning, match="going on with"):
+    with pytest.warns(UserWarning, match="continuing with batches of"):
         result = insert_batchnorm(limited, [x, x])
     result.room_for = 99
     assert torch.equal(result(x), plain()(x))

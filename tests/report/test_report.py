@@ -233,7 +233,7 @@ def test_a_page_that_cannot_be_made_leaves_no_file_and_the_old_one_whole(tmp_pat
     broken = {**insertion(agreements=False), "seconds": "a word"}
     with pytest.raises(CheckpointError, match="cannot write"):
         write_report(path, broken, overwrite=True)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         write_report(path, insertion(agreements=False))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

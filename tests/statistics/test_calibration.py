@@ -378,7 +378,7 @@ def test_one_image_is_too_few_for_a_dense_site_which_is_named() -> None:
     with pytest.raises(CalibrationError) as caught:
         insert_batchnorm(small_vgg(), [images(1, 16)])
     assert str(caught.value) == (
-        "dense layer classifier.0: a variance needs at least two values per channel and the calibration set gave 1; "
+        "dense layer classifier.0: a variance needs at least two values per channel and the calibration set has 1; "
         "calibrate on more images"
     )
 

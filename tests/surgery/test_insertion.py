@@ -136,7 +136,7 @@ def test_outputs_are_bit_identical_under_autocast() -> None:
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, 1e-40, float("inf"), float("nan")])
 def test_an_eps_that_no_kernel_can_add_is_refused(eps: float) -> None:
-    with pytest.raises(CalibrationError, match="eps is a finite number"):
+    with pytest.raises(CalibrationError, match="eps must be a finite number"):
         insert_batchnorm(small_vgg(), [images(6, 16)], eps=eps)
 
 

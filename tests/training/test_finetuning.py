@@ -363,7 +363,7 @@ def test_a_new_output_layer_begins_at_the_loss_of_guessing_and_keeps_dtype_and_n
 def test_networks_whose_output_cannot_be_replaced_are_refused() -> None:
     with pytest.raises(TrainingError, match="Sequential has no dense layer"):
         replace_output(nn.Sequential(nn.Conv2d(3, 4, 1)), 3)
-    with pytest.raises(TrainingError, match="BatchNorm 1 stands behind the output layer 0"):
+    with pytest.raises(TrainingError, match="BatchNorm 1 comes after the output layer 0"):
         replace_output(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
     with pytest.raises(TrainingError, match="2 or more"):
         replace_output(nn.Sequential(nn.Linear(4, 4)), 1)
