@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bn_insert import calibrate, find_sites, load_checkpoint
+from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli.app import app
 
@@ -60,7 +60,7 @@ def test_a_failing_process_stops_all_with_its_message_and_no_file_appears(tmp_pa
 
 API = """
 import sys, torch, torch.distributed as dist
-from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint
+from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate
 from bn_insert.demo import network_path
 
 dist.init_process_group("gloo")
@@ -70,6 +70,7 @@ x = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 own = {0: [x[:16], x[16:32]], 1: [x[32:48], x[48:]], 2: []}[rank]
 result = insert_batchnorm(model, own)
 torch.save(result.state_dict(), f"rank{rank}.pth")
+torch.save(recalibrate(result, [each + 1 for each in own], earlier="running").state_dict(), f"recalibrated{rank}.pth")
 sites = find_sites(model, x)
 torch.save({name: (m.count, m.mean, m.m2) for name, m in calibrate(model, sites, own).items()}, f"moments{rank}.pth")
 dist.destroy_process_group()
@@ -95,3 +96,14 @@ def test_ranks_with_uneven_parts_one_of_them_empty_get_one_processs_statistics_a
         assert found[name][0] == moments.count
         torch.testing.assert_close(found[name][1], moments.mean, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(found[name][2], moments.m2, rtol=1e-12, atol=1e-15)
+
+    inserted = insert_batchnorm(model, x.split(16))
+    inserted.load_state_dict(first)
+    recalibrated = recalibrate(inserted, (x + 1).split(16), earlier="running").state_dict()
+    first, *others = (torch.load(tmp_path / f"recalibrated{rank}.pth") for rank in range(3))
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    assert first.keys() == recalibrated.keys()
+    for key, tensor in recalibrated.items():  # running statistics within a float step, everything else equal
+        torch.testing.assert_close(first[key], tensor, rtol=2e-7 if "running_" in key else 0, atol=0)
+        assert "num_batches_tracked" not in key or tensor == 4
