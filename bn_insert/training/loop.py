@@ -117,9 +117,7 @@ class TrainingLoop:
         self.ranks.share_buffers(self.classifier.network)
         if settings.recalibrate:
             batches = self.training_set.sample(epoch, settings.recalibration_images)
-            reestimate_statistics(
-                self.classifier, batches, self.ranks, self.stop, freeze_features=settings.freeze_features
-            )
+            reestimate_statistics(self.classifier, batches, self.stop, freeze_features=settings.freeze_features)
         validation = validate(self.classifier, self.images, settings.batch_size, self.ranks, self.stop)
         rate = learning_rate(settings, last_step, steps)
         if not math.isfinite(validation.loss):

@@ -13,22 +13,21 @@ from ..compare.outputs import evaluating
 from ..errors import CalibrationError, DivergenceError, TrainingError
 from ..images.class_folders import LabelledBatch
 from ..statistics.recalibrate import recalibrate
-from ..support.processes import Ranks
 from .classifier import Classifier
 from .stopping import StopCheck
 
 
 def reestimate_statistics(
-    classifier: Classifier, batches: Iterable[LabelledBatch], ranks: Ranks, stop: StopCheck, *, freeze_features: bool
+    classifier: Classifier, batches: Iterable[LabelledBatch], stop: StopCheck, *, freeze_features: bool
 ) -> None:
     """Replace a network's running statistics, in place, by those of training images.
 
-    The exponential average that training keeps lags behind weights that change fast.
+    The exponential average that training keeps lags behind weights that change fast. All processes of a run get the
+    statistics of the batches of all of them.
 
     Args:
         classifier: The network.
         batches: Training images, in shuffled batches of the training's size.
-        ranks: The processes of the run; all of them get the first one's statistics.
         stop: Checked after each batch.
         freeze_features: Re-estimate the classifier alone; the frozen features keep their statistics.
 
@@ -50,7 +49,6 @@ def reestimate_statistics(
     with torch.no_grad():
         for name, buffer in result.named_buffers():
             part.get_buffer(name).copy_(buffer)
-    ranks.share_buffers(classifier.network)
 
 
 def _features(classifier: Classifier, inputs: Iterable[Tensor]) -> Iterator[Tensor]:

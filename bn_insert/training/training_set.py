@@ -67,8 +67,9 @@ class TrainingSet:
             yield self._mirrored(batch, epoch * self.steps + number)
 
     def sample(self, epoch: int, count: int) -> Iterator[LabelledBatch]:
-        """Yield at most `count` images of an epoch in batches, none of them mirrored."""
-        yield from self.images.batches(self._order(epoch)[:count], self.settings.batch_size, full=True)
+        """Yield this process's share of at most `count` images of an epoch in batches, none of them mirrored."""
+        share = self._order(epoch)[: -(-count // self.ranks.count)]
+        yield from self.images.batches(share, self.settings.batch_size, full=True)
 
     def _order(self, epoch: int) -> list[LabelledImage]:
         """Return this process's images in the order of an epoch."""
