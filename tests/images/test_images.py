@@ -529,6 +529,6 @@ def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
 
 
 def test_a_killed_worker_is_reported_as_such(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bn_insert.images.decoding.read_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("bn_insert.images.reader.read_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; use fewer workers"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))
