@@ -338,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=208)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", metavar="NAME", help="rows of the table; all by default")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked safely
@@ -346,7 +347,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         import_everything(root)
-        everything = cases(root)
+        everything = [case for case in cases(root) if options.commands is None or case.name in options.commands]
         counts = {case.name: Counter[str]() for case in everything}
         temporary = Counter[str]()
         for case in everything:

@@ -1,17 +1,15 @@
-"""What calibration costs: against a plain forward loop, against how other tools do it, and with everything around it.
+"""The cost of calibration: against a plain forward loop, against other tools' methods, and as part of `insert`.
 
     python -m benchmarks.calibration --output benchmarks/calibration/results
 
-Each table is a measurement of its own; `--tables` chooses.  Ways that are compared take turns within one run, so that
-what else the machine is doing meets them all: read the ratios, not the seconds.
+Each table is a separate measurement; `--tables` selects them. The compared methods take turns within one run, so that
+other load on the machine affects all of them: read the ratios, not the seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from bn_insert import calibrate, find_sites
-from bn_insert.report import versions
 
+from ..machine import machine
 from .commands import around_calibration, end_to_end, processes, start_up
 from .ways import OTHER_TOOLS, WAYS, error, reference
 
@@ -224,28 +222,18 @@ TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
 }
 
 
-def machine() -> str:
-    """Return what the figures were measured on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    where = ", ".join([models[0] if models else platform.machine(), f"{os.cpu_count()} cores", *gpu])
-    return f"{where}; " + ", ".join(f"{name} {number}" for name, number in versions().items())
-
-
 def main() -> None:
-    """Measure the tables asked for; each is written, with the machine and versions, when it is complete."""
+    """Measure the selected tables; each is written, with the machine and versions, as soon as it is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder for TABLE.md, one file per table")
+    parser.add_argument("--output", type=Path, help="directory for TABLE.md, one file per table")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES))
     parser.add_argument("--networks", nargs="+", default=("vgg11", "vgg16", "vgg19"))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=(8, 32))
-    parser.add_argument("--images", type=int, default=32, help="a turn's, in the first table")
+    parser.add_argument("--images", type=int, default=32, help="images per turn in the first table")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--command-repeats", type=int, default=3, help="of the tables that time whole commands")
+    parser.add_argument("--command-repeats", type=int, default=3, help="repeats in the tables that time whole commands")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--autocast", type=lambda name: getattr(torch, name), help="bfloat16, say")
+    parser.add_argument("--autocast", type=lambda name: getattr(torch, name), help="such as bfloat16")
     options = parser.parse_args()
     for table in options.tables:
         title, measure = TABLES[table]

@@ -1,8 +1,8 @@
-"""Ways to make a network's input of JPEG files: how long each takes, and whether the pixels are the preset's.
+"""Ways to turn JPEG files into input for a network: how long each takes, and whether the pixels equal the preset's.
 
     python -m benchmarks.calibration.decoding --output benchmarks/calibration/results/decoding.md
 
-Each way reads, decodes, resizes to 256 and cuts out 224 x 224, in one process of one thread, all in turns.
+Each way reads, decodes, resizes to 256 and crops to 224 x 224, in one single-threaded process; the ways take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bn_insert.images.files import read_pixels
 from bn_insert.images.image_batches import open_batches
 from bn_insert.images.transform import Transform
 
-from .__main__ import machine
+from ..machine import machine
 from .commands import photographs_in
 
 TRANSFORM = Transform()

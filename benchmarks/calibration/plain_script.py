@@ -1,6 +1,6 @@
-"""What one writes in five minutes: decode a folder of pictures and run a VGG16 on them. Nothing is measured of it.
+"""The plain script that `insert` is compared with: decode a folder of images and run a VGG16 on them.
 
-python calibration_plain_script.py both|decode|forward CHECKPOINT FOLDER
+python benchmarks/calibration/plain_script.py both|decode|forward CHECKPOINT FOLDER
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibrate VGG16 on a share of 256 images, as one of the processes that torchrun started; prints the seconds."""
+"""Calibrate VGG16 on one rank's share of 256 images under torchrun, and print the seconds."""
 
 from __future__ import annotations
 

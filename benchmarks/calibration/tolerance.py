@@ -1,8 +1,8 @@
-"""Is the error that calibration stops at honest? Stop at a tolerance many times, and look at the true error.
+"""How often the true error is below the tolerance at which calibration stopped.
 
     python -m benchmarks.calibration.tolerance --output benchmarks/calibration/results/tolerance.md
 
-The demo network reads its 360 digits again and again in random order; their statistics are the truth. A run is honest
+The demo network reads its 360 digits repeatedly in random order; their statistics are the ground truth. A run is honest
 when the true error of mean and std, relative to std, is below the tolerance for 99 % of the channels of every layer.
 """
 

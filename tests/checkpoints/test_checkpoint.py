@@ -26,7 +26,7 @@ from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
 from support.full_disk import file_size_limit
-from support.small_vggs import Conv, Dense, Spec, images, small_vgg
+from support.vgg_specs import Conv, Dense, Spec, images_for, vgg_of
 
 SPEC = Spec((Conv(norm="before"), Conv(5, pool=True), Conv(6, norm="after")), (Dense(norm="before"),))
 BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.pt", "network.safetensors"])
@@ -35,7 +35,7 @@ StateDict = dict[str, Tensor]
 
 
 def plain_state(spec: Spec = SPEC) -> StateDict:
-    return dict(small_vgg(spec).state_dict())
+    return dict(vgg_of(spec).state_dict())
 
 
 def assert_same(actual: nn.Module, expected: nn.Module) -> None:
@@ -43,7 +43,7 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
     actual_state, expected_state = actual.state_dict(), expected.state_dict()
     assert list(actual_state) == list(expected_state)
     assert all(torch.equal(actual_state[key], expected_state[key]) for key in expected_state)
-    assert torch.equal(actual(images(SPEC)), expected(images(SPEC)))
+    assert torch.equal(actual(images_for(SPEC)), expected(images_for(SPEC)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def refusal_of(action: Callable[[], object]) -> str:
 
 @BOTH_FORMATS
 def test_a_network_comes_back_bit_for_bit_with_eps_momentum_and_dropout(name: str, tmp_path: Path) -> None:
-    vgg = small_vgg(SPEC)
+    vgg = vgg_of(SPEC)
     vgg.features[1].momentum = None
     vgg.classifier[3].p = 0.0
     vgg.features[1].eps = 0.0
@@ -73,7 +73,7 @@ def test_a_network_comes_back_bit_for_bit_with_eps_momentum_and_dropout(name: st
 
 @BOTH_FORMATS
 def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
-    save_checkpoint(small_vgg(SPEC), tmp_path / name, transform={"resize": 256, "mean": (0.5, 0.4, 0.3), "crop": None})
+    save_checkpoint(vgg_of(SPEC), tmp_path / name, transform={"resize": 256, "mean": (0.5, 0.4, 0.3), "crop": None})
     settings = read_settings(tmp_path / name)
     assert settings is not None
     assert settings.transform == {"resize": 256, "mean": [0.5, 0.4, 0.3], "crop": None}
@@ -83,20 +83,20 @@ def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
 def test_the_same_network_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        save_checkpoint(small_vgg(SPEC), folder / name)
+        save_checkpoint(vgg_of(SPEC), folder / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ["vgg-bn.pth", "vgg-bn.pt"])
 def test_a_pth_is_one_file_with_a_state_dict_that_carries_its_settings(name: str, mmap: bool, tmp_path: Path) -> None:
-    vgg = small_vgg(SPEC)
+    vgg = vgg_of(SPEC)
     save_checkpoint(vgg, tmp_path / name)
     assert sorted(contents(tmp_path)) == [name]
     state = torch.load(tmp_path / name, weights_only=True, mmap=mmap)
     assert type(state) is OrderedDict
     assert {type(value) for value in state.values()} == {Tensor}
-    small_vgg(SPEC, seed=1).load_state_dict(state, strict=True)
+    vgg_of(SPEC, seed=1).load_state_dict(state, strict=True)
     metadata = state._metadata  # type: ignore[attr-defined]
     document = json.loads(metadata[""].pop("bn_insert"))
     assert metadata == vgg.state_dict()._metadata  # versions of modules, such as BatchNorm's
@@ -118,7 +118,7 @@ def test_torchvisions_own_network_loads_the_file_strictly_and_computes_the_same(
     result = other.load_state_dict(torch.load(tmp_path / "vgg_bn.pth"), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
-    assert torch.equal(other(images(SPEC)), vgg(images(SPEC)))
+    assert torch.equal(other(images_for(SPEC)), vgg(images_for(SPEC)))
 
 
 def test_the_versions_of_modules_are_kept_so_that_a_missing_counter_is_told_by_pytorch_as_ever(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_metadata_of_a_module_that_could_not_be_read_again_is_left_out(tmp_path:
 
 
 def test_a_safetensors_file_holds_all_by_itself(tmp_path: Path) -> None:
-    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.safetensors")
+    save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.safetensors")
     assert sorted(contents(tmp_path)) == ["vgg.safetensors"]
     with safe_open(tmp_path / "vgg.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -151,13 +151,13 @@ def test_a_safetensors_file_holds_all_by_itself(tmp_path: Path) -> None:
 
 @BOTH_FORMATS
 def test_views_shared_tensors_and_other_memory_formats_are_stored_as_plain_tensors(name: str, tmp_path: Path) -> None:
-    vgg = small_vgg(Spec((Conv(), Conv(), Conv()))).to(memory_format=torch.channels_last)
+    vgg = vgg_of(Spec((Conv(), Conv(), Conv()))).to(memory_format=torch.channels_last)
     vgg.features[4].weight = vgg.features[2].weight
     vgg.features[2].bias = nn.Parameter(torch.arange(1000.0)[::250])
     save_checkpoint(vgg, tmp_path / name)
     assert (tmp_path / name).stat().st_size < 20_000
     result = load_checkpoint(tmp_path / name)
-    assert torch.equal(result(images()), vgg(images()))
+    assert torch.equal(result(images_for()), vgg(images_for()))
     assert result.features[4].weight.data_ptr() != result.features[2].weight.data_ptr()
     assert all(value.is_contiguous() for value in result.state_dict().values())
 
@@ -172,7 +172,7 @@ class Compiled(nn.Module):
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled, lambda vgg: nn.DataParallel(Compiled(vgg))])
 def test_what_pytorch_puts_around_a_model_is_not_stored(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
-    vgg = small_vgg(SPEC)
+    vgg = vgg_of(SPEC)
     save_checkpoint(wrap(vgg), tmp_path / "vgg.pth")
     assert list(torch.load(tmp_path / "vgg.pth", weights_only=True)) == list(vgg.state_dict())
     assert_same(load_checkpoint(tmp_path / "vgg.pth"), vgg)
@@ -180,7 +180,7 @@ def test_what_pytorch_puts_around_a_model_is_not_stored(wrap: Callable[[nn.Modul
 
 def test_a_vgg_inside_another_module_is_found_with_its_settings(tmp_path: Path) -> None:
     holder = nn.Module()
-    holder.model = small_vgg(SPEC)
+    holder.model = vgg_of(SPEC)
     save_checkpoint(holder, tmp_path / "vgg.pth")
     assert_same(load_checkpoint(tmp_path / "vgg.pth"), holder.model)
 
@@ -214,7 +214,7 @@ def test_prefixes_are_kept_when_one_key_lacks_them(tmp_path: Path) -> None:
 
 
 def test_the_averaged_model_of_torchs_own_training_scripts_is_read(tmp_path: Path) -> None:
-    averaged = torch.optim.swa_utils.AveragedModel(small_vgg(SPEC))
+    averaged = torch.optim.swa_utils.AveragedModel(vgg_of(SPEC))
     torch.save({"model_ema": averaged.state_dict()}, tmp_path / "vgg.pth")
     assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
 
@@ -326,7 +326,7 @@ def store(path: Path, value: object) -> None:
 
 def pth_with_settings(folder: Path, **changes: object) -> Path:
     path = folder / "vgg.pth"
-    save_checkpoint(small_vgg(SPEC), path)
+    save_checkpoint(vgg_of(SPEC), path)
     store(path, json.dumps(stored(path) | changes))
     return path
 
@@ -423,14 +423,14 @@ def test_attributes_that_a_stranger_gave_a_state_dict_change_nothing(
 
 
 def test_a_state_dict_in_a_wrapper_keeps_its_settings(tmp_path: Path) -> None:
-    vgg = small_vgg(SPEC)
+    vgg = vgg_of(SPEC)
     save_checkpoint(vgg, tmp_path / "vgg.pth")
     torch.save({"epoch": 3, "model": torch.load(tmp_path / "vgg.pth")}, tmp_path / "run.pth")
     assert_same(load_checkpoint(tmp_path / "run.pth"), vgg)
 
 
 def test_a_plain_dict_that_a_program_saves_over_the_file_has_no_settings(tmp_path: Path) -> None:
-    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.pth")
+    save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth")
     torch.save(dict(torch.load(tmp_path / "vgg.pth")), tmp_path / "vgg.pth")
     assert read_settings(tmp_path / "vgg.pth") is None
     assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
@@ -474,8 +474,8 @@ def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
 def test_a_json_file_beside_a_checkpoint_is_never_written_or_removed(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "network.json").write_text(text)
     for seed in (0, 1):
-        save_checkpoint(small_vgg(SPEC, seed=seed), tmp_path / name, overwrite=bool(seed))
-        assert_same(load_checkpoint(tmp_path / name), small_vgg(SPEC, seed=seed))
+        save_checkpoint(vgg_of(SPEC, seed=seed), tmp_path / name, overwrite=bool(seed))
+        assert_same(load_checkpoint(tmp_path / name), vgg_of(SPEC, seed=seed))
         assert contents(tmp_path).keys() == {name, "network.json"}
         assert (tmp_path / "network.json").read_text() == text
 
@@ -493,7 +493,7 @@ def test_pt_and_pth_of_one_name_have_each_its_own_settings(tmp_path: Path) -> No
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", ["network.pth", "network.pt", "network.safetensors", "old.pth"])
 def test_one_reading_has_all_that_a_network_is_built_from(name: str, mmap: bool, tmp_path: Path) -> None:
-    vgg, path = small_vgg(SPEC), tmp_path / name
+    vgg, path = vgg_of(SPEC), tmp_path / name
     save_checkpoint(vgg, path, transform={"resize": 32})
     if name == "old.pth":
         torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
@@ -515,8 +515,8 @@ def test_a_file_that_is_replaced_while_it_is_mapped_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
-    save_checkpoint(small_vgg(SPEC), path)
-    save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / f"other-{name}")
+    save_checkpoint(vgg_of(SPEC), path)
+    save_checkpoint(vgg_of(SPEC, seed=1), tmp_path / f"other-{name}")
 
     def replaced(action: Callable[..., Any]) -> Callable[..., Any]:
         def replace_first(*arguments: Any, **options: Any) -> Any:
@@ -535,7 +535,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_the_file_that_was_checke
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, load = tmp_path / "vgg.pth", torch.load
-    save_checkpoint(small_vgg(SPEC), path)
+    save_checkpoint(vgg_of(SPEC), path)
 
     def replace_first(*arguments: Any, **options: Any) -> Any:
         path.unlink()
@@ -543,7 +543,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_the_file_that_was_checke
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", replace_first)
-    assert_same(load_checkpoint(path), small_vgg(SPEC))
+    assert_same(load_checkpoint(path), vgg_of(SPEC))
 
 
 # Writing
@@ -551,7 +551,7 @@ def test_a_file_that_is_replaced_while_it_is_read_gives_the_file_that_was_checke
 
 @BOTH_FORMATS
 def test_an_existing_file_is_replaced_only_when_asked(name: str, tmp_path: Path) -> None:
-    old, new = small_vgg(SPEC, seed=0), small_vgg(SPEC, seed=1)
+    old, new = vgg_of(SPEC, seed=0), vgg_of(SPEC, seed=1)
     save_checkpoint(old, tmp_path / name)
     before = contents(tmp_path)
     message = refusal_of(lambda: save_checkpoint(new, tmp_path / name))
@@ -565,8 +565,8 @@ def test_an_existing_file_is_replaced_only_when_asked(name: str, tmp_path: Path)
 @BOTH_FORMATS
 def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> None:
     torch.save(plain_state(), tmp_path / name)
-    save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=True)
-    assert_same(load_checkpoint(tmp_path / name), small_vgg(SPEC, seed=1))
+    save_checkpoint(vgg_of(SPEC, seed=1), tmp_path / name, overwrite=True)
+    assert_same(load_checkpoint(tmp_path / name), vgg_of(SPEC, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -588,7 +588,7 @@ def test_a_place_where_nothing_can_be_written_is_told_before_the_work(name: str,
     os.mkfifo(tmp_path / "pipe.pth")
     before = sorted(path.name for path in tmp_path.iterdir())
     assert fragment in refusal_of(lambda: check_output(tmp_path / name, overwrite=True))
-    assert fragment in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / name, overwrite=True))
+    assert fragment in refusal_of(lambda: save_checkpoint(vgg_of(), tmp_path / name, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -597,7 +597,7 @@ def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    message = refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
+    message = refusal_of(lambda: save_checkpoint(vgg_of(), tmp_path / "vgg.pth"))
     assert message == f"cannot write {tmp_path / 'vgg.pth'}: Read-only file system"
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "no permission to write" in refusal_of(lambda: check_output(tmp_path / "vgg.pth"))
@@ -606,13 +606,13 @@ def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("size", [0, 100, 3000])
 @BOTH_FORMATS
 def test_a_full_disk_leaves_the_old_file_whole_and_nothing_behind(name: str, size: int, tmp_path: Path) -> None:
-    save_checkpoint(small_vgg(SPEC), tmp_path / name)
+    save_checkpoint(vgg_of(SPEC), tmp_path / name)
     before = contents(tmp_path)
     with file_size_limit(size):
-        message = refusal_of(lambda: save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=True))
+        message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC, seed=1), tmp_path / name, overwrite=True))
         assert message.startswith(f"cannot write {tmp_path / name}: ")
         assert "File too large" in message
-        refusal_of(lambda: save_checkpoint(small_vgg(SPEC), tmp_path / f"new-{name}"))
+        refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / f"new-{name}"))
     assert contents(tmp_path) == before
 
 
@@ -623,7 +623,7 @@ def test_an_interruption_leaves_the_old_file_whole_and_nothing_behind(
     name: str, overwrite: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if overwrite:
-        save_checkpoint(small_vgg(SPEC), tmp_path / name)
+        save_checkpoint(vgg_of(SPEC), tmp_path / name)
     before = contents(tmp_path)
 
     def interrupted(_: int) -> None:
@@ -631,7 +631,7 @@ def test_an_interruption_leaves_the_old_file_whole_and_nothing_behind(
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
-        save_checkpoint(small_vgg(SPEC, seed=1), tmp_path / name, overwrite=overwrite)
+        save_checkpoint(vgg_of(SPEC, seed=1), tmp_path / name, overwrite=overwrite)
     assert contents(tmp_path) == before
 
 
@@ -643,7 +643,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_left_alone_and_nothing_else_rema
         (tmp_path / "vgg.pth").write_bytes(b"theirs")
 
     monkeypatch.setattr(torch, "save", save_slowly)
-    assert "vgg.pth already exists" in refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth"))
+    assert "vgg.pth already exists" in refusal_of(lambda: save_checkpoint(vgg_of(), tmp_path / "vgg.pth"))
     assert contents(tmp_path) == {"vgg.pth": b"theirs"}
 
 
@@ -673,12 +673,12 @@ def test_a_file_that_appears_while_another_is_written_is_left_alone(
 def test_new_files_have_the_mode_of_the_umask_and_replaced_ones_keep_theirs(name: str, tmp_path: Path) -> None:
     umask = os.umask(0o027)
     try:
-        save_checkpoint(small_vgg(SPEC), tmp_path / name)
+        save_checkpoint(vgg_of(SPEC), tmp_path / name)
     finally:
         os.umask(umask)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
     (tmp_path / name).chmod(0o600)
-    save_checkpoint(small_vgg(SPEC), tmp_path / name, overwrite=True)
+    save_checkpoint(vgg_of(SPEC), tmp_path / name, overwrite=True)
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
@@ -687,12 +687,12 @@ def test_a_symbolic_link_stays_a_link_and_its_target_is_written(suffix: str, tmp
     (tmp_path / "runs").mkdir()
     link, target = tmp_path / f"latest{suffix}", tmp_path / "runs" / f"first{suffix}"
     link.symlink_to(target)
-    save_checkpoint(small_vgg(SPEC, seed=1), link)
-    assert "already exists" in refusal_of(lambda: save_checkpoint(small_vgg(SPEC), link))
-    save_checkpoint(small_vgg(SPEC), link, overwrite=True)
+    save_checkpoint(vgg_of(SPEC, seed=1), link)
+    assert "already exists" in refusal_of(lambda: save_checkpoint(vgg_of(SPEC), link))
+    save_checkpoint(vgg_of(SPEC), link, overwrite=True)
     assert link.is_symlink()
     for path in (link, target):
-        assert_same(load_checkpoint(path), small_vgg(SPEC))
+        assert_same(load_checkpoint(path), vgg_of(SPEC))
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_a_symbolic_link_stays_a_link_and_its_target_is_written(suffix: str, tmp
 def test_what_could_not_be_read_again_is_not_written(
     change: Callable[[nn.Module], object], fragment: str, name: str, tmp_path: Path
 ) -> None:
-    vgg = small_vgg(SPEC)
+    vgg = vgg_of(SPEC)
     change(vgg)
     message = refusal_of(lambda: save_checkpoint(vgg, tmp_path / name))
     assert message.startswith(f"cannot write {tmp_path / name}: {fragment}")
@@ -721,7 +721,7 @@ def test_what_could_not_be_read_again_is_not_written(
 
 @pytest.mark.parametrize("transform", [{"mean": torch.ones(3)}, {"resize": float("nan")}])
 def test_a_transform_that_json_cannot_hold_is_told(transform: dict[str, Any], tmp_path: Path) -> None:
-    message = refusal_of(lambda: save_checkpoint(small_vgg(), tmp_path / "vgg.pth", transform=transform))
+    message = refusal_of(lambda: save_checkpoint(vgg_of(), tmp_path / "vgg.pth", transform=transform))
     assert "the settings or the transform cannot be stored as JSON" in message
     assert contents(tmp_path) == {}
 
@@ -823,7 +823,7 @@ def test_code_in_a_checkpoint_is_named_and_never_run(zipped: bool, tmp_path: Pat
 
 
 def test_a_whole_model_is_refused_with_what_to_write_instead(tmp_path: Path) -> None:
-    torch.save(small_vgg(), tmp_path / "whole.pth")
+    torch.save(vgg_of(), tmp_path / "whole.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "whole.pth"))
     assert "code or objects other than tensors (torchvision.models.vgg.VGG)" in message
     assert "save only the weights: torch.save(model.state_dict(), path)" in message
@@ -931,7 +931,7 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_unpacked(tmp_p
 
 @pytest.mark.parametrize("name", ["tiny.pth", "tiny.safetensors", "old.pth"])
 def test_a_damaged_file_loads_or_is_refused_and_nothing_else(name: str, tmp_path: Path) -> None:
-    tiny = small_vgg(Spec((Conv(2, norm="before"),), (), pooled=1))
+    tiny = vgg_of(Spec((Conv(2, norm="before"),), (), pooled=1))
     for written in ("tiny.pth", "tiny.safetensors"):
         save_checkpoint(tiny, tmp_path / written)
     torch.save(torch.load(tmp_path / "tiny.pth"), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -962,7 +962,7 @@ def test_complex_weights_for_a_real_architecture_are_refused_and_not_cut(tmp_pat
 
 @pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
 def test_a_loaded_network_holds_its_tensors_alone_and_the_file_may_change(name: str, tmp_path: Path) -> None:
-    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    vgg = vgg_of(Spec((Conv(), Conv(), Conv())))
     save_checkpoint(vgg, tmp_path / name)
     loaded = load_checkpoint(tmp_path / name)
     with (tmp_path / name).open("r+b") as file:
@@ -975,7 +975,7 @@ def test_a_loaded_network_holds_its_tensors_alone_and_the_file_may_change(name: 
 def test_a_mapped_network_reads_its_values_from_the_file_when_they_are_used_and_never_writes_there(
     tmp_path: Path,
 ) -> None:
-    vgg = small_vgg(Spec((Conv(), Conv(), Conv())))
+    vgg = vgg_of(Spec((Conv(), Conv(), Conv())))
     save_checkpoint(vgg, tmp_path / "network.pth")
     loaded = load_checkpoint(tmp_path / "network.pth", mmap=True)
     assert all(torch.equal(value, vgg.state_dict()[key]) for key, value in loaded.state_dict().items())
@@ -990,7 +990,7 @@ def test_a_mapped_network_reads_its_values_from_the_file_when_they_are_used_and_
 
 
 def test_tensors_that_share_memory_in_the_file_do_not_in_the_network(tmp_path: Path) -> None:
-    state = small_vgg(Spec((Conv(), Conv(), Conv()))).state_dict()
+    state = vgg_of(Spec((Conv(), Conv(), Conv()))).state_dict()
     shared = torch.rand(1000)
     for key, value in state.items():
         if key.endswith("bias"):

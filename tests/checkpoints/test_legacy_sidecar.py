@@ -16,7 +16,7 @@ from bn_insert.checkpoints.read import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.errors import CheckpointError
-from support.small_vggs import Conv, Dense, Spec, small_vgg
+from support.vgg_specs import Conv, Dense, Spec, vgg_of
 
 SPEC = Spec((Conv(norm="before"), Conv(5, pool=True), Conv(6, norm="after")), (Dense(norm="before"),))
 
@@ -33,7 +33,7 @@ def document_of(model: nn.Module, **changes: object) -> dict[str, Any]:
 
 def old_checkpoint(folder: Path, name: str = "vgg.pth", **changes: object) -> Path:
     """Write the two files that an older bn-insert wrote."""
-    vgg, path = small_vgg(SPEC), folder / name
+    vgg, path = vgg_of(SPEC), folder / name
     torch.save(dict(vgg.state_dict()), path)
     path.with_suffix(".json").write_text(json.dumps(document_of(vgg, **changes)))
     return path
@@ -51,19 +51,19 @@ def test_settings_beside_a_checkpoint_are_applied(name: str, mmap: bool, tmp_pat
     assert checkpoint.settings_place == str(tmp_path / "vgg.json")
     assert checkpoint.settings is not None
     assert checkpoint.settings.transform == {"resize": 32}
-    assert repr(load_checkpoint(path, mmap=mmap)) == repr(small_vgg(SPEC))
+    assert repr(load_checkpoint(path, mmap=mmap)) == repr(vgg_of(SPEC))
 
 
 def test_they_are_found_through_a_link(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
     (tmp_path / "latest.pth").symlink_to(path)
-    assert repr(load_checkpoint(tmp_path / "latest.pth")) == repr(small_vgg(SPEC))
+    assert repr(load_checkpoint(tmp_path / "latest.pth")) == repr(vgg_of(SPEC))
 
 
 def test_settings_in_the_file_come_first_and_the_sidecar_stays(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
     before = (tmp_path / "vgg.json").read_bytes()
-    new = small_vgg(SPEC, seed=1)
+    new = vgg_of(SPEC, seed=1)
     new.features[1].eps = 0.25
     save_checkpoint(new, path, overwrite=True)
     assert load_checkpoint(path).features[1].eps == 0.25
@@ -77,10 +77,10 @@ def test_settings_in_the_file_come_first_and_the_sidecar_stays(tmp_path: Path) -
 
 def test_a_safetensors_file_has_no_sidecar(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
-    save_checkpoint(small_vgg(SPEC), tmp_path / "vgg.safetensors")
+    save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.safetensors")
     path.unlink()
     (tmp_path / "vgg.json").write_text("{")
-    assert load_checkpoint(tmp_path / "vgg.safetensors").features[1].eps == small_vgg(SPEC).features[1].eps
+    assert load_checkpoint(tmp_path / "vgg.safetensors").features[1].eps == vgg_of(SPEC).features[1].eps
 
 
 # A kill between the three steps in which older versions replaced the two files
@@ -88,7 +88,7 @@ def test_a_safetensors_file_has_no_sidecar(tmp_path: Path) -> None:
 
 def test_killed_before_the_checkpoint_was_replaced_its_old_settings_hold(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
-    old, new = small_vgg(SPEC), small_vgg(SPEC)
+    old, new = vgg_of(SPEC), vgg_of(SPEC)
     new.features[1].eps = 0.25
     replaced = {"sha256": sha256(path), "settings": document_of(old)}
     (tmp_path / "vgg.json").write_text(json.dumps(document_of(new, replaces=replaced)))
@@ -103,7 +103,7 @@ def test_killed_after_the_checkpoint_was_replaced_its_new_settings_hold(
     replaced: dict[str, Any], tmp_path: Path
 ) -> None:
     path = old_checkpoint(tmp_path, replaces=replaced)
-    assert repr(load_checkpoint(path)) == repr(small_vgg(SPEC))
+    assert repr(load_checkpoint(path)) == repr(vgg_of(SPEC))
 
 
 # Damaged and foreign files
@@ -169,5 +169,5 @@ def test_settings_by_hand_may_hold_the_transform_alone(tmp_path: Path) -> None:
 
 def test_an_old_checkpoint_that_was_trained_on_and_saved_over_keeps_its_settings(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
-    torch.save(small_vgg(SPEC, seed=1).state_dict(), path)
-    assert load_checkpoint(path).features[1].eps == small_vgg(SPEC).features[1].eps
+    torch.save(vgg_of(SPEC, seed=1).state_dict(), path)
+    assert load_checkpoint(path).features[1].eps == vgg_of(SPEC).features[1].eps

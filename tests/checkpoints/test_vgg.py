@@ -14,7 +14,7 @@ from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.torchvision_weights import torchvision_checkpoint
 from bn_insert.checkpoints.vgg import vgg_from_state_dict
 from bn_insert.errors import CheckpointError
-from support.small_vggs import Conv, Dense, Spec, images, small_vgg
+from support.vgg_specs import Conv, Dense, Spec, images_for, vgg_of
 
 StateDict = dict[str, Tensor]
 
@@ -52,8 +52,8 @@ def assert_same_network(actual: VGG, expected: VGG, batch: Tensor) -> None:
 
 @pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_is_rebuilt_with_equal_outputs(spec: Spec) -> None:
-    vgg = small_vgg(spec)
-    assert_same_network(rebuilt(vgg), vgg, images(spec))
+    vgg = vgg_of(spec)
+    assert_same_network(rebuilt(vgg), vgg, images_for(spec))
 
 
 NORMS = st.sampled_from(["none", "before", "after"])
@@ -77,8 +77,8 @@ SPECS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(spec=SPECS, seed=st.integers(0, 2**30))
 def test_any_vgg_is_rebuilt_with_equal_outputs(spec: Spec, seed: int) -> None:
-    vgg = small_vgg(spec, seed)
-    assert_same_network(rebuilt(vgg), vgg, images(spec))
+    vgg = vgg_of(spec, seed)
+    assert_same_network(rebuilt(vgg), vgg, images_for(spec))
 
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg11_bn", "vgg19_bn"])
@@ -95,23 +95,23 @@ def test_the_networks_of_torchvision_are_rebuilt_module_for_module(name: str) ->
 
 
 def test_without_settings_batchnorm_and_dropout_have_the_defaults_of_pytorch() -> None:
-    result = vgg_from_state_dict(small_vgg(LAYOUTS["before every activation"]).state_dict())
+    result = vgg_from_state_dict(vgg_of(LAYOUTS["before every activation"]).state_dict())
     norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
     assert {module.p for module in result.modules() if isinstance(module, nn.Dropout)} == {0.5}
 
 
 def test_without_classifier_keys_the_network_returns_flattened_features() -> None:
-    vgg = small_vgg()
+    vgg = vgg_of()
     state = {key: value for key, value in vgg.state_dict().items() if key.startswith("features.")}
     result = vgg_from_state_dict(state)
     assert isinstance(result.avgpool, nn.Identity)
     assert isinstance(result.classifier, nn.Identity)
-    assert torch.equal(result(images()), vgg.features(images()).flatten(1))
+    assert torch.equal(result(images_for()), vgg.features(images_for()).flatten(1))
 
 
 def test_the_network_has_the_given_tensors_trainable_and_no_random_number_is_drawn() -> None:
-    state = small_vgg(LAYOUTS["before every activation"]).state_dict()
+    state = vgg_of(LAYOUTS["before every activation"]).state_dict()
     random_state = torch.get_rng_state()
     result = vgg_from_state_dict(state)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -122,7 +122,7 @@ def test_the_network_has_the_given_tensors_trainable_and_no_random_number_is_dra
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_stay_and_may_differ_between_layers(dtype: torch.dtype) -> None:
-    vgg = small_vgg(LAYOUTS["before every activation"])
+    vgg = vgg_of(LAYOUTS["before every activation"])
     for module in vgg.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(dtype)
@@ -133,23 +133,23 @@ def test_dtypes_stay_and_may_differ_between_layers(dtype: torch.dtype) -> None:
 
 
 def test_a_checkpoint_from_before_batches_were_counted_is_taken() -> None:
-    state = small_vgg(LAYOUTS["before every activation"]).state_dict()
+    state = vgg_of(LAYOUTS["before every activation"]).state_dict()
     result = vgg_from_state_dict({key: value for key, value in state.items() if "num_batches" not in key})
     assert torch.equal(result.features[1].num_batches_tracked, torch.tensor(0))
 
 
 def test_a_counter_of_batches_that_was_cast_to_half_is_taken() -> None:
-    state = {key: value.half() for key, value in small_vgg(LAYOUTS["before every activation"]).state_dict().items()}
+    state = {key: value.half() for key, value in vgg_of(LAYOUTS["before every activation"]).state_dict().items()}
     assert torch.equal(vgg_from_state_dict(state).features[1].num_batches_tracked, torch.tensor(7))
 
 
 def test_values_that_are_not_finite_are_somebody_elses_concern() -> None:
-    state = small_vgg().state_dict()
+    state = vgg_of().state_dict()
     state["features.0.bias"][:] = torch.nan
     assert vgg_from_state_dict(state).features[0].bias.isnan().all()
 
 
-# Of `small_vgg()`: convs at features 0, 2, 5; dense layers at classifier 0, 3, 6.
+# Of `vgg_of()`: convs at features 0, 2, 5; dense layers at classifier 0, 3, 6.
 
 
 def without(*keys: str) -> Callable[[StateDict], StateDict]:
@@ -315,7 +315,7 @@ def test_a_state_dict_that_makes_no_vgg_is_refused_with_key_reason_and_way_out(
     change: Callable[[StateDict], StateDict], fragments: list[str]
 ) -> None:
     with pytest.raises(CheckpointError) as refusal:
-        vgg_from_state_dict(change(dict(small_vgg().state_dict())))
+        vgg_from_state_dict(change(dict(vgg_of().state_dict())))
     message = str(refusal.value)
     assert message.startswith("this is not a VGG in torchvision's layout: ")
     assert message.endswith(
@@ -333,7 +333,7 @@ def test_other_networks_of_torchvision_are_refused(name: str) -> None:
 
 
 def test_torchvisions_weights_come_as_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    vgg = small_vgg()
+    vgg = vgg_of()
     calls: list[dict[str, object]] = []
 
     def get_state_dict(self: object, **options: object) -> StateDict:
@@ -343,6 +343,8 @@ def test_torchvisions_weights_come_as_the_same_network(monkeypatch: pytest.Monke
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
     result = build_network(torchvision_checkpoint("vgg13"))
     assert torch.equal(result(images()), vgg(images()))
+    result = torchvision_checkpoint("vgg13")
+    assert torch.equal(result(images_for()), vgg(images_for()))
     assert calls == [
         {
             "weights": "VGG13_Weights.IMAGENET1K_V1",

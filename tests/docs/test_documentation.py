@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
 from bn_insert_cli.app import app
-from support.labelled_digits import link_digits
-from support.small_vggs import small_vgg
+from support.digits import copy_labelled_digits
+from support.vgg_specs import vgg_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,11 +94,11 @@ RUNNERS: dict[str, Callable[[Block, pytest.CaptureFixture[str]], None]] = {
 @pytest.fixture
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labelled images."""
-    save_checkpoint(small_vgg(), tmp_path / "vgg16.pth")
+    save_checkpoint(vgg_of(), tmp_path / "vgg16.pth")
     (tmp_path / "photographs").mkdir()
     for image in sorted((images_path() / "3").iterdir())[:12]:
         (tmp_path / "photographs" / image.name).symlink_to(image)
-    link_digits(tmp_path / "flowers", train=2, val=1, classes=4)
+    copy_labelled_digits(tmp_path / "flowers", train=2, val=1, classes=4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # torchrun
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from bn_insert import CalibrationError, Moments, calibrate, find_sites, insert_batchnorm
 from bn_insert.demo import images_path, network_path
-from bn_insert_cli.app import app
+from support.commands import AS_STORED, run
 from support.networks import features, randomised, small_vgg
 from support.networks import images as pictures
-
-AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--device", "cpu")
 
 
 def dense(width: int = 8) -> nn.Sequential:
@@ -116,8 +114,8 @@ def test_a_tolerance_that_is_not_above_zero_is_refused(tolerance: float) -> None
 
 
 def insert(folder: Path, *options: object) -> Result:
-    command = ("insert", network_path(), images_path(), "-o", folder / "out.pth", *AS_IT_IS, *options)
-    result = CliRunner().invoke(app, [str(word) for word in command])
+    command = ("insert", network_path(), images_path(), "-o", folder / "out.pth", *AS_STORED, "--device", "cpu")
+    result = run(*command, *options)
     assert result.exit_code == 0, result.output
     return result
 

@@ -207,7 +207,7 @@ class _Builder:
         if network.head == "conv":
             return getattr(nn, f"Conv{self.dims}d")(self.channels, network.classes, 1)
         if network.head == "tuple":
-            return SeveralOutputs(self.channels, network.classes, self.dims)
+            return DenseAndPixelOutputs(self.channels, network.classes, self.dims)
         if network.head == "flatten":
             front: list[nn.Module] = [nn.Flatten()]
             width = self.channels * self.size**self.dims
@@ -297,7 +297,7 @@ class GlobalMean(nn.Module):
         return x.flatten(2).mean(2)
 
 
-class SeveralOutputs(nn.Module):
+class DenseAndPixelOutputs(nn.Module):
     """A dense and a pixel-wise output."""
 
     def __init__(self, channels: int, classes: int, dims: int) -> None:

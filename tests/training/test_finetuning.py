@@ -26,7 +26,7 @@ from bn_insert.support.processes import Ranks
 from bn_insert.surgery.output_layer import replace_output
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import load_state
-from support.labelled_digits import AS_IT_IS, link_digits, open_digits
+from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +37,7 @@ FILES |= {"report.html", "report.json"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return link_digits(tmp_path_factory.mktemp("digits"))
+    return copy_labelled_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_checkpoints_load_with_their_transform_and_give_the_accuracy_that_was_me
     model = load_checkpoint(tmp_path / "last.pth")
     settings = read_settings(tmp_path / "last.pth")
     assert settings is not None
-    assert settings.transform == AS_IT_IS.to_dict()
+    assert settings.transform == IDENTITY_TRANSFORM.to_dict()
     (batch,) = digits.batches(digits.val, 100)
     with torch.inference_mode():
         accuracy = (model(batch.images).argmax(1) == batch.labels).double().mean().item()
@@ -345,7 +345,7 @@ def test_frozen_features_keep_weights_and_statistics_while_the_classifier_learns
 
 
 def test_other_classes_get_a_new_output_layer(network: nn.Module, tmp_path: Path) -> None:
-    four = open_digits(link_digits(tmp_path / "four", train=6, classes=4))
+    four = open_digits(copy_labelled_digits(tmp_path / "four", train=6, classes=4))
     finetune(network, four, tmp_path / "run", BRIEF)
     assert load_checkpoint(tmp_path / "run" / "best.pth").classifier[-1].out_features == 4  # type: ignore[union-attr,index]
 
@@ -468,7 +468,7 @@ def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
 
 
 def test_classes_are_the_folders_of_train_in_order(tmp_path: Path) -> None:
-    folder = link_digits(tmp_path / "data", classes=3)
+    folder = copy_labelled_digits(tmp_path / "data", classes=3)
     (folder / "train" / ".hidden").mkdir()
     shutil.rmtree(folder / "val" / "1")
     images = open_digits(folder)
@@ -513,7 +513,7 @@ def spoil(folder: Path, how: str) -> None:
     ],
 )
 def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: str) -> None:
-    folder = link_digits(tmp_path / "data", classes=2)
+    folder = copy_labelled_digits(tmp_path / "data", classes=2)
     spoil(folder, how)
     with pytest.raises(ImageError, match=wording):
         open_digits(folder)
@@ -532,13 +532,13 @@ def test_a_class_that_cannot_be_a_line_of_text_is_refused_before_training(
 
 def test_options_that_do_not_fit_the_images_are_refused(folder: Path) -> None:
     with pytest.raises(ImageError, match="the network takes 4"):
-        open_class_folders(folder, AS_IT_IS, channels=4)
+        open_class_folders(folder, IDENTITY_TRANSFORM, channels=4)
     with pytest.raises(ImageError, match="workers is -1"):
-        open_class_folders(folder, AS_IT_IS, workers=-1)
+        open_class_folders(folder, IDENTITY_TRANSFORM, workers=-1)
 
 
 def test_an_unreadable_image_is_replaced_in_training_left_out_of_validation_and_told(tmp_path: Path) -> None:
-    folder = link_digits(tmp_path / "data", classes=2)
+    folder = copy_labelled_digits(tmp_path / "data", classes=2)
     for part in ("train", "val"):
         damaged = next((folder / part / "0").iterdir())
         damaged.unlink()
@@ -554,7 +554,7 @@ def test_an_unreadable_image_is_replaced_in_training_left_out_of_validation_and_
 
 def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
     for part, wording in (("val", "no validation image can be read"), ("train", "images of a batch can be read")):
-        folder = link_digits(tmp_path / part, classes=2)
+        folder = copy_labelled_digits(tmp_path / part, classes=2)
         for image in (folder / part).rglob("*.png"):
             image.unlink()
             image.write_bytes(b"no image")
@@ -563,7 +563,7 @@ def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
 
 
 def test_workers_decode_the_same_batches(folder: Path, digits: ClassFolders) -> None:
-    by_workers = open_class_folders(folder, AS_IT_IS, workers=1)
+    by_workers = open_class_folders(folder, IDENTITY_TRANSFORM, workers=1)
     for mine, theirs in zip(digits.batches(digits.train, 16), by_workers.batches(digits.train, 16), strict=True):
         assert torch.equal(mine.images, theirs.images)
         assert torch.equal(mine.labels, theirs.labels)

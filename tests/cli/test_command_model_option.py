@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from bn_insert import load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint
 from bn_insert.demo import network_path
-from bn_insert_cli.app import app
-from support.labelled_digits import link_digits
+from support.commands import AS_STORED, INSTALLED, Run, assert_refused, run, run_process, text_of
+from support.digits import copy_labelled_digits
 
-AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
 MODEL = ("--model", "my_nets:make")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 NETS = """
 import torch.nn.functional as F
@@ -73,11 +67,9 @@ def broken():
     raise OSError("no weights\\nand more")
 """
 
-Run = Callable[..., Result]
 
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+@pytest.fixture(name="run")
+def run_with_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Run a command line in a folder with my_nets.py, net.pth, encoder.pth and backwards.pth."""
     (tmp_path / "my_nets.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
@@ -86,28 +78,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     exec(NETS, nets)
     for name in ("Net", "Encoder", "Backwards"):
         torch.save(nets[name]().state_dict(), f"{name.lower()}.pth")
-    yield lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    yield run
     sys.modules.pop("my_nets", None)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return link_digits(tmp_path_factory.mktemp("digits"))
-
-
-def text_of(stream: str) -> str:
-    return re.sub(r"[\s│]+", " ", stream)
-
-
-def assert_refused(result: Result, *wording: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    for words in wording:
-        assert words in text_of(result.stderr)
+    return copy_labelled_digits(tmp_path_factory.mktemp("digits"))
 
 
 def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: Path) -> None:
-    inserted = run("insert", "net.pth", digits / "train", "-o", "bn.pth", "--equalize", *AS_IT_IS, *MODEL)
+    inserted = run("insert", "net.pth", digits / "train", "-o", "bn.pth", "--equalize", *AS_STORED, *MODEL)
     assert inserted.exit_code == 0, inserted.output
     assert "3 BatchNorm layers inserted" in inserted.stdout
     architecture = json.loads(torch.load("bn.pth")._metadata[""]["bn_insert"])["architecture"]
@@ -118,6 +99,8 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     shown = run("inspect", "bn.pth", "--size", 32, *MODEL)
     assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
     link_digits(Path("four"), classes=4)  # fewer than the network's ten
+    assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
+    copy_labelled_digits(Path("four"), classes=4)  # fewer than the network's ten
     trained = run("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
     assert trained.exit_code == 0, trained.output
     resumed = run(
@@ -131,16 +114,19 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     assert load_checkpoint("plain.safetensors", model="my_nets:make").classifier.out_features == 4
 
 
-def test_the_installed_command_finds_code_in_the_current_folder(run: Run, tmp_path: Path) -> None:
+def test_the_installed_command_works_away_from_the_checkout_and_finds_code_in_the_current_folder(
+    run: Run, digits: Path, tmp_path: Path
+) -> None:
     assert run  # made the files
-    command = [Path(sys.executable).with_name("bn-insert"), "inspect", "net.pth", "--size", "32", *MODEL]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = (INSTALLED, "insert", "net.pth", digits / "val", "-o", "out.pth", *AS_STORED, *MODEL)
+    done = run_process(*command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "room for 3 BatchNorm layers" in done.stdout
+    assert "3 BatchNorm layers inserted" in done.stdout
+    assert (tmp_path / "out.pth").exists()
 
 
 def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, digits: Path) -> None:
-    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_IT_IS, *MODEL)
+    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL)
     sys.modules.pop("my_nets")
     for command in (
         ("insert", "bn.pth", digits / "val", "-o", "out.pth"),
@@ -157,7 +143,7 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
 def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
     run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = run("compare", network_path(), "net.pth", digits / "val", *AS_IT_IS, "--model-b", "my_nets:make")
+    compared = run("compare", network_path(), "net.pth", digits / "val", *AS_STORED, "--model-b", "my_nets:make")
     assert compared.exit_code == 1, compared.output
     assert "differ by more than the tolerance" in compared.stdout
     monkeypatch.setattr(
@@ -165,7 +151,7 @@ def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
         lambda _name: read_checkpoint(network_path()),
     )
     for pair in (("vgg16", "net.pth"), ("net.pth", "vgg16")):
-        compared = run("compare", *pair, digits / "val", *AS_IT_IS, *MODEL)
+        compared = run("compare", *pair, digits / "val", *AS_STORED, *MODEL)
         assert compared.exit_code == 1, compared.output
     assert_refused(run("compare", "vgg16", "vgg11", digits / "val", *MODEL), "vgg16 is a network of torchvision")
     assert_refused(
@@ -209,13 +195,13 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
     ],
 )
 def test_finetune_says_what_is_no_classifier(run: Run, digits: Path, function: str, wording: str) -> None:
-    command = ("finetune", f"{function.lower()}.pth", digits, "--output-dir", "run", "-b", 8, *AS_IT_IS)
+    command = ("finetune", f"{function.lower()}.pth", digits, "--output-dir", "run", "-b", 8, *AS_STORED)
     assert_refused(run(*command, "--device", "cpu", "--model", f"my_nets:{function}"), wording)
     assert not Path("run").exists()
 
 
 def test_features_of_an_own_network_can_be_frozen(run: Run, digits: Path) -> None:
-    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_IT_IS, *MODEL)
+    run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL)
     command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
     result = run(*command, "--freeze-features", "--device", "cpu")
     assert result.exit_code == 0, result.output

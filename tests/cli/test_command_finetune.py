@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
-from bn_insert_cli.app import app
 from bn_insert_cli.interruption import StopRequest, stop_on_signals
-from support.labelled_digits import link_digits
+from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_process, text_of
+from support.digits import copy_labelled_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")
 BRIEF = (*AS_IT_IS, "--device", "cpu", "-b", "8", "--lr", "0.003")
 FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}
+BRIEF = (*AS_STORED, "--device", "cpu", "-b", "8", "--lr", "0.003")
+FILES = {"metrics.csv", "curves.png", "best.pth", "best.json", "last.pth", "last.json", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
-# Several processes with threads that spin while they wait would starve each other.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
 HEADER = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,seconds"
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return link_digits(tmp_path_factory.mktemp("digits"))
-
-
-def assert_refused(result: Result, *wording: str, code: int = 2) -> None:
-    assert result.exit_code == code, result.output
-    for words in wording:
-        assert words in re.sub(r"\s+", " ", result.stderr)
-    assert "Traceback" not in result.output
+    return copy_labelled_digits(tmp_path_factory.mktemp("digits"))
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -62,7 +42,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
-    inserted = run("insert", network_path(), digits / "train", "-o", "bn.pth", "--equalize", *AS_IT_IS)
+    inserted = run("insert", network_path(), digits / "train", "-o", "bn.pth", "--equalize", *AS_STORED)
     assert inserted.exit_code == 0, inserted.output
     # Preprocessing comes from the checkpoint.
     trained = run("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, "-b", 8, "-j", 0)
@@ -78,7 +58,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     folded = run("fold", "run/best.pth", "-o", "plain.pth")
     assert folded.exit_code == 0, folded.output
     assert load_checkpoint("plain.pth").state_dict().keys() == load_checkpoint(network_path()).state_dict().keys()
-    compared = run("compare", "run/best.pth", "plain.pth", digits / "val", "--rtol", "1e-5", *AS_IT_IS)
+    compared = run("compare", "run/best.pth", "plain.pth", digits / "val", "--rtol", "1e-5", *AS_STORED)
     assert compared.exit_code == 0, compared.output
     assert "100.00%" in compared.stdout
 
@@ -87,19 +67,13 @@ def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) 
     command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
     uninterrupted = run(*command, "whole")
     assert uninterrupted.exit_code == 0, uninterrupted.output
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bn_insert", *map(str, command), "parts"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process = start_process(sys.executable, "-m", "bn_insert", *command, "parts", folder=Path.cwd())
     assert process.stdout
     assert process.stdout.readline().startswith("epoch 1 of 3")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "the same command with --resume" in re.sub(r"\s+", " ", errors)
+    assert "the same command with --resume" in text_of(errors)
     state = load_state(Path("parts/state.pth"))
     assert 1 <= state.progress.epoch < 3
     assert state.progress.step > 0
@@ -112,22 +86,10 @@ def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) 
 
 
 def test_two_processes_write_the_same_files_and_finish(run: Run, digits: Path) -> None:
-    run("insert", network_path(), digits / "train", "-o", "bn.pth", *AS_IT_IS)
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "bn_insert",
-    )
+    run("insert", network_path(), digits / "train", "-o", "bn.pth", *AS_STORED)
     # Of the 20 images of each process a last batch would hold a single one.
     command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, *BRIEF, "-b", 19)
-    result = subprocess.run(
-        [*launcher, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False
-    )
+    result = forked_ranks(2, "-m", "bn_insert", *command, folder=Path.cwd())
     assert result.returncode == 0, result.stderr
     assert len(re.findall("^epoch . of 2", result.stdout, re.MULTILINE)) == 2
     assert {path.name for path in Path("run").iterdir()} == FILES
@@ -160,9 +122,9 @@ def test_what_cannot_be_trained_is_one_message(
     run: Run, digits: Path, arguments: tuple[str, ...], wording: str
 ) -> None:
     given = [argument.replace("DIGITS", str(digits)) for argument in arguments]
-    result = run("finetune", network_path(), *given, "--output-dir", "run", *AS_IT_IS, "--device", "cpu")
+    result = run("finetune", network_path(), *given, "--output-dir", "run", *AS_STORED, "--device", "cpu")
     assert_refused(result)
-    assert wording in re.sub(r"[\s│]+", " ", result.stderr)
+    assert wording in text_of(result.stderr)
     assert not Path("run").exists()
 
 

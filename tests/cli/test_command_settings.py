@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
 import pytest
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import bn_insert.checkpoints.read
 from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
-from bn_insert_cli.app import app
+from support.commands import AS_STORED, Run
 
-AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--images", "16")
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+FEW = (*AS_STORED, "--images", "16")
 
 
 @pytest.fixture
@@ -39,7 +29,7 @@ def words_of(stream: str) -> str:
 
 def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digits: Path) -> None:
     assert "The file stores no settings" in run("inspect", network_path()).stdout
-    run("insert", network_path(), digits, "-o", "out.pth", *AS_IT_IS, "--eps", 0.25, "--layers", "conv")
+    run("insert", network_path(), digits, "-o", "out.pth", *FEW, "--eps", 0.25, "--layers", "conv")
     shown = words_of(run("inspect", "out.pth").stdout)
     assert "stored in its metadata" in shown
     assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
@@ -72,7 +62,7 @@ def test_a_command_reads_its_checkpoint_once(run: Run, digits: Path, monkeypatch
         return original(file, mapped=mapped)
 
     monkeypatch.setattr(bn_insert.checkpoints.read, "load_torch_file", counted)
-    run("insert", "net.pth", digits, "-o", "out.pth", *AS_IT_IS)
+    run("insert", "net.pth", digits, "-o", "out.pth", *FEW)
     run("fold", "out.pth", "-o", "folded.pth")
     run("inspect", "folded.pth")
     assert read == ["net.pth", "out.pth", "folded.pth"]

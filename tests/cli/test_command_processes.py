@@ -1,40 +1,24 @@
 """Calibration shared by several processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate
 from bn_insert.demo import images_path, network_path
-from bn_insert_cli.app import app
+from support.commands import AS_STORED, forked_ranks, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# One thread each: PyTorch's kernels add up in another order with another number of threads.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0", "--device", "cpu")
-INSERT = ("insert", network_path(), images_path(), *AS_IT_IS)
-
-
-def run(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments in `ranks` processes, as torchrun does."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks))
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
-    )
+INSERT = ("insert", network_path(), images_path(), *AS_STORED, "--device", "cpu")
 
 
 def test_the_written_file_is_that_of_one_process_within_one_float_step(tmp_path: Path) -> None:
     # A batch of 16 for the first process, 4 for the second, none for the third.
     options = (*INSERT, "-b", 16, "--images", 20)
-    assert CliRunner().invoke(app, [*map(str, options), "-o", str(tmp_path / "alone.pth")]).exit_code == 0
-    done = run(tmp_path, 3, "-m", "bn_insert", *options, "-o", "shared.pth")
+    assert run(*options, "-o", tmp_path / "alone.pth").exit_code == 0
+    done = forked_ranks(3, "-m", "bn_insert", *options, "-o", "shared.pth", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     alone, shared = (torch.load(tmp_path / name) for name in ("alone.pth", "shared.pth"))
     assert alone.keys() == shared.keys()
@@ -50,10 +34,9 @@ def test_the_written_file_is_that_of_one_process_within_one_float_step(tmp_path:
 
 def test_a_failing_process_stops_all_with_its_message_and_no_file_appears(tmp_path: Path) -> None:
     torch.save(torch.rand(32, 3, 32, 32).index_fill(0, torch.tensor(20), torch.nan), tmp_path / "x.pt")
-    done = run(
-        tmp_path, 2, "-m", "bn_insert", "insert", network_path(), "x.pt", "-o", "out.pth", "-b", 16, "--device", "cpu"
-    )
-    assert done.returncode != 0
+    command = ("insert", network_path(), "x.pt", "-o", "out.pth", "-b", 16, "--device", "cpu")
+    done = forked_ranks(2, "-m", "bn_insert", *command, folder=tmp_path)
+    assert done.returncode == 2, "both processes fail, and neither waits for the other"
     assert "failed: x.pt (32 x 3 x 32 x 32) holds nan" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
@@ -81,7 +64,7 @@ def test_ranks_with_uneven_parts_one_of_them_empty_get_one_processs_statistics_a
     tmp_path: Path,
 ) -> None:
     (tmp_path / "script.py").write_text(API)
-    done = run(tmp_path, 3, "script.py")
+    done = forked_ranks(3, "script.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *others = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(3))
     for other in others:

@@ -1,11 +1,9 @@
-"""What insert, fold and finetune leave behind on a full disk, in a read-only folder, and when they are killed."""
+"""What insert, fold and finetune leave on a full disk, in a read-only folder, and when they are killed."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,19 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from bn_insert.demo import network_path
-from bn_insert_cli.app import app
+from support.commands import AS_STORED, assert_refused, run, run_process, start_process, text_of
+from support.digits import copy_labelled_digits
 from support.full_disk import file_size_limit
-from support.labelled_digits import link_digits
 
 resource = pytest.importorskip("resource", reason="full disks are made by a limit that POSIX has")
 
-AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
 NOBODY = 65534
 INTERRUPTION = Path(__file__).parents[2] / "fuzz" / "interruption.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 SIZE = network_path().stat().st_size
 
@@ -39,17 +34,13 @@ def inputs() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        link_digits(folder / "digits")
+        copy_labelled_digits(folder / "digits")
         assert run(*insert(folder)(folder / "bn.pth")).exit_code == 0
         yield folder
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def insert(inputs: Path) -> Command:
-    return lambda output: ("insert", network_path(), inputs / "digits/val", "-o", output, "-j", 0, *AS_IT_IS)
+    return lambda output: ("insert", network_path(), inputs / "digits/val", "-o", output, *AS_STORED)
 
 
 def fold(inputs: Path) -> Command:
@@ -77,15 +68,6 @@ def no_privileges() -> Iterator[None]:
         yield
     finally:
         os.setresuid(0, 0, 0)
-
-
-def assert_refused(result: Result, *wording: str) -> None:
-    assert result.exit_code == 2, result.output
-    message = re.sub(r"\s+", " ", result.stderr)
-    assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == 1
-    for words in wording:
-        assert words in message
-    assert "Traceback" not in result.output
 
 
 OUTPUTS = [
@@ -146,10 +128,7 @@ from bn_insert.support.files import write_atomically
 write_atomically(sys.argv[1], lambda path: (path.write_text("half"), print(flush=True), time.sleep(600)))
 """
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, tmp_path / str(number)], stdout=subprocess.PIPE, env=ENVIRONMENT
-        )
-        for number in range(2)
+        start_process(sys.executable, "-c", script, tmp_path / str(number), folder=tmp_path) for number in range(2)
     ]
     for process in processes:
         assert process.stdout
@@ -168,30 +147,18 @@ write_atomically(sys.argv[1], lambda path: (path.write_text("half"), print(flush
             process.communicate()
 
 
-@pytest.mark.skipif(not INTERRUPTION.exists(), reason="benchmarks are not in this distribution")
+@pytest.mark.skipif(not INTERRUPTION.exists(), reason="fuzz/ is not in this distribution")
 def test_killed_at_random_moments_every_output_is_whole() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fuzz.interruption", "--kills", "2", "--seed", "1"],
-        cwd=INTERRUPTION.parents[1],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = (sys.executable, "-m", "fuzz.interruption", "--kills", 2, "--seed", 1)
+    command += ("--commands", "insert --force, .pth", "finetune")
+    done = run_process(*command, folder=INTERRUPTION.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Outputs other than absent, old or new, each complete: 0." in done.stdout
 
 
 def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs: Path, tmp_path: Path) -> None:
-    command = (*finetune(inputs)(tmp_path / "run"), "--epochs", 1000, "-j", 2, "-b", 4)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bn_insert", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
+    command = (*finetune(inputs)(tmp_path / "run"), "--epochs", 1000, "-j", 1, "-b", 4)
+    process = start_process(sys.executable, "-m", "bn_insert", *command, folder=tmp_path)
     assert process.stdout
     process.stdout.readline()  # the first epoch is done
     time.sleep(0.2)
@@ -199,4 +166,4 @@ def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
-    assert "the same command with --resume" in re.sub(r"\s+", " ", errors)
+    assert "the same command with --resume" in text_of(errors)

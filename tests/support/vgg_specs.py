@@ -1,4 +1,4 @@
-"""Small VGGs in torchvision's layout, with BatchNorm in every place that we know."""
+"""Small VGGs in torchvision's layout, described layer by layer, with BatchNorm in all places where it occurs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -39,8 +39,8 @@ class Spec:
     output_bias: bool = True
 
 
-def small_vgg(spec: Spec = Spec(), seed: int = 0) -> VGG:
-    """Return a VGG in eval mode; statistics, gamma, beta, eps and momentum of BatchNorms and dropouts' p are random."""
+def vgg_of(spec: Spec = Spec(), seed: int = 0) -> VGG:
+    """Return a VGG in eval mode, with random weights, BatchNorm statistics, eps, momentum and dropout probabilities."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         vgg = VGG(nn.Identity(), num_classes=1, init_weights=False)
@@ -60,8 +60,8 @@ def small_vgg(spec: Spec = Spec(), seed: int = 0) -> VGG:
     return vgg.eval()
 
 
-def images(spec: Spec = Spec(), count: int = 2) -> Tensor:
-    """Return images that are large enough for all poolings."""
+def images_for(spec: Spec = Spec(), count: int = 2) -> Tensor:
+    """Return images large enough for all poolings of a VGG."""
     pools = sum(conv.pool for conv in spec.convs[:-1]) + 1
     size = 2**pools * 2
     return torch.rand(count, spec.channels, size, size, generator=torch.Generator().manual_seed(1))
