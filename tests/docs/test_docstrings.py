@@ -72,7 +72,11 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 def public_docstrings() -> Iterator[tuple[str, str]]:
     for name in bn_insert.__all__:
         value = getattr(bn_insert, name)
-        members = vars(value).items() if inspect.isclass(value) else ()
+        members = [
+            (key, member)
+            for key, member in (vars(value).items() if inspect.isclass(value) else ())
+            if inspect.isfunction(member) or isinstance(member, property)
+        ]
         for path, documented in [(name, value), *((f"{name}.{key}", member) for key, member in members)]:
             if not path.split(".")[-1].startswith("_") and isinstance(documented.__doc__, str):
                 yield path, inspect.cleandoc(documented.__doc__)

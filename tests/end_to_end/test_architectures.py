@@ -176,7 +176,7 @@ def test_statistics_of_several_inputs_do_not_depend_on_the_batch_size() -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (lambda image, mask: image, "takes image, mask; give a tuple of these"),  # noqa: ARG005
+        (lambda image, mask: image, "takes image, mask; pass a tuple of these"),  # noqa: ARG005
         (lambda image, mask: (image,), "takes image, mask"),  # noqa: ARG005
         (lambda image, mask: {"image": image, "other": mask}, "a dict with these names"),
         (lambda image, mask: (image, mask[:2]), "the same number of images"),

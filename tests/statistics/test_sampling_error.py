@@ -122,7 +122,7 @@ def insert(folder: Path, *options: object) -> Result:
 
 def test_the_command_ends_early_and_prints_the_error_that_was_reached(tmp_path: Path) -> None:
     result = insert(tmp_path, "--tolerance", 0.5, "-b", 8)
-    found = re.search(r"Calibrated on (\d+) images, to an error of ([\d.]+) standard deviations\.", result.stderr)
+    found = re.search(r"Calibrated on (\d+) images, with an error of ([\d.]+) standard deviations\.", result.stderr)
     assert found, result.stderr
     assert int(found[1]) < 360
     assert 0 < float(found[2]) <= 0.5
@@ -131,10 +131,10 @@ def test_the_command_ends_early_and_prints_the_error_that_was_reached(tmp_path: 
 
 def test_the_command_says_when_the_images_do_not_suffice(tmp_path: Path) -> None:
     result = insert(tmp_path, "--tolerance", 0.001, "-b", 64)
-    assert "Calibrated on 360 images, to an error of 0." in result.stderr
-    assert "The tolerance 0.001 was not reached: give more images (--images)" in result.stderr
+    assert "Calibrated on 360 images, with an error of 0." in result.stderr
+    assert "The tolerance 0.001 was not reached: use more images (--images)" in result.stderr
 
 
 def test_the_command_says_when_batches_are_too_few_to_tell(tmp_path: Path) -> None:
     result = insert(tmp_path, "--tolerance", 0.5, "-b", 32, "--images", 20)
-    assert "The error cannot be told from one batch: give more images, or smaller batches (-b)." in result.stderr
+    assert "One batch is too few to estimate the error: use more images, or smaller batches (-b)." in result.stderr

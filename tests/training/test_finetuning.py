@@ -524,7 +524,7 @@ def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: st
 def test_a_class_that_cannot_be_a_line_of_text_is_refused_before_training(
     tmp_path: Path, name: bytes, fault: str, part: str
 ) -> None:
-    folder = link_digits(tmp_path / "data", classes=2)
+    folder = copy_labelled_digits(tmp_path / "data", classes=2)
     (folder / part / "1").rename(folder / part / os.fsdecode(name))
     with pytest.raises(ImageError, match=rf"class folder '(caf.udce9|a.nb)' in .*{part} {fault}; rename"):
         open_digits(folder)
