@@ -98,7 +98,7 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     assert "equal bit for bit" in compared.stdout, compared.output
     shown = run("inspect", "bn.pth", "--size", 32, *MODEL)
     assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
-    link_digits(Path("four"), classes=4)  # fewer than the network's ten
+    copy_labelled_digits(Path("four"), classes=4)  # fewer than the network's ten
     assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
     copy_labelled_digits(Path("four"), classes=4)  # fewer than the network's ten
     trained = run("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
@@ -147,7 +147,7 @@ def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
     assert compared.exit_code == 1, compared.output
     assert "differ by more than the tolerance" in compared.stdout
     monkeypatch.setattr(
-        "bn_insert.checkpoints.torchvision_weights.torchvision_checkpoint",
+        "bn_insert.torchvision_checkpoint",
         lambda _name: read_checkpoint(network_path()),
     )
     for pair in (("vgg16", "net.pth"), ("net.pth", "vgg16")):
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
-        ("Encoder", "Encoder gives a list for a batch of 8 images, not one logit for each of 10"),
+        ("Encoder", "Encoder returns a list for a batch of 8 images instead of one logit for each of 10 classes"),
         ("Backwards", "Backwards cannot run on a batch of shape (8, 3, 32, 32)"),
     ],
 )
