@@ -98,11 +98,6 @@ def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: 
     assert "equal bit for bit" in compared.stdout, compared.output
     shown = run("inspect", "bn.pth", "--size", 32, *MODEL)
     assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
-<<<<<<< HEAD
-=======
-    copy_labelled_digits(Path("four"), classes=4)  # fewer than the network's ten
-    assert "already followed by a normalization: conv.1" in text_of(shown.stdout)
->>>>>>> h-tests
     copy_labelled_digits(Path("four"), classes=4)  # fewer than the network's ten
     trained = run("finetune", "bn.pth", "four", "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
     assert trained.exit_code == 0, trained.output
@@ -193,11 +188,7 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
-<<<<<<< HEAD
-        ("Encoder", "Encoder returned a list for a batch of 8 images, not one logit for each of 10"),
-=======
         ("Encoder", "Encoder returns a list for a batch of 8 images instead of one logit for each of 10 classes"),
->>>>>>> h-tests
         ("Backwards", "Backwards cannot run on a batch of shape (8, 3, 32, 32)"),
     ],
 )
