@@ -4,8 +4,8 @@
     python -m benchmarks.renorm.small_batches --cifar CIFAR_FOLDER --network cifar-vgg.pth --output ...
 
 The demo network trains on with the digits that it was trained on (new head: its output layer replaced by zeros). With
-`--cifar`, a VGG without normalization does the same on CIFAR-10 (`benchmarks.renorm.cifar_network` trains one). SGD with
-momentum 0.9, warm-up over 5 % of the steps and a cosine; dropout is off; every way sees the same images in the same
+`--cifar`, a VGG without normalization does the same on CIFAR-10 (`benchmarks.renorm.cifar_network` trains one). SGD,
+momentum 0.9, warm-up over 5 % of the steps, cosine; dropout is off; every way sees the same images in the same
 order. Running statistics are re-estimated on 512 training images before each of four evaluations on held-out images.
 Every finished run is a line in `small-batches.jsonl`: interrupted, the program continues where it was.
 """
