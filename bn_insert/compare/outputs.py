@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +99,6 @@ def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
         return model, ""
     part = nn.Sequential(model.features, model.avgpool)
     return part, "The classifier holds NaN or Inf, so outputs are compared before it."
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and restore the training flag of every module afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @dataclass

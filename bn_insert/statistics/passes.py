@@ -103,6 +103,11 @@ class NotFiniteError(CalibrationError):
         self.row = row
 
 
+def no_batches() -> CalibrationError:
+    """Return the error for a calibration set without images."""
+    return CalibrationError("the calibration set is empty: no batch arrived")
+
+
 @runtime_checkable
 class Record(Protocol):
     """What hooks record during a forward pass: kept if it succeeds, discarded if it has to be run again."""

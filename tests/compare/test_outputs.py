@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bn_insert import CalibrationError, Comparison, compare_outputs, insert_batchnorm
-from bn_insert.compare.outputs import evaluating, finite_part
+from bn_insert.compare.outputs import finite_part
 from support.networks import SeveralOutputs, features, images, randomised, sequential, small_vgg
 
 
@@ -215,16 +215,6 @@ def test_the_random_state_is_untouched_by_a_shuffling_data_loader() -> None:
     model = small_vgg()
     compare_outputs(model, model, DataLoader(TensorDataset(images(6, 16)), batch_size=4, shuffle=True))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_evaluating_puts_mixed_flags_back_when_the_body_raises() -> None:
-    model = small_vgg().train()
-    model.features[0].eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise KeyError
-    assert [module.training for module in model.modules()] == before
 
 
 @pytest.mark.parametrize(
