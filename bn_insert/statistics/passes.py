@@ -251,7 +251,7 @@ def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):
             if not parameter.isfinite().all():
                 return (
-                    f": the parameter {parameter_name} holds NaN or Inf; repair the checkpoint, or skip the layers "
+                    f": the parameter {parameter_name} contains NaN or Inf; repair the checkpoint, or skip the layers "
                     "downstream of it"
                 )
     paths = getattr(batch.value, "paths", ())

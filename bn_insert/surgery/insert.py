@@ -159,7 +159,7 @@ def insert_batchnorm(
 
     Raises:
         GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
-        CalibrationError: The batches give no usable statistics.
+        CalibrationError: No usable statistics can be computed from the batches.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()

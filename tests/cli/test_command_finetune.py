@@ -128,7 +128,7 @@ def test_what_cannot_be_trained_is_one_message(
 def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
     assert run(*command).exit_code == 0
-    assert_refused(run(*command), "run already holds results", "--resume", "--force")
+    assert_refused(run(*command), "run already contains results", "--resume", "--force")
     options = ("--opt", "adamw", "--weight-decay", 0.1, "--dropout", 0.25, "--no-recalibrate", "--batchnorm", "freeze")
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output

@@ -241,7 +241,7 @@ def test_a_vgg_with_a_classifier_that_is_not_finite_is_compared_in_front_of_it(k
     with torch.no_grad():
         getattr(model.classifier[3], kind)[0] = value
     part, remark = finite_part(model)
-    assert remark == "The classifier holds NaN or Inf, so outputs are compared before it."
+    assert remark == "The classifier contains NaN or Inf, so outputs are compared before it."
     x = images(4, 16)
     assert torch.equal(part(x), model.avgpool(model.features(x)))
     result = insert_batchnorm(model, [x], layers=("conv",))

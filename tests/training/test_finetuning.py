@@ -190,7 +190,7 @@ def test_resuming_with_other_settings_or_images_names_what_differs(
 
 def test_results_are_neither_replaced_nor_mixed_without_being_asked_for(digits: ClassFolders, tmp_path: Path) -> None:
     finetune(dense_network(), digits, tmp_path, BRIEF)
-    with pytest.raises(TrainingError, match=r"already holds results .*--resume.*--force"):
+    with pytest.raises(TrainingError, match=r"already contains results .*--resume.*--force"):
         finetune(dense_network(), digits, tmp_path, BRIEF)
     (tmp_path / "notes.txt").write_text("mine")
     result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), overwrite=True)
@@ -508,8 +508,8 @@ def spoil(folder: Path, how: str) -> None:
         ("one class", "train has 1 class folders, but at least 2 are needed"),
         ("no val classes", "val has no class folders"),
         ("unknown class", "val has classes that .*train does not have: one"),
-        ("train/1", "train/1 holds no image"),
-        ("val/0", "val/0 holds no image"),
+        ("train/1", "train/1 contains no image"),
+        ("val/0", "val/0 contains no image"),
     ],
 )
 def test_data_that_cannot_be_used_says_why(tmp_path: Path, how: str, wording: str) -> None:
