@@ -141,7 +141,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if accepted:
         save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
     if report:
-        # After the checkpoint: nothing that goes wrong here loses it.
+        # After the checkpoint is written, so that a failure here does not lose it.
         facts = {
             "checkpoint": file_facts(checkpoint),
             "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
@@ -211,7 +211,7 @@ def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
     """Say what is written already where the report fails, or is not waited for."""
     from bn_insert import CheckpointError  # noqa: PLC0415
 
-    written = f"{output} is written and whole" if output else "nothing was written"
+    written = f"{output} is written and complete" if output else "nothing was written"
     try:
         yield
     except CheckpointError as error:
