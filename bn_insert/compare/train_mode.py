@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from ..batchnorm.modes import trains_on_batches
+from ..batchnorm.modes import uses_batch_statistics
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
@@ -143,7 +143,7 @@ def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0
 
 def _normalize_by_batch(network: nn.Module) -> None:
     """Make a working copy's BatchNorms compute as in train mode, without updating running statistics."""
-    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and trains_on_batches(each)]
+    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and uses_batch_statistics(each)]
     if not norms:
         raise CalibrationError(
             f"{type(network).__name__} has no BatchNorm that normalizes by the batch in train mode, so that both modes "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..batchnorm.modes import trains_on_batches
+from ..batchnorm.modes import needs_several_values
 from ..errors import TrainingError
 from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
@@ -46,7 +46,7 @@ class TrainingSet:
         """
         share, size = -(-len(images.train) // ranks.count), settings.batch_size
         left_out = 0
-        if any(map(trains_on_batches, network.modules())):
+        if any(map(needs_several_values, network.modules())):
             if size == 1 or share < 2:
                 raise TrainingError(
                     f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
