@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class _BatchRenorm(_BatchNorm):
     _r_max: float = math.inf
     _d_max: float = math.inf
     synchronize: bool = False
+    # Declared by each class: whose forward pass it has in eval mode.
+    eval_class: ClassVar[type[_BatchNorm]]
     # None only without running statistics, which the constructor and `to_renorm` refuse.
     running_mean: Tensor
     running_var: Tensor
@@ -165,6 +167,8 @@ class _BatchRenorm(_BatchNorm):
 class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
     """Batch Renormalization of N x C or N x C x L inputs; see BatchRenorm2d."""
 
+    eval_class = nn.BatchNorm1d
+
 
 class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
     """Batch Renormalization of N x C x H x W inputs: nn.BatchNorm2d that trains from its eval function.
@@ -222,9 +226,13 @@ class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
         True
     """
 
+    eval_class = nn.BatchNorm2d
+
 
 class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
     """Batch Renormalization of N x C x D x H x W inputs; see BatchRenorm2d."""
+
+    eval_class = nn.BatchNorm3d
 
 
 BatchRenorm: TypeAlias = BatchRenorm1d | BatchRenorm2d | BatchRenorm3d

@@ -50,7 +50,7 @@ class TrainingSet:
             if size == 1 or share < 2:
                 raise TrainingError(
                     f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
-                    f"size {size}); use a batch size of 2 or more, or --batchnorm freeze-statistics"
+                    f"size {size}); use a batch size of 2 or more, or --batchnorm renorm"
                 )
             left_out = int(share % size == 1)
         return cls(images, ranks, settings, share - left_out)

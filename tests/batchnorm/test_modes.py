@@ -92,8 +92,8 @@ def test_keys_stay_as_they_are() -> None:
     assert list(model.state_dict()) == keys
 
 
-def test_an_unknown_mode_names_the_three(unchecked: Callable[..., Any]) -> None:
-    with pytest.raises(TrainingError, match="must be one of train, freeze-statistics, freeze, not 'eval'"):
+def test_an_unknown_mode_names_those_that_exist(unchecked: Callable[..., Any]) -> None:
+    with pytest.raises(TrainingError, match="must be one of train, renorm, freeze-statistics, freeze, not 'eval'"):
         unchecked(freeze_batchnorm)(network(), "eval")
 
 
