@@ -46,7 +46,8 @@ def prepared_network(
     if settings.sync_bn and not renorm:
         if device.type != "cuda":
             raise TrainingError(
-                "sync_bn (--sync-bn) works on GPUs only, except with batchnorm renorm (--batchnorm renorm); leave it out"
+                "sync_bn (--sync-bn) works on GPUs only; leave it out, or use it with batchnorm renorm "
+                "(--batchnorm renorm)"
             )
         if ranks.count > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -36,7 +36,7 @@ class TrainingSettings:
         sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
             device, otherwise on GPUs only.
         batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`.
-        renorm_r_max: With `batchnorm` "renorm", the limit of r in every step, as for `BatchRenorm2d`; None for no limit.
+        renorm_r_max: With `batchnorm` "renorm", the limit of r in every step; see `BatchRenorm2d`. None for no limit.
         renorm_d_max: The same for d.
         freeze_features: Train only `model.classifier`.
         dropout: Probability of every dropout layer; None leaves them unchanged.
@@ -96,17 +96,21 @@ class TrainingSettings:
             raise TrainingError(
                 f"lr_warmup_epochs is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of epochs"
             )
-        for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):
-            limit = getattr(self, name)
-            if limit is None:
-                continue
-            if self.batchnorm != "renorm":
-                raise TrainingError(f"{name} limits Batch Renormalization; use it with batchnorm renorm (--batchnorm)")
-            if not limit >= least:
-                raise TrainingError(f"{name} is {limit}; use {least} or more")
         for name, choices in (("opt", Optimizer), ("lr_scheduler", Schedule), ("batchnorm", BatchNormMode)):
             if getattr(self, name) not in get_args(choices):
                 raise TrainingError(f"{name} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self._check_renorm()
+
+    def _check_renorm(self) -> None:
+        for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):
+            limit = getattr(self, name)
+            if limit is not None and self.batchnorm != "renorm":
+                raise TrainingError(
+                    f"{name} is a limit of Batch Renormalization; leave it out, or use it with batchnorm renorm "
+                    "(--batchnorm renorm)"
+                )
+            if limit is not None and not limit >= least:
+                raise TrainingError(f"{name} is {limit}; use {least} or more")
 
     @property
     def renorm_limits(self) -> RenormLimits:

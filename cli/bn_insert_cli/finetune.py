@@ -89,8 +89,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     batchnorm: Annotated[
         Literal["train", "renorm", "freeze-statistics", "freeze"],
         typer.Option(
-            help="What BatchNorms do in training: normalize by the batch, renormalize to the pretrained function, train "
-            "gamma and beta only, or nothing.",
+            help="What BatchNorms do in training: normalize by the batch; Batch Renormalization, for small batches; "
+            "train gamma and beta only; nothing.",
             rich_help_panel=_NETWORK,
         ),
     ] = "train",
