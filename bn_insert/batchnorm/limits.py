@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -23,6 +23,7 @@ class Limits(NamedTuple):
     d_max: float = math.inf
 
 
+@runtime_checkable
 class RenormLimits(Protocol):
     """A rule for the limits of each step. It has no state, so that a run resumed at a step continues exactly."""
 

@@ -27,7 +27,7 @@ def reestimate_statistics(
 
     Args:
         classifier: The network.
-        batches: Training images, in shuffled batches of the training's size.
+        batches: Training images, in shuffled batches.
         stop: Checked after each batch.
         freeze_features: Re-estimate the classifier alone; the frozen features keep their statistics.
 

@@ -18,6 +18,8 @@ from .settings import TrainingSettings
 # Seeds of epochs and of batches are this far apart, so that neighbouring seeds of users share none of them.
 _SEED_STRIDE = 1_000_003
 
+_LEAST_RENORM_SAMPLE = 32  # images in a batch of re-estimation
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -67,9 +69,16 @@ class TrainingSet:
             yield self._mirrored(batch, epoch * self.steps + number)
 
     def sample(self, epoch: int, count: int) -> Iterator[LabelledBatch]:
-        """Yield this process's share of at most `count` images of an epoch in batches, none of them mirrored."""
+        """Yield this process's share of at most `count` images of an epoch for re-estimation, none of them mirrored.
+
+        The batches are of the training's size, as those that BatchNorm normalizes by. Batch Renormalization normalizes
+        by running statistics, which the statistics of a few images are far from: its batches are larger.
+        """
         share = self._order(epoch)[: -(-count // self.ranks.count)]
-        yield from self.images.batches(share, self.settings.batch_size, full=True)
+        size = self.settings.batch_size
+        if self.settings.batchnorm == "renorm":
+            size = max(size, _LEAST_RENORM_SAMPLE)
+        yield from self.images.batches(share, size, full=True)
 
     def _order(self, epoch: int) -> list[LabelledImage]:
         """Return this process's images in the order of an epoch."""
