@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..batchnorm.modes import uses_batch_statistics
-from ..compare.outputs import evaluating
 from ..errors import CalibrationError, DivergenceError, TrainingError
 from ..images.class_folders import LabelledBatch
 from ..statistics.recalibrate import recalibrate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .console import table
+from .console import plain, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
         result.add_row(
             device,
             f"{comparison.images:,}",
-            "[bold green]yes[/]" if comparison.bit_identical else "[bold yellow]no[/]",
+            plain("yes", style="bold green") if comparison.bit_identical else plain("no", style="bold yellow"),
             f"{comparison.max_abs:.3g}",
             f"{comparison.max_rel:.3g}",
             f"{comparison.top1_agreement:.2%}",
@@ -99,7 +99,7 @@ def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -
             _dimensions(weights[layer.name]),
             _dimensions(layer.shape[1:]) or "-",
             f"{layer.parameters:,}",
-            f"[green]can be inserted after {layer.site.anchor}[/]" if layer.site else layer.reason,
+            plain(f"can be inserted after {layer.site.anchor}", style="green") if layer.site else layer.reason,
         )
     return result
 
