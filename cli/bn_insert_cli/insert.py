@@ -160,10 +160,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
         }
-        with _without_losing(output if accepted else None, report):
-            train_mode = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
         with _saying_what_is_written(output if accepted else None):
-            agreements, reading = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
+            train_mode = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
             findings = insertion_report(
                 insertion.layer_statistics(),
                 [asdict(edge) for edge in insertion.edges],
