@@ -305,8 +305,8 @@ def test_it_is_trained_on_where_no_batchnorm_normalizes_by_it(digits: ClassFolde
     assert frozen.epochs[0].step == without.epochs[0].step == 4
 
 
-def test_a_batch_size_of_one_is_refused_in_front_of_batchnorm(digits: ClassFolders, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"batch of one image .*freeze-statistics"):
+def test_a_batch_size_of_one_is_refused_with_batchnorm(digits: ClassFolders, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"batch of one image .*--batchnorm renorm"):
         finetune(dense_network(), digits, tmp_path, replace(BRIEF, batch_size=1))
 
 
