@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from .finetune import finetune
 from .fold import fold
 from .insert import insert
 from .inspect import inspect
+from .interruption import exit_on_sigterm
 from .report import report
 
 BAD_INPUT = 2
@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
     """Runs a command. A BNInsertError becomes one message on stderr and exit code 2, Ctrl-C exit code 130."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        signal.signal(signal.SIGTERM, _stop)
+        exit_on_sigterm()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -43,11 +43,6 @@ class _Commands(TyperGroup):
                 raise
             print_error(str(error))
             raise typer.Exit(BAD_INPUT) from None
-
-
-def _stop(signal_number: int, _frame: object) -> None:
-    """Exit by raising an exception, so that temporary files are removed."""
-    sys.exit(128 + signal_number)
 
 
 def _is_expected(error: Exception) -> bool:

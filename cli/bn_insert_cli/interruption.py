@@ -1,4 +1,4 @@
-"""Cooperative shutdown: Ctrl-C and SIGTERM set a flag that a long job polls at safe points."""
+"""Ctrl-C and SIGTERM: end the command at once, or set a flag that a long job polls at safe points."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM raise an exception, as Ctrl-C does, so that temporary files are removed."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(signal_number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + signal_number)
 
 
 class StopRequest:
