@@ -22,8 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
-        "is searched too.",
+        help="For architectures other than VGG: a zero-argument function that builds the network, such as "
+        "torchvision.models:alexnet; the current folder is searched too.",
         show_default=False,
     ),
 ]
@@ -31,6 +31,14 @@ Calibration = Annotated[
     Path,
     typer.Argument(
         metavar="CALIBRATION",
+        help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
+        show_default=False,
+    ),
+]
+Pictures = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES",
         help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
         show_default=False,
     ),
@@ -45,9 +53,12 @@ IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Insert af
 Skip = Annotated[
     list[str] | None, typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.")
 ]
+# Values are written with hyphens, like options; with the underscores of the Python API they are accepted too.
 Placement = Annotated[
-    Literal["before_activation", "after_activation"], typer.Option(help="Insert before or after the activation.")
+    Literal["before-activation", "after-activation", "before_activation", "after_activation"],
+    typer.Option(help="Insert before-activation or after-activation.", metavar="WHERE"),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, instead of tables.")]
 
 _PIXELS = "Images"
 Images = Annotated[
@@ -85,7 +96,10 @@ Mean = Annotated[
 ]
 Std = Annotated[
     str | None,
-    typer.Option(help="Standard deviation to divide by, in the same format as --mean.", rich_help_panel=_PIXELS),
+    typer.Option(
+        help="Standard deviation to divide by, in the same format as --mean. [default: the checkpoint's, or ImageNet's]",
+        rich_help_panel=_PIXELS,
+    ),
 ]
 Strict = Annotated[
     bool,
