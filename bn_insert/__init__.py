@@ -15,7 +15,8 @@ from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
 # In a training script
-from .batchnorm.modes import freeze_batchnorm
+from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
+from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
 from .statistics.recalibrate import recalibrate
 from .surgery.output_layer import replace_output
@@ -71,7 +72,11 @@ __all__ = [
     # In a training script
     "replace_output",
     "parameter_groups",
+    "set_batchnorm_mode",
     "freeze_batchnorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "recalibrate",
     "train_mode_agreement",
     "TrainModeAgreement",

@@ -1,33 +1,96 @@
-"""Modes of BatchNorm in training: freeze its statistics, or its statistics and parameters."""
+"""Modes of BatchNorm in training: normalize by the batch, renormalize, or freeze statistics or parameters."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from .limits import Limits, set_renorm_limits
+from .renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
 
-BatchNormMode = Literal["train", "freeze-statistics", "freeze"]
+BatchNormMode = Literal["train", "renorm", "freeze-statistics", "freeze"]
+
+
+def set_batchnorm_mode(
+    model: nn.Module,
+    mode: BatchNormMode,
+    *,
+    r_max: float = math.inf,
+    d_max: float = math.inf,
+    synchronize: bool = False,
+) -> None:
+    """Set, in place, what the BatchNorms of a model do in training; it applies until the next call.
+
+    Eval mode stays the same in every mode, and so do modules, parameters, buffers, the keys of the state dict, hooks
+    and optimizers: only the class of a module changes, from nn.BatchNorm2d to `BatchRenorm2d` and back, or a hook puts
+    a frozen BatchNorm back in eval mode before each forward pass. Therefore `model.train()` in a training loop does not
+    undo the mode, and copies of the model have it too. Call this function before creating the optimizer, so that frozen
+    gamma and beta get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which creates new modules.
+
+    Args:
+        model: The network to change; one that was not made by bn-insert, such as torchvision's vgg16_bn, works as well.
+        mode: "train": normalize by the batch, update running statistics, train gamma and beta, like any BatchNorm;
+            this undoes the other modes.
+            "renorm": the same with Batch Renormalization, so that without limits the outputs in train mode are those of
+            eval mode for batches of any size, while running statistics, gamma and beta are trained.
+            "freeze-statistics": normalize by the running statistics without updating them, train gamma and beta.
+            "freeze": the same with gamma and beta frozen too.
+        r_max: For "renorm", the limit of r, as for `BatchRenorm2d`.
+        d_max: For "renorm", the limit of d, as for `BatchRenorm2d`.
+        synchronize: For "renorm", whether to take the statistics over the batches of all processes, as for
+            `BatchRenorm2d`.
+
+    Raises:
+        TrainingError: If the mode is unknown, a limit is out of range, or a BatchNorm cannot have the mode: without
+            running statistics it can only be trained, and an nn.SyncBatchNorm or a subclass of nn.BatchNorm cannot
+            renormalize. Nothing is changed then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> x = torch.rand(2, 4)
+        >>> expected = model.eval()(x)
+        >>> set_batchnorm_mode(model, "renorm")
+        >>> torch.equal(model.train()(x), expected)
+        True
+        >>> set_batchnorm_mode(model, "train")
+        >>> torch.equal(model.train()(x), expected)
+        False
+    """
+    if mode not in get_args(BatchNormMode):
+        raise TrainingError(f"the mode of BatchNorm must be one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
+    check_limits(r_max, d_max)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for name, norm in norms.items():
+        if mode == "renorm":
+            check_can_renormalize(norm, name)
+        elif mode != "train" and norm.running_mean is None:
+            raise TrainingError(f"BatchNorm {name} keeps no running statistics, so it cannot be frozen")
+    for norm in norms.values():
+        _undo_mode(norm)
+        if mode == "renorm":
+            norm.__class__ = BATCH_RENORMS[type(norm)]
+            cast(BatchRenorm, norm).synchronize = synchronize
+        elif mode != "train":
+            norm.eval()
+            norm.register_forward_pre_hook(_hold_in_eval_mode)
+        for parameter in norm.parameters():
+            parameter.requires_grad_(mode != "freeze")
+    set_renorm_limits(model, Limits(r_max, d_max))
 
 
 def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:
-    """Set, in place, what training changes in a model's BatchNorms; it applies until the next call.
-
-    `model.train()` in a training loop does not undo it: a hook puts a frozen BatchNorm back in eval mode before each
-    forward pass. Copies of the model stay frozen. Call it before creating the optimizer, so that frozen gamma and beta
-    get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which creates new modules.
+    """Call `set_batchnorm_mode`: the older name of this function.
 
     Args:
         model: The network to change.
-        mode: "train": normalize by the batch, update running statistics, train gamma and beta, like any BatchNorm;
-            this undoes the other two.
-            "freeze-statistics": normalize by the running statistics without updating them, train gamma and beta.
-            "freeze": the same with gamma and beta frozen too.
+        mode: As for `set_batchnorm_mode`.
 
     Raises:
-        TrainingError: If the mode is unknown, or a BatchNorm to be frozen has no running statistics.
+        TrainingError: As for `set_batchnorm_mode`.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -37,25 +100,26 @@ def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:
         >>> torch.equal(model[1].running_mean, before), model[1].weight.requires_grad
         (True, True)
     """
-    if mode not in get_args(BatchNormMode):
-        raise TrainingError(f"the mode of BatchNorm must be one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    for name, norm in norms.items():
-        if mode != "train" and norm.running_mean is None:
-            raise TrainingError(f"BatchNorm {name} keeps no running statistics, so it cannot be frozen")
-    for norm in norms.values():
-        for key in [key for key, hook in norm._forward_pre_hooks.items() if hook is _hold_in_eval_mode]:
-            del norm._forward_pre_hooks[key]
-        if mode != "train":
-            norm.eval()
-            norm.register_forward_pre_hook(_hold_in_eval_mode)
-        for parameter in norm.parameters():
-            parameter.requires_grad_(mode != "freeze")
+    set_batchnorm_mode(model, mode)
 
 
-def trains_on_batches(module: nn.Module) -> bool:
-    """Return whether a module is a BatchNorm that is not frozen, and so normalizes by the batch in train mode."""
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Return whether a module is a BatchNorm that takes statistics from batches in train mode: one not frozen."""
     return isinstance(module, _BatchNorm) and _hold_in_eval_mode not in module._forward_pre_hooks.values()
+
+
+def needs_several_values(module: nn.Module) -> bool:
+    """Return whether a module needs more than one value per channel in train mode: a BatchNorm in mode "train"."""
+    return uses_batch_statistics(module) and not isinstance(module, BatchRenorm)
+
+
+def _undo_mode(norm: _BatchNorm) -> None:
+    for key in [key for key, hook in norm._forward_pre_hooks.items() if hook is _hold_in_eval_mode]:
+        del norm._forward_pre_hooks[key]
+    if type(norm) in PLAIN_BATCHNORMS:
+        norm.__class__ = PLAIN_BATCHNORMS[type(norm)]
+        for setting in SETTINGS:
+            norm.__dict__.pop(setting, None)
 
 
 # A module-level function, not a closure: hooks are copied and pickled with a model.

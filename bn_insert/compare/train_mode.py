@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from ..batchnorm.modes import trains_on_batches
+from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
+from ..batchnorm.renorm import BatchRenorm
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
@@ -46,15 +47,17 @@ def train_mode_agreement(
     batches: Iterable[Any],
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
+    renorm: bool = False,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> list[TrainModeAgreement]:
     """Return, for each batch size, how much a model in train mode differs from itself in eval mode.
 
     In train mode BatchNorm normalizes by the batch, so that the optimizer sees another function than that of eval mode,
-    the more so the smaller the batches. Only BatchNorms are put in train mode: dropout stays off, and frozen BatchNorms
-    (`freeze_batchnorm`) keep normalizing by their running statistics. The model and its running statistics are not
-    changed, and PyTorch's random state is restored.
+    the more so the smaller the batches. Only BatchNorms are put in train mode, each in its own mode
+    (`set_batchnorm_mode`): dropout stays off, frozen BatchNorms keep normalizing by their running statistics, and those
+    that renormalize do so within their limits, by the batch of this process alone. The model and its running statistics
+    are not changed, and PyTorch's random state is restored.
 
     Args:
         model: Returns logits, with the classes in dimension 1. Of several outputs (tuples, lists, dicts), the first is
@@ -62,6 +65,7 @@ def train_mode_agreement(
         batches: As for `insert_batchnorm`, best in random order; iterated once. The images are regrouped, in order,
             into batches of each size; a last batch that is not full is dropped.
         batch_sizes: Those larger than the number of images are missing from the result.
+        renorm: Put all BatchNorms in the mode "renorm" without limits first, whatever mode the model's are in.
         device: Where to run; by default the model's device.
         progress: Called after each batch with the number of images so far.
 
@@ -72,6 +76,7 @@ def train_mode_agreement(
         CalibrationError: If no BatchNorm of the model normalizes by the batch, outputs are not logits of two or more
             classes or are not finite, there are fewer images than the smallest batch size, images differ in shape, or
             the model cannot run on a batch.
+        TrainingError: With `renorm`, if a BatchNorm cannot renormalize; see `set_batchnorm_mode`.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -81,7 +86,9 @@ def train_mode_agreement(
     if not batch_sizes or min(batch_sizes) < 1:
         raise CalibrationError(f"batch_sizes is {tuple(batch_sizes)}; pass one or more sizes of 1 or more")
     evaluated, trained = working_copy(model, device), working_copy(model, device)
-    _normalize_by_batch(trained)
+    if renorm:
+        set_batchnorm_mode(trained, "renorm")
+    _use_batch_statistics(trained)
     totals = [_Totals(size) for size in dict.fromkeys(batch_sizes)]
 
     def run(batch: Batch) -> None:
@@ -120,36 +127,51 @@ def smallest_agreeing(agreements: Iterable[TrainModeAgreement], least: float = 0
     return smallest
 
 
-def agreement_reading(agreements: Sequence[TrainModeAgreement], least: float = 0.95) -> str:
+def agreement_reading(
+    agreements: Sequence[TrainModeAgreement], least: float = 0.95, *, renorm: Sequence[TrainModeAgreement] = ()
+) -> str:
     """Return a sentence that names the smallest batch size with a top-1 agreement of at least `least`.
 
     Args:
         agreements: From `train_mode_agreement`.
         least: Fraction between 0 and 1.
+        renorm: From `train_mode_agreement` with `renorm=True`, for a second sentence.
 
     Examples:
         >>> agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)])
         'Train mode keeps 95 % of the top-1 classes at batch sizes from 8 on.'
     """
+    renormalized = ""
+    if renorm:
+        lowest = min(agreement.top1_agreement for agreement in renorm)
+        renormalized = (
+            f" With Batch Renormalization it keeps {100 * lowest:.4g} % at batch sizes from "
+            f"{min(agreement.batch_size for agreement in renorm)} on."
+        )
     smallest = smallest_agreeing(agreements, least)
     if smallest is not None:
-        return f"Train mode keeps {100 * least:g} % of the top-1 classes at batch sizes from {smallest} on."
+        return (
+            f"Train mode keeps {100 * least:g} % of the top-1 classes at batch sizes from {smallest} on.{renormalized}"
+        )
     largest = max(agreement.batch_size for agreement in agreements)
     return (
         f"Train mode keeps {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train with larger "
-        "batches, or with frozen running statistics, which train mode then uses as well."
+        f"batches, or with Batch Renormalization.{renormalized}"
     )
 
 
-def _normalize_by_batch(network: nn.Module) -> None:
+def _use_batch_statistics(network: nn.Module) -> None:
     """Make a working copy's BatchNorms compute as in train mode, without updating running statistics."""
-    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and trains_on_batches(each)]
+    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and uses_batch_statistics(each)]
     if not norms:
         raise CalibrationError(
             f"{type(network).__name__} has no BatchNorm that normalizes by the batch in train mode, so that both modes "
             "are the same"
         )
     for norm in norms:
+        if isinstance(norm, BatchRenorm):
+            norm.training, norm.momentum, norm.synchronize = True, 0.0, False
+            continue
         # Without them, eval mode also normalizes by the batch, and SyncBatchNorm does not wait for other processes.
         norm.running_mean, norm.running_var = None, None
 

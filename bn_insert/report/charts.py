@@ -82,21 +82,28 @@ def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
 
 
 @mpl.rc_context(_STYLE)
-def agreement_chart(agreements: Sequence[Mapping[str, Any]]) -> Chart:
-    """Return top-1 agreement and KL divergence between train mode and eval mode by batch size."""
+def agreement_chart(agreements: Sequence[Mapping[str, Any]], renorm: Sequence[Mapping[str, Any]] = ()) -> Chart:
+    """Return top-1 agreement and KL divergence between train mode and eval mode by batch size.
+
+    Args:
+        agreements: In the network's own mode.
+        renorm: With Batch Renormalization.
+    """
     figure = Figure(figsize=(_WIDTH, 4.0))
     upper, lower = figure.subplots(2, 1, sharex=True)
-    sizes = [str(agreement["batch_size"]) for agreement in agreements]
     upper.axhline(95, color=_INK, linewidth=0.8, linestyle="--")
-    upper.plot(sizes, [100 * agreement["top1_agreement"] for agreement in agreements], marker="o", color="C0")
+    for color, series in (("C0", agreements), ("C1", renorm)):
+        sizes = [str(agreement["batch_size"]) for agreement in series]
+        upper.plot(sizes, [100 * agreement["top1_agreement"] for agreement in series], marker="o", color=color)
+        lower.plot(sizes, [agreement["kl_divergence"] for agreement in series], marker="o", color=color)
     upper.set_ylabel("top-1 agreement, %")
     upper.set_ylim(top=102)
-    lower.plot(sizes, [agreement["kl_divergence"] for agreement in agreements], marker="o", color="C1")
     lower.set_ylabel("KL divergence, nats")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("batch size")
     title = "Train mode compared with eval mode"
-    return Chart("agreement", title, "Dashed: 95 %.", _svg(figure, "agreement", title))
+    labels = ((1, "BatchNorm"), (2, "Batch Renormalization")) if renorm else ()
+    return Chart("agreement", title, "Dashed: 95 %.", _svg(figure, "agreement", title), labels)
 
 
 @mpl.rc_context(_STYLE)

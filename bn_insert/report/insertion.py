@@ -16,6 +16,7 @@ def insertion_report(
     comparisons: Mapping[str, Mapping[str, Any]],
     agreements: Sequence[Mapping[str, Any]],
     *,
+    renorm: Sequence[Mapping[str, Any]] = (),
     reading: str,
 ) -> dict[str, Any]:
     """Return the findings of an insertion as one JSON-ready dictionary.
@@ -29,6 +30,7 @@ def insertion_report(
         edges: The fields of an `Edge` for each equalized or blocked layer. Empty without equalization.
         comparisons: The fields of a `Comparison` of original and result, by device.
         agreements: The fields of a `TrainModeAgreement` for each batch size. Empty if it could not be measured.
+        renorm: The same with Batch Renormalization. Empty if it could not be measured.
         reading: One or two sentences that say what the agreements mean, or why there are none.
     """
     return {
@@ -37,6 +39,6 @@ def insertion_report(
         "layers": list(layers),
         "edges": list(edges),
         "comparisons": dict(comparisons),
-        "train_mode": {"agreements": list(agreements), "reading": reading},
+        "train_mode": {"agreements": list(agreements), "renorm": list(renorm), "reading": reading},
         "versions": versions(),
     }

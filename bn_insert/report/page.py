@@ -21,7 +21,8 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
-    agreements = data["train_mode"]["agreements"]
+    train_mode = data["train_mode"]
+    agreements, renorm = train_mode["agreements"], train_mode["renorm"]
     inserted = [layer for layer in data["layers"] if "batchnorm" in layer]
     return {
         "data": data,
@@ -33,7 +34,8 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "others": [layer for layer in data["layers"] if "batchnorm" not in layer],
         "charts": insertion_charts(data),
-        "agreement_chart": agreement_chart(agreements) if agreements else None,
+        "agreement_chart": agreement_chart(agreements, renorm) if agreements else None,
+        "renorm": {agreement["batch_size"]: agreement for agreement in renorm},
     }
 
 

@@ -51,12 +51,18 @@ def _is_per_image(sequence: nn.Sequential) -> bool:
     return (
         type(sequence).forward is nn.Sequential.forward
         and any(isinstance(child, nn.Conv2d) for child in children)
-        and all(type(child) in PER_IMAGE_MODULES for child in children)
+        and all(_eval_class(child) in PER_IMAGE_MODULES for child in children)
         and all(child.running_mean is not None for child in children if isinstance(child, _BatchNorm))
         and all(child.start_dim > 0 for child in children if isinstance(child, nn.Flatten))
         and not any(getattr(child, "return_indices", False) for child in children)
         and not any("forward" in vars(module) for module in (sequence, *children))  # replaced by someone else
     )
+
+
+def _eval_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class whose forward a module has in eval mode: its own, or the one that its class declares."""
+    declared: type[nn.Module] = vars(type(module)).get("eval_class", type(module))
+    return declared
 
 
 @dataclass(frozen=True)

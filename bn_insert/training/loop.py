@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..batchnorm.limits import set_renorm_limits
 from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..support.processes import Ranks
@@ -85,9 +86,11 @@ class TrainingLoop:
         return progress, False
 
     def _train_step(self, batch: LabelledBatch, progress: Progress) -> tuple[Progress, bool]:
-        rate = self._learning_rate(progress)
+        step = progress.epoch * self.training_set.steps + progress.step
+        rate = learning_rate(self.settings, step, self.training_set.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        set_renorm_limits(self.classifier.network, self.settings.renorm_limits.at(step, rate))
         images, labels = self.classifier.inputs(batch)
         logits = self.classifier.training_logits(images)
         loss = cross_entropy(logits, labels, self.settings.label_smoothing)
@@ -134,7 +137,3 @@ class TrainingLoop:
             val_accuracy=validation.accuracy,
             seconds=round(time.monotonic() - started, 3),
         )
-
-    def _learning_rate(self, progress: Progress) -> float:
-        steps = self.training_set.steps
-        return learning_rate(self.settings, progress.epoch * steps + progress.step, steps)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..batchnorm.modes import freeze_batchnorm
+from ..batchnorm.modes import set_batchnorm_mode
 from ..errors import TrainingError
 from ..support.processes import Ranks
 from ..surgery.output_layer import output_layer, replace_output
@@ -42,15 +42,20 @@ def prepared_network(
         for layer in layers:
             layer.p = settings.dropout
     network.to(device).to(memory_format=torch.channels_last)
-    if settings.sync_bn and device.type != "cuda":
-        raise TrainingError("sync_bn (--sync-bn) works on GPUs only; leave it out")
-    if settings.sync_bn and ranks.count > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    freeze_batchnorm(network, settings.batchnorm)
+    renorm = settings.batchnorm == "renorm"
+    if settings.sync_bn and not renorm:
+        if device.type != "cuda":
+            raise TrainingError(
+                "sync_bn (--sync-bn) works on GPUs only; leave it out, or use it with batchnorm renorm "
+                "(--batchnorm renorm)"
+            )
+        if ranks.count > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    set_batchnorm_mode(network, settings.batchnorm, synchronize=renorm and settings.sync_bn)
     if settings.freeze_features:
         features = _part(network, "features")
         _part(network, "classifier")
-        freeze_batchnorm(features, "freeze")
+        set_batchnorm_mode(features, "freeze")
         features.requires_grad_(requires_grad=False)
     return network
 

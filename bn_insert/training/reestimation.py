@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from ..batchnorm.modes import trains_on_batches
+from ..batchnorm.modes import uses_batch_statistics
 from ..compare.outputs import evaluating
 from ..errors import CalibrationError, DivergenceError, TrainingError
 from ..images.class_folders import LabelledBatch
@@ -27,7 +27,7 @@ def reestimate_statistics(
 
     Args:
         classifier: The network.
-        batches: Training images, in shuffled batches of the training's size.
+        batches: Training images, in shuffled batches.
         stop: Checked after each batch.
         freeze_features: Re-estimate the classifier alone; the frozen features keep their statistics.
 
@@ -39,7 +39,7 @@ def reestimate_statistics(
     part = classifier.network
     if freeze_features:
         part, inputs = classifier.network.get_submodule("classifier"), _features(classifier, inputs)
-    if not any(trains_on_batches(module) and next(module.buffers(), None) is not None for module in part.modules()):
+    if not any(uses_batch_statistics(module) and next(module.buffers(), None) is not None for module in part.modules()):
         return
     autocast = torch.bfloat16 if classifier.amp else None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -135,7 +136,12 @@ class RunFolder:
     def _write_reports(self, state: TrainingState) -> list[str]:
         """Write the reports, and return the names of those that could be written."""
         epochs = [asdict(epoch) for epoch in state.progress.history]
-        data = run_report(self._folder.resolve().name, state.settings, epochs, self._facts)
+        # A limit of Batch Renormalization may be infinite, which JSON has no number for.
+        settings = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in state.settings.items()
+        }
+        data = run_report(self._folder.resolve().name, settings, epochs, self._facts)
         written = []
         try:
             for name in REPORTS:

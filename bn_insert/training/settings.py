@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..batchnorm.limits import ConstantLimits, RenormLimits
 from ..batchnorm.modes import BatchNormMode
 from ..errors import TrainingError
 
@@ -32,8 +33,11 @@ class TrainingSettings:
         norm_weight_decay: Weight decay of gamma and beta; see `parameter_groups`.
         label_smoothing: Label smoothing of the training loss, from 0 to 1.
         amp: Train under bfloat16 autocast.
-        sync_bn: Normalize by the batches of all processes; GPUs only.
-        batchnorm: What training changes in BatchNorms; see `freeze_batchnorm`.
+        sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
+            device, otherwise on GPUs only.
+        batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`.
+        renorm_r_max: With `batchnorm` "renorm", the limit of r in every step; see `BatchRenorm2d`. None for no limit.
+        renorm_d_max: The same for d.
         freeze_features: Train only `model.classifier`.
         dropout: Probability of every dropout layer; None leaves them unchanged.
         recalibrate: Re-estimate running statistics on training images before each validation.
@@ -60,6 +64,8 @@ class TrainingSettings:
     amp: bool = False
     sync_bn: bool = False
     batchnorm: BatchNormMode = "train"
+    renorm_r_max: float | None = None
+    renorm_d_max: float | None = None
     freeze_features: bool = False
     dropout: float | None = None
     recalibrate: bool = True
@@ -93,3 +99,23 @@ class TrainingSettings:
         for name, choices in (("opt", Optimizer), ("lr_scheduler", Schedule), ("batchnorm", BatchNormMode)):
             if getattr(self, name) not in get_args(choices):
                 raise TrainingError(f"{name} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self._check_renorm()
+
+    def _check_renorm(self) -> None:
+        for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):
+            limit = getattr(self, name)
+            if limit is not None and self.batchnorm != "renorm":
+                raise TrainingError(
+                    f"{name} is a limit of Batch Renormalization; leave it out, or use it with batchnorm renorm "
+                    "(--batchnorm renorm)"
+                )
+            if limit is not None and not limit >= least:
+                raise TrainingError(f"{name} is {limit}; use {least} or more")
+
+    @property
+    def renorm_limits(self) -> RenormLimits:
+        """The limits of Batch Renormalization in each step."""
+        return ConstantLimits(
+            math.inf if self.renorm_r_max is None else self.renorm_r_max,
+            math.inf if self.renorm_d_max is None else self.renorm_d_max,
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..batchnorm.modes import trains_on_batches
+from ..batchnorm.modes import needs_several_values
 from ..errors import TrainingError
 from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
@@ -17,6 +17,8 @@ from .settings import TrainingSettings
 
 # Seeds of epochs and of batches are this far apart, so that neighbouring seeds of users share none of them.
 _SEED_STRIDE = 1_000_003
+
+_LEAST_RENORM_SAMPLE = 32  # images in a batch of re-estimation
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class TrainingSet:
         """
         share, size = -(-len(images.train) // ranks.count), settings.batch_size
         left_out = 0
-        if any(map(trains_on_batches, network.modules())):
+        if any(map(needs_several_values, network.modules())):
             if size == 1 or share < 2:
                 raise TrainingError(
                     f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
-                    f"size {size}); use a batch size of 2 or more, or --batchnorm freeze-statistics"
+                    f"size {size}); use a batch size of 2 or more, or --batchnorm renorm"
                 )
             left_out = int(share % size == 1)
         return cls(images, ranks, settings, share - left_out)
@@ -67,9 +69,16 @@ class TrainingSet:
             yield self._mirrored(batch, epoch * self.steps + number)
 
     def sample(self, epoch: int, count: int) -> Iterator[LabelledBatch]:
-        """Yield this process's share of at most `count` images of an epoch in batches, none of them mirrored."""
+        """Yield this process's share of at most `count` images of an epoch for re-estimation, none of them mirrored.
+
+        The batches are of the training's size, as those that BatchNorm normalizes by. Batch Renormalization normalizes
+        by running statistics, which the statistics of a few images are far from: its batches are larger.
+        """
         share = self._order(epoch)[: -(-count // self.ranks.count)]
-        yield from self.images.batches(share, self.settings.batch_size, full=True)
+        size = self.settings.batch_size
+        if self.settings.batchnorm == "renorm":
+            size = max(size, _LEAST_RENORM_SAMPLE)
+        yield from self.images.batches(share, size, full=True)
 
     def _order(self, epoch: int) -> list[LabelledImage]:
         """Return this process's images in the order of an epoch."""

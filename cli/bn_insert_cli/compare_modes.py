@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .console import image_progress, print_result, print_table
+from .console import print_result, print_table
 from .inputs import ImageOptions, batch_sizes, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table
+from .train_mode import measure_train_mode
 
 
 def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -34,18 +35,16 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     In train mode, BatchNorm normalizes by the batch statistics, so the network that the optimizer trains differs from
     the one in eval mode. The difference is larger for small batches, and for images that differ from the calibration
-    images. Dropout is off in both modes.
+    images. With Batch Renormalization (`finetune --batchnorm renorm`) both modes compute the same, which is measured
+    too, on the first 64 images or as many as the largest batch has. Dropout is off in both modes.
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
-    from bn_insert import agreement_reading, train_mode_agreement  # noqa: PLC0415 - keeps torch out of --help
-
     wanted = batch_sizes(sizes)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
     network, transform = open_checkpoint(checkpoint, image_options, model)
     batches = open_calibration(calibration, network, transform, image_options)
-    with image_progress("comparing", batches.images) as progress:
-        found = train_mode_agreement(network, batches, wanted, device=target, progress=progress)
-    print_table(agreement_table(found))
-    print_result(agreement_reading(found))
+    found = measure_train_mode(network, batches, target, wanted)
+    print_table(agreement_table(found.agreements, found.renorm))
+    print_result(found.reading)

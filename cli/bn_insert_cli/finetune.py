@@ -87,12 +87,31 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(min=0, max=1, help="Probability of mirroring a training image.", rich_help_panel=_OPTIMIZER),
     ] = 0.0,
     batchnorm: Annotated[
-        Literal["train", "freeze-statistics", "freeze"],
+        Literal["train", "renorm", "freeze-statistics", "freeze"],
         typer.Option(
-            help="What training changes in BatchNorms: everything, gamma and beta only, or nothing.",
+            help="What BatchNorms do in training: normalize by the batch; Batch Renormalization, for small batches; "
+            "train gamma and beta only; nothing.",
             rich_help_panel=_NETWORK,
         ),
     ] = "train",
+    renorm_r_max: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="With renorm: largest ratio of batch and running standard deviation that is corrected, either way. "
+            "[default: no limit]",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    renorm_d_max: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="With renorm: largest distance of batch and running mean that is corrected, in standard deviations. "
+            "[default: no limit]",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     recalibrate: Annotated[
         bool,
         typer.Option(
@@ -115,7 +134,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     sync_bn: Annotated[
         bool,
         typer.Option(
-            "--sync-bn", help="Synchronize batch statistics across GPUs (torchrun).", rich_help_panel=_NETWORK
+            "--sync-bn",
+            help="Synchronize batch statistics across processes (torchrun): GPUs only, except with renorm.",
+            rich_help_panel=_NETWORK,
         ),
     ] = False,
     workers: opt.Workers = 2,
@@ -156,6 +177,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         amp=amp,
         sync_bn=sync_bn,
         batchnorm=batchnorm,
+        renorm_r_max=renorm_r_max,
+        renorm_d_max=renorm_d_max,
         freeze_features=freeze_features,
         dropout=dropout,
         recalibrate=recalibrate,

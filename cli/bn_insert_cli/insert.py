@@ -16,18 +16,17 @@ from . import options as opt
 from .console import image_progress, print_error, print_note, print_result, print_table
 from .inputs import ImageOptions, layer_kinds, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table, edge_table, site_table
+from .train_mode import TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Comparison, Insertion, TrainModeAgreement
+    from bn_insert import Comparison, Insertion
     from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
 INTERRUPTED = 130
-# For the report's train-mode figures: six forward passes over each, little beside calibration with many images.
-TRAIN_MODE_IMAGES = 64
 CHECK_IMAGES = 2  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
 
 
@@ -159,13 +158,14 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "seconds": time.monotonic() - started,
         }
         with _without_losing(output if accepted else None, report):
-            agreements, reading = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
+            train_mode = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
             findings = insertion_report(
                 insertion.layer_statistics(),
                 [asdict(edge) for edge in insertion.edges],
                 {place: asdict(comparison) for place, comparison in comparisons.items()},
-                [asdict(agreement) for agreement in agreements],
-                reading=reading,
+                [asdict(agreement) for agreement in train_mode.agreements],
+                renorm=[asdict(agreement) for agreement in train_mode.renorm],
+                reading=train_mode.reading,
             )
             write_report(report, facts | findings, overwrite=force)
     if not accepted:
@@ -221,19 +221,17 @@ def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> tuple[list[TrainModeAgreement], str]:
+def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> TrainMode:
     """Return the agreement of train mode with eval mode, and in words what it means or why it cannot be measured."""
-    from bn_insert import CalibrationError, agreement_reading, train_mode_agreement  # noqa: PLC0415
+    from bn_insert import CalibrationError  # noqa: PLC0415
 
     try:
-        with image_progress("train mode", batches.images) as progress:
-            agreements = train_mode_agreement(result, batches, device=device, progress=progress)
+        found = measure_train_mode(result, batches, device)
     except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
         print_note(f"Train mode could not be measured for the report: {error}")
-        return [], f"Train mode could not be measured: {error}"
-    reading = agreement_reading(agreements)
-    print_note(reading)
-    return agreements, reading
+        return TrainMode([], [], f"Train mode could not be measured: {error}")
+    print_note(found.reading)
+    return found
 
 
 def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:

@@ -71,10 +71,11 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
     return result
 
 
-def agreement_table(agreements: Sequence[TrainModeAgreement]) -> Table:
-    """Return one row per batch size: the agreement of train mode with eval mode."""
-    columns = ("batch size", "images", "top-1 agreement", "KL divergence", "relative logit error")
+def agreement_table(agreements: Sequence[TrainModeAgreement], renorm: Sequence[TrainModeAgreement]) -> Table:
+    """Return one row per batch size: the agreement of train mode with eval mode, the last column with renorm."""
+    columns = ("batch size", "images", "top-1 agreement", "KL divergence", "relative logit error", "top-1 with renorm")
     result = table("Train mode compared with eval mode", *columns, right=columns)
+    renormalized = {agreement.batch_size: f"{agreement.top1_agreement:.2%}" for agreement in renorm}
     for agreement in agreements:
         result.add_row(
             f"{agreement.batch_size:,}",
@@ -82,6 +83,7 @@ def agreement_table(agreements: Sequence[TrainModeAgreement]) -> Table:
             f"{agreement.top1_agreement:.2%}",
             f"{agreement.kl_divergence:.3g}",
             f"{agreement.relative_logit_error:.3g}",
+            renormalized.get(agreement.batch_size, "-"),
         )
     return result
 

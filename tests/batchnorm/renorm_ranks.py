@@ -1,4 +1,4 @@
-"""One of two processes that train with synchronized statistics: `python renorm_ranks.py RANK FOLDER`."""
+"""One of two processes that train with synchronized statistics; `forked_ranks` runs it: `renorm_ranks.py FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -64,9 +64,9 @@ def trained(model: nn.Module, batches: list[tuple[Tensor, Tensor]], *, checkpoin
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    folder = Path(sys.argv[1])
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     results = {}
     for dtype in (torch.float32, torch.float64):
         for limits, keywords in LIMITS.items():

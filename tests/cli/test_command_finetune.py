@@ -111,6 +111,10 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
         (("DIGITS", "--lr", "-1"), "lr is -1.0; use a learning rate above 0"),
         (("DIGITS", "--lr-warmup-epochs", "99"), "lr_warmup_epochs is 99.0"),
         (("DIGITS", "--sync-bn"), "sync_bn (--sync-bn) works on GPUs only"),
+        (
+            ("DIGITS", "--renorm-r-max", "2"),
+            "renorm_r_max is a limit of Batch Renormalization; leave it out, or use it",
+        ),
         (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
         (("DIGITS/train",), "has no folder train/"),
     ],

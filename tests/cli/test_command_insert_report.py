@@ -34,6 +34,7 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run, digits: 
     assert result.exit_code == 0, result.output
     found = json.loads(Path("r.json").read_text())["train_mode"]
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(4, 20), (8, 16), (16, 16)]
+    assert [(each["batch_size"], each["top1_agreement"]) for each in found["renorm"]] == [(4, 1), (8, 1), (16, 1)]
     assert found["reading"] in text_of(result.stderr)
     # The same figures by the command of its own, which reads images and preprocessing as insert did.
     alone = run("compare-modes", "out.pth", digits, "--batch-sizes", "4,16", "-j", 0)
@@ -41,6 +42,8 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run, digits: 
     for each in (found["agreements"][0], found["agreements"][2]):
         assert f"{each['top1_agreement']:.2%}" in alone.stdout
         assert f"{each['kl_divergence']:.3g}" in alone.stdout
+    assert alone.stdout.count("100.00%") >= 2
+    assert "With Batch Renormalization it keeps 100 % at batch sizes from 4 on." in text_of(alone.stdout)
 
 
 def test_the_report_is_a_page_by_its_suffix(run: Run, digits: Path) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from bn_insert import (
     CalibrationError,
+    TrainingError,
     TrainModeAgreement,
+    agreement_reading,
     freeze_batchnorm,
     insert_batchnorm,
+    set_batchnorm_mode,
     smallest_agreeing,
     train_mode_agreement,
 )
@@ -114,6 +117,44 @@ def test_a_frozen_batchnorm_goes_on_with_its_running_statistics() -> None:
     agreement, divergence, error = reference(model, x, 8)  # the hook of the frozen one holds in the copy too
     assert (found.top1_agreement, found.kl_divergence) == (agreement, pytest.approx(divergence, rel=1e-3))
     assert found.relative_logit_error == pytest.approx(error, rel=1e-3)
+
+
+def test_with_renorm_every_class_agrees_at_every_size_and_the_mode_of_the_model_does_not_matter() -> None:
+    model, x = with_batchnorm(), images(16)
+    expected = train_mode_agreement(model, [x], (1, 2, 4, 16), renorm=True)
+    assert [each.batch_size for each in expected] == [1, 2, 4, 16]
+    for each in expected:
+        assert (each.images, each.top1_agreement) == (16, 1)
+        # The kernels of convs and dense layers round in other ways for other batch sizes.
+        assert each.relative_logit_error < 1e-5
+    freeze_batchnorm(model, "freeze")
+    assert train_mode_agreement(model, [x], (1, 2, 4, 16), renorm=True) == expected
+
+
+def test_a_model_that_renormalizes_is_measured_within_its_limits_and_not_changed() -> None:
+    model, x = with_batchnorm(), images(16)
+    (plain,) = train_mode_agreement(model, [x], (4,))
+    set_batchnorm_mode(model, "renorm", r_max=1.0, d_max=0.0, synchronize=True)
+    before = copy.deepcopy(model.state_dict())
+    (tightest,) = train_mode_agreement(model, [x], (4,))
+    assert tightest.relative_logit_error == pytest.approx(plain.relative_logit_error, rel=1e-4)
+    set_batchnorm_mode(model, "renorm", r_max=1.5, d_max=0.5)
+    (limited,) = train_mode_agreement(model, [x], (4,))
+    assert 0 < limited.relative_logit_error < plain.relative_logit_error
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_renorm_is_not_measured_where_a_batchnorm_cannot_renormalize() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 6, 1))
+    with pytest.raises(TrainingError, match="BatchNorm 1 keeps no running statistics"):
+        train_mode_agreement(model, [images(8)], (4,), renorm=True)
+
+
+@pytest.mark.parametrize(("top1", "expected"), [(1.0, "100 %"), (0.98438, "98.44 %")])
+def test_the_reading_has_the_lowest_agreement_with_renorm(top1: float, expected: str) -> None:
+    reading = agreement_reading(agreements(n4=0.5, n8=0.96), renorm=agreements(n4=1.0, n8=top1))
+    assert reading.endswith(f" With Batch Renormalization it keeps {expected} at batch sizes from 4 on.")
+    assert "Renormalization it" not in agreement_reading(agreements(n4=0.5, n8=0.96))
 
 
 def test_dense_prediction_counts_positions() -> None:

@@ -42,12 +42,16 @@ def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
     model, x = randomised(small_vgg()), images(24)
     made = insert(model, x.split(8), equalize=equalize)
     found = train_mode_agreement(made.model, [x]) if agreements else []
+    renorm = train_mode_agreement(made.model, [x], renorm=True) if agreements else []
     return insertion_report(
         made.layer_statistics(),
         [asdict(edge) for edge in made.edges],
         {"cpu": asdict(compare_outputs(model, made.model, [x]))},
         [asdict(agreement) for agreement in found],
-        reading=agreement_reading(found) if found else "Train mode could not be measured: too few images",
+        renorm=[asdict(agreement) for agreement in renorm],
+        reading=agreement_reading(found, renorm=renorm)
+        if found
+        else "Train mode could not be measured: too few images",
     )
 
 
@@ -135,6 +139,7 @@ def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
         "equal bit for bit",
         data["train_mode"]["reading"],
         "Measured on 24 images",
+        "top-1 with renorm",
         data["versions"]["torch"],
         "output layer",
         *(layer["name"] for layer in data["layers"]),
@@ -142,6 +147,12 @@ def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
         assert words in found.text
     names = {name.removeprefix("chart-") for name in found.ids if name.startswith("chart-")}
     assert names == {"agreement", "mean", "std", "gamma", "constant", "error"}
+
+
+def test_a_page_without_figures_of_renorm_has_no_column_for_them() -> None:
+    data = insertion()
+    data["train_mode"]["renorm"] = []
+    assert "top-1 with renorm" not in Page(page(data)).text
 
 
 def test_a_page_says_when_nothing_was_written() -> None:

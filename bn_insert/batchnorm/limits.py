@@ -1,0 +1,81 @@
+"""Limits of Batch Renormalization during training: how far it may correct a batch towards the running statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import nn
+
+from .renorm import BatchRenorm, check_limits
+
+
+class Limits(NamedTuple):
+    """The limits of one training step; see BatchRenorm2d.
+
+    Attributes:
+        r_max: Limit of r, at least 1; inf for no limit.
+        d_max: Limit of d, at least 0; inf for no limit.
+    """
+
+    r_max: float = math.inf
+    d_max: float = math.inf
+
+
+@runtime_checkable
+class RenormLimits(Protocol):
+    """A rule for the limits of each step. It has no state, so that a run resumed at a step continues exactly."""
+
+    def at(self, step: int, learning_rate: float) -> Limits:
+        """Return the limits of a step.
+
+        Args:
+            step: Steps since the start of training, from 0.
+            learning_rate: Learning rate of the step.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantLimits:
+    """The same limits for every step.
+
+    Args:
+        r_max: Limit of r, at least 1; inf for no limit.
+        d_max: Limit of d, at least 0; inf for no limit.
+
+    Raises:
+        TrainingError: If a limit is out of range.
+
+    Examples:
+        >>> ConstantLimits(r_max=3).at(step=100, learning_rate=0.01)
+        Limits(r_max=3, d_max=inf)
+    """
+
+    r_max: float = math.inf
+    d_max: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Check both limits."""
+        check_limits(self.r_max, self.d_max)
+
+    def at(self, step: int, learning_rate: float) -> Limits:  # noqa: ARG002 - the protocol's
+        """Return the limits."""
+        return Limits(self.r_max, self.d_max)
+
+
+def set_renorm_limits(network: nn.Module, limits: Limits) -> None:
+    """Set the limits of every Batch Renormalization of a network, in place.
+
+    Args:
+        network: The network; BatchNorms that do not renormalize stay as they are.
+        limits: In force from the next forward pass on.
+
+    Raises:
+        TrainingError: If a limit is out of range; nothing is changed then.
+    """
+    check_limits(*limits)
+    for module in network.modules():
+        if isinstance(module, BatchRenorm):
+            module.r_max, module.d_max = limits
