@@ -1,12 +1,23 @@
-"""Kill insert, fold and finetune with SIGKILL at random moments: is what they leave always whole?
+"""Interrupt insert, fold and finetune at random moments: is what they leave always whole, and what they say true?
 
     python -m fuzz.interruption --output fuzz/results/interruption.md
+    python -m fuzz.interruption --kills 0 --signals 500 --races 500
 
-Each command runs on the demo network in a process forked from this one, which has imported everything already. Half of
-the kills come at a random moment of the run, half a random moment after one of its file operations. Then the output is
-looked at: it must be absent or the one that an undisturbed run writes; where one was there before (--force), the old or
-the new one. The same command is then run again, to its end: it must give the output of an undisturbed run, and leave
-nothing else in the folder. The exit code is 1 when a single kill leaves anything else.
+Each command runs on the demo network in a process forked from this one, which has imported everything already.
+
+Kills: SIGKILL, half of them at a random moment of the run, half a random moment after one of its file operations. Then
+the output is checked: it must be absent or the one that an undisturbed run writes; where one was there before
+(--force), the old or the new one. The same command is then run again, to its end: it must write the output of an
+undisturbed run, and leave nothing else in the folder.
+
+Signals: SIGINT or SIGTERM, to the process or its whole group, most of them at or just after a file operation between
+the first write and the exit. In addition the exit code must be that of the signal, or 0 with the output complete; there
+must be no traceback; and what the message says about the output must be true.
+
+Races: two processes write different outputs to one path at once. The path must have one of them, complete; without
+--force, that of the only process that succeeded.
+
+The exit code is 1 if anything else is left even once.
 """
 
 from __future__ import annotations
@@ -40,10 +51,12 @@ from bn_insert.training.metrics import write_curves
 from bn_insert.training.results import BEST, CLASSES, CURVES, LAST, METRICS, RESULTS, STATE
 from bn_insert.training.state import load_state
 from bn_insert_cli.app import app
+from bn_insert_cli.interruption import signals
 
 AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
 CHANGES = {"os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
 LONGEST_DELAY = 0.01  # seconds between a file operation and the kill
+AIMED = 0.9  # share of the signals that are sent at a file operation
 SHARE = 8  # images of each digit that a run sees
 
 
@@ -77,26 +90,44 @@ def run_forked(
     folder: Path,
     watch: Callable[[int], object] | None = None,
     at_end: Callable[[], object] = lambda: None,
+    *,
+    ending: signal.Signals = signal.SIGKILL,
+    group: bool = False,
 ) -> int:
-    """Run a command line in a forked process, and kill it when `watch` returns.
+    """Run a command line in a forked process, and send it a signal when `watch` returns.
 
     watch: called with a pipe on which each file operation is one byte; by default it waits for the pipe's end, which is
-    the process's.  at_end: called by the process.  Return the exit code, or minus the signal that ended the process.
+    the process's.  at_end: called by the process.  ending: the signal.  group: send it to the processes that the
+    process has started too.  Return the exit code, or minus the signal that ended the process.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _run(arguments, folder, writer, at_end)
-    os.close(writer)
+    child, reader = start_forked(arguments, folder, at_end)
     try:
         (watch or operations_of)(reader)
         if watch is not None:
-            os.kill(child, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(child, ending)
+        if ending != signal.SIGKILL:
+            operations_of(reader)
     finally:
         os.close(reader)
         status = os.waitpid(child, 0)[1]
     return os.waitstatus_to_exitcode(status)
+
+
+def start_forked(
+    arguments: Sequence[str], folder: Path, at_end: Callable[[], object] = lambda: None, messages: str = "messages"
+) -> tuple[int, int]:
+    """Start a command line in a forked process; return its number and the pipe of its file operations."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.setpgid(0, 0)
+        _run(arguments, folder, writer, at_end, messages)
+    with suppress(OSError):
+        os.setpgid(child, child)
+    os.close(writer)
+    return child, reader
 
 
 def operations_of(reader: int) -> int:
@@ -104,13 +135,15 @@ def operations_of(reader: int) -> int:
     return sum(iter(lambda: len(os.read(reader, 1 << 16)), 0))
 
 
-def _run(arguments: Sequence[str], folder: Path, writer: int, at_end: Callable[[], object]) -> None:
+def _run(
+    arguments: Sequence[str], folder: Path, writer: int, at_end: Callable[[], object], messages: str = "messages"
+) -> None:
     """Run a command in this process and end it."""
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signals.install()
     os.chdir(folder)
-    messages = os.open(folder.parent / "messages", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(messages, 1)
-    os.dup2(messages, 2)
+    printed = os.open(folder.parent / messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     writing = False
 
     def tell(event: str, values: tuple[object, ...]) -> None:
@@ -158,7 +191,7 @@ def digest_of(path: Path) -> str:
     return result.hexdigest()
 
 
-def known(case: Case, path: Path, *wanted: str) -> str:
+def known(case: Case, path: Path, *wanted: str, stopped: bool = False) -> str:
     """Return which of the states of a case a checkpoint is in; raises WrongError when it is in none."""
     try:
         digest = digest_of(path)
@@ -167,6 +200,8 @@ def known(case: Case, path: Path, *wanted: str) -> str:
     for name, each in case.states.items():
         if each == digest and (not wanted or name in wanted):
             return name
+    if stopped:
+        return "saved between two steps"
     raise WrongError(f"{path.name} loads, and is neither the old nor the new output")
 
 
@@ -181,14 +216,14 @@ def look_at_checkpoint(case: Case, folder: Path) -> str:
     return "absent"
 
 
-def look_at_run(case: Case, folder: Path) -> str:
-    """Return what a kill of finetune has left."""
+def look_at_run(case: Case, folder: Path, *, stopped: bool = False) -> str:
+    """Return what a kill of finetune has left; one that was stopped saves its weights in the middle of an epoch."""
     run = folder / case.output
     check_names(folder, {case.output})
     if not run.exists():
         return "absent"
     check_names(run, set(RESULTS))
-    found = {name: known(case, run / name) for name in (LAST, BEST) if (run / name).exists()}
+    found = {name: known(case, run / name, stopped=stopped) for name in (LAST, BEST) if (run / name).exists()}
     if "old" in case.states and not (run / LAST).exists():
         raise WrongError("the old output is gone, and the new one is not there")
     if (run / METRICS).exists():
@@ -333,10 +368,72 @@ def finish(case: Case, folder: Path, left: str) -> None:
     known(case, path, "new")
 
 
+def signal_once(case: Case, folder: Path, generator: random.Random) -> str:
+    """Send a signal to a run, and check what it leaves and says; run it again and check. Return what it left."""
+    moment, delay = generator.uniform(0, case.seconds), generator.choice((0, generator.uniform(0, LONGEST_DELAY)))
+    operation = generator.randint(1, case.operations) if generator.random() < AIMED else 0
+    ending = generator.choice((signal.SIGINT, signal.SIGTERM))
+
+    def wait(reader: int) -> None:
+        if operation == 0:
+            time.sleep(moment)
+            return
+        for _ in range(operation):
+            if not os.read(reader, 1):
+                return
+        time.sleep(delay)
+
+    code = run_forked(case.command(), folder, wait, ending=ending, group=generator.random() < 0.5)
+    tuning = case.arguments[0] == "finetune"
+    left = look_at_run(case, folder, stopped=True) if tuning else look_at_checkpoint(case, folder)
+    if any(map(is_temporary, folder.rglob("*"))):
+        raise WrongError("it left temporary files")
+    said = _messages(folder)
+    if code not in (0, 128 + ending) or "Traceback" in said or "Exception ignored" in said:
+        raise WrongError(f"it ended with {code} after {ending.name}: {said}")
+    if code == 0 and "new" not in left:
+        raise WrongError(f"it ended with 0, and the output is {left}: {said}")
+    if code and not tuning:
+        written = f"interrupted; {case.output} is written and whole" in said
+        if written != (left == "new") or written == ("interrupted; nothing was written" in said):
+            raise WrongError(f"the output is {left}, and it said: {said}")
+    if code and tuning and "nothing was written" in said and left not in ("absent", "old run, still to be resumed"):
+        raise WrongError(f"the output is {left}, and it said: {said}")
+    finish(case, folder, left)
+    return f"{left}, exit code {code}" if code == 0 else left
+
+
+def race_once(case: Case, folder: Path, generator: random.Random) -> str:
+    """Let two processes write different outputs to one path at once, and check which of them is there."""
+    force = generator.random() < 0.5
+    plain = [argument for argument in case.command() if argument != "--force"]
+    commands = {"new": plain, "old": [argument.format(output=case.output) for argument in case.before]}
+    runs = {}
+    for name, command in generator.sample(list(commands.items()), 2):
+        runs[name] = start_forked([*command, *(["--force"] if force else [])], folder, messages=f"messages {name}")
+        time.sleep(generator.choice((0, generator.uniform(0, LONGEST_DELAY))))
+    codes = {}
+    for name, (child, reader) in runs.items():
+        operations_of(reader)
+        os.close(reader)
+        codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    check_names(folder, {case.output})
+    found = known(case, folder / case.output)
+    if force and set(codes.values()) != {0}:
+        raise WrongError(f"with --force the exit codes are {codes}")
+    if not force and codes != {found: 0} | {name: 2 for name in codes if name != found}:
+        raise WrongError(f"the output is that of {found}, and the exit codes are {codes}")
+    if any(map(is_temporary, folder.rglob("*"))):
+        raise WrongError("temporary files are left")
+    return f"{'both' if force else 'one'} succeeded, whole"
+
+
 def main() -> None:
     """Kill, count, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=208)
+    parser.add_argument("--signals", type=int, default=0)
+    parser.add_argument("--races", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", metavar="NAME", help="rows of the table; all by default")
     parser.add_argument("--output", type=Path)
@@ -365,12 +462,52 @@ def main() -> None:
             shutil.rmtree(folder)
             if (number + 1) % 20 == 0:
                 print(f"{number + 1} kills, {len(wrong)} wrong", flush=True)
-    lines = [f"# {options.kills} kills with SIGKILL, seed {options.seed}", ""]
+        racing = [case for case in everything if case.before and case.arguments[0] == "insert"]
+        rows = repeated("signal", options.signals, everything, signal_once, root / "run", generator, wrong)
+        rows += repeated("race", options.races, racing, race_once, root / "run", generator, wrong)
+    lines = [
+        f"# {options.kills} kills with SIGKILL, {options.signals} signals, {options.races} races, seed {options.seed}",
+        "",
+    ]
     lines += report(everything, counts, temporary, wrong)
+    if rows:
+        lines[-1:] = ["", "| | command | outcome |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines))
     sys.exit(bool(wrong))
+
+
+def repeated(
+    title: str,
+    times: int,
+    chosen: Sequence[Case],
+    once: Callable[[Case, Path, random.Random], str],
+    folder: Path,
+    generator: random.Random,
+    wrong: list[str],
+) -> list[tuple[str, str, str]]:
+    """Run a trial many times, and return a row for each case; what is wrong is added to `wrong`."""
+    found = {case.name: Counter[str]() for case in chosen}
+    for number in range(times):
+        case = chosen[number % len(chosen)]
+        if title == "race":
+            folder.mkdir()
+        else:
+            prepare(case, folder)
+        try:
+            found[case.name][once(case, folder, generator)] += 1
+        except WrongError as error:
+            wrong.append(f"{title} {number}, {case.name}: {error}")
+            print(wrong[-1], flush=True)
+        shutil.rmtree(folder)
+        if (number + 1) % 20 == 0:
+            print(f"{number + 1} {title}s, {len(wrong)} wrong", flush=True)
+    return [(title, name, _counted(counter)) for name, counter in found.items() if counter]
+
+
+def _counted(counter: Counter[str]) -> str:
+    return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(counter.items()))
 
 
 def import_everything(folder: Path) -> None:
@@ -421,8 +558,7 @@ def report(
     ]
     for case in everything:
         found = counts[case.name]
-        left = ", ".join(f"{state}: {count}" for state, count in sorted(found.items()))
-        row = (case.name, f"{case.seconds:.2f}", case.operations, found.total(), left, temporary[case.name])
+        row = (case.name, f"{case.seconds:.2f}", case.operations, found.total(), _counted(found), temporary[case.name])
         lines.append("| " + " | ".join(map(str, row)) + " |")
     lines += ["", *(f"- {each}" for each in wrong), *([""] if wrong else [])]
     machine = f"{os.cpu_count()} cores, {platform.machine()}"

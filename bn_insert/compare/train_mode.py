@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
 from ..batchnorm.renorm import BatchRenorm
 from ..errors import CalibrationError
-from ..graph.copies import working_copy
+from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 
@@ -238,7 +238,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _logits(network: nn.Module, images: Tensor, mode: str, batch: object) -> Tensor:
-    with failures_named(f"the model in {mode} mode", batch):
+    with failures_named(f"the model in {mode} mode", batch), protected_parameters(network):
         outputs = network(images.clone())  # it may change them in place
     logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim < 2 or logits.shape[1] < 2:

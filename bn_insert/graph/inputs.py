@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import CalibrationError
+from .copies import protected_parameters
 
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
 
@@ -57,9 +58,14 @@ class Inputs:
         return self.mapped(lambda tensor: tensor[start:stop])
 
     def run(self, model: nn.Module) -> Any:
-        """Call the model on copies of the tensors, since it may change them in place."""
+        """Call the model on copies of the tensors, since it may change them in place.
+
+        Raises:
+            GraphError: The model changes its parameters in place.
+        """
         copies = self.mapped(torch.clone)
-        return model(*copies.args, **copies.kwargs)
+        with protected_parameters(model):
+            return model(*copies.args, **copies.kwargs)
 
     @property
     def tensors(self) -> list[Tensor]:

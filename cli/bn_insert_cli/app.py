@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import os
-import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -21,33 +17,32 @@ from .finetune import finetune
 from .fold import fold
 from .insert import insert
 from .inspect import inspect
+from .interruption import signals
+from .main import main  # noqa: F401 - where commands that were installed earlier look for it
 from .report import report
 
 BAD_INPUT = 2
-INTERNAL_ERROR = 70  # EX_SOFTWARE in sysexits.h
-INTERRUPTED = 130
 
 
 class _Commands(TyperGroup):
     """Runs a command. A BNInsertError becomes one message on stderr and exit code 2, Ctrl-C exit code 130."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        signal.signal(signal.SIGTERM, _stop)
+        signals.begin()
+        signals.keep(None)
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print_error("interrupted; nothing was written")
-            raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:
-            if not _is_expected(error) or ctx.params.get("traceback"):
-                raise
-            print_error(str(error))
-            raise typer.Exit(BAD_INPUT) from None
-
-
-def _stop(signal_number: int, _frame: object) -> None:
-    """Exit by raising an exception, so that temporary files are removed."""
-    sys.exit(128 + signal_number)
+            try:
+                return super().invoke(ctx)
+            except Exception as error:
+                if not _is_expected(error) or ctx.params.get("traceback"):
+                    raise
+                print_error(str(error))
+                raise typer.Exit(BAD_INPUT) from None
+            finally:
+                signals.finish()  # so that no signal comes between the outcome and the exit
+        except KeyboardInterrupt:  # where `main` has not installed the handlers
+            print_error(f"interrupted; {signals.described()}")
+            raise typer.Exit(signals.exit_code()) from None
 
 
 def _is_expected(error: Exception) -> bool:
@@ -89,21 +84,3 @@ def options(
 
 for command in (insert, inspect, compare, compare_modes, finetune, fold, report, demo):
     app.command()(command)
-
-
-def main() -> None:
-    """Run the command line, and report unexpected errors in one message too."""
-    # Without this, Python collects garbage among all of torch's objects at exit, which takes most of a second.
-    atexit.register(gc.freeze)
-    # torch reads this on import. Threads that spin while waiting take CPU time from the workers that decode images and
-    # from other processes: on 2 busy cores, `insert` took 2.3 times as long with spinning threads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except Exception as error:
-        if "--traceback" in sys.argv:
-            raise
-        print_error(
-            f"unexpected {type(error).__name__}: {error}; please report this bug with the output of --traceback"
-        )
-        sys.exit(INTERNAL_ERROR)

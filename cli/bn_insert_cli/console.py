@@ -1,13 +1,22 @@
-"""Output to the terminal: results on stdout; progress bars, notes and errors on stderr."""
+"""Output to the terminal: results on stdout; progress bars, notes and errors on stderr.
+
+All text goes through this module. Names of files, classes and layers come from outside, and could contain escape
+sequences that control the terminal, or square brackets that rich reads as markup. Here every text becomes one line
+without control characters, and is never read as markup.
+
+An output that is closed or full loses only the text, never the command's work: the rest of the text is dropped.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,6 +25,44 @@ from rich.table import Table
 from rich.text import Text
 
 _PIPE_WIDTH = 120  # columns if the output is not a terminal, so that tables are not truncated
+_LONGEST = 4000  # characters of a text
+_LONGEST_CELL = 1000
+
+
+class _Output:
+    """A text stream whose loss is survived: what is written to it then is dropped."""
+
+    def __init__(self, stream: IO[str], lost: Callable[[OSError], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        # Python flushes the stream once more at exit: its descriptor leads to the null device from here on.
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        self._lost(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _note_lost_results(error: OSError) -> None:
+    if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has read enough
+        print_note(f"Results cannot be printed: {error.strerror}. The command continues.")
 
 _quiet = False
 
@@ -38,39 +85,79 @@ def stderr() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     # Created at each use, because tests and shells replace sys.stdout and sys.stderr.
-    # rich drops colors alone with NO_COLOR; without a color system it drops bold and dim too.
+    name = "stderr" if stderr else "stdout"
+    stream = getattr(sys, name)
+    if stream is None:  # closed before the start
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for the rest of the process
+        setattr(sys, name, stream)
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")  # the encoding may be ASCII
+    output = cast("IO[str]", _Output(stream, (lambda _: None) if stderr else _note_lost_results))
+    # With NO_COLOR, rich drops colors alone; without a color system it drops bold and dim too.
     color_system: Any = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(stderr=stderr, highlight=False, color_system=color_system)
+    console = Console(file=output, highlight=False, markup=False, color_system=color_system)
     if not console.is_terminal:
-        return Console(stderr=stderr, highlight=False, color_system=color_system, width=_PIPE_WIDTH)
+        console.width = _PIPE_WIDTH
     return console
 
 
+def plain(text: str, longest: int = _LONGEST_CELL, style: str = "") -> Text:
+    """Return text as one line without control characters or markup; of a long one, the beginning and the end.
+
+    Args:
+        text: Any text, also from an untrusted file.
+        longest: Maximum number of characters.
+        style: Style of the text.
+    """
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]} [{len(text) - 2 * half:,} characters left out] {text[-half:]}"
+    line = " ".join(text.splitlines())
+    return Text("".join(character if character.isprintable() else "?" for character in line), style=style)
+
+
 def print_error(message: str) -> None:
-    """Print an error message on stderr; square brackets are not read as markup."""
-    stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    """Print an error message on stderr."""
+    stderr().print(Text.assemble(("error: ", "bold red"), plain(message, _LONGEST)), soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
     """Print a warning on stderr."""
-    stderr().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), plain(message, _LONGEST)), soft_wrap=True)
 
 
 def print_note(message: str) -> None:
     """Print a note on stderr, unless the command is quiet."""
     if _quiet:
         return
-    stderr().print(Text(message, style="dim"), soft_wrap=True)
+    stderr().print(plain(message, _LONGEST, "dim"), soft_wrap=True)
+
+
+def print_line(message: str) -> None:
+    """Print a line on stdout."""
+    stdout().print(plain(message, _LONGEST), soft_wrap=True)
 
 
 def print_result(message: str, *, good: bool = True) -> None:
     """Print the final line of a command's result on stdout, green if good and red otherwise."""
-    stdout().print(Text(message, style="bold green" if good else "bold red"), soft_wrap=True)
+    stdout().print(plain(message, _LONGEST, "bold green" if good else "bold red"), soft_wrap=True)
 
 
-def plain(text: str, longest: int = 1000) -> Text:
-    """Return foreign text, such as a name from a file, as one line without control characters or markup."""
-    return Text("".join(character if character.isprintable() else "?" for character in text[:longest]))
+def show_warnings() -> None:
+    """Print warnings as notes, for the rest of the process."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print_note(f"warning: {message}")
+
+    warnings.showwarning = show
+
+
+class _PlainTable(Table):
+    """A table whose cells are never read as markup."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of strings, or of Text from `plain`."""
+        super().add_row(*(cell if isinstance(cell, Text) else plain(str(cell)) for cell in cells), **options)
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -81,8 +168,8 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         columns: The column headings.
         right: The headings of the right-aligned columns, for numbers.
     """
-    result = Table(
-        title=title,
+    result = _PlainTable(
+        title=plain(title),
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -91,20 +178,24 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         collapse_padding=True,  # two spaces between columns: most tables then fit in 80
     )
     for column in columns:
-        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        result.add_column(plain(column), justify="right" if column in right else "left", overflow="fold")
     return result
 
 
 def print_table(result: Table) -> None:
     """Print a table on stdout, unless the command is quiet."""
-    if not _quiet:
-        stdout().print(result)
+    if _quiet:
+        return
+    if isinstance(result.caption, str):
+        result.caption = plain(result.caption)
+    stdout().print(result)
 
 
 def print_json(data: Any) -> None:
     """Print a result on stdout as JSON; NaN and Inf, which JSON lacks, become null."""
-    # Not through rich: it would wrap long lines.
-    print(json.dumps(_finite(data), indent=2))  # noqa: T201
+    output = stdout().file  # rich itself would wrap long lines
+    output.write(json.dumps(_finite(data), indent=2) + "\n")
+    output.flush()
 
 
 def _finite(data: Any) -> Any:
@@ -127,7 +218,13 @@ def image_progress(description: str, total: int, *, shown: bool = True) -> Itera
     Returns:
         A context manager that yields a function, to be called with the number of images processed so far.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
     console = stderr()
     shown &= console.is_terminal and not _quiet  # each bar would leave an empty line in a log
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:

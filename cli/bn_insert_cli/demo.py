@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from .console import print_note
 from .insert import insert
+from .interruption import signals
 
 
 def demo(
@@ -25,7 +27,9 @@ def demo(
     """
     from bn_insert.demo import images_path, network_path  # noqa: PLC0415 - keeps torch out of --help
 
-    with tempfile.TemporaryDirectory() as folder:
+    if output is None:
+        signals.keep(lambda: "nothing was written")
+    with tempfile.TemporaryDirectory() as folder, signals.cleaning(lambda: shutil.rmtree(folder, ignore_errors=True)):
         target = output or Path(folder) / "digits-bn.pth"
         command = f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}"
         print_note(f"{command} --resize 0 --crop 0 --mean 0 --std 1")

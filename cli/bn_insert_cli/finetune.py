@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options as opt
-from .console import image_progress, print_error, print_note, print_result
+from .console import image_progress, print_error, print_line, print_note, print_result
 from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
-from .interruption import StopRequest, stop_on_signals
+from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
     from bn_insert import EpochMetrics, FineTuning, StepMetrics
@@ -188,6 +188,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
     network, transform = open_checkpoint(checkpoint, image_options, model)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
+    signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:
         first = bn_insert.Ranks.current().first
         with _Display(epochs, len(images.train)) as display:
@@ -210,16 +211,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                 if first:
                     print_error(str(error))
                 raise typer.Exit(DIVERGED) from None
-            except KeyboardInterrupt:
-                display.close()
-                print_error(f"stopped immediately; {output_dir} keeps what was saved last")
-                raise typer.Exit(INTERRUPTED) from None
         if first:
             if images.unreadable:
                 path, reason = images.unreadable[0]
                 print_note(f"{len(images.unreadable)} unreadable files were skipped, the first: {path}: {reason}")
             _conclude(result, output_dir)
-    if result.interrupted:
+    if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
 
 
@@ -247,7 +244,7 @@ class _Display:
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print the line of a complete epoch."""
         self.close()
-        typer.echo(
+        print_line(
             f"epoch {metrics.epoch} of {self._epochs}: lr {metrics.lr:.3g}, "
             f"training loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
             f"validation loss {metrics.val_loss:.4f}, accuracy {metrics.val_accuracy:.2%}; {metrics.seconds:.1f} s"
@@ -271,6 +268,11 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
         )
         if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_BEFORE_ADVICE:
             print_note("No epoch was better than the first: a lower --lr may preserve more of the pretrained network.")
+
+
+def _kept(output_dir: Path) -> str:
+    saved = (output_dir / "state.pth").exists()
+    return f"{output_dir} keeps what was saved last" if saved else "nothing was written"
 
 
 def _exit_code(stop: StopRequest) -> int:

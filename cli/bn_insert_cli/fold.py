@@ -10,6 +10,7 @@ import typer
 from . import options as opt
 from .console import print_note, print_result, print_table
 from .inputs import ImageOptions, input_channels, open_calibration, open_checkpoint
+from .interruption import signals
 from .tables import comparison_table
 
 CHECK_FAILED = 1
@@ -53,6 +54,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert import GraphError, check_output, compare_outputs, save_checkpoint  # noqa: PLC0415
     from bn_insert import fold as fold_network  # noqa: PLC0415
 
+    signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
     network, transform = open_checkpoint(checkpoint, image_options, model)
@@ -71,6 +73,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     if not comparison.within(atol, rtol):
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    save_checkpoint(result.model, output, transform=transform.to_dict(), overwrite=force)
+    with signals.saving(str(output)):
+        save_checkpoint(result.model, output, transform=transform.to_dict(), overwrite=force)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {len(result.folded)} BatchNorm layers folded{kept}.")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
-from .console import image_progress, print_error, print_note, print_result, print_table
+from .console import image_progress, print_note, print_result, print_table
 from .inputs import ImageOptions, layer_kinds, open_calibration, open_checkpoint, open_device
+from .interruption import signals
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
-INTERRUPTED = 130
 CHECK_IMAGES = 2  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
 
 
@@ -96,6 +96,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
     from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
 
+    report_name = f"the report {report}"
+    signals.begin(str(output), *([report_name] if report else []))
     check_output(output, overwrite=force)
     if report:
         check_report(report, output, overwrite=force)
@@ -138,7 +140,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
-        save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
+        with signals.saving(str(output)):
+            save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts = {
@@ -157,7 +160,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
         }
-        with _without_losing(output if accepted else None, report):
+        with _saying_what_is_written(output if accepted else None):
             train_mode = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
             findings = insertion_report(
                 insertion.layer_statistics(),
@@ -167,7 +170,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 renorm=[asdict(agreement) for agreement in train_mode.renorm],
                 reading=train_mode.reading,
             )
-            write_report(report, facts | findings, overwrite=force)
+            with signals.saving(report_name):
+                write_report(report, facts | findings, overwrite=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
@@ -207,18 +211,15 @@ def _note_unreadable(unreadable: list[Unreadable]) -> None:
 
 
 @contextmanager
-def _without_losing(output: Path | None, report: Path) -> Iterator[None]:
-    """Say what is written already where the report fails, or is not waited for."""
+def _saying_what_is_written(output: Path | None) -> Iterator[None]:
+    """Add to the message of a report that fails what is written already."""
     from bn_insert import CheckpointError  # noqa: PLC0415
 
-    written = f"{output} is written and whole" if output else "nothing was written"
     try:
         yield
     except CheckpointError as error:
+        written = f"{output} is written and whole" if output else "nothing was written"
         raise CheckpointError(f"{error}; {written}") from error
-    except KeyboardInterrupt:
-        print_error(f"interrupted; {written}, the report {report} is not")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> TrainMode:

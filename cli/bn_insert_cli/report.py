@@ -9,6 +9,7 @@ import typer
 
 from . import options as opt
 from .console import print_result
+from .interruption import signals
 
 
 def report(
@@ -26,8 +27,10 @@ def report(
     """
     from bn_insert.report import check_report, read_run, runs_report, write_report  # noqa: PLC0415 - imports torch
 
+    signals.begin(str(output))
     check_report(output, overwrite=force)
     # Named as on the command line: the name in a report is that of the directory at the time, which may have moved.
     found = [read_run(run / "report.json") | {"name": str(run)} for run in runs]
-    write_report(output, runs_report(found), overwrite=force)
+    with signals.saving(str(output)):
+        write_report(output, runs_report(found), overwrite=force)
     print_result(f"Wrote {output}: {len(found)} {'run' if len(found) == 1 else 'runs'}.")

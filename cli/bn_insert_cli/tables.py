@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 from typing import TYPE_CHECKING
 
-from .console import stdout, table
+from .console import plain, stdout, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # An error estimated from the spread between fewer batches is not reliable.
 FEWEST_BATCHES = 8
-_NARROW = 100  # columns of a terminal; below, tables do without the kind of a layer, which its name tells as a rule
+_NARROW = 100  # columns of a terminal; narrower tables leave out the kind of a layer
 _LONGEST_NAME = 30  # characters that are kept on one line
 
 
@@ -45,11 +45,11 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
             *[f"{found.error_of(0.99):.2g}"] * reliable,
             *[str(found.constant_channels or "-")] * constant,
         )
-    result.caption = "mean, std: smallest .. largest channel"
+    result.caption = "mean, std: smallest .. largest channel; "
     if reliable:
-        result.caption += "\nerror: estimated error of mean and std, in stds, of 99 % of the channels; 0.1 is good"
+        result.caption += "error: of mean and std, estimated, in stds, for 99 % of the channels (0.1 or less is good)"
     else:
-        result.caption += f"\nno error is estimated from fewer than {FEWEST_BATCHES} batches (more --images, smaller -b)"
+        result.caption += f"their error is not estimated from fewer than {FEWEST_BATCHES} batches (see --images and -b)"
     return result
 
 
@@ -63,7 +63,7 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
         result.add_row(
             device,
             f"{comparison.images:,}",
-            "[bold green]yes[/]" if comparison.bit_identical else "[bold yellow]no[/]",
+            plain("yes", style="bold green") if comparison.bit_identical else plain("no", style="bold yellow"),
             f"{comparison.max_abs:.3g}",
             f"{comparison.max_rel:.3g}",
             *[f"{comparison.top1_agreement:.2%}"] * classes,
@@ -115,7 +115,7 @@ def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -
             _dimensions(weights[layer.name]),
             _dimensions(layer.shape[1:]) or "-",
             f"{layer.parameters:,}",
-            f"[green]after {layer.site.anchor}[/]" if layer.site else layer.reason,
+            plain(f"after {layer.site.anchor}", style="green") if layer.site else layer.reason,
         )
     return result
 

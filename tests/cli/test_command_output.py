@@ -1,0 +1,103 @@
+"""Where the text of a command goes: to pipes that close, full devices, ASCII terminals, and never as escapes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bn_insert.demo import network_path
+from bn_insert_cli.console import plain, print_error, print_result, print_table, table
+from support.commands import AS_STORED, ENVIRONMENT, Run, assert_refused
+
+COMMAND = (sys.executable, "-c", "from bn_insert_cli.main import main; main()")
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://x\x1b\\\u202e[red]"
+
+
+def start(folder: Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    words = [*COMMAND, *map(str, arguments)]
+    environment = ENVIRONMENT | options.pop("env", {})  # type: ignore[operator]
+    return subprocess.Popen(words, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
+    process = start(tmp_path, *command, stdout=writer)
+    os.close(writer)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "Calibrated on 20 images.\n")
+    assert (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_output_is_noted_once_and_loses_no_work(digits: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        process = start(tmp_path, "insert", network_path(), digits, "-o", "out.pth", *AS_STORED, stdout=full)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert errors.count("Results cannot be printed: No space left on device") == 1
+    assert (tmp_path / "out.pth").exists()
+
+
+def test_an_output_that_only_takes_ascii_gets_escapes_for_the_rest(digits: Path, tmp_path: Path) -> None:
+    command = ("insert", network_path(), digits, "-o", "netz-für-später.pth", *AS_STORED)
+    process = start(tmp_path, *command, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Wrote netz-f\\xfcr-sp\\xe4ter.pth" in output
+    assert (tmp_path / "netz-für-später.pth").exists()
+
+
+def test_closed_standard_streams_lose_no_work(digits: Path, tmp_path: Path) -> None:
+    words = " ".join(map(str, ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)))
+    shell = f'exec "{sys.executable}" -c "from bn_insert_cli.main import main; main()" {words} >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=ENVIRONMENT, check=False, timeout=120).returncode == 0
+    assert (tmp_path / "out.pth").exists()
+
+
+def test_no_escape_and_no_markup_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(f"a {ESCAPES} b")
+    print_result(f"a {ESCAPES} b")
+    result = table(f"title {ESCAPES}", "column")
+    result.add_row(f"cell {ESCAPES}")
+    result.caption = f"caption {ESCAPES}"
+    print_table(result)
+    captured = capsys.readouterr()
+    for text in captured:
+        assert all(character.isprintable() or character == "\n" for character in text)
+    assert captured.out.count("[red]") == 4
+    assert captured.err.count("[red]") == 1
+
+
+def test_file_names_with_markup_and_escapes_are_printed_as_they_are(run: Run, digits: Path) -> None:
+    Path("x[").mkdir()
+    Path("[red].pth").write_bytes(network_path().read_bytes())
+    result = run("compare", "[red].pth", "[red].pth", digits, *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "[red].pth and [red].pth" in result.stdout
+    assert_refused(run("inspect", "x["), "error: x[ is a folder")
+    assert_refused(run("inspect", "\x1b[31mx"), "error: there is no file ?[31mx")
+
+
+def test_keys_with_escapes_are_not_obeyed(run: Run) -> None:
+    torch.save({ESCAPES: torch.ones(2)}, "x.pth")
+    result = run("inspect", "x.pth")
+    assert_refused(result)
+    assert "\x1b" not in result.stderr
+
+
+def test_a_message_of_a_megabyte_keeps_its_beginning_and_its_end() -> None:
+    text = plain("begin" + "x" * 1_000_000 + "end", 1000).plain
+    assert text.startswith("begin")
+    assert text.endswith("end")
+    assert len(text) < 1100
+
+
+def test_markup_is_text() -> None:
+    assert plain("[/x] [red]a\nb").plain == "[/x] [red]a b"

@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM in every phase of a command: no traceback, and what the message says is true."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from bn_insert.demo import network_path
+from support.commands import AS_STORED, run_process, text_of
+
+# Runs the command line, and sends a signal to itself at an event of Python's audit.
+SCRIPT = """
+import os, signal, sys
+number, event, word = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+del sys.argv[1:4]
+from bn_insert_cli.main import main
+def strike(name, values):
+    global number
+    if number and name == event and word in str(values[:2]):
+        number, sent = 0, number
+        os.kill(os.getpid(), sent)
+sys.addaudithook(strike)
+main()
+"""
+
+EARLY = [
+    ("import", "'typer'"),
+    ("import", "'torch'"),
+    ("import", "'torch._C'"),
+    ("import", "'numpy"),
+    ("open", "x.pth"),
+]
+NOTHING = [*EARLY, ("import", "'torch.export"), ("import", "torch.utils.data")]
+WHILE_SAVING = [("os.mkdir", ".bn-insert-"), ("os.link", "out.pth"), ("os.chmod", ".bn-insert-"), ("os.rmdir", "")]
+
+
+@pytest.mark.parametrize(("event", "word"), NOTHING)
+@pytest.mark.parametrize("stop", [signal.SIGINT])
+def test_a_signal_before_the_output_is_one_true_message(
+    event: str, word: str, stop: signal.Signals, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.pth").write_bytes(network_path().read_bytes())
+    command = ("insert", "x.pth", digits, "-o", "out.pth", *AS_STORED)
+    done = run_process(sys.executable, "-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
+    assert (done.returncode, text_of(done.stderr)) == (128 + stop, "error: interrupted; nothing was written ")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "digits"}
+
+
+@pytest.mark.parametrize(("event", "word"), WHILE_SAVING)
+@pytest.mark.parametrize("stop", [signal.SIGTERM])
+def test_a_signal_while_the_output_is_saved_waits_and_says_that_it_is_written(
+    event: str, word: str, stop: signal.Signals, digits: Path, tmp_path: Path
+) -> None:
+    command = ("insert", network_path(), digits, "-o", "out.pth", "--report", "r.json", *AS_STORED)
+    done = run_process(sys.executable, "-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
+    assert done.returncode == 128 + stop, done.stderr
+    assert "error: interrupted; out.pth is written and whole, the report r.json is not" in text_of(done.stderr)
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"digits", "out.pth"}
+
+
+def test_a_signal_at_exit_does_not_change_the_outcome(tmp_path: Path) -> None:
+    script = f"""
+import atexit, os, signal
+atexit.register(os.kill, {{pid}}, {int(signal.SIGINT)})
+from bn_insert_cli.main import main
+main()
+""".format(pid="os.getpid()")
+    done = run_process(sys.executable, "-c", script, "--version", folder=tmp_path)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr + done.stdout

@@ -1,0 +1,64 @@
+"""Models whose forward writes to its own parameters: they are refused, and left as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bn_insert import BNInsertError, compare_outputs, insert_batchnorm, recalibrate, train_mode_agreement
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda layer: layer.weight.mul_(1.5),
+    "by .data": lambda layer: layer.weight.data.clamp_(-0.01, 0.01),
+    "to a view": lambda layer: layer.weight[0].zero_(),
+    "by an index": lambda layer: layer.weight.data.__setitem__(0, 0.0),
+    "by out=": lambda layer: torch.mul(layer.weight, 2, out=layer.weight),
+    "by copy_": lambda layer: layer.bias.copy_(layer.bias + 1),
+    "by foreach": lambda layer: torch._foreach_mul_([layer.weight, layer.bias], 2.0),
+}
+
+
+class Writing(nn.Module):
+    def __init__(self, write: Callable[[nn.Module], object]) -> None:
+        super().__init__()
+        self.c, self.norm, self.d = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.write(self.c)
+        return self.d(self.norm(self.c(x)).relu()).relu().mean((2, 3))
+
+
+def calls(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    return {
+        "insert_batchnorm": lambda: insert_batchnorm(model, [x]),
+        "recalibrate": lambda: recalibrate(model, [x]),
+        "compare_outputs": lambda: compare_outputs(model, model, [x]),
+        "train_mode_agreement": lambda: train_mode_agreement(model, [x], (4,)),
+    }
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("call", ["insert_batchnorm", "recalibrate", "compare_outputs", "train_mode_agreement"])
+def test_a_model_that_writes_to_its_parameters_is_refused_and_unchanged(write: str, call: str) -> None:
+    model = Writing(WRITES[write]).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BNInsertError, match=r"changes its parameter c\.(weight|bias) in place|cannot trace Writing"):
+        calls(model, torch.rand(8, 3, 8, 8))[call]()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_assigns_new_values_is_run_and_unchanged() -> None:
+    def assign(layer: nn.Module) -> None:
+        layer.weight.data = layer.weight.data.clamp(-0.1, 0.1)
+
+    model = Writing(assign).eval()
+    before = copy.deepcopy(model.state_dict())
+    assert compare_outputs(model, model, [torch.rand(8, 3, 8, 8)]).bit_identical
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
