@@ -64,6 +64,7 @@ def _note_lost_results(error: OSError) -> None:
     if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has read enough
         print_note(f"Results cannot be printed: {error.strerror}. The command continues.")
 
+
 _quiet = False
 
 

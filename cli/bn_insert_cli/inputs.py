@@ -94,28 +94,25 @@ def _check_name(checkpoint: str) -> None:
 
     if Path(checkpoint).suffix or len(Path(checkpoint).parts) != 1 or Path(checkpoint).exists():
         return
-    names = ", ".join(TORCHVISION_NAMES)
-    way_out = (
-        f"for another architecture, save its weights with torch.save(model.state_dict(), '{checkpoint}.pth') and pass "
-        f"{checkpoint}.pth with --model, such as --model torchvision.models:{checkpoint}"
-    )
-    if checkpoint.lower() in TORCHVISION_NAMES:
-        way_out = f"did you mean {checkpoint.lower()}?"
-    elif checkpoint.lower().removesuffix("_bn") in TORCHVISION_NAMES:
+    name = checkpoint.lower()
+    if name in TORCHVISION_NAMES:
+        way_out = f"did you mean {name}?"
+    elif name.removesuffix("_bn") in TORCHVISION_NAMES:
+        way_out = f"torchvision's {name} has BatchNorm already; to insert it, use {name.removesuffix('_bn')}"
+    else:
         way_out = (
-            f"torchvision's {checkpoint} has BatchNorm already; use {checkpoint.lower().removesuffix('_bn')}, or a file"
+            "for another architecture, save its weights to a file, and pass the file with --model, such as --model "
+            "torchvision.models:alexnet"
         )
     raise CheckpointError(
-        f"there is no file {checkpoint}, and it is not the name of a network whose weights can be downloaded ({names}); "
-        f"{way_out}"
+        f"there is no file {checkpoint}, and it is not one of the networks whose weights can be downloaded "
+        f"({', '.join(TORCHVISION_NAMES)}); {way_out}"
     )
 
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:
     """Print how images are preprocessed and why so; warn of a mean that does not fit pixels in 0..1."""
-    from bn_insert.images import TENSOR_SUFFIXES  # noqa: PLC0415
-
-    if images.suffix.lower() in TENSOR_SUFFIXES and images.is_file():
+    if is_tensor_file(images):
         print_note("Preprocessing: none (the values of a tensor file are used unchanged).")
         return
     print_note(f"Preprocessing: {describe(transform)} ({origin}).")
@@ -125,6 +122,13 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             f"mean {_listed(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
             f"trained on pixels in 0..255, use --mean {scaled.replace(' ', '')} --std {std}."
         )
+
+
+def is_tensor_file(images: Path) -> bool:
+    """Return whether images come from a tensor file, whose values are used unchanged."""
+    from bn_insert.images import TENSOR_SUFFIXES  # noqa: PLC0415
+
+    return images.suffix.lower() in TENSOR_SUFFIXES and images.is_file()
 
 
 def describe(transform: Transform) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # An error estimated from the spread between fewer batches is not reliable.
 FEWEST_BATCHES = 8
-_NARROW = 100  # columns of a terminal; narrower tables leave out the kind of a layer
+_NARROW = 100  # columns of a terminal; narrower tables have fewer columns
 _LONGEST_NAME = 30  # characters that are kept on one line
 
 
@@ -102,22 +102,28 @@ def edge_table(edges: Sequence[Edge]) -> Table:
 
 def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> Table:
     """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it."""
+    wide = stdout().width >= _NARROW
     result = table(
         "Conv and dense layers",
-        *("layer", "type", "weight", "output", "parameters", "BatchNorm"),
+        *("layer", *["type"] * wide, "weight", "output", "parameters", "BatchNorm"),
         right=("parameters",),
     )
     _keep_whole(result, (layer.name for layer in layers))
     for layer in layers:
         result.add_row(
             layer.name,
-            layer.type_name,
+            *[layer.type_name] * wide,
             _dimensions(weights[layer.name]),
             _dimensions(layer.shape[1:]) or "-",
             f"{layer.parameters:,}",
-            plain(f"after {layer.site.anchor}", style="green") if layer.site else layer.reason,
+            plain(f"after {layer.site.anchor}", style="green") if layer.site else _reason(layer, wide=wide),
         )
     return result
+
+
+def _reason(layer: Layer, *, wide: bool) -> str:
+    """Return why a layer has no site; in a narrow table, in fewer words."""
+    return layer.reason if wide else layer.reason.replace("already followed by a normalization: ", "normalized by ")
 
 
 def layer_rows(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
