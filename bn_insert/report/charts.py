@@ -64,19 +64,29 @@ class Chart(NamedTuple):
 
 
 @mpl.rc_context(_STYLE)
-def insertion_charts(data: Mapping[str, Any]) -> list[Chart]:
-    """Return the charts of the inserted layers' statistics, from the data of `insertion_report`."""
+def insertion_charts(data: Mapping[str, Any], *, errors: bool = True) -> list[Chart]:
+    """Return the charts of the inserted layers' statistics, from the data of `insertion_report`.
+
+    Args:
+        data: The report.
+        errors: Whether standard errors were estimated from enough batches to be shown.
+    """
     norms = {layer["name"]: layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer}
     charts = [
         _boxes("mean", "Mean per channel", "Box: middle half of the channels; line: all.", norms, ["mean"]),
         _boxes("std", "Standard deviation per channel", "Constant channels are left out.", norms, ["std"], log=True),
-        _gamma(norms),
     ]
+    # Without equalization, gamma is the standard deviation once more.
+    if any("gamma_before_equalization" in norm for norm in norms.values()):
+        metrics, labels = ["gamma_before_equalization", "gamma"], ["before", "after"]
+        charts.append(
+            _boxes("gamma", "Gamma before and after equalization", "", norms, metrics, labels=labels, log=True)
+        )
     if any(norm["constant_channels"] or norm["near_constant_channels"] for norm in norms.values()):
         charts.append(_constant(norms))
-    if any(norm["standard_error"] for norm in norms.values()):
+    if errors and any(norm["standard_error"] for norm in norms.values()):
         title = "Standard error of mean and std, relative to std"
-        note = "Estimated from the spread between batches. More images reduce it."
+        note = "0.03 or less is good (an error of 0.1). More images reduce it."
         charts.append(_boxes("error", title, note, norms, ["standard_error"], log=True))
     return charts
 
@@ -143,27 +153,29 @@ def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapp
     figure = Figure(figsize=(_WIDTH, 2.8))
     axes = figure.subplots()
     percent = "accuracy" in name
-    for number, _, epochs, metric in lines:
-        axes.plot(
+    curves = [
+        (
             [epoch["epoch"] for epoch in epochs],
             [epoch[metric] * (100 if percent else 1) for epoch in epochs],
+        )
+        for _, _, epochs, metric in lines
+    ]
+    for position, ((number, *_), points) in enumerate(zip(lines, curves, strict=True)):
+        below = curves[:position].count(points)
+        widest = below == 0 and curves.count(points) > 1
+        # Of identical curves, the first is wide and the others are dashed, so that all of them can be seen.
+        axes.plot(
+            *points,
             marker=".",
             color=f"C{number}",
-            linestyle="-" if number < _SERIES else "--",
+            linewidth=5 if widest else 1.5,
+            linestyle=(0, (3 * below, 3 * below)) if below else "-" if number < _SERIES else "--",
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("%" if percent else "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = tuple((number % _SERIES + 1, label) for number, label, _, _ in lines if label)
     return Chart(name, title, "", _svg(figure, name, title), legend)
-
-
-def _gamma(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
-    if any("gamma_before_equalization" in norm for norm in norms.values()):
-        metrics, labels = ["gamma_before_equalization", "gamma"], ["before", "after"]
-        return _boxes("gamma", "Gamma before and after equalization", "", norms, metrics, labels=labels, log=True)
-    note = "Without equalization, gamma is the standard deviation of its channel."
-    return _boxes("gamma", "Gamma", note, norms, ["gamma"], log=True)
 
 
 def _boxes(

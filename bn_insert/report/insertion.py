@@ -22,7 +22,9 @@ def insertion_report(
     """Return the findings of an insertion as one JSON-ready dictionary.
 
     The page also shows what the caller adds to it: `checkpoint` and `output` (see `file_facts`; `output` is None if
-    no checkpoint was written), `calibration` (`source`, `images`, `skipped`), `options` and `seconds`.
+    no checkpoint was written), `calibration` (`source`, `images`, `batches`, `skipped`), `preprocessing` (the values of
+    the transform, its `origin`, and `tensors`: whether the images came from a tensor file, which is used unchanged),
+    `options`, `command`, `date`, `seconds`, and `report_seconds`, the part of them that the report took.
 
     Args:
         layers: One entry per layer: its name, kind, type, output shape and number of parameters, with either

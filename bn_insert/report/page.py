@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import PurePath
 from typing import Any
 
@@ -11,6 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import insertion
 from .charts import agreement_chart, insertion_charts, run_charts
+from .verdicts import best_epoch, identical_runs, next_command, ranked, runs_verdict, verdicts
+
+_FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
+_BATCH = 32  # images, for the error of the statistics of one training batch
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -24,8 +29,14 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
     train_mode = data["train_mode"]
     agreements, renorm = train_mode["agreements"], train_mode["renorm"]
     inserted = [layer for layer in data["layers"] if "batchnorm" in layer]
+    reliable = data["calibration"]["batches"] >= _FEWEST_BATCHES
     return {
         "data": data,
+        "verdicts": verdicts(data),
+        "next": next_command(data),
+        "top1": not any(isnan(comparison["top1_agreement"]) for comparison in data["comparisons"].values()),
+        "reliable": reliable,
+        "batch_error": _batch_error(inserted, data["calibration"]["images"]) if reliable else None,
         "name": PurePath(data["checkpoint"]["path"]).name,
         "inserted": inserted,
         "after_activation": any(layer["batchnorm"]["behind"] != layer["name"] for layer in inserted),
@@ -33,21 +44,32 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
             layer["batchnorm"][key] for layer in inserted for key in ("constant_channels", "near_constant_channels")
         ),
         "others": [layer for layer in data["layers"] if "batchnorm" not in layer],
-        "charts": insertion_charts(data),
+        "charts": insertion_charts(data, errors=reliable),
         "agreement_chart": agreement_chart(agreements, renorm) if agreements else None,
         "renorm": {agreement["batch_size"]: agreement for agreement in renorm},
     }
 
 
+def _batch_error(inserted: Sequence[Mapping[str, Any]], images: int) -> float | None:
+    """Return the error of the statistics of one training batch that follows from the measured standard errors."""
+    errors = [layer["batchnorm"]["standard_error"] for layer in inserted]
+    if not errors or not all(errors):
+        return None
+    return float(3 * np.median(np.concatenate(errors)) * np.sqrt(images / _BATCH))
+
+
 def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    runs = ranked(runs)
     facts = [_flat(run.get("settings", {})) | _flat(_facts(run)) for run in runs]
     names = dict.fromkeys(name for run in facts for name in run)
     rows = {name: [run.get(name, "") for run in facts] for name in names}
     different = {name: values for name, values in rows.items() if len(set(values)) > 1}
     return {
         "runs": runs,
-        "best": [next((epoch for epoch in run["epochs"] if epoch["epoch"] == run["best_epoch"]), None) for run in runs],
+        "best": [best_epoch(run) for run in runs],
         "charts": run_charts(runs),
+        "verdict": runs_verdict(runs),
+        "identical": identical_runs(runs),
         "different": different,
         "same": {name: values[0] for name, values in rows.items() if name not in different},
     }

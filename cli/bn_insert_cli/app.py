@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from .command import Command, CommandGroup, wants_traceback
 from .compare import compare
 from .compare_modes import compare_modes
 from .console import print_error
@@ -24,7 +24,7 @@ from .report import report
 BAD_INPUT = 2
 
 
-class _Commands(TyperGroup):
+class _Commands(CommandGroup):
     """Runs a command. A BNInsertError becomes one message on stderr and exit code 2, Ctrl-C exit code 130."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
@@ -34,7 +34,7 @@ class _Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except Exception as error:
-                if not _is_expected(error) or ctx.params.get("traceback"):
+                if not _is_expected(error) or wants_traceback(ctx):
                     raise
                 print_error(str(error))
                 raise typer.Exit(BAD_INPUT) from None
@@ -70,9 +70,6 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Print the traceback of an error, for a bug report.")
-    ] = False,
 ) -> None:
     """Insert BatchNorm into a pretrained VGG without changing its outputs.
 
@@ -83,4 +80,4 @@ def options(
 
 
 for command in (insert, inspect, compare, compare_modes, finetune, fold, report, demo):
-    app.command()(command)
+    app.command(cls=Command)(command)

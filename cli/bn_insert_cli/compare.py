@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from . import options as opt
-from .console import image_progress, print_result, print_table
+from .console import image_progress, print_json, print_result, print_table
 from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table
 
@@ -17,7 +18,7 @@ CHECK_FAILED = 1
 def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     a: Annotated[str, typer.Argument(metavar="A", help="The reference checkpoint.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with A.", show_default=False)],
-    calibration: opt.Calibration,
+    images_from: opt.Pictures,
     model: opt.Model = None,
     model_b: Annotated[
         str | None,
@@ -40,6 +41,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     device: opt.Device = None,
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare the outputs of two checkpoints: bit-identity, largest differences, top-1 agreement.
 
@@ -58,13 +60,17 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
     reference, _ = open_checkpoint(a, image_options, model_a)
-    candidate, transform = open_checkpoint(b, image_options, model_b)
+    candidate, transform = open_checkpoint(b, image_options, model_b, images=images_from)
     reference, candidate = reference.to(target), candidate.to(target)
-    batches = open_calibration(calibration, reference, transform, image_options)
+    batches = open_calibration(images_from, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)
+    within = comparison.within(atol, rtol)
+    if as_json:
+        print_json({"device": str(target), "within_tolerance": within} | asdict(comparison))
+        raise typer.Exit(0 if within else CHECK_FAILED)
     print_table(comparison_table({str(target): comparison}, title=f"{a} and {b}"))
-    if not comparison.within(atol, rtol):
+    if not within:
         print_result("The outputs differ by more than the tolerance.", good=False)
         raise typer.Exit(CHECK_FAILED)
     print_result("The outputs are equal bit for bit." if comparison.bit_identical else "Within tolerance.")

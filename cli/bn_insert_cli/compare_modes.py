@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from . import options as opt
-from .console import print_result, print_table
+from .console import print_json, print_result, print_table
 from .inputs import ImageOptions, batch_sizes, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table
 from .train_mode import measure_train_mode
 
+DEFAULT_SIZES = "4,8,16,32,64,128"
+
 
 def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
-    calibration: opt.Calibration,
+    images_from: opt.Pictures,
     sizes: Annotated[
-        str, typer.Option("--batch-sizes", metavar="N,N,...", help="Batch sizes to compare.")
-    ] = "4,8,16,32,64,128",
+        str | None,
+        typer.Option(
+            "--batch-sizes",
+            metavar="N,N,...",
+            help="Batch sizes to compare. [default: of 4,8,16,32,64,128 those with two or more batches]",
+            show_default=False,
+        ),
+    ] = None,
     images: opt.Images = 256,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -30,6 +39,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     strict: opt.Strict = False,
     device: opt.Device = None,
     model: opt.Model = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare the outputs of a checkpoint in train mode and in eval mode, by batch size.
 
@@ -40,11 +50,20 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
-    wanted = batch_sizes(sizes)
+    wanted = batch_sizes(sizes or DEFAULT_SIZES)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform = open_checkpoint(checkpoint, image_options, model)
-    batches = open_calibration(calibration, network, transform, image_options)
-    found = measure_train_mode(network, batches, target, wanted)
+    network, transform = open_checkpoint(checkpoint, image_options, model, images=images_from)
+    batches = open_calibration(images_from, network, transform, image_options)
+    found = measure_train_mode(network, batches, target, wanted, single=sizes is not None)
+    if as_json:
+        print_json(
+            {
+                "agreements": [asdict(agreement) for agreement in found.agreements],
+                "renorm": [asdict(agreement) for agreement in found.renorm],
+                "reading": found.reading,
+            }
+        )
+        return
     print_table(agreement_table(found.agreements, found.renorm))
     print_result(found.reading)

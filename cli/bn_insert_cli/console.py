@@ -9,11 +9,13 @@ An output that is closed or full loses only the text, never the command's work: 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from typing import IO, Any, cast
 
 from rich.box import SIMPLE_HEAD
@@ -63,6 +65,15 @@ def _note_lost_results(error: OSError) -> None:
         print_note(f"Results cannot be printed: {error.strerror}. The command continues.")
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Choose whether tables, progress bars and notes are left out; results, warnings and errors never are."""
+    global _quiet  # noqa: PLW0603 - one setting for one process, as the streams are
+    _quiet = quiet
+
+
 def stdout() -> Console:
     """Return the console for results."""
     return _console(stderr=False)
@@ -83,8 +94,12 @@ def _console(*, stderr: bool) -> Console:
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")  # the encoding may be ASCII
     output = cast("IO[str]", _Output(stream, (lambda _: None) if stderr else _note_lost_results))
-    console = Console(file=output, highlight=False, markup=False)
-    return console if console.is_terminal else Console(file=output, highlight=False, markup=False, width=_PIPE_WIDTH)
+    # With NO_COLOR, rich drops colors alone; without a color system it drops bold and dim too.
+    color_system: Any = None if os.environ.get("NO_COLOR") else "auto"
+    console = Console(file=output, highlight=False, markup=False, color_system=color_system)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def plain(text: str, longest: int = _LONGEST_CELL, style: str = "") -> Text:
@@ -107,8 +122,15 @@ def print_error(message: str) -> None:
     stderr().print(Text.assemble(("error: ", "bold red"), plain(message, _LONGEST)), soft_wrap=True)
 
 
+def print_warning(message: str) -> None:
+    """Print a warning on stderr."""
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), plain(message, _LONGEST)), soft_wrap=True)
+
+
 def print_note(message: str) -> None:
-    """Print a note on stderr."""
+    """Print a note on stderr, unless the command is quiet."""
+    if _quiet:
+        return
     stderr().print(plain(message, _LONGEST, "dim"), soft_wrap=True)
 
 
@@ -148,7 +170,13 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         right: The headings of the right-aligned columns, for numbers.
     """
     result = _PlainTable(
-        title=plain(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD
+        title=plain(title),
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,  # two spaces between columns: most tables then fit in 80
     )
     for column in columns:
         result.add_column(plain(column), justify="right" if column in right else "left", overflow="fold")
@@ -156,10 +184,27 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def print_table(result: Table) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout, unless the command is quiet."""
+    if _quiet:
+        return
     if isinstance(result.caption, str):
         result.caption = plain(result.caption)
     stdout().print(result)
+
+
+def print_json(data: Any) -> None:
+    """Print a result on stdout as JSON; NaN and Inf, which JSON lacks, become null."""
+    output = stdout().file  # rich itself would wrap long lines
+    output.write(json.dumps(_finite(data), indent=2) + "\n")
+    output.flush()
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(name): _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 @contextmanager
@@ -182,7 +227,7 @@ def image_progress(description: str, total: int, *, shown: bool = True) -> Itera
         TimeRemainingColumn(),
     )
     console = stderr()
-    shown &= console.is_terminal  # each bar would leave an empty line in a log
+    shown &= console.is_terminal and not _quiet  # each bar would leave an empty line in a log
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)

@@ -186,7 +186,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         seed=seed,
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    network, transform = open_checkpoint(checkpoint, image_options, model)
+    network, transform = open_checkpoint(checkpoint, image_options, model, images=data)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:

@@ -21,16 +21,18 @@ DEFAULT_SIDE = 224
 def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     output: opt.Output,
-    calibration: Annotated[
+    images_from: Annotated[
         Path | None,
         typer.Argument(
             metavar="IMAGES",
-            help="Images to check the result on; random inputs by default.",
+            help="Images to check the result on, at most 8 of them; random inputs by default.",
             show_default=False,
         ),
     ] = None,
     model: opt.Model = None,
-    seed: opt.Seed = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random inputs, or of the sample of IMAGES.", rich_help_panel=opt.PIXELS)
+    ] = 0,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
     mean: opt.Mean = None,
@@ -57,14 +59,14 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    network, transform = open_checkpoint(checkpoint, image_options, model)
-    if calibration is None:
+    network, transform = open_checkpoint(checkpoint, image_options, model, images=images_from)
+    if images_from is None:
         side = transform.crop or transform.resize or DEFAULT_SIDE
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(CHECK_IMAGES, input_channels(network), side, side, generator=generator)]
         print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
     else:
-        inputs = [batch.images for batch in open_calibration(calibration, network, transform, image_options)]
+        inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
     result = fold_network(network, inputs[0])
     if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")

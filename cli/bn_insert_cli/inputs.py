@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import typer
+
+from .console import print_note, print_warning
 
 if TYPE_CHECKING:
     import torch
@@ -35,19 +38,25 @@ class ImageOptions:
     strict: bool
 
 
-def open_checkpoint(checkpoint: str, options: ImageOptions, function: str | None = None) -> tuple[nn.Module, Transform]:
+def open_checkpoint(
+    checkpoint: str, options: ImageOptions, function: str | None = None, *, images: Path | None = None
+) -> tuple[nn.Module, Transform]:
     """Return the network and the preprocessing of a checkpoint file or of a network in torchvision.
 
     Args:
         checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
         options: Preprocessing that replaces what the checkpoint stores; ImageNet's is used where neither has any.
         function: "package.module:function" that builds the architecture, from --model; it is imported and called.
+        images: What the preprocessing will be used on. If it is not None, the preprocessing and its origin are printed.
     """
     from bn_insert import build_network  # noqa: PLC0415 - torch only when work begins
 
     content = read_named_checkpoint(checkpoint, function)
-    transform = _transform(content, options)
-    return build_network(content, function), transform
+    transform, origin = preprocessing(content, options)
+    network = build_network(content, function)
+    if images is not None:
+        print_preprocessing(transform, origin, images)
+    return network, transform
 
 
 def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> Checkpoint:
@@ -68,6 +77,7 @@ def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap:
                 param_hint="--model",
             )
         return torchvision_checkpoint(checkpoint)
+    _check_name(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)  # as python -m does; the function may import more when it is called
     return read_checkpoint(checkpoint, mmap=mmap)
@@ -78,17 +88,85 @@ def is_torchvision_name(checkpoint: str) -> bool:
     return checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists()
 
 
-def _transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:
+def _check_name(checkpoint: str) -> None:
+    """Raise CheckpointError with the names that work for what can only be the name of a network."""
+    from bn_insert import CheckpointError  # noqa: PLC0415
+
+    if Path(checkpoint).suffix or len(Path(checkpoint).parts) != 1 or Path(checkpoint).exists():
+        return
+    name = checkpoint.lower()
+    if name in TORCHVISION_NAMES:
+        way_out = f"did you mean {name}?"
+    elif name.removesuffix("_bn") in TORCHVISION_NAMES:
+        way_out = f"torchvision's {name} has BatchNorm already; to insert it, use {name.removesuffix('_bn')}"
+    else:
+        way_out = (
+            "for another architecture, save its weights to a file, and pass the file with --model, such as --model "
+            "torchvision.models:alexnet"
+        )
+    raise CheckpointError(
+        f"there is no file {checkpoint}, and it is not one of the networks whose weights can be downloaded "
+        f"({', '.join(TORCHVISION_NAMES)}); {way_out}"
+    )
+
+
+def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:
+    """Print how images are preprocessed and why so; warn of a mean that does not fit pixels in 0..1."""
+    if is_tensor_file(images):
+        print_note("Preprocessing: none (the values of a tensor file are used unchanged).")
+        return
+    print_note(f"Preprocessing: {describe(transform)} ({origin}).")
+    if any(value > 1 for value in transform.mean):
+        scaled, std = (f"{_listed(value / 255 for value in values)}" for values in (transform.mean, (1,)))
+        print_warning(
+            f"mean {_listed(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
+            f"trained on pixels in 0..255, use --mean {scaled.replace(' ', '')} --std {std}."
+        )
+
+
+def is_tensor_file(images: Path) -> bool:
+    """Return whether images come from a tensor file, whose values are used unchanged."""
+    from bn_insert.images import TENSOR_SUFFIXES  # noqa: PLC0415
+
+    return images.suffix.lower() in TENSOR_SUFFIXES and images.is_file()
+
+
+def describe(transform: Transform) -> str:
+    """Return the steps of a transform in words."""
+    steps = [
+        f"resize {transform.resize}" if transform.resize else "no resizing",
+        f"crop {transform.crop}" if transform.crop else "no crop",
+        f"mean {_listed(transform.mean)}",
+        f"std {_listed(transform.std)}",
+    ]
+    return "; ".join(steps)
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transform, str]:
+    """Return the preprocessing, and where it comes from."""
     from bn_insert.images import Transform  # noqa: PLC0415
 
     settings = checkpoint.settings
+    in_file = settings is not None and bool(settings.transform)
     stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
-    return Transform(
+    given = [name for name in ("resize", "crop", "mean", "std") if getattr(options, name) is not None]
+    origin = "from the checkpoint" if in_file else "ImageNet's, the default: the checkpoint stores none"
+    if len(given) == 4:
+        origin = "from the options"
+    elif given:
+        options_named = ", ".join(f"--{name}" for name in given)
+        origin = f"{options_named} from the options, the rest {'from the checkpoint' if in_file else 'by default'}"
+    transform = Transform(
         resize=stored.resize if options.resize is None else options.resize or None,
         crop=stored.crop if options.crop is None else options.crop or None,
         mean=stored.mean if options.mean is None else numbers(options.mean, "--mean"),
         std=stored.std if options.std is None else numbers(options.std, "--std"),
     )
+    return transform, origin
 
 
 def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +17,19 @@ import typer
 
 from . import options as opt
 from .console import image_progress, print_note, print_result, print_table
-from .inputs import ImageOptions, layer_kinds, open_calibration, open_checkpoint, open_device
+from .inputs import (
+    ImageOptions,
+    is_tensor_file,
+    layer_kinds,
+    open_calibration,
+    open_device,
+    preprocessing,
+    print_preprocessing,
+    read_named_checkpoint,
+)
 from .interruption import signals
-from .tables import comparison_table, edge_table, site_table
-from .train_mode import TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
+from .tables import FEWEST_BATCHES, comparison_table, edge_table, site_table
+from .train_mode import REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
     from bn_insert.images import Batches, Unreadable
 
 CHECK_FAILED = 1
-CHECK_IMAGES = 2  # two networks run on them: enough to see any slip, few enough to cost little beside calibration
+CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
 
 
 def insert(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -38,7 +50,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
-    placement: opt.Placement = "before_activation",
+    placement: opt.Placement = "before-activation",
     equalize: Annotated[
         bool,
         typer.Option(
@@ -74,7 +86,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write a report, including how far train mode is from eval mode: a page or JSON, by suffix.",
+            help="Write a report, a page or JSON by suffix. It adds train mode compared with eval mode on 64 images, "
+            "which takes at most about a minute.",
             metavar="FILE.html|FILE.json",
         ),
     ] = None,
@@ -93,20 +106,24 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
-    from bn_insert.report import check_report, file_facts, insertion_report, write_report  # noqa: PLC0415
+    from bn_insert import Ranks, build_network, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert.report import check_report  # noqa: PLC0415
 
-    report_name = f"the report {report}"
-    signals.begin(str(output), *([report_name] if report else []))
+    signals.begin(str(output), *([f"the report {report}"] if report else []))
     check_output(output, overwrite=force)
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    network, transform = open_checkpoint(checkpoint, image_options, model)
+    content = read_named_checkpoint(checkpoint, model)
+    transform, origin = preprocessing(content, image_options)
+    network = build_network(content, model)
+    del content
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
     with process_group(open_device(device)) as target:
         ranks = Ranks.current()
+        if ranks.first:
+            print_preprocessing(transform, origin, calibration)
         share = batches.part(ranks.rank, ranks.count)
         if target.type == "cuda":
             share = share.with_pinned_memory()
@@ -117,7 +134,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 layers=kinds,
                 include_output=include_output,
                 skip=skip or (),
-                placement=placement,
+                placement=opt.placement(placement),
                 equalize=equalize,
                 eps=eps,
                 momentum=momentum,
@@ -132,10 +149,11 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     _check_inserted(insertion, checkpoint)
     _note_unreadable(unreadable)
 
-    print_table(site_table(insertion.sites, insertion.moments))
+    number_of_batches = -(-insertion.images // batch_size)
+    print_table(site_table(insertion.sites, insertion.moments, batches=number_of_batches))
     if equalize:
         print_table(edge_table(insertion.edges))
-    _note_calibration(insertion, tolerance)
+    _note_calibration(insertion, tolerance, number_of_batches)
     comparisons = _check(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
@@ -143,14 +161,16 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         with signals.saving(str(output)):
             save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
     if report:
-        # After the checkpoint is written, so that a failure here does not lose it.
-        facts = {
-            "checkpoint": file_facts(checkpoint),
-            "calibration": {"source": str(calibration), "images": batches.images, "skipped": len(unreadable)},
-            "output": file_facts(output) if accepted else None,
+        # After the checkpoint: nothing that goes wrong here loses it.
+        facts: dict[str, object] = {
+            "checkpoint": str(checkpoint),
+            "calibration": {"source": str(calibration), "images": insertion.images, "skipped": len(unreadable)}
+            | {"batches": number_of_batches},
+            "preprocessing": {"origin": origin, "tensors": is_tensor_file(calibration)} | transform.to_dict(),
+            "output": str(output) if accepted else None,
             "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {
-                "placement": placement,
+                "placement": opt.placement(placement),
                 "equalize": equalize,
                 "eps": eps,
                 "momentum": momentum,
@@ -158,20 +178,10 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 "batch_size": batch_size,
             }
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
-            "seconds": time.monotonic() - started,
         }
         with _saying_what_is_written(output if accepted else None):
-            train_mode = _train_mode(insertion.model, batches.head(TRAIN_MODE_IMAGES), target)
-            findings = insertion_report(
-                insertion.layer_statistics(),
-                [asdict(edge) for edge in insertion.edges],
-                {place: asdict(comparison) for place, comparison in comparisons.items()},
-                [asdict(agreement) for agreement in train_mode.agreements],
-                renorm=[asdict(agreement) for agreement in train_mode.renorm],
-                reading=train_mode.reading,
-            )
-            with signals.saving(report_name):
-                write_report(report, facts | findings, overwrite=force)
+            train_images = batches.head(TRAIN_MODE_IMAGES)
+            _write_report(report, facts, insertion, comparisons, train_images, target, started=started, force=force)
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
@@ -193,13 +203,18 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
     )
 
 
-def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None) -> None:
+def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, batches: int) -> None:
     errors = [moments.error_of(0.99) for moments in insertion.moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
     print_note(f"Calibrated on {insertion.images} images{reached}.")
     if tolerance is not None and isnan(error):
         print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
+    elif tolerance is not None and batches < FEWEST_BATCHES:
+        print_note(
+            f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use more "
+            "images (--images), or smaller batches (-b)."
+        )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
 
@@ -222,12 +237,50 @@ def _saying_what_is_written(output: Path | None) -> Iterator[None]:
         raise CheckpointError(f"{error}; {written}") from error
 
 
+def _write_report(
+    path: Path,
+    facts: dict[str, object],
+    insertion: Insertion[nn.Module],
+    comparisons: Mapping[str, Comparison],
+    batches: Batches,
+    device: torch.device,
+    *,
+    started: float,
+    force: bool,
+) -> None:
+    """Measure train mode and write the report; `started` is the time at which the command started."""
+    from bn_insert.report import file_facts, insertion_report, write_report  # noqa: PLC0415
+
+    report_started = time.monotonic()
+    print_note(f"Measuring train mode for the report (at most {2 * REPORT_SECONDS:.0f} s).")
+    train_mode = _train_mode(insertion.model, batches, device)
+    findings = insertion_report(
+        insertion.layer_statistics(),
+        [asdict(edge) for edge in insertion.edges],
+        {place: asdict(comparison) for place, comparison in comparisons.items()},
+        [asdict(agreement) for agreement in train_mode.agreements],
+        renorm=[asdict(agreement) for agreement in train_mode.renorm],
+        reading=train_mode.reading,
+    )
+    files = {name: file_facts(str(facts[name])) if facts[name] else None for name in ("checkpoint", "output")}
+    now = time.monotonic()
+    facts |= {
+        "command": shlex.join(["bn-insert", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": now - started,
+        "report_seconds": now - report_started,
+    }
+    with signals.saving(f"the report {path}"):
+        write_report(path, facts | files | findings, overwrite=force)
+    print_note(f"Wrote {path}: the report took {time.monotonic() - report_started:.0f} s.")
+
+
 def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> TrainMode:
     """Return the agreement of train mode with eval mode, and in words what it means or why it cannot be measured."""
     from bn_insert import CalibrationError  # noqa: PLC0415
 
     try:
-        found = measure_train_mode(result, batches, device)
+        found = measure_train_mode(result, batches, device, REPORT_SIZES, seconds=REPORT_SECONDS)
     except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
         print_note(f"Train mode could not be measured for the report: {error}")
         return TrainMode([], [], f"Train mode could not be measured: {error}")

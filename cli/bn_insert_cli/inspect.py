@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as opt
-from .console import plain, print_result, print_table, table
+from .console import plain, print_json, print_line, print_result, print_table, table
 from .inputs import input_channels, layer_kinds, read_named_checkpoint
-from .tables import layer_table
+from .tables import layer_rows, layer_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,8 +25,9 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
-    placement: opt.Placement = "before_activation",
+    placement: opt.Placement = "before-activation",
     size: Annotated[int, typer.Option(min=1, help="Side of the input images, which determines output shapes.")] = 224,
+    as_json: opt.Json = False,
 ) -> None:
     """Show every conv and dense layer and whether a BatchNorm can be inserted after it, and the settings in the file.
 
@@ -46,16 +48,23 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         layers=layer_kinds(layers),
         include_output=include_output,
         skip=skip or (),
-        placement=placement,
+        placement=opt.placement(placement),
     )
     modules = dict(network.named_modules())
-    print_table(layer_table(found, {layer.name: modules[layer.name].weight.shape for layer in found}))
-    if content.settings is None:
-        print_result("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
-    else:
-        print_table(_settings_table(content.settings, content.settings_place))
+    weights = {layer.name: modules[layer.name].weight.shape for layer in found}
     sites = sum(layer.site is not None for layer in found)
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    if as_json:
+        settings = content.settings and json.loads(content.settings.to_json())
+        print_json(
+            {"layers": layer_rows(found, weights), "settings": settings, "parameters": parameters, "batchnorms": sites}
+        )
+        return
+    print_table(layer_table(found, weights))
+    if content.settings is None:
+        print_line("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
+    else:
+        print_table(_settings_table(content.settings, content.settings_place))
     print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")
 
 

@@ -22,8 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
-        "is searched too.",
+        help="For architectures other than VGG: a zero-argument function that builds the network, such as "
+        "torchvision.models:alexnet; the current folder is searched too.",
         show_default=False,
     ),
 ]
@@ -31,6 +31,14 @@ Calibration = Annotated[
     Path,
     typer.Argument(
         metavar="CALIBRATION",
+        help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
+        show_default=False,
+    ),
+]
+Pictures = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES",
         help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
         show_default=False,
     ),
@@ -45,26 +53,29 @@ IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Insert af
 Skip = Annotated[
     list[str] | None, typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.")
 ]
+# Values are written with hyphens, like options; with the underscores of the Python API they are accepted too.
 Placement = Annotated[
-    Literal["before_activation", "after_activation"], typer.Option(help="Insert before or after the activation.")
+    Literal["before-activation", "after-activation", "before_activation", "after_activation"],
+    typer.Option(help="Insert before-activation or after-activation.", metavar="WHERE"),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, instead of tables.")]
 
-_PIXELS = "Images"
+PIXELS = "Images"
 Images = Annotated[
     int,
-    typer.Option(min=1, help="Maximum number of images, sampled at random (--seed).", rich_help_panel=_PIXELS),
+    typer.Option(min=1, help="Maximum number of images, sampled at random (--seed).", rich_help_panel=PIXELS),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed.", rich_help_panel=_PIXELS)]
-BatchSize = Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Images per batch.", rich_help_panel=_PIXELS)]
+Seed = Annotated[int, typer.Option(help="Random seed.", rich_help_panel=PIXELS)]
+BatchSize = Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Images per batch.", rich_help_panel=PIXELS)]
 Workers = Annotated[
-    int, typer.Option("-j", "--workers", min=0, help="Number of processes that decode images.", rich_help_panel=_PIXELS)
+    int, typer.Option("-j", "--workers", min=0, help="Number of processes that decode images.", rich_help_panel=PIXELS)
 ]
 Resize = Annotated[
     int | None,
     typer.Option(
         min=0,
         help="Length of the shorter side in pixels; 0 to keep the size. [default: the checkpoint's, or 256]",
-        rich_help_panel=_PIXELS,
+        rich_help_panel=PIXELS,
     ),
 ]
 Crop = Annotated[
@@ -72,7 +83,7 @@ Crop = Annotated[
     typer.Option(
         min=0,
         help="Side of the center crop in pixels; 0 for no crop. [default: the checkpoint's, or 224]",
-        rich_help_panel=_PIXELS,
+        rich_help_panel=PIXELS,
     ),
 ]
 Mean = Annotated[
@@ -80,16 +91,20 @@ Mean = Annotated[
     typer.Option(
         help="Mean to subtract from pixels in 0..1: one number, or one per channel (0.5,0.4,0.3). "
         "[default: the checkpoint's, or ImageNet's]",
-        rich_help_panel=_PIXELS,
+        rich_help_panel=PIXELS,
     ),
 ]
 Std = Annotated[
     str | None,
-    typer.Option(help="Standard deviation to divide by, in the same format as --mean.", rich_help_panel=_PIXELS),
+    typer.Option(
+        help="Standard deviation to divide by, in the same format as --mean. "
+        "[default: the checkpoint's, or ImageNet's]",
+        rich_help_panel=PIXELS,
+    ),
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Fail on unreadable images instead of skipping them.", rich_help_panel=_PIXELS),
+    typer.Option("--strict", help="Fail on unreadable images instead of skipping them.", rich_help_panel=PIXELS),
 ]
 Device = Annotated[
     str | None,
@@ -104,3 +119,8 @@ RelativeTolerance = Annotated[
     float,
     typer.Option("--rtol", min=0, help="Largest difference allowed, relative to the largest output for the image."),
 ]
+
+
+def placement(value: str) -> Literal["before_activation", "after_activation"]:
+    """Return the value of --placement as the Python API has it."""
+    return "after_activation" if value.startswith("after") else "before_activation"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from typing import TYPE_CHECKING
 
-from .console import plain, table
+from .console import plain, stdout, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,38 +14,51 @@ if TYPE_CHECKING:
     from bn_insert import Comparison, Edge, Layer, Moments, Site, TrainModeAgreement
 
 
-def site_table(sites: Sequence[Site], moments: Mapping[str, Moments]) -> Table:
-    """Return one row per site: its channels, the ranges of their means and stds, and how many are constant."""
-    result = table(
-        "Activation statistics per layer",
-        *("layer", "kind", "channels", "mean (min .. max)", "std (min .. max)", "error", "constant"),
-        right=("channels", "mean (min .. max)", "std (min .. max)", "error", "constant"),
-    )
+# An error estimated from the spread between fewer batches is not reliable.
+FEWEST_BATCHES = 8
+_NARROW = 100  # columns of a terminal; narrower tables have fewer columns
+_LONGEST_NAME = 30  # characters that are kept on one line
+
+
+def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches: int) -> Table:
+    """Return one row per site: its channels, the ranges of their means and stds, and how many are constant.
+
+    Args:
+        sites: One for each row.
+        moments: By the name of the layer.
+        batches: How many batches the moments were measured on; with few of them, no error is shown.
+    """
+    reliable = batches >= FEWEST_BATCHES and all(moments[site.name].standard_error is not None for site in sites)
+    constant = any(moments[site.name].constant_channels for site in sites)
+    wide = stdout().width >= _NARROW
+    numbers = ("channels", "mean", "std", *["error"] * reliable, *["constant"] * constant)
+    result = table("Activation statistics per layer", "layer", *["kind"] * wide, *numbers, right=numbers)
+    _keep_whole(result, (site.name for site in sites))
     for site in sites:
         found = moments[site.name]
         result.add_row(
             site.name,
-            site.kind,
+            *[site.kind] * wide,
             str(site.channels),
             _range(found.mean.tolist()),
             _range(found.std.tolist()),
-            "-" if found.standard_error is None else f"{found.error_of(0.99):.2g}",
-            str(found.constant_channels or "-"),
+            *[f"{found.error_of(0.99):.2g}"] * reliable,
+            *[str(found.constant_channels or "-")] * constant,
         )
-    result.caption = "error: estimated error of mean and std, in stds, 99th percentile of the channels"
-    if any(moments[site.name].standard_error is None for site in sites):
-        result.caption += "; -: needs two or more batches"
-    result.caption_justify = "left"
+    result.caption = "mean, std: smallest .. largest channel; "
+    if reliable:
+        result.caption += "error: of mean and std, estimated, in stds, for 99 % of the channels (0.1 or less is good)"
+    else:
+        result.caption += f"their error is not estimated from fewer than {FEWEST_BATCHES} batches (see --images and -b)"
     return result
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original and result compared") -> Table:
     """Return one row per comparison, by device."""
-    result = table(
-        title,
-        *("device", "images", "bit-identical", "max abs diff", "max rel diff", "top-1 agreement"),
-        right=("images", "max abs diff", "max rel diff", "top-1 agreement"),
-    )
+    # Outputs that are no logits, of features for example, have no top-1 class.
+    classes = not any(isnan(comparison.top1_agreement) for comparison in comparisons.values())
+    numbers = ("max abs diff", "max rel diff", *["top-1 agreement"] * classes)
+    result = table(title, "device", "images", "bit-identical", *numbers, right=("images", *numbers))
     for device, comparison in comparisons.items():
         result.add_row(
             device,
@@ -52,7 +66,7 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
             plain("yes", style="bold green") if comparison.bit_identical else plain("no", style="bold yellow"),
             f"{comparison.max_abs:.3g}",
             f"{comparison.max_rel:.3g}",
-            f"{comparison.top1_agreement:.2%}",
+            *[f"{comparison.top1_agreement:.2%}"] * classes,
         )
     return result
 
@@ -80,6 +94,7 @@ def edge_table(edges: Sequence[Edge]) -> Table:
     result = table(
         f"Equalized: {equalized} of {len(edges)} layers", "layer", "next layers, or why it was not equalized"
     )
+    _keep_whole(result, (edge.site for edge in edges))
     for edge in edges:
         result.add_row(edge.site, edge.reason or ", ".join(consumer.name for consumer in edge.consumers))
     return result
@@ -87,21 +102,49 @@ def edge_table(edges: Sequence[Edge]) -> Table:
 
 def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> Table:
     """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it."""
+    wide = stdout().width >= _NARROW
     result = table(
         "Conv and dense layers",
-        *("layer", "type", "weight", "output", "parameters", "BatchNorm"),
+        *("layer", *["type"] * wide, "weight", "output", "parameters", "BatchNorm"),
         right=("parameters",),
     )
+    _keep_whole(result, (layer.name for layer in layers))
     for layer in layers:
         result.add_row(
             layer.name,
-            layer.type_name,
+            *[layer.type_name] * wide,
             _dimensions(weights[layer.name]),
             _dimensions(layer.shape[1:]) or "-",
             f"{layer.parameters:,}",
-            plain(f"can be inserted after {layer.site.anchor}", style="green") if layer.site else layer.reason,
+            plain(f"after {layer.site.anchor}", style="green") if layer.site else _reason(layer, wide=wide),
         )
     return result
+
+
+def _reason(layer: Layer, *, wide: bool) -> str:
+    """Return why a layer has no site; in a narrow table, in fewer words."""
+    return layer.reason if wide else layer.reason.replace("already followed by a normalization: ", "normalized by ")
+
+
+def layer_rows(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
+    """Return the contents of `layer_table` as JSON-ready data."""
+    return [
+        {
+            "name": layer.name,
+            "type": layer.type_name,
+            "weight": list(weights[layer.name]),
+            "output": list(layer.shape[1:]),
+            "parameters": layer.parameters,
+            "batchnorm_after": layer.site.anchor if layer.site else None,
+            "reason": layer.reason,
+        }
+        for layer in layers
+    ]
+
+
+def _keep_whole(result: Table, names: Iterable[str]) -> None:
+    """Keep the names in the first column on one line, unless they are very long."""
+    result.columns[0].min_width = min(max(map(len, names), default=0), _LONGEST_NAME)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -109,4 +152,4 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _dimensions(shape: Sequence[int]) -> str:
-    return " x ".join(str(extent) for extent in shape)
+    return "x".join(str(extent) for extent in shape)

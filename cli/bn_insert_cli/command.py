@@ -1,0 +1,99 @@
+"""What all commands have in common: `--quiet` and `--traceback`, and help pages that end with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from .console import set_quiet
+
+_TRACEBACK = "bn_insert.traceback"
+_PANEL = "General"
+
+
+def wants_traceback(ctx: typer.Context) -> bool:
+    """Return whether `--traceback` was given, before or after the name of the command."""
+    return bool(ctx.meta.get(_TRACEBACK))
+
+
+class Command(TyperCommand):
+    """A command with the general options."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Add the general options."""
+        super().__init__(*args, **settings)
+        self.params += _general_options()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters as the help page shows them: the general options last, in a panel of their own."""
+        params = _readable(super().get_params(ctx))
+        params[-1].rich_help_panel = _PANEL  # --help
+        return params
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands with the general options."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Add the general options."""
+        super().__init__(*args, **settings)
+        self.params += _general_options()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters as the help page shows them."""
+        params = _readable(super().get_params(ctx))
+        for param in params:
+            param.rich_help_panel = None  # one panel is enough here
+        return params
+
+
+def _general_options() -> list[Any]:
+    """Return new objects for the general options, declared as those of any command are."""
+    app = typer.Typer(add_completion=False)
+    app.command()(_declaration)
+    return list(get_command(app).params)
+
+
+def _set_quiet(ctx: typer.Context, value: bool) -> None:
+    if value or ctx.parent is None:  # otherwise it would undo what was given before the command
+        set_quiet(value)
+
+
+def _set_traceback(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[_TRACEBACK] = True
+
+
+def _declaration(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "-q",
+            "--quiet",
+            callback=_set_quiet,
+            expose_value=False,
+            rich_help_panel=_PANEL,
+            help="Print only the last line of the result, warnings and errors.",
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            "--traceback",
+            callback=_set_traceback,
+            expose_value=False,
+            rich_help_panel=_PANEL,
+            help="Print the traceback of an error, for a bug report.",
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _readable(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""  # a flag takes no value, so there is no type to name
+    return params
