@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
-from bn_insert_cli.interruption import StopRequest, stop_on_signals
+from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
 from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_process, text_of
 from support.digits import copy_labelled_digits
 
@@ -144,18 +145,19 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     assert (settings["lr_scheduler"], settings["label_smoothing"]) == ("step", 0.1)
 
 
-def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately() -> None:
+def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)  # the process that ends is the one that runs the tests
+    monkeypatch.setattr(signals, "number", None)
     before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGINT)
-        assert stop()
-        assert stop.signal_number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    for second in (signal.SIGINT, signal.SIGTERM):
+        with stop_on_signals() as stop:
+            assert not stop()
             signal.raise_signal(signal.SIGINT)
-        with pytest.raises(SystemExit) as ended:
-            signal.raise_signal(signal.SIGTERM)
-        assert ended.value.code == 128 + signal.SIGTERM
+            assert stop()
+            assert stop.signal_number == signal.SIGINT
+            with pytest.raises(SystemExit) as ended:
+                signal.raise_signal(second)
+            assert ended.value.code == 128 + second
     assert signal.getsignal(signal.SIGINT) is before
 
 
