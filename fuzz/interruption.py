@@ -478,7 +478,7 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def repeated(
+def repeated(  # noqa: PLR0917 - called in two lines
     title: str,
     times: int,
     chosen: Sequence[Case],
