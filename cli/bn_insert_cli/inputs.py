@@ -79,10 +79,19 @@ def is_torchvision_name(checkpoint: str) -> bool:
 
 
 def _transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:
+    from bn_insert import ImageError  # noqa: PLC0415
     from bn_insert.images import Transform  # noqa: PLC0415
 
-    settings = checkpoint.settings
-    stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
+    values = checkpoint.settings.transform if checkpoint.settings else None
+    if values:
+        # What an option replaces does not have to be usable.
+        given = {"resize": options.resize, "crop": options.crop, "mean": options.mean, "std": options.std}
+        usable = {name: value for name, value in Transform().to_dict().items() if given.get(name) is not None}
+        values = {**values, **{name: value for name, value in usable.items() if name in values}}
+    try:
+        stored = Transform.from_dict(values) if values else Transform()
+    except ImageError as error:
+        raise ImageError(f"{checkpoint.path}: the preprocessing in {checkpoint.settings_place}: {error}") from error
     return Transform(
         resize=stored.resize if options.resize is None else options.resize or None,
         crop=stored.crop if options.crop is None else options.crop or None,
