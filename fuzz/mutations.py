@@ -214,6 +214,8 @@ def _structural(kind: Kind, trap: Path) -> list[tuple[str, Mutation]]:  # noqa: 
         return [
             ("zip: entries altered", _zip_entries),
             ("zip: directory altered", _zip_directory),
+            ("zip: ambiguous", _zip_ambiguous),
+            ("zip: ambiguous", _zip_ambiguous),
             ("zip: compressed", _zip_compressed),
             ("zip: bomb", _zip_bomb),
             ("pickle: opcodes altered", lambda content, generator: _in_zip(content, _pickle_opcodes, generator)),
@@ -417,6 +419,38 @@ def _zip_directory(content: bytes, generator: random.Random) -> bytes:
     return bytes(changed)
 
 
+def _zip_ambiguous(content: bytes, generator: random.Random) -> bytes:
+    """Put a pickle that takes memory or time where one reader may find it and another may not."""
+    entries = _entries(content)
+    name, pickled = next(entry for entry in entries if entry[0].endswith("data.pkl"))
+    hostile = _pickle_bomb(pickled, generator)
+    folder, _, member = name.partition("/")
+    cased = "".join(generator.choice((letter.upper(), letter)) for letter in member)
+    folder_cased = "".join(generator.choice((letter.upper(), letter)) for letter in folder)
+    names = (name, f"{folder}/{cased}", f"{folder_cased}/{member}", f"{name}\0more", f"{folder}//{member}")
+    rest = [entry for entry in entries if entry[0] != name]
+    other = _archive([(name, hostile), *rest])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, of names that come twice
+        added = _archive(generator.sample([*entries, (generator.choice(names), hostile)], len(entries) + 1))
+        cased_only = _archive([(f"{folder}/{cased}", hostile), *rest])
+    return generator.choice((added, cased_only, _two_directories(content, other), _two_directories(other, content)))
+
+
+def _two_directories(first: bytes, second: bytes) -> bytes:
+    """Join two archives so that the record at the end names the first's directory, after which is the second's."""
+    if not second.endswith(b"\0\0") or second[-22:-18] != b"PK\5\6":
+        return first + second
+    (length, offset) = struct.unpack("<II", second[-10:-2])
+    (first_length, first_offset) = struct.unpack("<II", first[-10:-2])
+    directory = bytearray(second[offset : offset + length])
+    for place in _all_positions(bytes(directory), b"PK\1\2"):
+        (start,) = struct.unpack_from("<I", directory, place + 42)
+        struct.pack_into("<I", directory, place + 42, start + len(first))
+    record = second[-22:-10] + struct.pack("<II", first_length, first_offset) + b"\0\0"
+    return first + second[:offset] + bytes(directory) + record
+
+
 def _all_positions(content: bytes, mark: bytes) -> list[int]:
     return [place for place in range(len(content)) if content.startswith(mark, place)]
 
@@ -533,6 +567,15 @@ def _pickle_bomb(content: bytes, generator: random.Random) -> bytes:
         identity[1:] + b"tQ0",
         identity[1:] + b"NtQ0",
         b"c_codecs\nencode\nX\x04\x00\x00\x00abcdX\x04\x00\x00\x00zlib\x86R0",
+        b"]c_codecs\nencode\nq\xc7X"
+        + struct.pack("<I", 9000)
+        + b"a" * 9000
+        + b"X\x06\x00\x00\x00latin1\x86q\xc80"
+        + b"h\xc7h\xc8Ra" * 30_000
+        + b"0",
+        b"c_codecs\nencode\nX\x04\x00\x00\x00abcdX\x06\x00\x00\x00utf-32\x86R0",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\n" + many + b"\x85}tR0",
+        b"ctorch._utils\n_rebuild_qtensor\n(NK\x00" + many + b"\x85K\x01\x85NNNtR0",
         b"ccollections\nCounter\n" + many + b"\x85R0",
         b"(" * 100_000,
         b"]" * 100_000,

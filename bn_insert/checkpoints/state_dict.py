@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..support.torch_file import MAX_TENSORS
 
 PREFIXES = ("module.", "model.", "_orig_mod.")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema")
@@ -55,6 +56,8 @@ def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
         CheckpointError: A key is not a string or a value is not such a tensor; the message names the key.
     """
     tensors: dict[str, Tensor] = {}
+    if dict.__len__(content) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {dict.__len__(content):,} keys; more than {MAX_TENSORS:,} are not read")
     # The methods of dict itself: the pickle of an OrderedDict can set attributes that hide them.
     for key, value in dict.items(content):
         if not isinstance(key, str):
@@ -78,7 +81,7 @@ def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is dense and has values: it is not sparse, quantized or on the meta device."""
-    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
 
 
 def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | N
     convs = _blocks([layer for layer in layers if layer.section == "features"])
     dense = _blocks([layer for layer in layers if layer.section == "classifier"])
     _check_chain(convs, dense)
+    _check_biases(convs)
     # On the meta device modules take no memory: the default dense layers of VGG, replaced at once, would take 400 MB.
     with torch.device("meta"):
         vgg = VGG(_features(convs), num_classes=1, init_weights=False)
@@ -183,6 +184,20 @@ def _blocks(layers: Sequence[_Layer]) -> list[_Block]:
         _Block(layers[start], tuple(layers[start + 1 : end]), layers[end] if end < len(layers) else None)
         for start, end in zip(starts, ends, strict=True)
     ]
+
+
+def _check_biases(convs: Sequence[_Block]) -> None:
+    """Refuse a conv without bias among convs that have one: the key got lost.
+
+    Two kinds of convs without bias are common: all of a network, and those directly before a BatchNorm, which has one.
+    """
+    lost = [
+        block.layer.name
+        for block in convs
+        if "bias" not in block.layer.tensors and 1 not in (norm.index - block.layer.index for norm in block.norms)
+    ]
+    if lost and any("bias" in block.layer.tensors for block in convs):
+        _refuse(f"{lost[0]}.bias is missing, and other convs have a bias")
 
 
 def _check_chain(convs: Sequence[_Block], dense: Sequence[_Block]) -> None:

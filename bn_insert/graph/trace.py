@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .operators import Role, has_role, is_activation, is_layer, operation
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
+
+_EXPORTING = threading.RLock()  # torch.export keeps global state
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Trace:
         model = unwrapped(model)
         inputs = Inputs.of(example, 0, model)
         try:
-            with _quiet_export():
+            with _EXPORTING, _quiet_export():
                 program = torch.export.export(working_copy(model), inputs.args, dict(inputs.kwargs), strict=False)
         except Exception as error:  # the user's forward and torch.export may raise anything
             raise GraphError(_why_not_traced(model, inputs, error)) from error

@@ -32,6 +32,9 @@ _SUFFIXES = {
 }
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes))
 
+# The largest picture of 8 bits per channel that Pillow's limit against decompression bombs admits, not compressed.
+_MAX_BYTES = 3 * (1024**3 // 4 // 3) + (1 << 16)
+
 # Pillow's name for the mode that a picture is converted to, by the number of channels that the network takes.
 MODES = {1: "L", 3: "RGB"}
 
@@ -88,7 +91,10 @@ def read_image(path: Path, channels: int) -> Image.Image:
         Exception: Whatever Pillow raises.
     """
     # Read at once: Pillow then decodes a JPEG of 80 kB in 0.8 of the time, and no file stays open.
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+            raise ImageError(f"the file has more than {_MAX_BYTES:,} bytes")
+        content = file.read(_MAX_BYTES + 1)
     if not content:
         raise ImageError("the file is empty")
     Image.init()

@@ -148,16 +148,30 @@ def read_tensor(path: Path) -> Tensor:
         raise ImageError(
             f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save(tensor, path)"
         ) from error
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+    plain = not (tensor.is_nested or tensor.is_quantized or tensor.is_complex()) and tensor.layout == torch.strided
+    if not plain or tensor.device.type != "cpu":
         raise ImageError(
-            f"{path} contains a tensor that is sparse, quantized, complex or without data; save a dense one"
+            f"{path} contains a tensor that is sparse, nested, quantized, complex or without data; save a dense one"
         )
-    # A view may repeat its memory: a file of 1 kB may then expand to terabytes.
+    if not _has_numbers(tensor.dtype):
+        raise ImageError(
+            f"{path} contains a tensor of {tensor.dtype}, which has no values to convert; save it as float32"
+        )
+    # A view may repeat its memory: a file of 1 kB then stands for terabytes.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise ImageError(
             f"{path} of {path.stat().st_size} bytes claims the shape {_shape(tensor)}; save tensor.contiguous()"
         )
     return tensor
+
+
+def _has_numbers(dtype: torch.dtype) -> bool:
+    """Return whether a dtype can be converted to float32: packed and opaque ones cannot."""
+    try:
+        torch.empty(1, dtype=dtype).to(torch.float32)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _read_npy(path: Path) -> Tensor:

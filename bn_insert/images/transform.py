@@ -18,6 +18,8 @@ from ..errors import ImageError
 # padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
 _LONGEST_SIDE = 1 << 14
 _MOST_PIXELS = _LONGEST_SIDE**2
+# In the transform that a file asks for: 50 MB per picture, where the longest side of all would take 0.8 GB.
+_LONGEST_STORED_SIDE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class Transform:
         for name in ("resize", "crop"):
             if values[name] is not None and type(values[name]) is not int:
                 raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a whole number or null")
+            if values[name] is not None and values[name] > _LONGEST_STORED_SIDE:
+                raise ImageError(
+                    f"{name} of a transform is {values[name]}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at "
+                    f"most; if the size is meant, pass it explicitly (--{name})"
+                )
         for name in ("mean", "std"):
             if not isinstance(values[name], Sequence) or not all(map(_is_number, values[name])):
                 raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a list of numbers")

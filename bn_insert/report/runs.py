@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+import msgspec
 
 from ..errors import CheckpointError
+from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
+from ..support.text import printable
 from .provenance import versions
 
 FORMAT = "bn-insert runs"
+_ADVICE = "pass the output directory of a training run"
+_MAX_BYTES = 1 << 26  # thousands of epochs are smaller
 
 
 def run_report(
@@ -39,24 +45,52 @@ def runs_report(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"format": FORMAT, "version": 1, "runs": [dict(run) for run in runs]}
 
 
+class _Epoch(msgspec.Struct):
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    step: Count
+    lr: Finite
+    train_loss: Finite
+    train_accuracy: Fraction
+    val_loss: Finite
+    val_accuracy: Fraction
+    seconds: Finite
+
+
+class _Run(msgspec.Struct):
+    """What pages need of a run; they show whatever else it has."""
+
+    name: str
+    settings: dict[str, Any]
+    epochs: list[_Epoch]
+    batchnorms: Count
+    best_epoch: Count | None
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """Return the run in a `report.json` written by `finetune`.
 
     Raises:
-        CheckpointError: The file cannot be read or is not the report of exactly one training run.
+        CheckpointError: The file cannot be read or is not the report of exactly one training run; the message names
+            the file and the wrong field.
     """
     try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path} has more than {_MAX_BYTES:,} bytes; {_ADVICE}")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}; pass the output directory of a training run"
-        ) from error
-    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error}; run finetune again, with --resume to rewrite the reports"
         ) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or len(data.get("runs", ())) != 1:
+    runs = data.get("runs") if isinstance(data, dict) and data.get("format") == FORMAT else None
+    if not isinstance(runs, list) or len(runs) != 1:
+        raise CheckpointError(f"{path} is not the report of one training run; {_ADVICE}")
+    try:
+        checked(runs[0], _Run)
+        check_depth(runs[0])
+    except SchemaError as error:
         raise CheckpointError(
-            f"{path} is not the report of one training run; pass the output directory of a training run"
-        )
-    return cast("dict[str, Any]", data["runs"][0])
+            f"{path} is damaged: {printable(error)}; run finetune again, with --resume to rewrite the reports"
+        ) from error
+    return cast("dict[str, Any]", runs[0])

@@ -83,11 +83,13 @@ def recalibrate(
         return images, recorder.statistics()
 
     statistics = pooled_over_ranks(measure)
-    result = deep_copy(model)
-    for name, norm in _with_statistics(result).items():
-        if name in statistics.pooled:
-            _set_statistics(norm, name, statistics.pooled[name])
-            norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), statistics.calls[name])
+    with torch.inference_mode(False):  # whatever the caller's mode: the result is to be trained
+        result = deep_copy(model)
+        for name, norm in _with_statistics(result).items():
+            if name in statistics.pooled:
+                _set_statistics(norm, name, statistics.pooled[name])
+                calls = statistics.calls[name]
+                norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), calls)
     return result
 
 

@@ -3,16 +3,33 @@
 `torch.load(weights_only=True)` calls only the functions that rebuild tensors and containers. But a few bytes of pickle
 can still request a terabyte, or build a key whose hash visits 2**200 values. So the opcodes of the pickle are checked
 before they are executed, and the claims of the archive before it is unpacked.
+
+What is checked has to be what torch reads. Of an ambiguous archive Python's zipfile and torch's miniz may read
+different parts: miniz finds members by name in any case, takes the place of the directory from its record at the end
+where zipfile takes what lies before that record, and so on. Instead of imitating miniz, the reader refuses what is
+ambiguous. In an archive by torch.save each of these holds: the record of the directory is the very end of the file,
+directory and record touch, all members are in one folder, their names are those that torch.save uses, and none comes
+twice. Then the two can only find the same bytes. For the same reason only the functions that torch.save writes for
+tensors and plain containers may be called, fewer than `weights_only` allows: each of them is known to take memory in
+proportion to its arguments.
+
+Other ways were considered. fickling decides whether a pickle would run code, not what it would allocate, and does not
+read the archive as torch does. A reader of tensors without torch.load would have to follow every format that torch.save
+has had. A process with limits on memory and time would need a second of imports for each file, and would copy each
+tensor.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from io import BufferedReader
+from math import prod
 from pathlib import Path
 from typing import IO, Protocol, cast, runtime_checkable
 
@@ -21,15 +38,41 @@ import torch
 # torch.save compresses nothing, so the tensors (counting shared ones twice) are about as large as their file.
 MAX_EXPANSION = 10
 
+# Each tensor takes time, however small it is; networks of a thousand layers have fewer.
+MAX_TENSORS = 1 << 14
+
 # Values fetched from the memo, each with all that it contains: allowed beyond what the size of the file allows.
 _MAX_SHARED_VALUES = 1_000_000
 _MAX_DEPTH = 500
 # Called with a number, these allocate that much memory; torch.save never writes such a call.
 _ALLOCATING = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(\w+\.)*\w*(Tensor|Storage)")
+# What torch.save writes for tensors, parameters, containers and the values of optimizers and schedulers.
+_GLOBALS = re.compile(
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|sparse_tensor"
+    r"|meta_tensor_no_storage|nested_tensor)"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.(Parameter|Buffer)"
+    r"|torch\.serialization\._get_layout"
+    r"|torch\.((cuda\.)?\w*Storage|\w*Tensor|Size|device|per_\w+)"
+    r"|torch\.storage\.(UntypedStorage|TypedStorage|_LoadStorage)"
+    r"|torch\.(bool|u?int\d+|q?u?int\d+|q?u?int\d+x\d+|bfloat16|float\w+|complex\d+|bits\w+)"
+    r"|torch\.torch_version\.TorchVersion"
+    r"|collections\.(OrderedDict|Counter|defaultdict)"
+    r"|(__builtin__|builtins)\.(set|frozenset|complex|bytearray|dict|list|tuple|int|float|bool|str|bytes)"
+    r"|_codecs\.encode"
+)
 # Positions in the description of a storage: ("storage", class, key, device, number of elements).
 _KEY, _NUMEL = 2, 4
 
 _ARCHIVE = b"PK\x03\x04"
+_END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_END_SIZE, _END64_SIZE, _LOCATOR64_SIZE = 22, 56, 20
+_MEMBER = re.compile(
+    r"data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]+"
+)
+# What torch.jit.save writes in addition; torch.load refuses such an archive with a message that names the way out.
+_PROGRAM = "constants.pkl"
+_OTHER_MEMBERS = 16
+_ALL = 0xFFFFFFFF
 
 
 class RefusedError(ValueError):
@@ -88,18 +131,65 @@ def _size(file: BufferedReader) -> int:
 
 
 def _check_archive(file: BufferedReader) -> bool:
-    """Check the claims and pickles of an archive; return whether it can be mapped, with nothing compressed."""
+    """Check the layout, claims and pickle of an archive; return whether it can be mapped, with nothing compressed."""
+    _check_end(file)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+        folder = records[0].filename.partition("/")[0] if records else ""
         check_expansion(file, sum(record.file_size for record in records))
-        program = f"{records[0].filename.partition('/')[0]}/constants.pkl" if records else ""
-        if any(record.filename == program for record in records):
-            return False  # TorchScript, which torch.load refuses by name
+        if any(record.filename == f"{folder}/{_PROGRAM}" for record in records):
+            return False
+        _check_members(folder, [record.filename for record in records])
         for record in records:
-            if record.filename.endswith("data.pkl"):
+            if record.filename == f"{folder}/data.pkl":
                 with archive.open(record) as pickled:
                     _check_pickle(_Bounded(pickled, record.file_size), _size(file))
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
+
+
+def _check_end(file: BufferedReader) -> None:
+    """Raise RefusedError unless an archive ends with its directory and one record of it, with nothing in between."""
+    size = _size(file)
+    tail_size = min(size, _END_SIZE + _LOCATOR64_SIZE + _END64_SIZE)
+    file.seek(size - tail_size)
+    tail = file.read(tail_size)
+    file.seek(0)
+    end = tail[-_END_SIZE:]
+    if len(end) < _END_SIZE or not end.startswith(_END) or end[-2:] != b"\0\0":
+        if tail.rfind(_END) < 0:
+            return  # cut off: zipfile reports it
+        raise RefusedError("its zip archive does not end where the file ends")
+    disk, start_disk, here, entries, length, offset = struct.unpack("<4xHHHHII2x", end)
+    directory_end = size - _END_SIZE
+    locator = tail[-_END_SIZE - _LOCATOR64_SIZE : -_END_SIZE]
+    if locator.startswith(_LOCATOR64):
+        directory_end -= _LOCATOR64_SIZE + _END64_SIZE
+        record = tail[: -_END_SIZE - _LOCATOR64_SIZE]
+        if len(record) < _END64_SIZE or not record.startswith(_END64):
+            raise RefusedError("its zip archive has a damaged directory")
+        place = struct.unpack("<4xIQI", locator)
+        size64, disk64, start64, here64, entries64, length64, offset64 = struct.unpack("<4xQ4xIIQQQQ", record)
+        short = (here, 0xFFFF, here64), (entries, 0xFFFF, entries64), (length, _ALL, length64), (offset, _ALL, offset64)
+        if (
+            place != (0, directory_end, 1)
+            or (size64, disk64, start64) != (_END64_SIZE - 12, 0, 0)
+            or any(value not in (unknown, wide) for value, unknown, wide in short)
+        ):
+            raise RefusedError("its zip archive has two directories that contradict each other")
+        here, entries, length, offset = here64, entries64, length64, offset64
+    if (disk, start_disk) != (0, 0) or here != entries or offset + length != directory_end:
+        raise RefusedError("its zip archive has a directory in another place than its last record says")
+    if entries > MAX_TENSORS + _OTHER_MEMBERS:
+        raise RefusedError(f"it has {entries:,} members, more than the limit of {MAX_TENSORS:,} for tensors")
+
+
+def _check_members(folder: str, names: list[str]) -> None:
+    """Raise RefusedError for a name that torch.save does not write, or that comes twice."""
+    for name in names:
+        if not (name.startswith(f"{folder}/") and _MEMBER.fullmatch(name[len(folder) + 1 :])):
+            raise RefusedError(f"it has a member {name[:60]!a}, which torch.save does not write")
+    if len(set(names)) != len(names):
+        raise RefusedError("two of its members have the same name")
 
 
 def _check_pickles(file: BufferedReader) -> None:
@@ -195,9 +285,12 @@ class _Machine:
 
     def _fetch(self, value: _Value) -> None:
         self._fetched += value.weight
+        self._check_fetched()
+        self._stack.append(value)
+
+    def _check_fetched(self) -> None:
         if self._fetched > _MAX_SHARED_VALUES + MAX_EXPANSION * self._size:
             raise RefusedError("it refers to shared values so often that expanding them would take unbounded time")
-        self._stack.append(value)
 
     def _taken(self, opcode: pickletools.OpcodeInfo) -> list[_Value]:
         """Pop the operands of an opcode, in the order of the stack, without the mark."""
@@ -221,6 +314,8 @@ class _Machine:
         made = _Value()
         if name == "GLOBAL":
             made.content = str(argument).replace(" ", ".")
+            if not _GLOBALS.fullmatch(made.content):  # in the words of torch.load
+                raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {made.content} is not allowed")
         elif isinstance(argument, int | str):
             made.content = argument
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
@@ -231,6 +326,33 @@ class _Machine:
     def _check_call(self, function: _Value, arguments: _Value) -> None:
         if isinstance(function.content, str) and _ALLOCATING.fullmatch(function.content) and arguments.weight > 1:
             raise RefusedError(f"it calls {function.content}, as torch.save never does")
+        if function.content == "_codecs.encode":
+            self._check_encoding(arguments)
+        elif function.content == "torch._utils._rebuild_qtensor":
+            self._check_size(arguments)
+        elif function.content == "torch._tensor._rebuild_from_type_v2":  # calls its first argument with its third
+            if not isinstance(arguments.content, tuple) or len(arguments.content) < 3:
+                raise RefusedError(f"it calls {function.content}, but not as torch.save does")
+            self._check_call(arguments.content[0], arguments.content[2])
+
+    def _check_encoding(self, arguments: _Value) -> None:
+        """Check a call by which pickle protocol 2 stores bytes: of the text of the file itself, in Latin-1."""
+        items = arguments.content if isinstance(arguments.content, tuple) else ()
+        text, encoding = items if len(items) == 2 else (_Value(), _Value())
+        if not isinstance(text.content, str) or encoding.content != "latin1":
+            raise RefusedError("it calls _codecs.encode, as torch.save never does")
+        self._fetched += len(text.content)
+        self._check_fetched()
+
+    def _check_size(self, arguments: _Value) -> None:
+        """Check the size of a quantized tensor, the only one that is allocated before its storage is assigned."""
+        items = arguments.content if isinstance(arguments.content, tuple) else ()
+        size = items[2].content if len(items) > 2 else None
+        sides = [side.content for side in size] if isinstance(size, tuple) else [None]
+        if not all(isinstance(side, int) for side in sides):
+            raise RefusedError("it has a quantized tensor of unknown size")
+        if prod(cast("list[int]", sides)) > MAX_EXPANSION * self._size:
+            raise RefusedError(f"it claims a quantized tensor of shape {sides} in a file of {self._size:,} bytes")
 
     def _check_storages(self, identity: list[_Value]) -> None:
         """Check that the storages of the tensors need no more memory than the size of the file allows."""
@@ -241,6 +363,8 @@ class _Machine:
         if key not in self._storages and isinstance(numel, int):
             self._storages.add(key)
             self._claimed += numel
+            if len(self._storages) > MAX_TENSORS:
+                raise RefusedError(f"it has more than {MAX_TENSORS:,} tensors")
         if self._claimed > MAX_EXPANSION * self._size:
             raise RefusedError(
                 f"it claims to contain {self._claimed:,} values in a file of {self._size:,} bytes; it is damaged or "

@@ -96,6 +96,7 @@ def fold(model: AnyModule, example: Any) -> FoldResult[AnyModule]:
     )
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained
 def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
     """Return a copy of the model with every fold of the plan applied."""
     result = deep_copy(model)

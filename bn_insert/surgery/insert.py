@@ -215,6 +215,7 @@ def insert_at(
     return _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)[0]
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained
 def _with_norms(
     model: AnyModule,
     sites: Sequence[Site],

@@ -115,6 +115,7 @@ def finetune(
         if resume and existing:
             state = load_state(folder / STATE)
             state.check_continues(settings, data, folder / STATE)
+            state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, ranks, device)
             progress = state.progress
             del state  # it has a second copy of the weights

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TrainingError
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
+from ..support.schema import Count, Finite, SchemaError, checked
+from ..support.text import first_line, printable
+from ..support.torch_file import load_torch_file
 from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings
@@ -56,6 +60,31 @@ class TrainingState:
             if self.data.get(name) != data.get(name):
                 raise TrainingError(f"{path} belongs to another run: its {name} differ from this run's; {advice}")
 
+    def check_fits(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        path: Path,
+    ) -> None:
+        """Raise CheckpointError unless this state, read from `path`, can be restored.
+
+        Args:
+            network: The network of the run.
+            optimizer: Its optimizer.
+            steps: Steps per epoch.
+            path: The file, for messages.
+        """
+        try:
+            if self.progress.step > steps:
+                raise SchemaError(f"the field step is {self.progress.step}, and an epoch has {steps} steps")
+            _check_model(self.model, network)
+            _check_optimizer(self.optimizer, optimizer)
+            if len(self.random) != self.data["processes"]:
+                raise SchemaError(f"the field random has {len(self.random)} entries, one is needed for each process")
+        except SchemaError as error:
+            raise _damaged(path, error) from error
+
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, device: torch.device) -> None:
         """Put network, optimizer and this process's generators into this state."""
         network.load_state_dict(self.model)
@@ -91,28 +120,141 @@ def write_state(state: TrainingState, path: Path) -> None:
         torch.save(content, file)
 
 
+_Value = bool | int | float | str | None
+
+
+class _Content(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of a file; of model, optimizer and random more is checked in `TrainingState.check_fits`."""
+
+    format: str
+    settings: dict[str, _Value]
+    data: dict[str, str | int | list[str] | dict[str, int | list[Finite] | None]]
+    epoch: Count
+    step: Count
+    seen: tuple[Finite, Finite, Finite]
+    history: list[EpochMetrics]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    random: list[dict[str, Any]]
+
+
 def load_state(path: Path) -> TrainingState:
     """Read a state, on the CPU; no code from the file is ever run.
 
     Raises:
-        CheckpointError: For a file that cannot be read, or is not such a state.
+        CheckpointError: For a file that cannot be read, or is not such a state; the message names the wrong field.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise CheckpointError(
-                f"{path} is not a training state written by this version of bn-insert; choose another output folder"
-            )
-        progress = Progress(
-            epoch=content.pop("epoch"),
-            step=content.pop("step"),
-            seen=Totals(*content.pop("seen")),
-            history=tuple(EpochMetrics(**epoch) for epoch in content.pop("history")),
+        with path.open("rb") as file:
+            loaded = load_torch_file(file)
+    except Exception as error:  # parsers raise anything for a damaged file
+        raise CheckpointError(
+            f"{path} cannot be read: {printable(first_line(error))[:300]}; start again with overwrite=True (--force)"
+        ) from error
+    if not isinstance(loaded, dict) or dict.get(loaded, "format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} is not a training state written by this version of bn-insert; choose another output folder"
         )
-        return TrainingState(progress=progress, **content)
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read: {reason}; start again with overwrite=True (--force)") from error
+    try:
+        content: _Content = checked(dict(dict.items(loaded)), _Content)
+        _check_progress(content)
+        for number, states in enumerate(content.random):
+            _check_random(states, f"random[{number}]")
+    except SchemaError as error:
+        raise _damaged(path, error) from error
+    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history))
+    # The dicts themselves: the state dict of a model carries the versions of its modules.
+    model, optimizer = loaded["model"], loaded["optimizer"]
+    return TrainingState(content.settings, content.data, progress, model, optimizer, content.random)
+
+
+def _damaged(path: Path, error: SchemaError) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {printable(error)[:300]}; start again with overwrite=True (--force)")
+
+
+def _check_progress(content: _Content) -> None:
+    if content.epoch != len(content.history):
+        raise SchemaError(
+            f"the field epoch is {content.epoch}, and the field history has {len(content.history)} epochs"
+        )
+    for number, epoch in enumerate(content.history):
+        for name, value in asdict(epoch).items():
+            if not math.isfinite(value) or not 0 <= epoch.val_accuracy <= 1:
+                raise SchemaError(f"the field history[{number}].{name} is {value}")
+        if epoch.epoch != number + 1:
+            raise SchemaError(f"the field history[{number}].epoch is {epoch.epoch}, not {number + 1}")
+    _, correct, images = content.seen
+    if not 0 <= correct <= images or (images > 0) != (content.step > 0):
+        raise SchemaError(f"the field seen is {content.seen}, which does not fit the {content.step} steps of the epoch")
+
+
+def _check_model(model: Mapping[str, Any], network: nn.Module) -> None:
+    wanted = network.state_dict()
+    for key in sorted(wanted.keys() ^ dict(model).keys()):
+        raise SchemaError(f"the field model.{key} is " + ("missing" if key in wanted else "not one of the network"))
+    for key, value in wanted.items():
+        _check_tensor(model[key], value.shape, value.dtype, f"model.{key}")
+
+
+def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    own = optimizer.state_dict()
+    if state.keys() != own.keys():
+        raise SchemaError(f"the field optimizer has not the fields {', '.join(own)}")
+    _check_groups(state["param_groups"], own["param_groups"])
+    _check_moments(state["state"], optimizer)
+
+
+def _check_groups(groups: object, own: list[dict[str, Any]]) -> None:
+    if not isinstance(groups, list) or len(groups) != len(own):
+        raise SchemaError("the field optimizer.param_groups does not have the groups of this run")
+    for number, (group, wanted) in enumerate(zip(groups, own, strict=True)):
+        place = f"optimizer.param_groups[{number}]"
+        if not isinstance(group, dict) or group.keys() != wanted.keys():
+            raise SchemaError(f"the field {place} has not the fields {', '.join(wanted)}")
+        for name, value in wanted.items():
+            if name == "lr":  # set in each step
+                checked(group[name], Finite, f"{place}.lr")
+            elif type(group[name]) is not type(value) or repr(group[name]) != repr(value):
+                raise SchemaError(f"the field {place}.{name} is {group[name]!r:.60}, not {value!r:.60}")
+
+
+def _check_moments(moments: object, optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(moments, dict):
+        raise SchemaError("the field optimizer.state is not a dict")
+    for key, values in moments.items():
+        place = f"optimizer.state[{key!r:.20}]"
+        if type(key) is not int or not 0 <= key < len(parameters) or not isinstance(values, dict):
+            raise SchemaError(f"the field {place} does not belong to a parameter of the network")
+        if values.keys() != _MOMENTS[type(optimizer)]:
+            raise SchemaError(f"the field {place} has not the fields {', '.join(sorted(_MOMENTS[type(optimizer)]))}")
+        for name, value in values.items():
+            if name == "step":
+                _check_tensor(value, torch.Size(), torch.float32, f"{place}.step")
+            elif value is not None:
+                _check_tensor(value, parameters[key].shape, parameters[key].dtype, f"{place}.{name}")
+
+
+_MOMENTS = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+
+
+def _check_random(states: Mapping[str, Any], place: str) -> None:
+    if "cpu" not in states or not states.keys() <= {"cpu", "cuda"}:
+        raise SchemaError(f"the field {place} has not the fields cpu and cuda")
+    for name, value in states.items():
+        size = torch.get_rng_state().shape if name == "cpu" else torch.Size([16])
+        _check_tensor(value, size, torch.uint8, f"{place}.{name}")
+    try:
+        torch.Generator().set_state(states["cpu"])
+    except RuntimeError as error:
+        raise SchemaError(f"the field {place}.cpu is not the state of a generator: {first_line(error)}") from error
+
+
+def _check_tensor(value: object, shape: torch.Size, dtype: torch.dtype, place: str) -> None:
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided or value.is_meta:
+        raise SchemaError(f"the field {place} is not a dense tensor")
+    if value.shape != shape or value.dtype != dtype:
+        raise SchemaError(f"the field {place} is {tuple(value.shape)} {value.dtype}, not {tuple(shape)} {dtype}")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
 
     settings = checkpoint.settings
     in_file = settings is not None and bool(settings.transform)
-    stored = Transform.from_dict(settings.transform) if settings and settings.transform else Transform()
+    stored = _stored_transform(checkpoint, options)
     given = [name for name in ("resize", "crop", "mean", "std") if getattr(options, name) is not None]
     origin = "from the checkpoint" if in_file else "ImageNet's, the default: the checkpoint stores none"
     if len(given) == 4:
@@ -167,6 +167,21 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
         std=stored.std if options.std is None else numbers(options.std, "--std"),
     )
     return transform, origin
+
+
+def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:
+    """Return the preprocessing that a checkpoint stores, or ImageNet's; what an option replaces need not be usable."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import Transform  # noqa: PLC0415
+
+    values = checkpoint.settings.transform if checkpoint.settings else None
+    if not values:
+        return Transform()
+    replaced = {name: value for name, value in Transform().to_dict().items() if getattr(options, name) is not None}
+    try:
+        return Transform.from_dict({**values, **{name: value for name, value in replaced.items() if name in values}})
+    except ImageError as error:
+        raise ImageError(f"{checkpoint.path}: the preprocessing in {checkpoint.settings_place}: {error}") from error
 
 
 def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:

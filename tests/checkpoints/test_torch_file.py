@@ -1,7 +1,10 @@
 """A few bytes of pickle that ask for more than the file can justify, and files that must go on being read."""
 
 import pickle
+import re
 import struct
+import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,6 +35,25 @@ BOMBS = {
     "a key nested so deep that its hash overflows the stack": (b"})" + b"\x85" * 100_000 + b"K\x01s", "500 deep"),
     "a text of a terabyte": (b"\x8e" + struct.pack("<Q", 1 << 40), "announces 1,099,511,627,776 bytes"),
 }
+
+
+BOMBS["text that an encoding expands"] = (
+    b"c_codecs\nencode\nX\x04\x00\x00\x00abcdX\x05\x00\x00\x00utf32\x86R",
+    "calls _codecs.encode, as torch.save never does",
+)
+BOMBS["a text encoded ever again"] = (
+    b"]c_codecs\nencode\nq\xc7X" + struct.pack("<I", 20_000) + b"a" * 20_000 + b"X\x06\x00\x00\x00latin1\x86q\xc8"
+    b"0" + b"h\xc7h\xc8Ra" * 30_000,
+    "refers to shared values so often",
+)
+BOMBS["a terabyte through another function"] = (
+    b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\n" + MANY + b"\x85}tR",
+    "calls __builtin__.bytearray",
+)
+BOMBS["a quantized tensor of terabytes"] = (
+    b"ctorch._utils\n_rebuild_qtensor\n(NK\x00" + MANY + b"\x85K\x01\x85NNNtR",
+    "claims a quantized tensor",
+)
 
 
 def in_archive(path: Path, opcodes: bytes) -> None:
@@ -67,6 +89,76 @@ def test_a_file_that_asks_for_the_impossible_is_refused_with_the_reason(
         load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ImageError, match=rf"x.pt .*{words}"):
         tensor_batches(tmp_path / "x.pt")
+
+
+BOMB = b"\x80\x02c__builtin__\nbytearray\n" + MANY + b"\x85R."
+SOUND = pickle.dumps({}, 2)
+
+
+def directory_of(whole: bytes) -> tuple[bytes, bytes, bytes]:
+    """Split an archive into its members, its directory, and the record at its end."""
+    *_, length, offset = struct.unpack("<4xHHHHII", whole[-22:-2])
+    return whole[:offset], whole[offset : offset + length], whole[-22:]
+
+
+def two_directories(path: Path) -> None:
+    """The record at the end gives the place of one directory, and another one is directly before the record."""
+    parts = []
+    for content in (BOMB, SOUND):
+        in_archive(path, content[2:-1])
+        parts.append(directory_of(path.read_bytes()))
+    (bomb, hidden, _), (sound, shown, end) = parts
+    moved = bytearray(shown)
+    for place in [match.start() for match in re.finditer(b"PK\x01\x02", shown)]:
+        (offset,) = struct.unpack_from("<I", shown, place + 42)
+        struct.pack_into("<I", moved, place + 42, offset + len(bomb))
+    size = max(len(hidden), len(shown))
+    record = end[:12] + struct.pack("<II", size, len(bomb) + len(sound)) + end[20:]
+    path.write_bytes(bomb + sound + hidden.ljust(size, b"\0") + bytes(moved).ljust(size, b"\0") + record)
+
+
+def members(path: Path, *named: tuple[str, bytes]) -> None:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")
+        for name, content in (*named, ("x/version", b"3\n")):
+            archive.writestr(name, content)
+
+
+AMBIGUOUS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a name in other case": (lambda path: members(path, ("x/Data.pkl", BOMB)), "has a member 'x/Data.pkl'"),
+    "the same name twice": (
+        lambda path: members(path, ("x/data.pkl", SOUND), ("x/data.pkl", BOMB)),
+        "two of its members have the same name",
+    ),
+    "another folder": (lambda path: members(path, ("x/data.pkl", SOUND), ("y/data.pkl", BOMB)), "has a member 'y/"),
+    "two directories": (two_directories, "directory in another place"),
+    "a comment at its end": (
+        lambda path: (in_archive(path, b"}"), path.write_bytes(path.read_bytes()[:-2] + b"\x04\0more"))[0],
+        "does not end where the file ends",
+    ),
+    "bytes after its end": (
+        lambda path: (in_archive(path, b"}"), path.write_bytes(path.read_bytes() + b"more"))[0],
+        "does not end where the file ends",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_an_archive_that_readers_could_take_in_two_ways_is_refused(kind: str, tmp_path: Path) -> None:
+    write, words = AMBIGUOUS[kind]
+    write(tmp_path / "x.pt")
+    with (tmp_path / "x.pt").open("rb") as file, pytest.raises(RefusedError, match=words):
+        load_torch_file(file)
+    with pytest.raises(CheckpointError, match=rf"x.pt was refused: .*{words}"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_thousands_of_small_tensors_are_refused_quickly(tmp_path: Path) -> None:
+    torch.save({f"features.{number}.weight": torch.zeros(1) for number in range(60_000)}, tmp_path / "x.pt")
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=r"x.pt was refused: it has 60,00\d members"):
+        load_checkpoint(tmp_path / "x.pt")
+    assert time.process_time() - started < 5
 
 
 def deep(levels: int) -> list[Any]:

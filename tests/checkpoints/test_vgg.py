@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from urllib.error import URLError
 
 import pytest
@@ -61,9 +62,18 @@ CONVS = st.builds(
     Conv, width=st.integers(1, 5), pool=st.booleans(), norm=NORMS, kernel=st.sampled_from([1, 3]), bias=st.booleans()
 )
 DENSE = st.builds(Dense, width=st.integers(1, 5), dropout=st.booleans(), norm=NORMS, bias=st.booleans())
+
+
+def with_usual_biases(convs: list[Conv]) -> tuple[Conv, ...]:
+    """Convs without a bias are all of a network, or directly before a BatchNorm."""
+    if not any(conv.bias for conv in convs):
+        return tuple(convs)
+    return tuple(replace(conv, bias=conv.bias or conv.norm != "before") for conv in convs)
+
+
 SPECS = st.builds(
     Spec,
-    convs=st.lists(CONVS, min_size=1, max_size=5).map(tuple),
+    convs=st.lists(CONVS, min_size=1, max_size=5).map(with_usual_biases),
     dense=st.lists(DENSE, max_size=3).map(tuple),
     channels=st.integers(1, 4),
     classes=st.integers(1, 4),
@@ -382,3 +392,26 @@ def test_a_name_that_is_not_offered_is_refused_with_those_that_are() -> None:
         CheckpointError, match="'resnet18' is not a network of torchvision known here; use vgg11, vgg13, vgg16, vgg19"
     ):
         torchvision_checkpoint("resnet18")
+
+
+@pytest.mark.parametrize("key", ["features.0.bias", "features.2.bias"])
+def test_one_missing_bias_among_convs_with_one_is_named(key: str) -> None:
+    state = vgg_spec_state()
+    del state[key]
+    with pytest.raises(CheckpointError, match=rf"{key} is missing, and other convs have a bias"):
+        vgg_from_state_dict(state)
+
+
+def test_no_layer_with_a_bias_is_a_network_without_biases() -> None:
+    state = {name: value for name, value in vgg_spec_state().items() if not name.endswith("bias")}
+    assert all(module.bias is None for module in vgg_from_state_dict(state).features if isinstance(module, nn.Conv2d))
+
+
+def vgg_spec_state() -> dict[str, Tensor]:
+    """Return two convs and two dense layers, all with biases."""
+    shapes = {"features.0": (4, 3, 3, 3), "features.2": (4, 4, 3, 3), "classifier.0": (8, 16), "classifier.2": (3, 8)}
+    state = {}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape)
+        state[f"{name}.bias"] = torch.randn(shape[0])
+    return state

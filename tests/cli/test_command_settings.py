@@ -10,9 +10,10 @@ import pytest
 from torch import nn
 
 import bn_insert.checkpoints.read
-from bn_insert import save_checkpoint
+from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.demo import images_path, network_path
-from support.commands import AS_STORED, Run, text_of
+from bn_insert.images import Transform
+from support.commands import AS_STORED, Run, assert_refused, text_of
 
 FEW = (*AS_STORED, "--images", "16")
 
@@ -61,3 +62,11 @@ def test_a_command_reads_its_checkpoint_once(run: Run, digits: Path, monkeypatch
     run("fold", "out.pth", "-o", "folded.pth")
     run("inspect", "folded.pth")
     assert read == ["net.pth", "out.pth", "folded.pth"]
+
+
+def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, digits: Path) -> None:
+    network = load_checkpoint(network_path())
+    save_checkpoint(network, "x.pth", transform=Transform(resize=None).to_dict() | {"crop": 16384})
+    command = ("insert", "x.pth", digits, "-o", "out.pth", "--resize", 0, "--mean", 0, "--std", 1, "-j", 0)
+    assert_refused(run(*command), "error: x.pth: the preprocessing in its metadata: crop of a transform is 16384")
+    assert run(*command, "--crop", 0).exit_code == 0

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bn_insert import BNInsertError, compare_outputs, insert_batchnorm, recalibrate, train_mode_agreement
+from bn_insert import (
+    BNInsertError,
+    compare_outputs,
+    fold_batchnorm,
+    insert_batchnorm,
+    recalibrate,
+    train_mode_agreement,
+)
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {
     "in place": lambda layer: layer.weight.mul_(1.5),
@@ -52,6 +60,33 @@ def test_a_model_that_writes_to_its_parameters_is_refused_and_unchanged(write: s
     with pytest.raises(BNInsertError, match=r"changes its parameter c\.(weight|bias) in place|cannot trace Writing"):
         calls(model, torch.rand(8, 3, 8, 8))[call]()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+
+def test_threads_that_insert_at_once_all_succeed() -> None:
+    models = [small() for _ in range(8)]
+    inputs = [torch.rand(4, 3, 10 + number, 10) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda model, x: insert_batchnorm(model, [x], include_output=True), models, inputs))
+    assert all(torch.equal(result(x), model(x)) for result, model, x in zip(results, models, inputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["insert_batchnorm", "fold_batchnorm", "recalibrate"])
+def test_a_result_made_in_inference_mode_can_be_trained(name: str) -> None:
+    x = torch.rand(4, 3, 10, 10)
+    with torch.inference_mode():
+        model = small()
+        made = {
+            "insert_batchnorm": lambda: insert_batchnorm(model, [x], include_output=True),
+            "fold_batchnorm": lambda: fold_batchnorm(model, x),
+            "recalibrate": lambda: recalibrate(model, [x]),
+        }[name]()
+    assert not any(value.is_inference() for value in made.state_dict().values())
+    made.train()(x).sum().backward()
+    torch.optim.SGD(made.parameters(), 0.1).step()
 
 
 def test_a_model_that_assigns_new_values_is_run_and_unchanged() -> None:

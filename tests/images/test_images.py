@@ -20,7 +20,8 @@ from torchvision.models import VGG16_Weights
 
 from bn_insert.errors import ImageError
 from bn_insert.images import Batches, Transform, find_images, image_batches, open_batches, sample
-from bn_insert.images.files import read_image
+from bn_insert.images.batches import Unreadable
+from bn_insert.images.files import read_image, read_pixels
 
 PLAIN = Transform(resize=None, crop=8, mean=(0.0,), std=(1.0,))
 PHOTOGRAPH = load_sample_image("china.jpg")
@@ -532,3 +533,13 @@ def test_a_killed_worker_is_reported_as_such(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr("bn_insert.images.reader.read_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; use fewer workers"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))
+
+
+def test_a_file_of_gigabytes_is_skipped_without_being_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.jpg").open("wb") as file:
+        file.truncate(3 << 30)
+    started = time.process_time()
+    result = read_pixels(tmp_path / "x.jpg", Transform(), 3)
+    assert isinstance(result, Unreadable)
+    assert result.reason == "the file has more than 268,500,991 bytes"
+    assert time.process_time() - started < 1

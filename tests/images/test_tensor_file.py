@@ -251,3 +251,16 @@ def test_options_out_of_range_are_refused(saved: Path) -> None:
         open_batches(saved, Transform(), images=0)
     with pytest.raises(ImageError, match="images is -1; use 1 or more"):
         tensor_batches(saved).head(-1)
+
+
+@pytest.mark.parametrize("name", ["nested", "bits8", "float4"])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_numbers_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    values = {
+        "nested": lambda: torch.nested.nested_tensor([torch.rand(3, 4, 4), torch.rand(3, 4, 5)]),
+        "bits8": lambda: torch.zeros(2, 3, 4, 4, dtype=torch.uint8).view(torch.bits8),
+        "float4": lambda: torch.zeros(2, 3, 4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    }[name]()
+    torch.save(values, tmp_path / "x.pt")
+    with pytest.raises(ImageError, match=r"x\.pt "):
+        list(tensor_batches(tmp_path / "x.pt"))

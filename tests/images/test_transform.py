@@ -131,3 +131,10 @@ def test_no_warning_comes_of_normalizing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Transform()(Image.new("RGB", (4, 4)))
+
+
+@pytest.mark.parametrize("name", ["resize", "crop"])
+def test_a_file_may_not_ask_for_pictures_of_nearly_a_gigabyte(name: str) -> None:
+    values = Transform().to_dict() | {name: 16384}
+    with pytest.raises(ImageError, match=rf"{name} of a transform is 16384, and a file may ask for 4096 .*--{name}"):
+        Transform.from_dict(values)

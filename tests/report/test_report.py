@@ -273,6 +273,41 @@ def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: str | None, w
         read_run(tmp_path / "report.json")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 3),
+        ("settings", []),
+        ("epochs", {}),
+        ("batchnorms", "x"),
+        ("batchnorms", -1),
+        ("best_epoch", "x"),
+        ("best_epoch", 10**30),
+        ("epochs", [3]),
+        ("epochs", [{"epoch": 1}]),
+        ("val_loss", float("nan")),
+        ("val_accuracy", 7),
+        ("epoch", 10**30),
+    ],
+)
+def test_a_wrong_field_of_a_run_is_named_with_its_file(tmp_path: Path, key: str, value: object) -> None:
+    data = json.loads(json.dumps(runs_report([run("plain")])))
+    target = data["runs"][0] if key in data["runs"][0] else data["runs"][0]["epochs"][0]
+    target[key] = value
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"report.json is damaged: the field .*{key}"):
+        read_run(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"runs": 3, "format": "bn-insert runs"}', '{"a":' * 900 + "1" + "}" * 900]
+)
+def test_a_deep_report_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"report.json is not"):
+        read_run(tmp_path / "report.json")
+
+
 def test_a_layer_without_varying_channels_has_a_page_too() -> None:
     data = insertion()
     norm = next(layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer)
