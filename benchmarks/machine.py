@@ -7,7 +7,8 @@ import platform
 from pathlib import Path
 
 import torch
-from bn_insert.report.report import versions
+
+from bn_insert.report import versions
 
 
 def machine() -> str:

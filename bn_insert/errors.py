@@ -6,7 +6,7 @@ class BNInsertError(Exception):
 
 
 class CheckpointError(BNInsertError):
-    """A checkpoint cannot be read or written, or holds no network that can be rebuilt."""
+    """A checkpoint cannot be read or written, or does not contain a network that can be rebuilt."""
 
 
 class GraphError(BNInsertError):

@@ -478,7 +478,7 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def repeated(
+def repeated(  # noqa: PLR0917 - what a trial is, in the order of its parts
     title: str,
     times: int,
     chosen: Sequence[Case],

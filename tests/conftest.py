@@ -31,6 +31,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the charts of training runs, which take most of the time of a short run."""
+    monkeypatch.setattr("bn_insert.training.results.write_curves", lambda _history, path: path.touch())
+    monkeypatch.setattr("bn_insert.report.page.run_charts", lambda _runs: ())
+
+
+@pytest.fixture
 def unchecked() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a function without the tests' run-time type check: what a caller meets who passes another type."""
     return inspect.unwrap

@@ -1,6 +1,6 @@
 """What does a training step with Batch Renormalization cost, against the same step with nn.BatchNorm2d?
 
-    python benchmarks/renorm/step_cost.py --rounds 40
+    python -m benchmarks.renorm.step_cost --rounds 40
 
 VGG11's convolutions with BatchNorm and a linear head: forward, backward and SGD. In each round every kind of layer
 takes one step, in random order; a ratio is between two steps of one round, so that other load on the machine meets

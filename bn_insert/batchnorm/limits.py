@@ -49,8 +49,8 @@ class ConstantLimits:
         TrainingError: If a limit is out of range.
 
     Examples:
-        >>> ConstantLimits(r_max=3).at(step=100, learning_rate=0.01)
-        Limits(r_max=3, d_max=inf)
+        >>> ConstantLimits(r_max=3.0).at(step=100, learning_rate=0.01)
+        Limits(r_max=3.0, d_max=inf)
     """
 
     r_max: float = math.inf

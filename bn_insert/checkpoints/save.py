@@ -36,7 +36,7 @@ def save_checkpoint(
     `.safetensors` file has its settings in the header.
 
     Wrappers such as torch.compile, DataParallel and DistributedDataParallel are not saved. Writing is atomic: after a
-    kill at any moment the path has the old file or the new one, whole. No other file is written or removed; a
+    kill at any moment the path has the old file or the new one, complete. No other file is written or removed; a
     `NAME.json` that an older bn-insert wrote beside the `.pth` stays, unused, since settings in the file come first.
 
     Args:
@@ -104,7 +104,7 @@ def _state_dict(network: nn.Module) -> OrderedDict[str, Tensor]:
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value):
             raise CheckpointError(f"{key} is not an ordinary dense tensor with values; only those can be stored")
     result = OrderedDict(independent(state))
-    # Versions of modules, by which PyTorch tells how a state dict was written. Other values might not load again.
+    # Versions of modules, by which PyTorch recognizes how a state dict was written. Other values might not load again.
     versions = {
         name: {key: value for key, value in entry.items() if isinstance(value, int | str | None)}
         for name, entry in getattr(state, "_metadata", {}).items()

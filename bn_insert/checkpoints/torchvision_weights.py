@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torchvision
-
 from ..errors import CheckpointError
 from .read import Checkpoint
 
@@ -22,6 +20,8 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: Another name, or the weights are not available.
     """
+    import torchvision  # noqa: PLC0415 - takes a second, and only this function needs it
+
     if name not in NAMES:
         raise CheckpointError(f"{name!r:.60} is not a network of torchvision known here; use {', '.join(NAMES)}")
     weights = torchvision.models.get_model_weights(name).DEFAULT

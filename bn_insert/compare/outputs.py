@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +86,7 @@ def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
     torchvision has VGG16 weights with a NaN classifier, which are meant for their features (IMAGENET1K_FEATURES).
 
     Returns:
-        Of a VGG whose classifier holds NaN or Inf, everything before it, with the remark that says so; of any other
+        For a VGG whose classifier contains NaN or Inf, everything before it, with a remark that says so; for any other
         model, the model itself with an empty remark.
     """
     from torchvision.models import VGG  # noqa: PLC0415 - takes a second, and the API works without it
@@ -99,19 +98,7 @@ def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
     ):
         return model, ""
     part = nn.Sequential(model.features, model.avgpool)
-    return part, "The classifier holds NaN or Inf, so outputs are compared before it."
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and restore the training flag of every module afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    return part, "The classifier contains NaN or Inf, so outputs are compared before it."
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Inputs:
             model: Its forward's parameters determine which values of the batch are used.
 
         Raises:
-            CalibrationError: If the batch does not hold what the forward takes.
+            CalibrationError: If the batch does not contain what the forward takes.
         """
         if isinstance(batch, Inputs):
             return batch
@@ -128,7 +128,7 @@ def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
     if isinstance(value, Tensor) and not several:
         if not value.is_floating_point():
             raise CalibrationError(
-                f"batch {number} holds {value.dtype}; convert and scale the images to floating point first, as for "
+                f"batch {number} contains {value.dtype}; convert and scale the images to floating point first, as for "
                 "training"
             )
         return Inputs((value,))

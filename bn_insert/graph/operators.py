@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 Condition = Callable[[fx.Node], bool]
-"""Whether a claim holds for one call of an operation; it may depend on the arguments of the call."""
+"""Whether a claim is true for one call of an operation, which may depend on the arguments of the call."""
 
 
 class Role(Enum):
@@ -64,7 +64,7 @@ def writes_in_place(node: fx.Node) -> bool:
 
 
 def always(_node: fx.Node) -> bool:
-    """The claim holds for every call."""
+    """The claim is true for every call."""
     return True
 
 
@@ -143,7 +143,7 @@ class Operator:
 #              No constant other than zero is added, compared with, or cut off at.
 # scale        f(a * x) = a * f(x) up to rounding for each channel's own a, negative ones included. Folding needs it.
 # shift        f(x + b) = f(x) + b up to rounding for each channel's own b. Folding of a BatchNorm that shifts needs it.
-# needs_order  True where `scale` holds only for a >= 0, which keeps the order of values, as for a maximum.
+# needs_order  True if `scale` is true only for a >= 0, which preserves the order of values, as for a maximum.
 # dims         number of axes that are positions, of a pooling or resizing. With one axis fewer than batch, channels and
 #              positions, torch takes the channels for positions.
 # per_image    module classes that do no more than this operation and, in eval mode, treat each image by itself:

@@ -1,4 +1,4 @@
-"""The conv and dense layers of a model, and the sites where a BatchNorm goes."""
+"""The conv and dense layers of a model, and the sites where a BatchNorm can be inserted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Placement = Literal["before_activation", "after_activation"]
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a BatchNorm goes.
+    """A place where a BatchNorm can be inserted.
 
     Attributes:
         name: Qualified name of the conv or dense layer.
@@ -50,7 +50,7 @@ class Layer:
         type_name: Name of the module's class.
         shape: Shape of the output for the example batch, batch axis included; empty if the layer is never called.
         parameters: Number of parameters.
-        site: Where the layer's BatchNorm goes, or None.
+        site: Where the layer's BatchNorm is inserted, or None.
         reason: Why there is no site; empty if there is one.
     """
 
@@ -72,7 +72,7 @@ def find_sites(
     skip: Iterable[str] = (),
     placement: Placement = "before_activation",
 ) -> list[Site]:
-    """Return the sites where a BatchNorm goes, in the order in which a forward pass completes their layers.
+    """Return the sites for a BatchNorm, in the order in which a forward pass completes their layers.
 
     Args:
         model: The model; it is not changed.

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import GraphError
+from ..support.text import first_line
 from .copies import unwrapped, working_copy
 from .inputs import Inputs
 from .layers import layer_kind
@@ -168,20 +169,16 @@ def _quiet_export() -> Iterator[None]:
 
 
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
-    name, cause = type(model).__name__, _first_line(error)
+    name, cause = type(model).__name__, first_line(error).rstrip(".")
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode():
             inputs.run(working_copy(model))
     except Exception as own:  # noqa: BLE001 - usually the same cause, in clearer words than torch.export's
         return (
-            f"{name} cannot run on an input of shape {inputs.shapes}: {_first_line(own)}. Pass inputs of the shape "
-            "that it expects"
+            f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. Pass inputs of "
+            "the shape that it expects"
         )
     return (
         f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}. Pass a submodule that "
         "contains the layers and has no such code in its forward"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -41,7 +41,7 @@ class ClassFolders:
     """The images of a folder with `train/` and `val/`; created by `open_class_folders`.
 
     Args:
-        folder: The folder that holds `train/` and `val/`.
+        folder: The folder that contains `train/` and `val/`.
         classes: Names of the folders in `train/`, sorted: the outputs of a network trained on them, in this order.
         train: Training images, sorted by class.
         val: Validation images, sorted by class.
@@ -110,7 +110,7 @@ def open_class_folders(
     Hidden folders are ignored; `val/` may lack classes that `train/` has.
 
     Args:
-        folder: The folder that holds `train/` and `val/`.
+        folder: The folder that contains `train/` and `val/`.
         transform: Preprocessing of training and validation images alike, without random crops.
         channels: Channels that the network takes, 1 or 3.
         workers: Processes that decode; 0 decodes in this process.

@@ -17,7 +17,7 @@ from ..errors import ImageError
 from .batches import Unreadable
 from .transform import Transform
 
-# The formats that Pillow may recognize. It goes by the content of a file, not by its suffix, and without this list
+# The formats that Pillow may recognize. It looks at the content of a file, not at its suffix, and without this list
 # would pass PostScript in a file named .jpg to Ghostscript.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -46,7 +46,7 @@ def find_images(folder: str | Path) -> list[Path]:
     followed, and a folder that can be reached in several ways is searched once.
 
     Raises:
-        ImageError: When there is no such folder, when it or a subfolder cannot be read, and when it holds no image.
+        ImageError: When there is no such folder, when it or a subfolder cannot be read, and when it contains no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -56,7 +56,7 @@ def find_images(folder: str | Path) -> list[Path]:
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         found = f"none of the {len(files)} files in it, subfolders included, ends" if files else "no file in it ends"
-        raise ImageError(f"{folder} holds no image: {found} in {', '.join(IMAGE_SUFFIXES)}")
+        raise ImageError(f"{folder} contains no image: {found} in {', '.join(IMAGE_SUFFIXES)}")
     return sorted(images, key=lambda path: path.parts)
 
 

@@ -32,8 +32,8 @@ def tensor_batches(
     mapped into memory, not loaded, so that it may be larger than memory.
 
     Args:
-        path: A .pt or .pth file (read with weights_only=True) that holds a tensor, or a dict with exactly one; a .npy
-            file without pickles; or a .safetensors file with one tensor.
+        path: A .pt or .pth file (read with weights_only=True) with a tensor, or with a dict that has exactly one; a
+            .npy file without pickles; or a .safetensors file with one tensor.
         batch_size: Images per batch.
         channels: Channels that the network takes; None accepts any number.
         pin_memory: Put batches into page-locked memory where there is a GPU.
@@ -115,7 +115,7 @@ class TensorBatches(Batches):
         place = (~finite).nonzero()[0].tolist()
         index = ", ".join(map(str, [rows[place[0]], *place[1:]]))
         raise ImageError(
-            f"{self.path} ({_shape(self.values)}) holds {float(images[tuple(place)])} at [{index}] (in float32); "
+            f"{self.path} ({_shape(self.values)}) contains {float(images[tuple(place)])} at [{index}] (in float32); "
             "repair or remove that image"
         )
 
@@ -138,7 +138,7 @@ def read_tensor(path: Path) -> Tensor:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise ImageError(
-            f"{path} is damaged, or holds more than a tensor: reading it could run code, so it was not read; "
+            f"{path} is damaged, or contains more than a tensor: reading it could run code, so it was not read; "
             "save only the tensor, with torch.save(tensor, path)"
         ) from error
     except Exception as error:  # on a damaged file the readers may raise anything
@@ -149,8 +149,10 @@ def read_tensor(path: Path) -> Tensor:
             f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save(tensor, path)"
         ) from error
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-        raise ImageError(f"{path} holds a tensor that is sparse, quantized, complex or without data; save a dense one")
-    # A view may repeat its memory: a file of 1 kB then stands for terabytes.
+        raise ImageError(
+            f"{path} contains a tensor that is sparse, quantized, complex or without data; save a dense one"
+        )
+    # A view may repeat its memory: a file of 1 kB may then expand to terabytes.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise ImageError(
             f"{path} of {path.stat().st_size} bytes claims the shape {_shape(tensor)}; save tensor.contiguous()"
@@ -182,14 +184,14 @@ def _read_torch(path: Path) -> Tensor:
             raise _not_one_tensor(path, list(tensors))
         content = next(iter(tensors.values()))
     if not isinstance(content, Tensor):
-        raise ImageError(f"{path} holds {type(content).__name__}, not a tensor; save only the tensor")
+        raise ImageError(f"{path} contains {type(content).__name__}, not a tensor; save only the tensor")
     return content.detach()
 
 
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
     shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
     found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
-    return ImageError(f"{path} holds {len(names)} tensors{found}; save only the one with the images")
+    return ImageError(f"{path} contains {len(names)} tensors{found}; save only the one with the images")
 
 
 def _check_shape(path: Path, values: Tensor, channels: int | None) -> None:
@@ -198,7 +200,7 @@ def _check_shape(path: Path, values: Tensor, channels: int | None) -> None:
         way_out = "; save one image as image[None]" if values.ndim == 3 else ""
         raise ImageError(f"{found}, but N x C x H x W is expected{way_out}")
     if values.numel() == 0:
-        raise ImageError(f"{found}: it holds no images")
+        raise ImageError(f"{found}: it contains no images")
     if channels is not None and values.shape[1] != channels:
         way_out = "; save tensor.permute(0, 3, 1, 2)" if values.shape[3] == channels else ""
         raise ImageError(f"{found}, N x C x H x W, but the network takes C = {channels}{way_out}")

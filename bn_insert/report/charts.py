@@ -293,7 +293,7 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    # matplotlib uses the same ids in every figure, and a page holds several.
+    # matplotlib uses the same ids in every figure, and a page has several.
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub("|".join(_CUSTOM_PROPERTIES), lambda color: _CUSTOM_PROPERTIES[color.group()], svg)
     return Markup(svg.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))

@@ -71,7 +71,7 @@ class Moments:
         return Moments(self.count, self.mean * scale, self.m2 * scale.square(), self.standard_error)
 
     def error_of(self, fraction: float) -> float:
-        """Return a bound on the error, relative to std, that holds for this fraction of the channels.
+        """Return a bound on the error, relative to std, that is valid for this fraction of the channels.
 
         The error of a channel is taken as three standard errors.
 
@@ -151,7 +151,7 @@ def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
 def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Float[Tensor, "rows columns"]]:
     """Yield all values in slices for the kernel, which computes the moments of each column.
 
-    A column holds values of one channel, and channels repeat along a row: rows are laid side by side, as several groups
+    A column has values of one channel, and channels repeat along a row: rows are laid side by side, as several groups
     of values, until no column has more than _ROWS_PER_GROUP. Devices other than the CPU get all rows at once: their
     kernels add pairwise, and are faster on large inputs.
     """

@@ -103,6 +103,11 @@ class NotFiniteError(CalibrationError):
         self.row = row
 
 
+def no_batches() -> CalibrationError:
+    """Return the error for a calibration set without images."""
+    return CalibrationError("the calibration set is empty: no batch arrived")
+
+
 @runtime_checkable
 class Record(Protocol):
     """What hooks record during a forward pass: kept if it succeeds, discarded if it has to be run again."""
@@ -246,7 +251,7 @@ def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):
             if not parameter.isfinite().all():
                 return (
-                    f": the parameter {parameter_name} holds NaN or Inf; repair the checkpoint, or skip the layers "
+                    f": the parameter {parameter_name} contains NaN or Inf; repair the checkpoint, or skip the layers "
                     "downstream of it"
                 )
     paths = getattr(batch.value, "paths", ())

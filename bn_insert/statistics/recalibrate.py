@@ -105,7 +105,7 @@ def _check_finite(norms: Mapping[str, _BatchNorm]) -> None:
     for name, norm in norms.items():
         if not all(tensor.isfinite().all() for tensor in _statistics(norm)):
             raise CalibrationError(
-                f"the running statistics of BatchNorm {name} hold NaN or Inf, and earlier='running' normalizes with "
+                f"the running statistics of BatchNorm {name} contain NaN or Inf, and earlier='running' normalizes with "
                 "them; use earlier='batch'"
             )
 

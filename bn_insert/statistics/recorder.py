@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..errors import CalibrationError
 from ..support.processes import on_every_rank
 from .moments import Moments, merge, moments_of
-from .passes import NotFiniteError
+from .passes import NotFiniteError, no_batches
 from .sampling_error import batch_spread, relative_standard_error
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
@@ -65,7 +64,7 @@ def pooled_over_ranks(measure: Callable[[], tuple[int, Statistics]]) -> Statisti
     """
     parts = on_every_rank(measure)
     if sum(images for images, _ in parts) == 0:
-        raise CalibrationError("the calibration set is empty: no batch arrived")
+        raise no_batches()
     return Statistics.merged(statistics for _, statistics in parts)
 
 

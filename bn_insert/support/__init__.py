@@ -1,1 +1,1 @@
-"""What the other rooms build on: files written whole or not at all, work shared by processes, safe unpickling, text."""
+"""What the other subpackages build on: atomic writes, work shared by processes, safe unpickling, text."""

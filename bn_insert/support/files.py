@@ -183,7 +183,7 @@ def stage_file(
     If several files are staged before the first is moved, then on a full disk none of them appears.
 
     Args:
-        target: Where the file goes.
+        target: Path of the file to write.
         write: Called with the path of an empty file, which it fills.
         folder: From `staging_folder`.
         overwrite: Replace an existing file.
@@ -224,7 +224,7 @@ def publish(staged: Path, target: Path, *, overwrite: bool) -> None:
 
     Args:
         staged: From `stage`.
-        target: Where the file goes.
+        target: Path of the file to write.
         overwrite: Replace an existing file.
 
     Raises:

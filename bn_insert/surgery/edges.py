@@ -32,7 +32,7 @@ class Consumer:
     Attributes:
         name: Qualified name of the layer.
         first: Number of the layer's input that the site's first channel starts at; above 0 after a concatenation.
-        repeat: Number of inputs that hold one channel; above 1 after positions were flattened.
+        repeat: Number of inputs that carry one channel; above 1 after positions were flattened.
     """
 
     name: str

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
-from jaxtyping import Bool, Float64, Shaped
+from jaxtyping import Float64, Shaped
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..graph.copies import unwrapped
 from ..statistics.moments import Moments
 from .edges import Consumer, Edge
-from .weight_algebra import broadcast_channels
-
-_BLOCK = 1 << 22  # weights checked at a time: the first dense layer of a VGG16 has a hundred million
+from .layer_weights import exact_inputs, exact_outputs, multiply_inputs, multiply_outputs, number_of_inputs
 
 
 def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Moments]) -> dict[str, Moments]:
@@ -54,51 +50,22 @@ def _scale_exactly(model: nn.Module, edge: Edge, wanted: Float64[Tensor, " chann
     """Scale one edge's layers in place where that is exact, and return the scale that was applied to each channel."""
     layer = model.get_submodule(edge.site)
     consumers = [(model.get_submodule(consumer.name), consumer) for consumer in edge.consumers]
-    exact = _exact_outputs(layer, 1 / wanted)
+    exact = exact_outputs(layer, 1 / wanted)
     for reader, consumer in consumers:
-        exact_inputs = _exact_channels(reader, _input_axis(reader), _input_factors(reader, consumer, wanted))
-        exact &= _inputs_of(consumer, exact_inputs, len(wanted)).all(1)
+        inputs = exact_inputs(reader, _input_factors(reader, consumer, wanted))
+        exact &= _inputs_of(consumer, inputs, len(wanted)).all(1)
     scale = torch.where(exact, wanted, 1.0)
-    weight, bias = _parameters(layer)
-    with torch.no_grad():
-        weight.mul_(_broadcast(layer, _output_axis(layer), 1 / scale))
-        if bias is not None:
-            bias.mul_((1 / scale).to(bias))
-        for reader, consumer in consumers:
-            factors = _input_factors(reader, consumer, scale)
-            _parameters(reader)[0].mul_(_broadcast(reader, _input_axis(reader), factors))
+    multiply_outputs(layer, 1 / scale)
+    for reader, consumer in consumers:
+        multiply_inputs(reader, _input_factors(reader, consumer, scale))
     return scale
-
-
-def _exact_outputs(layer: nn.Module, factors: Float64[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
-    """Return for each output channel whether multiplying its weights and bias is exact."""
-    _, bias = _parameters(layer)
-    exact = _exact_channels(layer, _output_axis(layer), factors)
-    return exact if bias is None else exact & _is_exact(bias, factors.to(bias)).cpu()
-
-
-def _exact_channels(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Return for each channel on an axis of the weight whether multiplying keeps every bit of it."""
-    weight, _ = _parameters(layer)
-    broadcast = _broadcast(layer, axis, factors).expand(len(weight), *(-1 for _ in weight.shape[1:]))
-    rows = max(1, _BLOCK // max(1, weight[:1].numel()))
-    blocks = zip(weight.split(rows), broadcast.split(rows), strict=True)
-    exact = torch.cat([_is_exact(part, by).reshape(len(part), weight.shape[1], -1).all(2) for part, by in blocks])
-    exact = exact.all(1) if axis == 0 else exact.view(_groups(layer), -1, exact.shape[1]).all(1).flatten()
-    return exact.cpu()
-
-
-def _is_exact(values: Tensor, factors: Tensor) -> Bool[Tensor, "*shape"]:
-    product = values.detach() * factors
-    return (product / factors == values) & product.isfinite() & factors.isfinite() & (factors != 0)
 
 
 def _input_factors(
     reader: nn.Module, consumer: Consumer, scale: Float64[Tensor, " channels"]
 ) -> Float64[Tensor, " inputs"]:
-    """Return a factor for each input of the reader: the scale of the site's channel that it holds, else 1."""
-    inputs = reader.in_channels if isinstance(reader, _ConvNd) else reader.in_features
-    factors = torch.ones(cast(int, inputs), dtype=torch.float64)
+    """Return a factor for each input of the reader: the scale of the site's channel that it carries, else 1."""
+    factors = torch.ones(number_of_inputs(reader), dtype=torch.float64)
     _inputs_of(consumer, factors, len(scale)).copy_(scale[:, None])
     return factors
 
@@ -106,26 +73,3 @@ def _input_factors(
 def _inputs_of(consumer: Consumer, inputs: Tensor, channels: int) -> Shaped[Tensor, "channels repeat"]:
     """Return the part of a vector over a reader's inputs that belongs to the site's channels, as a view."""
     return inputs[consumer.first :][: channels * consumer.repeat].view(channels, consumer.repeat)
-
-
-def _broadcast(layer: nn.Module, axis: int, factors: Float64[Tensor, " n"]) -> Tensor:
-    """Return one factor for each channel, in the weight's dtype and in a shape that multiplies the weight."""
-    weight, _ = _parameters(layer)
-    return broadcast_channels(factors.to(weight), weight, axis, _groups(layer))
-
-
-def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-
-
-def _output_axis(layer: nn.Module) -> int:
-    """Return the axis of a layer's weight that its output channels are on."""
-    return 1 if isinstance(layer, _ConvTransposeNd) else 0
-
-
-def _input_axis(layer: nn.Module) -> int:
-    return 1 - _output_axis(layer)
-
-
-def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
 from .fold_plan import Fold, plan_folds
 from .history import FoldedBatchNorms, History
+from .layer_weights import merge_into_inputs, merge_into_outputs
 from .splice import splice_out
-from .weight_algebra import fold_inputs, fold_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +100,16 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
     """Return a copy of the model with every fold of the plan applied."""
     result = deep_copy(model)
     for each in plan:
-        for name in each.upstream:
-            _merge(result.get_submodule(name), each, fold_outputs)
-        for name in each.downstream:
-            _merge(result.get_submodule(name), each, fold_inputs)
+        merges = [(name, merge_into_outputs) for name in each.upstream]
+        merges += [(name, merge_into_inputs) for name in each.downstream]
+        for name, merge in merges:
+            layer = result.get_submodule(name)
+            if not merge(layer, each.affine):
+                raise GraphError(
+                    f"BatchNorm {each.norm} cannot be folded: its scale takes weights out of the range of "
+                    f"{cast(Tensor, layer.weight).dtype}, or is not finite itself; repair its statistics, or convert "
+                    "the model to float32 first"
+                )
     layers = [(name, result.get_submodule(name)) for each in plan for name in (*each.upstream, *each.downstream)]
     biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
     norms = {each.norm: each.in_sequence for each in plan}
@@ -114,28 +118,3 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
     if norms:
         History.of(model).with_change(FoldedBatchNorms(norms, tuple(sorted(biases)))).keep_with(result)
     return result
-
-
-def _merge(layer: nn.Module, fold: Fold, merged: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
-    """Replace a layer's parameters by new ones (not their values: other layers may share the old parameters)."""
-    weight, bias = cast(nn.Parameter, layer.weight), cast(nn.Parameter | None, layer.bias)
-    new_weight, new_bias = merged(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        fold.affine,
-        transposed=isinstance(layer, _ConvTransposeNd),
-        groups=getattr(layer, "groups", 1),
-    )
-    if not _finite(new_weight, new_bias) and _finite(weight, bias):
-        raise GraphError(
-            f"BatchNorm {fold.norm} cannot be folded: its scale takes weights out of the range of {weight.dtype}, or "
-            "is not finite itself; repair its statistics, or convert the model to float32 first"
-        )
-    layer.weight = nn.Parameter(new_weight, weight.requires_grad)
-    if new_bias is not None:
-        layer.bias = nn.Parameter(new_bias, (weight if bias is None else bias).requires_grad)
-
-
-def _finite(*tensors: Tensor | None) -> bool:
-    bounds = [torch.stack(tensor.aminmax()) for tensor in tensors if tensor is not None]  # aminmax propagates NaN
-    return all(bool(bound.isfinite().all()) for bound in bounds)

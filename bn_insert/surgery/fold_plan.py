@@ -1,4 +1,4 @@
-"""Which BatchNorms of a model can be folded exactly, and the layers that each of them goes into."""
+"""Which BatchNorms of a model can be folded exactly, and the layers that each of them is merged into."""
 
 from __future__ import annotations
 

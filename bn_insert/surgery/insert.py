@@ -20,7 +20,7 @@ from ..graph.sites import Layer, Placement, Site, layers_in
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
-from ..statistics.passes import Progress, checked, preserved_random_state
+from ..statistics.passes import Progress, checked, no_batches, preserved_random_state
 from ..support.processes import Ranks, on_every_rank
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
@@ -159,7 +159,7 @@ def insert_batchnorm(
 
     Raises:
         GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
-        CalibrationError: The batches give no usable statistics.
+        CalibrationError: No usable statistics can be computed from the batches.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
@@ -267,7 +267,7 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[An
 
     specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
     if specs is None:
-        raise CalibrationError("the calibration set is empty: no batch arrived")
+        raise no_batches()
     device = reference_tensor(model).device
     zeros = tree_map_only(
         _TensorSpec,

@@ -23,7 +23,7 @@ def layer_statistics(
 ) -> list[dict[str, Any]]:
     """Return one JSON-ready dictionary per layer, in the given order.
 
-    Each holds the layer's name, kind, type, output shape and number of parameters, and either `batchnorm` (the module
+    Each has the layer's name, kind, type, output shape and number of parameters, and either `batchnorm` (the module
     that it follows, the number of values, and mean, std, gamma and standard error of each channel) or `reason` (why
     the layer has no new BatchNorm).
 
@@ -31,7 +31,7 @@ def layer_statistics(
         layers: All conv and dense layers, as `survey` returns them.
         moments: The moments of each site before equalization, by layer name.
         norms: The inserted BatchNorm of each site, by layer name.
-        equalized: Whether the network was equalized. If so, `batchnorm` also holds `gamma_before_equalization`, the
+        equalized: Whether the network was equalized. If so, `batchnorm` also has `gamma_before_equalization`, the
             gamma that the layer would have had without.
     """
     return [

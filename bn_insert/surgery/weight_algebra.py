@@ -128,7 +128,7 @@ def broadcast_channels(channels: Tensor, weight: Tensor, axis: int, groups: int)
     Args:
         channels: One value for each output or input channel of the layer.
         weight: The layer's weight, of shape (first, second, *taps).
-        axis: The axis of these channels, 0 or 1; with groups, axis 1 holds only the channels of one group.
+        axis: The axis of these channels, 0 or 1; with groups, axis 1 has only the channels of one group.
         groups: The conv's groups.
     """
     matrix = channels[:, None]

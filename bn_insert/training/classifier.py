@@ -1,9 +1,10 @@
-"""A network that gives one logit per class, and how it is run: device, precision, processes."""
+"""A network that returns one logit per class, and how it is run: device, precision, processes."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import DivergenceError, TrainingError
 from ..images.class_folders import LabelledBatch
 from ..support.processes import Ranks
+from ..support.text import first_line
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Classifier:
             raise
         except RuntimeError as error:
             raise TrainingError(
-                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {_first_line(error)}; its last dense "
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; its last dense "
                 "layer is assumed to be the output layer, and all images must have one size (--crop)"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
@@ -77,6 +79,18 @@ class Classifier:
                 f"{self.classes} classes; only classifiers can be fine-tuned"
             )
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and restore the training flag of every module afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def cross_entropy(
@@ -104,7 +118,3 @@ def _data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(
             network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -60,7 +60,7 @@ def finetune(
     """Train a copy of a classifier on labelled images, and write the results into a folder.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
-    the network is validated, and these files are written, each of them whole or not at all: metrics.csv, curves.png,
+    the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,
     last.pth, best.pth if its validation accuracy is the highest so far, classes.txt, state.pth, from which the run can
     be resumed, and the report of the run, report.html, with its data, report.json.
 
@@ -74,11 +74,11 @@ def finetune(
     Args:
         model: The classifier; it is left unchanged.
         images: Training and validation images, from `open_class_folders`.
-        output_dir: Output directory; created if missing. One that holds results is refused without `resume` or
+        output_dir: Output directory; created if missing. One that contains results is refused without `resume` or
             `overwrite`.
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
-            an uninterrupted run. A run is started if the folder holds no results.
+            an uninterrupted run. A run is started if the folder has no results.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
         on_step: Called after each step.
@@ -117,7 +117,7 @@ def finetune(
             state.check_continues(settings, data, folder / STATE)
             state.restore(network, optimizer, ranks, device)
             progress = state.progress
-            del state  # it holds a second copy of the weights
+            del state  # it has a second copy of the weights
 
         def save(progress: Progress) -> None:
             random = ranks.gathered(random_state(device))
@@ -156,8 +156,8 @@ def finetune(
 def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:
     if existing and not (resume or overwrite):
         raise TrainingError(
-            f"{folder} already holds results ({existing[0]}): continue with resume=True (--resume), replace them with "
-            "overwrite=True (--force), or choose another output folder"
+            f"{folder} already contains results ({existing[0]}): continue with resume=True (--resume), replace them "
+            "with overwrite=True (--force), or choose another output folder"
         )
     if resume and existing and STATE not in existing:
         raise TrainingError(f"{folder} has no {STATE} to resume from; start again with overwrite=True (--force)")

@@ -53,7 +53,7 @@ class TrainingLoop:
     on_epoch: Callable[[EpochMetrics], None] | None = None
 
     def run(self, progress: Progress) -> Progress:
-        """Train until the last epoch ends or the run is stopped, and return how far it has come."""
+        """Train until the last epoch ends or the run is stopped, and return the progress."""
         while progress.epoch < self.settings.epochs:
             started = time.monotonic()
             progress, stopped = self._train_epoch(progress)
@@ -80,7 +80,7 @@ class TrainingLoop:
                 if stopped:
                     return progress, True
         except ImageError:
-            if self.stop.alone():  # a signal to the whole process group has ended the processes that decode
+            if self.stop.alone():  # a signal to the entire process group has ended the processes that decode
                 return progress, True
             raise
         return progress, False

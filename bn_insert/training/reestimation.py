@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..batchnorm.modes import uses_batch_statistics
-from ..compare.outputs import evaluating
 from ..errors import CalibrationError, DivergenceError, TrainingError
 from ..images.class_folders import LabelledBatch
 from ..statistics.recalibrate import recalibrate
-from .classifier import Classifier
+from .classifier import Classifier, evaluating
 from .stopping import StopCheck
 
 

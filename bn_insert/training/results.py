@@ -30,7 +30,7 @@ RESULTS = (STATE, METRICS, CURVES, CLASSES, *REPORTS, BEST, LAST)
 
 
 def results_in(folder: Path) -> list[str]:
-    """Return the names of results that a folder holds, after checking that every result can be written there.
+    """Return the names of the results in a folder, after checking that every result can be written there.
 
     Raises:
         TrainingError: When the folder is not one, or something other than a regular file has the name of a result.
@@ -67,7 +67,7 @@ def run_facts(network: nn.Module, images: ClassFolders, device: torch.device, ra
 class RunFolder:
     """The output folder of a run.
 
-    Each file is replaced whole. All are written in full before the first gets its name, so that a full disk changes
+    Each file is replaced atomically. All are written in full before the first gets its name, so a full disk changes
     nothing. They get their names in an order in which a kill or a failing rename leaves a run that can be resumed:
 
     - `state.pth` comes after the other files, which it describes.

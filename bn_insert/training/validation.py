@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..compare.outputs import evaluating
 from ..errors import TrainingError
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
-from .classifier import Classifier, batch_totals, cross_entropy
+from .classifier import Classifier, batch_totals, cross_entropy, evaluating
 from .metrics import Totals
 from .stopping import StopCheck
 

@@ -180,15 +180,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
         }
         with _saying_what_is_written(output if accepted else None):
+            train_images = batches.head(TRAIN_MODE_IMAGES)
             _write_report(
-                report,
-                facts,
-                insertion,
-                comparisons,
-                batches=batches.head(TRAIN_MODE_IMAGES),
-                device=target,
-                started=started,
-                force=force,
+                report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
@@ -220,8 +214,8 @@ def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, 
         print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
     elif tolerance is not None and batches < FEWEST_BATCHES:
         print_note(
-            f"An error estimated from {batches} batches is not reliable: for {FEWEST_BATCHES} or more, use more images "
-            "(--images), or smaller batches (-b)."
+            f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use "
+            "more images (--images), or smaller batches (-b)."
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
@@ -241,7 +235,7 @@ def _saying_what_is_written(output: Path | None) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        written = f"{output} is written and whole" if output else "nothing was written"
+        written = f"{output} is written and complete" if output else "nothing was written"
         raise CheckpointError(f"{error}; {written}") from error
 
 
@@ -250,8 +244,8 @@ def _write_report(
     facts: dict[str, object],
     insertion: Insertion[nn.Module],
     comparisons: Mapping[str, Comparison],
-    *,
     batches: Batches,
+    *,
     device: torch.device,
     started: float,
     force: bool,

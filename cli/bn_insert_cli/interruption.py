@@ -93,7 +93,7 @@ class Signals:
         missing = [output for output, done in self._outputs.items() if not done]
         if not written:
             return "nothing was written"
-        return f"{' and '.join(written)} is written and whole" + (f", {missing[0]} is not" if missing else "")
+        return f"{' and '.join(written)} is written and complete" + (f", {missing[0]} is not" if missing else "")
 
     def exit_code(self) -> int:
         """Return the exit code of an interrupted command."""

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from bn_insert import BNInsertError
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, INSTALLED, Run, assert_refused, run_process, start_process, text_of
+from support.commands import AS_STORED, Run, assert_refused, run_process, start_process, text_of
 
 
 @pytest.mark.parametrize("command", ["insert", "inspect", "compare", "demo"])
@@ -85,12 +84,27 @@ def test_code_in_a_pickle_is_never_run(run: Run, digits: Path) -> None:
     assert not Path("executed").exists()
 
 
+# Runs the command line, and prints a line when the first layer runs.
+ANNOUNCING = """
+import torch
+from bn_insert_cli.app import main
+
+def announce(*_):
+    handle.remove()
+    print("running", flush=True)
+
+handle = torch.nn.modules.module.register_module_forward_pre_hook(announce)
+main()
+"""
+
+
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_from_outside_leaves_nothing_behind(tmp_path: Path, stop: signal.Signals, code: int) -> None:
     torch.save(torch.rand(20000, 3, 32, 32), tmp_path / "x.pt")
-    command = (INSTALLED, "insert", network_path(), "x.pt", "-o", "out.pth", "--images", 1000000, "-b", 8)
-    process = start_process(*command, folder=tmp_path)
-    time.sleep(5)  # into the work: importing torch takes most of it
+    command = ("insert", network_path(), "x.pt", "-o", "out.pth", "--images", 1000000, "-b", 8)
+    process = start_process(sys.executable, "-c", ANNOUNCING, *command, folder=tmp_path)
+    assert process.stdout
+    assert process.stdout.readline() == "running\n"
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr

@@ -60,6 +60,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert "100.00%" in compared.stdout
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
     uninterrupted = run(*command, "whole")
@@ -129,10 +130,11 @@ def test_what_cannot_be_trained_is_one_message(
     assert not Path("run").exists()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
     assert run(*command).exit_code == 0
-    assert_refused(run(*command), "run already holds results", "--resume", "--force")
+    assert_refused(run(*command), "run already contains results", "--resume", "--force")
     options = ("--opt", "adamw", "--weight-decay", 0.1, "--dropout", 0.25, "--no-recalibrate", "--batchnorm", "freeze")
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output

@@ -72,7 +72,7 @@ def test_a_report_that_fails_leaves_the_checkpoint_and_says_so(
 
     monkeypatch.setattr("bn_insert.report.page.page", fail)
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.html")
-    assert_refused(result, "r.html: No space left on device; out.pth is written and whole")
+    assert_refused(result, "r.html: No space left on device; out.pth is written and complete")
     assert not Path("r.html").exists()
     assert sum(isinstance(module, nn.BatchNorm2d) for module in load_checkpoint("out.pth").modules()) == 6
 
@@ -85,7 +85,7 @@ def test_interrupted_while_train_mode_is_measured_the_checkpoint_is_there(
 
     monkeypatch.setattr("bn_insert.train_mode_agreement", interrupt)
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.html")
-    assert_refused(result, "interrupted; out.pth is written and whole, the report r.html is not", code=130)
+    assert_refused(result, "interrupted; out.pth is written and complete, the report r.html is not", code=130)
     assert "nothing was written" not in result.stderr
     load_checkpoint("out.pth")
 

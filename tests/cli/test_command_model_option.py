@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
 @pytest.mark.parametrize(
     ("function", "wording"),
     [
-        ("Encoder", "Encoder returned a list for a batch of 8 images, not one logit for each of 10"),
+        ("Encoder", "Encoder returns a list for a batch of 8 images instead of one logit for each of 10"),
         ("Backwards", "Backwards cannot run on a batch of shape (8, 3, 32, 32)"),
     ],
 )

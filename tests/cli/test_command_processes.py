@@ -37,7 +37,7 @@ def test_a_failing_process_stops_all_with_its_message_and_no_file_appears(tmp_pa
     command = ("insert", network_path(), "x.pt", "-o", "out.pth", "-b", 16, "--device", "cpu")
     done = forked_ranks(2, "-m", "bn_insert", *command, folder=tmp_path)
     assert done.returncode == 2, "both processes fail, and neither waits for the other"
-    assert "failed: x.pt (32 x 3 x 32 x 32) holds nan" in done.stderr
+    assert "failed: x.pt (32 x 3 x 32 x 32) contains nan" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from io import BufferedReader
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 import bn_insert.checkpoints.read
 from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
-from support.commands import AS_STORED, Run
+from support.commands import AS_STORED, Run, text_of
 
 FEW = (*AS_STORED, "--images", "16")
 
@@ -23,14 +22,10 @@ def digits() -> Path:
     return images_path()
 
 
-def words_of(stream: str) -> str:
-    return re.sub(r"\s+", " ", stream)
-
-
 def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digits: Path) -> None:
     assert "The file stores no settings" in run("inspect", network_path()).stdout
     run("insert", network_path(), digits, "-o", "out.pth", *FEW, "--eps", 0.25, "--layers", "conv")
-    shown = words_of(run("inspect", "out.pth").stdout)
+    shown = text_of(run("inspect", "out.pth").stdout)
     assert "stored in its metadata" in shown
     assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
     assert "dropout p 0.5 (2 layers)" in shown

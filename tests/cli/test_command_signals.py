@@ -57,7 +57,7 @@ def test_a_signal_while_the_output_is_saved_waits_and_says_that_it_is_written(
     command = ("insert", network_path(), digits, "-o", "out.pth", "--report", "r.json", *AS_STORED)
     done = run_process(sys.executable, "-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
     assert done.returncode == 128 + stop, done.stderr
-    assert "error: interrupted; out.pth is written and whole, the report r.json is not" in text_of(done.stderr)
+    assert "error: interrupted; out.pth is written and complete, the report r.json is not" in text_of(done.stderr)
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"digits", "out.pth"}
 

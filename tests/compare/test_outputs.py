@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bn_insert import CalibrationError, Comparison, compare_outputs, insert_batchnorm
-from bn_insert.compare.outputs import evaluating, finite_part
+from bn_insert.compare.outputs import finite_part
 from support.networks import SeveralOutputs, features, images, randomised, sequential, small_vgg
 
 
@@ -217,16 +217,6 @@ def test_the_random_state_is_untouched_by_a_shuffling_data_loader() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_evaluating_puts_mixed_flags_back_when_the_body_raises() -> None:
-    model = small_vgg().train()
-    model.features[0].eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise KeyError
-    assert [module.training for module in model.modules()] == before
-
-
 @pytest.mark.parametrize(
     ("atol", "rtol", "expected"),
     [
@@ -251,7 +241,7 @@ def test_a_vgg_with_a_classifier_that_is_not_finite_is_compared_in_front_of_it(k
     with torch.no_grad():
         getattr(model.classifier[3], kind)[0] = value
     part, remark = finite_part(model)
-    assert remark == "The classifier holds NaN or Inf, so outputs are compared before it."
+    assert remark == "The classifier contains NaN or Inf, so outputs are compared before it."
     x = images(4, 16)
     assert torch.equal(part(x), model.avgpool(model.features(x)))
     result = insert_batchnorm(model, [x], layers=("conv",))

@@ -107,7 +107,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
 
 
-@pytest.mark.usefixtures("_folder")
+@pytest.mark.usefixtures("_folder", "no_charts")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in BLOCKS[page])], ids=name_of)
 def test_the_code_blocks_of_a_page_run_in_their_order(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in BLOCKS[page]:

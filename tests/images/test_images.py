@@ -97,9 +97,9 @@ def test_what_is_no_folder_of_images_is_named_with_the_suffixes_looked_for(
         opener(tmp_path / "missing")
     with pytest.raises(ImageError, match=rf"file.txt is not a folder; pass a folder of images{suffixes}"):
         opener(tmp_path / "file.txt")
-    with pytest.raises(ImageError, match=rf"empty holds no image: no file in it ends in{suffixes}"):
+    with pytest.raises(ImageError, match=rf"empty contains no image: no file in it ends in{suffixes}"):
         opener(tmp_path / "empty")
-    with pytest.raises(ImageError, match=rf"texts holds no image: none of the 2 files .* ends in{suffixes}"):
+    with pytest.raises(ImageError, match=rf"texts contains no image: none of the 2 files .* ends in{suffixes}"):
         opener(tmp_path / "texts")
 
 

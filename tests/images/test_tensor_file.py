@@ -103,8 +103,8 @@ def test_without_a_number_all_images_come_shuffled(saved: Path) -> None:
         ),
         (torch.zeros(3), "x.pt has the shape 3, but N x C x H x W is expected"),
         (torch.tensor(1.0), "x.pt has the shape .., but N x C x H x W is expected"),
-        (torch.zeros(0, 3, 5, 4), "x.pt has the shape 0 x 3 x 5 x 4: it holds no image"),
-        (torch.zeros(2, 3, 0, 4), "x.pt has the shape 2 x 3 x 0 x 4: it holds no image"),
+        (torch.zeros(0, 3, 5, 4), "x.pt has the shape 0 x 3 x 5 x 4: it contains no image"),
+        (torch.zeros(2, 3, 0, 4), "x.pt has the shape 2 x 3 x 0 x 4: it contains no image"),
         (torch.zeros(2, 1, 5, 4), "x.pt has the shape 2 x 1 x 5 x 4, N x C x H x W, but the network takes C = 3$"),
         (torch.zeros(2, 5, 4, 3), r"shape 2 x 5 x 4 x 3.* takes C = 3; save tensor.permute\(0, 3, 1, 2\)"),
     ],
@@ -122,14 +122,14 @@ def test_the_first_value_that_is_not_finite_is_named_with_its_place_in_the_file(
     values[6] = bad
     torch.save(values, tmp_path / "x.pt")
     batches = tensor_batches(tmp_path / "x.pt", batch_size=4)
-    with pytest.raises(ImageError, match=rf"x.pt \(7 x 3 x 5 x 4\) holds {bad} at \[5, 2, 4, 1\]"):
+    with pytest.raises(ImageError, match=rf"x.pt \(7 x 3 x 5 x 4\) contains {bad} at \[5, 2, 4, 1\]"):
         list(batches)
     list(batches.head(5))
 
 
 def test_a_double_too_large_for_float32_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((1, 1, 1, 1), 1e300))
-    with pytest.raises(ImageError, match=r"holds inf at \[0, 0, 0, 0\] \(in float32\)"):
+    with pytest.raises(ImageError, match=r"contains inf at \[0, 0, 0, 0\] \(in float32\)"):
         list(tensor_batches(tmp_path / "x.npy"))
 
 
@@ -174,7 +174,7 @@ def test_code_in_a_file_is_refused_and_not_run(protocol: int, tmp_path: Path) ->
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Explosive(), protocol))
     np.save(tmp_path / "objects.npy", np.array([Explosive()], dtype=object), allow_pickle=True)
     for name in ("zip.pt", "plain.pt"):
-        with pytest.raises(ImageError, match=rf"{name} .*holds more than a tensor.*torch.save\(tensor, path\)"):
+        with pytest.raises(ImageError, match=rf"{name} .*contains more than a tensor.*torch.save\(tensor, path\)"):
             tensor_batches(tmp_path / name)
     with pytest.raises(ImageError, match=r"objects.npy is damaged, or not a .npy file"):
         tensor_batches(tmp_path / "objects.npy")
@@ -201,18 +201,18 @@ def test_a_small_file_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
 )
 def test_a_tensor_that_is_no_plain_array_of_real_numbers_is_refused(values: Tensor, tmp_path: Path) -> None:
     torch.save(values, tmp_path / "x.pt")
-    with pytest.raises(ImageError, match=r"x.pt holds a tensor that is sparse, .* complex"):
+    with pytest.raises(ImageError, match=r"x.pt contains a tensor that is sparse, .* complex"):
         tensor_batches(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": VALUES, "b": VALUES}, r"x.pt holds 2 tensors \(a, b\); save only the one with the images"),
-        ({f"{number}": VALUES for number in range(9)}, r"holds 9 tensors \(0, 1, 2, 3, ...\)"),
-        ({"labels": [1, 2]}, "x.pt holds 0 tensors; save"),
-        ([VALUES], "x.pt holds list, not a tensor; save only the tensor"),
-        (None, "x.pt holds NoneType, not a tensor"),
+        ({"a": VALUES, "b": VALUES}, r"x.pt contains 2 tensors \(a, b\); save only the one with the images"),
+        ({f"{number}": VALUES for number in range(9)}, r"contains 9 tensors \(0, 1, 2, 3, ...\)"),
+        ({"labels": [1, 2]}, "x.pt contains 0 tensors; save"),
+        ([VALUES], "x.pt contains list, not a tensor; save only the tensor"),
+        (None, "x.pt contains NoneType, not a tensor"),
     ],
 )
 def test_a_file_with_not_exactly_one_tensor_is_refused(content: Any, message: str, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_file_with_not_exactly_one_tensor_is_refused(content: Any, message: st
 
 def test_safetensors_with_two_tensors_are_refused(tmp_path: Path) -> None:
     save_file({"a": VALUES, "b": VALUES.clone()}, tmp_path / "x.safetensors")
-    with pytest.raises(ImageError, match=r"x.safetensors holds 2 tensors \(a, b\)"):
+    with pytest.raises(ImageError, match=r"x.safetensors contains 2 tensors \(a, b\)"):
         tensor_batches(tmp_path / "x.safetensors")
 
 

@@ -281,8 +281,8 @@ def test_a_parameter_that_is_not_finite_is_named(layer: str, kind: str, value: f
     with pytest.raises(CalibrationError) as caught:
         calibrated(poisoned(layer, value, kind), images(12, 16))
     assert str(caught.value) == (
-        f"the activations of {layer} are not finite in torch.float32: the parameter {layer}.{kind} holds NaN or Inf; "
-        "repair the checkpoint, or skip the layers downstream of it"
+        f"the activations of {layer} are not finite in torch.float32: the parameter {layer}.{kind} contains NaN or "
+        "Inf; repair the checkpoint, or skip the layers downstream of it"
     )
 
 
@@ -295,7 +295,7 @@ def test_a_parameter_is_named_also_where_layers_are_registered_in_another_order_
     model = randomised(RegisteredBackwards())
     with torch.no_grad():
         model.conv.weight[0] = torch.nan
-    with pytest.raises(CalibrationError, match=r"of hidden are not finite.*: the parameter conv\.weight holds NaN"):
+    with pytest.raises(CalibrationError, match=r"of hidden are not finite.*: the parameter conv\.weight contains NaN"):
         calibrated(model, images(12, 16), layers=("dense",))
 
 
@@ -349,7 +349,7 @@ def test_images_that_are_not_float_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(2, 16).to(dtype))
     assert str(caught.value) == (
-        f"batch 0 holds {dtype}; convert and scale the images to floating point first, as for training"
+        f"batch 0 contains {dtype}; convert and scale the images to floating point first, as for training"
     )
 
 

@@ -266,7 +266,7 @@ def with_nan(model: AnyModule, name: str) -> AnyModule:
         (
             lambda: with_nan(tuned_vgg(), "features.4.weight"),
             [images(4, 16)],
-            r"activations of features.5 are not finite .* the parameter features.4.weight holds NaN",
+            r"activations of features.5 are not finite .* the parameter features.4.weight contains NaN",
         ),
         (tuned_vgg, [images(4, 16) * torch.inf], "activations of features.1 are not finite"),
     ],
@@ -282,7 +282,7 @@ def test_an_error_names_the_fact_and_the_place(
 def test_old_statistics_that_are_not_finite_matter_only_where_they_are_used() -> None:
     model = tuned_vgg()
     norms(model)["features.1"].running_var[0] = torch.nan
-    with pytest.raises(CalibrationError, match=r"features.1 hold NaN or Inf, .* use earlier='batch'"):
+    with pytest.raises(CalibrationError, match=r"features.1 contain NaN or Inf, .* use earlier='batch'"):
         recalibrate(model, [images(20, 16)], earlier="running")
     assert norms(recalibrate(model, [images(20, 16)]))["features.1"].running_var.isfinite().all()
 

@@ -70,4 +70,4 @@ def assert_refused(result: Result, *wording: str, code: int = 2) -> None:
     if code == 2:
         assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == (not result.stderr.startswith("Usage: "))
     for words in wording:
-        assert words in text_of(result.stderr)
+        assert words in text_of(result.stderr), text_of(result.stderr)

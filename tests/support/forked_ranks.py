@@ -29,7 +29,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count}
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # the mark of a process that torchrun started
+    os.environ["TORCHELASTIC_RUN_ID"] = "forked"  # by this variable torch knows that torchrun started a process
     children = []
     for rank in map(str, range(int(count))):
         child = os.fork()

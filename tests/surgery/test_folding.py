@@ -195,8 +195,7 @@ def test_the_affine_map_of_a_batchnorm_is_its_eval_forward() -> None:
 # The way back from an insertion
 
 
-@pytest.mark.parametrize("depth", ["vgg11", "vgg16"])
-@pytest.mark.parametrize("include_output", [False, True])
+@pytest.mark.parametrize(("depth", "include_output"), [("vgg11", False), ("vgg16", True)])
 def test_folding_gives_the_state_dict_from_before_the_insertion_bit_for_bit(depth: str, include_output: bool) -> None:
     model, x = torchvision_vgg(depth), images(4)
     inserted = insert_batchnorm(model, [x], include_output=include_output)
@@ -267,9 +266,8 @@ def test_after_fine_tuning_outputs_agree_to_1e_5_and_every_image_has_the_same_cl
     assert_same_function(tuned, model, x)
 
 
-@pytest.mark.parametrize("depth", ["vgg11", "vgg16"])
-def test_a_deep_network_folds_exactly_in_float64(depth: str) -> None:
-    model, x = torchvision_vgg(depth), images(8)
+def test_a_deep_network_folds_exactly_in_float64() -> None:
+    model, x = torchvision_vgg("vgg16"), images(8)
     tuned = fine_tuned(insert_batchnorm(model, [x])).double()
     folded = fold_batchnorm(tuned, x.double())
     assert str(folded) == str(model)
