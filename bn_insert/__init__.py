@@ -116,3 +116,8 @@ __all__ = [
     "ImageError",
     "TrainingError",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone, for completion in an interactive session."""
+    return sorted(__all__)

@@ -7,7 +7,7 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class Checkpoint:
 
     path: Path
     kind: FileKind
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(repr=False)
     settings: Settings | None = None
     settings_place: str = ""
     mapped: bool = False

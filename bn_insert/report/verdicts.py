@@ -127,7 +127,7 @@ def runs_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
     if len(tied) > 1:
         return f"{len(tied)} runs share the best validation accuracy, {100 * highest:.2f} %: {', '.join(tied)}."
     return (
-        f"{first} has the best validation accuracy, {100 * highest:.2f} %: {100 * (highest - other):.2f} points above "
+        f"{first} has the best validation accuracy, {100 * highest:.2f} %: {100 * (highest - other):.1f} points above "
         f"{second} ({100 * other:.2f} %)."
     )
 

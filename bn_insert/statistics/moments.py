@@ -42,6 +42,10 @@ class Moments:
     m2: Float64[Tensor, " channels"]
     standard_error: Float64[Tensor, " channels"] | None = None
 
+    def __repr__(self) -> str:
+        """Return the numbers of channels and values: all means and deviations would fill many screens."""
+        return f"Moments(channels={self.channels}, count={self.count})"
+
     @property
     def channels(self) -> int:
         """Number of channels."""

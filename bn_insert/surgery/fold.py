@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, cast
 
 from torch import Tensor
@@ -28,7 +28,7 @@ class FoldResult(Generic[AnyModule]):
         left: Qualified names, in the given model, of the BatchNorms that were left in place.
     """
 
-    model: AnyModule
+    model: AnyModule = field(repr=False)
     folded: tuple[str, ...]
     left: tuple[str, ...]
 
