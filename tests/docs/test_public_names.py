@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,15 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "insert": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
     "process_group": ({"device": REQUIRED}, {}),
     "read_checkpoint": ({"path": REQUIRED}, {"mmap": False}),
+    "set_batchnorm_mode": (
+        {"model": REQUIRED, "mode": REQUIRED},
+        {"r_max": math.inf, "d_max": math.inf, "synchronize": False},
+    ),
     "torchvision_checkpoint": ({"name": REQUIRED}, {"progress": False}),
 }
 
-# `identity_batchnorm` has a dtype as a default, which only torch can write.
-OTHERS = {"identity_batchnorm"}
+# `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's.
+OTHERS = {"identity_batchnorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"}
 
 # Of each class of values: its first fields, in their order, and what else callers read or call.
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
