@@ -92,7 +92,8 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "torchvision_checkpoint": ({"name": REQUIRED}, {"progress": False}),
 }
 
-# `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's.
+# `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's
+# own.
 OTHERS = {"identity_batchnorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"}
 
 # Of each class of values: its first fields, in their order, and what else callers read or call.
