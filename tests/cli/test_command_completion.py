@@ -30,7 +30,7 @@ def test_options_are_completed() -> None:
 
 
 def test_the_choices_of_an_option_are_completed() -> None:
-    assert completions("bn-insert finetune a b --batchnorm ") == ["train", "freeze-statistics", "freeze"]
+    assert completions("bn-insert finetune a b --batchnorm ") == ["train", "renorm", "freeze-statistics", "freeze"]
 
 
 def test_completion_is_installed_for_the_shell_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
