@@ -22,8 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="For architectures other than VGG: a zero-argument function that builds the network, such as "
-        "torchvision.models:alexnet; the current folder is searched too.",
+        help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
+        "is searched too.",
         show_default=False,
     ),
 ]

@@ -28,10 +28,9 @@ from support.vgg_specs import vgg_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_RUN = r"^ *<!-- not run by the tests: \S.* -->\n"
-BLOCK = re.compile(
-    rf"(?P<excuse>{NOT_RUN})?" r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL
-)
+NOT_RUN = r"^ *<!-- not run by the tests: \S[^\n]* -->\n"
+FENCED = r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$"
+BLOCK = re.compile(f"(?P<excuse>{NOT_RUN})?{FENCED}", re.MULTILINE | re.DOTALL)
 SHOWN = re.compile(r"^ *print\(.*\)\n((?:# .*(?:\n|\Z))+)", re.MULTILINE)
 # The commands of these are read out of the README and run by .ci/run.
 SET_UP = re.compile(r"<!-- set-up -->.*?<!-- end of set-up -->", re.DOTALL)
