@@ -27,6 +27,20 @@ class Command(TyperCommand):
         super().__init__(*args, **settings)
         self.params += _general_options()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Accept the values of choices with underscores too, as the Python API has them."""
+        names = {name for param in self.params if _has_choices(param) for name in param.opts}
+        parsed, previous = [], ""
+        for word in args:
+            name, equals, value = word.partition("=")
+            if previous in names:
+                word = word.replace("_", "-")  # noqa: PLW2901
+            elif equals and name in names:
+                word = f"{name}={value.replace('_', '-')}"  # noqa: PLW2901
+            parsed.append(word)
+            previous = word
+        return super().parse_args(ctx, parsed)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters as the help page shows them: the general options last, in a panel of their own."""
         params = _readable(super().get_params(ctx))
@@ -90,6 +104,11 @@ def _declaration(
         ),
     ] = False,
 ) -> None: ...
+
+
+def _has_choices(param: Any) -> bool:
+    # typer has moved this from one attribute to the other.
+    return any(getattr(getattr(param, place, None), "choices", None) for place in ("type_descriptor", "type"))
 
 
 def _readable(params: list[Any]) -> list[Any]:

@@ -22,8 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="For architectures other than VGG: a zero-argument function that builds the network, such as "
-        "torchvision.models:alexnet; the current folder is searched too.",
+        help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
+        "is searched too.",
         show_default=False,
     ),
 ]
@@ -53,9 +53,9 @@ IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Insert af
 Skip = Annotated[
     list[str] | None, typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.")
 ]
-# Values are written with hyphens, like options; with the underscores of the Python API they are accepted too.
+# Values are written with hyphens, like options; with underscores, as in the Python API, they are accepted too.
 Placement = Annotated[
-    Literal["before-activation", "after-activation", "before_activation", "after_activation"],
+    Literal["before-activation", "after-activation"],
     typer.Option(help="Insert before-activation or after-activation.", metavar="WHERE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, instead of tables.")]
@@ -123,4 +123,4 @@ RelativeTolerance = Annotated[
 
 def placement(value: str) -> Literal["before_activation", "after_activation"]:
     """Return the value of --placement as the Python API has it."""
-    return "after_activation" if value.startswith("after") else "before_activation"
+    return "after_activation" if value == "after-activation" else "before_activation"

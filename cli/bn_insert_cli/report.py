@@ -14,7 +14,7 @@ from .interruption import signals
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Output directories of `finetune`.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN", help="Output directories of `finetune`.", show_default=False)
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Output file: an .html page, or .json data.", show_default=False)

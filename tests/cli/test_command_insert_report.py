@@ -11,7 +11,7 @@ from torch import nn
 
 from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.checkpoints.read import read_settings
-from bn_insert.demo import network_path
+from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
 
 
@@ -29,21 +29,47 @@ def test_the_report_says_what_was_done(run: Run, digits: Path) -> None:
     assert len(report["output"]["sha256"]) == 64
 
 
-def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run, digits: Path) -> None:
-    result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.json", "--equalize")
+def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run) -> None:
+    images = (images_path(), "--images", 64)
+    result = run("insert", network_path(), *images, "-o", "out.pth", *AS_STORED, "--report", "r.json", "--equalize")
     assert result.exit_code == 0, result.output
     found = json.loads(Path("r.json").read_text())["train_mode"]
-    assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(4, 20), (8, 16), (16, 16)]
-    assert [(each["batch_size"], each["top1_agreement"]) for each in found["renorm"]] == [(4, 1), (8, 1), (16, 1)]
+    assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 64), (16, 64), (32, 64)]
+    assert [(each["batch_size"], each["top1_agreement"]) for each in found["renorm"]] == [(8, 1), (16, 1), (32, 1)]
     assert found["reading"] in text_of(result.stderr)
     # The same figures by the command of its own, which reads images and preprocessing as insert did.
-    alone = run("compare-modes", "out.pth", digits, "--batch-sizes", "4,16", "-j", 0)
+    alone = run("compare-modes", "out.pth", *images, "--batch-sizes", "8,32", "-j", 0)
     assert alone.exit_code == 0, alone.output
     for each in (found["agreements"][0], found["agreements"][2]):
         assert f"{each['top1_agreement']:.2%}" in alone.stdout
         assert f"{each['kl_divergence']:.3g}" in alone.stdout
     assert alone.stdout.count("100.00%") >= 2
-    assert "With Batch Renormalization it keeps 100 % at batch sizes from 4 on." in text_of(alone.stdout)
+    assert "With Batch Renormalization it keeps 100 % at batch sizes from 8 on." in text_of(alone.stdout)
+
+
+def test_a_batch_size_with_a_single_batch_is_left_out(run: Run, digits: Path) -> None:
+    result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.json")
+    found = json.loads(Path("r.json").read_text())["train_mode"]
+    assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
+    assert "Left out, with a single batch each: batch sizes 16." in text_of(result.stderr)
+
+
+def test_train_mode_is_measured_within_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bn_insert_cli.insert.REPORT_SECONDS", 0.0)
+    words = ("insert", network_path(), images_path(), "--images", 64, *AS_STORED)
+    result = run(*words, "-o", "out.pth", "--report", "r.json")
+    found = json.loads(Path("r.json").read_text())["train_mode"]
+    assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
+    assert "Measuring train mode for the report" in result.stderr
+
+
+def test_the_report_has_its_time_and_its_command(run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/bn-insert", "insert", "my net.pth"])
+    run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.json")
+    report = json.loads(Path("r.json").read_text())
+    assert 0 < report["report_seconds"] < report["seconds"]
+    assert report["preprocessing"]["origin"] == "from the options"
+    assert report["command"] == "bn-insert insert 'my net.pth'"
 
 
 def test_the_report_is_a_page_by_its_suffix(run: Run, digits: Path) -> None:
@@ -51,7 +77,7 @@ def test_the_report_is_a_page_by_its_suffix(run: Run, digits: Path) -> None:
     assert result.exit_code == 0, result.output
     text = Path("r.html").read_text()
     assert text.startswith("<!doctype html>")
-    assert text.count("<figure") == 5
+    assert text.count("<figure") == 3
     again = run("insert", network_path(), digits, "-o", "other.pth", *AS_STORED, "--report", "r.html")
     assert_refused(again, "r.html already exists", "--force")
     assert not Path("other.pth").exists()

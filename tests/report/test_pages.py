@@ -100,7 +100,7 @@ def column(driver: Any, heading: str) -> list[str]:
     """Return the cells below a heading of the table of sites."""
     return driver.execute_script(
         """
-        for (const table of document.querySelectorAll("[aria-label='Sites'] table")) {
+        for (const table of document.querySelectorAll("[aria-label='Inserted layers'] table")) {
           const number = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === arguments[0]);
           return [...table.tBodies[0].rows].map((row) => row.cells[number].textContent.trim());
         }
@@ -114,7 +114,7 @@ def test_tables_sort_by_click_and_by_keyboard(chromium: Any, pages: dict[str, Pa
     from selenium.webdriver.common.keys import Keys  # noqa: PLC0415
 
     show(chromium, pages["insertion"])
-    buttons = chromium.find_elements(By.CSS_SELECTOR, "[aria-label='Sites'] th button")
+    buttons = chromium.find_elements(By.CSS_SELECTOR, "[aria-label='Inserted layers'] th button")
     named = {button.text.strip(): button for button in buttons}
     before = column(chromium, "layer")
     values = [float(text) for text in column(chromium, "std max")]
@@ -128,7 +128,7 @@ def test_tables_sort_by_click_and_by_keyboard(chromium: Any, pages: dict[str, Pa
     named["layer"].send_keys(Keys.SPACE)
     assert sorted(column(chromium, "layer")) == sorted(before)
     assert column(chromium, "layer") != before  # dense layers are called classifier, and come first
-    sorted_headings = chromium.find_elements(By.CSS_SELECTOR, "[aria-label='Sites'] [aria-sort]")
+    sorted_headings = chromium.find_elements(By.CSS_SELECTOR, "[aria-label='Inserted layers'] [aria-sort]")
     assert [heading.text.split("\N{NO-BREAK SPACE}")[0].strip() for heading in sorted_headings] == ["layer"]
 
 

@@ -19,6 +19,7 @@ from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.report.page import page
+from bn_insert.report.verdicts import next_command, runs_verdict, verdicts
 from bn_insert.training.metrics import EpochMetrics
 from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg
@@ -30,10 +31,15 @@ def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vg
     """Return the report of a real insertion; the caller may change it."""
     return copy.deepcopy(_insertion(equalize, agreements)) | {
         "checkpoint": {"path": name, "bytes": 12345, "sha256": "a" * 64},
-        "calibration": {"source": f"photos of {name}", "images": 24, "skipped": 1},
+        "calibration": {"source": f"photos of {name}", "images": 24, "batches": 8, "skipped": 1},
+        "preprocessing": {"origin": "from the checkpoint", "tensors": False}
+        | {"resize": None, "crop": 224, "mean": [0.5], "std": [0.25]},
         "output": {"path": name, "bytes": 12345, "sha256": "b" * 64},
         "options": {"layers": ["conv"], "skip": [name], "equalize": equalize, "transform": {"resize": None}},
+        "command": f"bn-insert insert {name}",
+        "date": "2026-01-02T03:04:05+00:00",
         "seconds": 1.5,
+        "report_seconds": 0.5,
     }
 
 
@@ -136,7 +142,11 @@ def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
         "vgg.pth with BatchNorm",
         "a" * 64,
         "b" * 64,
-        "equal bit for bit",
+        "Equal bit for bit to those of the original",
+        "No resizing; crop 224; mean 0.5; std 0.25 (from the checkpoint).",
+        "bn-insert finetune vgg.pth DATA --output-dir runs/first",
+        "bn-insert insert vgg.pth",
+        "2026-01-02T03:04:05+00:00",
         data["train_mode"]["reading"],
         "Measured on 24 images",
         "top-1 with renorm",
@@ -162,8 +172,59 @@ def test_a_page_says_when_nothing_was_written() -> None:
 def test_a_page_says_why_train_mode_was_not_measured_and_that_nothing_was_equalized() -> None:
     found = Page(page(insertion(equalize=False, agreements=False)))
     assert "could not be measured: too few images" in found.text
-    assert "was not equalized ( --equalize )" in found.text
-    assert "chart-agreement" not in found.ids
+    assert "Equalization" not in found.text
+    assert not {"chart-agreement", "chart-gamma"} & set(found.ids)
+
+
+def test_an_error_is_shown_only_where_enough_batches_estimate_it() -> None:
+    assert "0.1 or less is good" in Page(page(insertion())).text
+    data = insertion()
+    data["calibration"]["batches"] = 7
+    found = Page(page(data))
+    assert "not estimated from fewer than 8 batches" in found.text
+    assert "chart-error" not in found.ids
+
+
+def test_outputs_without_classes_have_no_column_for_the_top_class() -> None:
+    data = insertion(agreements=False)
+    assert "top-1 agreement" in Page(page(data)).text
+    data["comparisons"]["cpu"]["top1_agreement"] = float("nan")
+    found = Page(page(data)).text
+    assert "top-1 agreement" not in found
+    assert "nan" not in found
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "state", "wording"),
+    [
+        ({}, "good", "(from the checkpoint)."),
+        ({"origin": "the default"}, "check", "must be that of the network's training"),
+        ({"mean": [123.68, 116.78, 103.94]}, "bad", "above 1"),
+        ({"tensors": True}, "check", "the values of a tensor file are used unchanged"),
+    ],
+)
+def test_the_preprocessing_has_a_verdict(preprocessing: dict[str, Any], state: str, wording: str) -> None:
+    data = insertion(agreements=False)
+    data["preprocessing"] |= preprocessing
+    verdict = verdicts(data)[1]
+    assert verdict.state == state
+    assert wording in verdict.text
+
+
+def test_train_mode_has_a_verdict_at_the_usual_batch_size_and_the_next_command_follows_from_it() -> None:
+    data = insertion()
+    for top1, state, rest in ((0.97, "good", ""), (0.5, "check", " --batchnorm renorm")):
+        data["train_mode"]["agreements"] = [
+            {"batch_size": size, "images": 64, "top1_agreement": agreement}
+            for size, agreement in ((8, 0.1), (32, top1))
+        ]
+        verdict = verdicts(data)[2]
+        assert verdict.state == state
+        assert f"At a batch size of 32, the network in train mode keeps {100 * top1:.1f} %" in verdict.text
+        assert next_command(data) == f"bn-insert finetune vgg.pth DATA --output-dir runs/first{rest}"
+    data["options"]["model"] = "nets:make it"
+    assert "--model 'nets:make it'" in next_command(data)
+    assert next_command(data | {"output": None}) == ""
 
 
 @pytest.mark.parametrize("kind", ["insertion", "runs"])
@@ -205,12 +266,44 @@ def test_near_constant_channels_are_counted_beside_the_constant_ones() -> None:
 
 def test_runs_are_compared() -> None:
     found = Page(page(runs_report([run("plain"), run("batchnorm", (0.4, 0.9), lr=0.1)])))
-    for words in ("2 fine-tuning runs", "90.00 %", "75.00 %", "Differences between the runs", "Epochs of plain"):
+    for words in (
+        "2 fine-tuning runs",
+        "batchnorm has the best validation accuracy, 90.00 %: 15.0 points above plain (75.00 %).",
+        "Differences between the runs",
+        "Epochs of plain",
+    ):
         assert words in found.text
     differing = found.text.split("Differences between the runs")[1].split("Common settings")[0]
-    assert "lr 0.01 0.1" in re.sub(r"\s+", " ", differing)
+    assert "lr 0.1 0.01" in re.sub(r"\s+", " ", differing)
     assert "momentum" not in differing
     assert found.charts == 5
+
+
+def test_runs_are_ranked_and_the_best_is_marked() -> None:
+    runs = [run("second"), run("none", ()), run("first", (0.4, 0.9)), run("third", (0.1,))]
+    text = Page(page(runs_report(runs))).text
+    results = text.split("Results")[1].split("Curves")[0]
+    assert [name for name in results.split() if name in {"first", "second", "third", "none"}] == [
+        "first",
+        "second",
+        "third",
+        "none",
+    ]
+    assert results.count(" best ") == 2  # a heading, and the mark
+    assert "first best 90.00 %" in results
+
+
+def test_identical_runs_are_named_and_their_curves_told_apart() -> None:
+    text = page(runs_report([run("a"), run("b"), run("c", (0.1, 0.2, 0.3))]))
+    assert "a, b: identical in all epochs" in Page(text).text
+    chart = text.split('id="chart-val_accuracy"')[1].split("</figure>")[0]
+    assert chart.count("stroke-dasharray: ") == 1
+    assert chart.count("stroke-width: 5") == 1
+
+
+def test_runs_with_the_same_accuracy_share_the_first_place() -> None:
+    assert runs_verdict([run("a"), run("b")]) == "2 runs share the best validation accuracy, 75.00 %: a, b."
+    assert runs_verdict([run("a")]) == ""
 
 
 def test_one_run_has_curves_for_training_and_validation() -> None:

@@ -1,0 +1,209 @@
+"""What commands share: help, `--quiet`, `--json`, `--traceback`, names of networks, the line on preprocessing."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bn_insert
+from bn_insert import save_checkpoint
+from bn_insert.demo import images_path, network_path
+from bn_insert_cli import console
+from support.commands import AS_STORED, Run, assert_refused, run_process, text_of
+
+COMMANDS = ("insert", "inspect", "compare", "compare-modes", "finetune", "fold", "report", "demo")
+SMALL = (*AS_STORED, "--images", 16)
+
+
+def at_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_PIPE_WIDTH", columns)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_page_ends_with_help_and_names_no_type_of_a_flag(run: Run, command: str) -> None:
+    page = run(command, "--help").stdout
+    assert "<bool>" not in page
+    options = re.findall(r"^[│ *]+(--[a-z-]+)", page, re.MULTILINE)
+    assert options[-3:] == ["--quiet", "--traceback", "--help"]
+
+
+@pytest.mark.parametrize("command", ["compare", "compare-modes", "fold"])
+def test_only_commands_that_calibrate_speak_of_calibration(run: Run, command: str) -> None:
+    page = run(command, "--help").stdout
+    assert "CALIBRATION" not in page
+    assert "IMAGES" in page
+
+
+@pytest.mark.parametrize("place", ["after-activation", "after_activation"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_values_are_accepted_with_hyphens_and_with_underscores(run: Run, place: str, *, equals: bool) -> None:
+    words = (f"--placement={place}",) if equals else ("--placement", place)
+    result = run("inspect", network_path(), *words, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["layers"][0]["batchnorm_after"] == "features.1"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, before: bool) -> None:
+    words = ["inspect", "missing.pth"]
+    result = run(*(["--traceback", *words] if before else [*words, "--traceback"]))
+    assert isinstance(result.exception, bn_insert.CheckpointError)
+    assert isinstance(run(*words).exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("name", "wording"),
+    [
+        ("VGG16", "did you mean vgg16?"),
+        ("vgg16_bn", "torchvision's vgg16_bn has BatchNorm already; to insert it, use vgg16"),
+        ("resnet50", "pass the file with --model, such as --model torchvision.models:alexnet"),
+    ],
+)
+def test_the_name_of_another_network_is_refused_with_the_names_that_work(run: Run, name: str, wording: str) -> None:
+    for command in (("inspect", name), ("insert", name, "photos", "-o", "out.pth")):
+        assert_refused(run(*command), f"there is no file {name}", "vgg11, vgg13, vgg16, vgg19", wording)
+
+
+def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digits: Path) -> None:
+    inserted = run("insert", network_path(), digits, "-o", "out.pth", *SMALL)
+    assert "Preprocessing: no resizing; no crop; mean 0; std 1 (from the options)." in text_of(inserted.stderr)
+    stored = "Preprocessing: no resizing; no crop; mean 0; std 1 (from the checkpoint)."
+    for words in (
+        ("compare", network_path(), "out.pth", digits),
+        ("compare-modes", "out.pth", digits, "--batch-sizes", 4),
+        ("fold", "out.pth", digits, "-o", "folded.pth"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        assert text_of(result.stderr).count(stored) == 1
+    mixed = run("compare", network_path(), "out.pth", digits, "--mean", "0.5")
+    assert "mean 0.5; std 1 (--mean from the options, the rest from the checkpoint)." in text_of(mixed.stderr)
+
+
+def test_the_default_preprocessing_is_called_one(run: Run, digits: Path) -> None:
+    result = run("compare", network_path(), network_path(), digits, "--images", 2, "-j", 0)
+    line = "resize 256; crop 224; mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225 (ImageNet's, the default"
+    assert line in text_of(result.stderr)
+
+
+def test_a_mean_above_1_is_warned_of(run: Run, digits: Path) -> None:
+    words = ("compare", network_path(), network_path(), digits, "--images", 2, "-j", 0)
+    result = run(*words, "--quiet", "--mean", "123.68,116.78,103.94", "--std", 1)
+    assert "warning: mean 123.7, 116.8, 103.9 is subtracted from pixels in 0..1" in text_of(result.stderr)
+    assert "--mean 0.485,0.458,0.4076 --std 0.003922" in text_of(result.stderr)
+    assert "warning" not in run(*words, "--mean", 1).stderr
+
+
+def test_a_tensor_file_is_not_preprocessed_and_the_command_says_so(run: Run) -> None:
+    torch.save(torch.rand(4, 3, 32, 32), "x.pt")
+    result = run("compare", network_path(), network_path(), "x.pt")
+    assert "Preprocessing: none (the values of a tensor file are used unchanged)." in text_of(result.stderr)
+
+
+def test_results_as_json(run: Run, digits: Path) -> None:
+    run("insert", network_path(), digits, "-o", "out.pth", *SMALL)
+    found = json.loads(run("inspect", "out.pth", "--json").stdout)
+    assert found["batchnorms"] == 0
+    assert found["layers"][0]["reason"] == "already followed by a normalization: features.1"
+    assert found["settings"]["transform"]["std"] == [1.0]
+    found = json.loads(run("compare", network_path(), "out.pth", digits, "--json").stdout)
+    assert (found["bit_identical"], found["within_tolerance"], found["images"]) == (True, True, 20)
+    found = json.loads(run("compare-modes", "out.pth", digits, "--json").stdout)
+    assert [each["batch_size"] for each in found["agreements"]] == [4, 8]
+    failed = run("compare", network_path(), "out.pth", digits, "--json", "--mean", 0.3, "--rtol", 0, "--atol", 0)
+    assert failed.exit_code == 0  # bit-identical on any images
+
+
+def test_a_result_that_json_lacks_is_null(run: Run) -> None:
+    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    Path("nets_one.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(2, 1))\n"
+    )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        import nets_one  # noqa: PLC0415
+    finally:
+        sys.path.pop(0)
+    save_checkpoint(nets_one.make(), "one.pth")
+    words = ("compare", "one.pth", "one.pth", "x.pt", "--model", "nets_one:make")
+    assert json.loads(run(*words, "--json").stdout)["top1_agreement"] is None
+    assert "top-1" not in run(*words).stdout
+
+
+def test_quiet_leaves_the_last_line(run: Run, digits: Path) -> None:
+    for words in (
+        ("--quiet", "insert", network_path(), digits, "-o", "a.pth", *SMALL),
+        ("insert", network_path(), digits, "-o", "b.pth", *SMALL, "-q"),
+    ):
+        result = run(*words)
+        assert result.stdout.startswith("Wrote ")
+        assert result.stdout.count("\n") == 1
+        assert result.stderr == ""
+    assert "Calibrated on" in run("insert", network_path(), digits, "-o", "c.pth", *SMALL).stderr
+
+
+def test_no_color_drops_bold_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert console.stdout().color_system is not None
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.stdout().color_system is None
+
+
+def test_tables_fit_in_80_columns(run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_width(80, monkeypatch)
+    inserted = run("insert", network_path(), images_path(), "-o", "out.pth", *AS_STORED, "-b", 32)
+    shown = run("inspect", network_path())
+    after = run("inspect", "out.pth")
+    for result in (inserted, shown, after):
+        assert max(map(len, result.stdout.splitlines())) <= 80 or "The file stores no settings" in result.stdout
+        rows = [line for line in result.stdout.splitlines() if "classifier.0" in line]
+        assert len(rows) == 1
+        following = result.stdout.splitlines()[result.stdout.splitlines().index(rows[0]) + 1]
+        assert "classifier." in following  # no row takes two lines
+    assert "kind" not in inserted.stdout
+    at_width(120, monkeypatch)
+    assert "kind" in run("insert", network_path(), digits, "-o", "wide.pth", *SMALL).stdout
+
+
+def test_an_error_of_few_batches_is_left_out_and_the_reason_given(run: Run, digits: Path) -> None:
+    words = ("insert", network_path(), digits, *AS_STORED)
+    few = run(*words, "-o", "a.pth", "-b", 10)
+    assert "not estimated from fewer than 8 batches" in text_of(few.stdout)
+    many = run(*words, "-o", "b.pth", "-b", 2)
+    assert "0.1 or less is good" in text_of(many.stdout)
+
+
+def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -> None:
+    for words, code in ((("inspect", network_path()), 0), (("inspect", "missing.pth"), 2), (("--version",), 0)):
+        done = run_process(sys.executable, "-m", "bn_insert", *words, folder=tmp_path)
+        assert done.returncode == code
+        assert len(done.stderr.splitlines()) == (code == 2)
+    done = run_process(sys.executable, "-m", "bn_insert", "inspect", "missing.pth", "--traceback", folder=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_dir_of_the_package_shows_the_public_names_alone() -> None:
+    assert dir(bn_insert) == sorted(bn_insert.__all__)
+
+
+def test_results_print_on_one_screen() -> None:
+    model = bn_insert.load_checkpoint(network_path())
+    images = torch.rand(8, 3, 32, 32)
+    inserted = bn_insert.insert(model, [images])
+    results = (
+        inserted,
+        inserted.moments["features.0"],
+        bn_insert.fold(inserted.model.eval(), images),
+        bn_insert.read_checkpoint(network_path()),
+    )
+    assert all(len(repr(result)) < 1000 for result in results)
+    assert repr(results[1]) == "Moments(channels=16, count=8192)"
