@@ -1,4 +1,4 @@
-"""mkdocs hook that inserts the reference of all commands, generated from the options themselves, into command-line.md."""
+"""mkdocs hook that inserts the reference of all commands, generated from the options, into command-line.md."""
 
 from __future__ import annotations
 
