@@ -130,7 +130,8 @@ from pathlib import Path
 from bn_insert.support.files import write_atomically
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a killed child leaves nothing
 name = "alive" if os.fork() else "killed"
-write_atomically(name, lambda path: (path.write_text("half"), print(name, os.getpid(), flush=True), time.sleep(600)))
+line = f"{name} {os.getpid()}\\n".encode()  # in one piece: both processes write at once
+write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line), time.sleep(600)))
 """
     parent = start_process(sys.executable, "-c", script, folder=tmp_path)
     try:

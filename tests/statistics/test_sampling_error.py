@@ -130,7 +130,7 @@ def test_the_command_ends_early_and_prints_the_error_that_was_reached(tmp_path: 
 
 
 def test_the_command_says_when_the_images_do_not_suffice(tmp_path: Path) -> None:
-    result = insert(tmp_path, "--tolerance", 0.001, "-b", 64)
+    result = insert(tmp_path, "--tolerance", 0.001, "-b", 32)
     assert "Calibrated on 360 images, with an error of 0." in result.stderr
     assert "The tolerance 0.001 was not reached: use more images (--images)" in result.stderr
 
