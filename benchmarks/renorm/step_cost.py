@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import random
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +22,8 @@ import torchvision
 from torch import Tensor, nn
 
 from bn_insert.batchnorm.renorm import BATCH_RENORMS
+
+from ..machine import machine
 
 LIMITS = {"unlimited": {}, "limited": {"r_max": 1.5, "d_max": 0.5}}
 BASELINE = "nn.BatchNorm2d"
@@ -96,23 +95,6 @@ def rows(batch_size: int, side: int, memory_format: torch.memory_format, rounds:
     return lines
 
 
-def machine() -> str:
-    """Return processor, cores, threads and versions."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return ", ".join(
-        [
-            models[0] if models else platform.machine(),
-            f"{os.cpu_count()} cores",
-            f"{torch.get_num_threads()} threads",
-            f"Python {platform.python_version()}",
-            f"torch {torch.__version__}",
-            f"torchvision {torchvision.__version__}",
-        ]
-    )
-
-
 def main() -> None:
     """Measure contiguous and channels_last, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,7 +112,7 @@ def main() -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             for line in rows(batch_size, options.side, memory_format, options.rounds):
                 print(line, flush=True)
-    print(f"\n{machine()}")
+    print(f"\n{machine()}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
