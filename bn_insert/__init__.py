@@ -15,6 +15,7 @@ from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
 # In a training script
+from .batchnorm.dropouts import dropouts_before_batchnorm
 from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
 from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
@@ -72,6 +73,7 @@ __all__ = [
     # In a training script
     "replace_output",
     "parameter_groups",
+    "dropouts_before_batchnorm",
     "set_batchnorm_mode",
     "freeze_batchnorm",
     "BatchRenorm1d",

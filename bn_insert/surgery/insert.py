@@ -9,11 +9,13 @@ from typing import Any, Generic, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map_only
 
+from ..batchnorm.dropouts import dropouts_upstream
 from ..batchnorm.identity import check_eps, identity_batchnorm
 from ..errors import CalibrationError
-from ..graph.copies import AnyModule, deep_copy
+from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.layers import Kind
 from ..graph.sites import Layer, Placement, Site, layers_in
@@ -40,6 +42,8 @@ class Insertion(Generic[AnyModule]):
         norms: The inserted BatchNorms, by the name of their layer.
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
+        dropouts_before_batchnorm: Active dropout layers of the original whose values one of its or the inserted
+            BatchNorms normalizes, by their names in `model`; see the function `dropouts_before_batchnorm`.
     """
 
     model: AnyModule = field(repr=False)
@@ -48,6 +52,7 @@ class Insertion(Generic[AnyModule]):
     norms: Mapping[str, nn.Module] = field(repr=False)
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
+    dropouts_before_batchnorm: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -70,6 +75,7 @@ def insert(
     equalize: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    dropout_before_batchnorm: bool = True,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -107,8 +113,16 @@ def insert(
             model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
         )
     edges = edges_in(trace, sites) if equalize else []
+    dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-    return Insertion(result, tuple(found), moments, norms, tuple(edges), sum(Ranks.current().gathered(images)))
+    # An insertion renumbers the children of an nn.Sequential, but keeps their order.
+    renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
+    if not dropout_before_batchnorm:
+        for name in dropouts:
+            renamed[name][1].p = 0.0
+    total = sum(Ranks.current().gathered(images))
+    names = tuple(renamed[name][0] for name in dropouts)
+    return Insertion(result, tuple(found), moments, norms, tuple(edges), total, names)
 
 
 def insert_batchnorm(
@@ -122,6 +136,7 @@ def insert_batchnorm(
     equalize: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    dropout_before_batchnorm: bool = True,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -152,6 +167,8 @@ def insert_batchnorm(
             it, so that gamma is between 0.7 and 1.42. Outputs stay equal bit for bit; weights do not.
         eps: Added to the variance in each BatchNorm.
         momentum: Of the running statistics; None means a cumulative average, as in PyTorch.
+        dropout_before_batchnorm: Whether to keep dropout layers whose values a BatchNorm normalizes. They spoil its
+            statistics in training, see `dropouts_before_batchnorm`; False sets their p to 0 in the copy.
         device: Where to calibrate. Default: where the model is.
         autocast: Dtype for the calibration's forward pass; statistics stay float32 or better.
         tolerance: Stop calibrating once the statistics are this exact, see `calibrate`.
@@ -180,6 +197,7 @@ def insert_batchnorm(
         equalize=equalize,
         eps=eps,
         momentum=momentum,
+        dropout_before_batchnorm=dropout_before_batchnorm,
         device=device,
         autocast=autocast,
         tolerance=tolerance,
@@ -233,6 +251,10 @@ def _with_norms(
     if sites:
         History.of(model).with_change(InsertedBatchNorms(tuple(sites))).keep_with(spliced)
     return spliced, {site.name: norm for site, norm in norms.items()}
+
+
+def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
+    return {name: each for name, each in unwrapped(model).named_modules() if isinstance(each, _DropoutNd)}
 
 
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:

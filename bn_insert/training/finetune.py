@@ -17,6 +17,7 @@ from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, output_folder
 from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
+from .dropout import set_dropout
 from .loop import TrainingLoop
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, prepared_network
@@ -65,8 +66,9 @@ def finetune(
     be resumed, and the report of the run, report.html, with its data, report.json.
 
     The copy has float32 in place of half precision, the memory format channels_last, and a new output layer if the
-    model's does not have one output per class. An epoch's last batch is left out if it is a single image that a
-    BatchNorm would have to normalize by. PyTorch's random state is restored.
+    model's does not have one output per class. Dropout in front of a BatchNorm is switched off unless
+    `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is left out if it is a single
+    image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
 
     In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
     DistributedDataParallel, and only the first rank writes.
@@ -105,12 +107,14 @@ def finetune(
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         network = prepared_network(model, settings, len(images.classes), device, ranks)
+        dropout = set_dropout(network, settings.dropout, images)
         classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp)
         training_set = TrainingSet.of(images, network, settings, ranks)
         optimizer = make_optimizer(network, settings)
         data = run_data(network, images, ranks)
         facts = {**(facts or {}), **run_facts(network, images, device, ranks)}
-        results = RunFolder(folder, images, facts, replaced=() if resume else existing)
+        effective = asdict(settings) | {"dropout": str(dropout)}
+        results = RunFolder(folder, images, effective, facts, replaced=() if resume else existing)
         progress = Progress()
         if resume and existing:
             state = load_state(folder / STATE)

@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.modes import set_batchnorm_mode
 from ..errors import TrainingError
@@ -32,15 +31,6 @@ def prepared_network(
         network.float()  # small steps would be rounded away
     if output_layer(network)[1].out_features != classes:
         replace_output(network, classes)
-    if settings.dropout is not None:
-        layers = [module for module in network.modules() if isinstance(module, _DropoutNd)]
-        if not layers:
-            raise TrainingError(
-                f"{type(model).__name__} has no dropout layer to set to {settings.dropout}; leave out dropout "
-                "(--dropout)"
-            )
-        for layer in layers:
-            layer.p = settings.dropout
     network.to(device).to(memory_format=torch.channels_last)
     renorm = settings.batchnorm == "renorm"
     if settings.sync_bn and not renorm:

@@ -76,16 +76,25 @@ class RunFolder:
     - What the other run had and this one does not have yet is removed last.
     """
 
-    def __init__(self, folder: Path, images: ClassFolders, facts: Mapping[str, Any], replaced: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ClassFolders,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        replaced: Sequence[str],
+    ) -> None:
         """Describe the folder, and touch nothing.
 
         Args:
             folder: The folder.
             images: The images of the run, for class names and preprocessing.
+            settings: The settings in effect, for the report.
             facts: JSON-ready values for the report.
             replaced: Names of another run's results, which stay until this run has results.
         """
-        self._folder, self._images, self._facts, self._replaced = folder, images, facts, tuple(replaced)
+        self._folder, self._images, self._replaced = folder, images, tuple(replaced)
+        self._settings, self._facts = settings, facts
 
     @property
     def kept(self) -> str:
@@ -139,7 +148,7 @@ class RunFolder:
         # A limit of Batch Renormalization may be infinite, which JSON has no number for.
         settings = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in state.settings.items()
+            for name, value in self._settings.items()
         }
         data = run_report(self._folder.resolve().name, settings, epochs, self._facts)
         written = []

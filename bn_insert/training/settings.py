@@ -39,7 +39,8 @@ class TrainingSettings:
         renorm_r_max: With `batchnorm` "renorm", the limit of r in every step; see `BatchRenorm2d`. None for no limit.
         renorm_d_max: The same for d.
         freeze_features: Train only `model.classifier`.
-        dropout: Probability of every dropout layer; None leaves them unchanged.
+        dropout: Probability of every dropout layer; None switches off those in front of a BatchNorm that normalizes by
+            the batch, and leaves the others unchanged.
         recalibrate: Re-estimate running statistics on training images before each validation.
         recalibration_images: Number of training images for it.
         hflip: Probability of mirroring a training image from left to right.

@@ -22,7 +22,7 @@ from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 1"
+_FORMAT = "bn-insert training state 2"
 _MAY_CHANGE = {"epochs"}  # a run may be made longer
 
 

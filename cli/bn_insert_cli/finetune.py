@@ -127,7 +127,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             min=0,
             max=1,
-            help="Probability of every dropout layer. [default: the checkpoint's]",
+            help="Probability of every dropout layer. [default: the checkpoint's, but 0 before a BatchNorm]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,

@@ -154,6 +154,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if equalize:
         print_table(edge_table(insertion.edges))
     _note_calibration(insertion, tolerance, number_of_batches)
+    _note_dropouts(insertion)
     comparisons = _check(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
@@ -219,6 +220,15 @@ def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, 
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
+
+
+def _note_dropouts(insertion: Insertion[nn.Module]) -> None:
+    if insertion.dropouts_before_batchnorm:
+        print_note(
+            f"Dropout before BatchNorm: {', '.join(insertion.dropouts_before_batchnorm)}. In training it makes the "
+            "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "
+            "off; in your own training loop, set p of these layers to 0."
+        )
 
 
 def _note_unreadable(unreadable: list[Unreadable]) -> None:

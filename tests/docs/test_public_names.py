@@ -27,6 +27,7 @@ INSERT_OPTIONS = {
     "equalize": False,
     "eps": 1e-5,
     "momentum": 0.1,
+    "dropout_before_batchnorm": True,
     "device": None,
     "autocast": None,
     "tolerance": None,
@@ -66,6 +67,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     # Added with one pipeline for the library and the command line.
     "agreement_reading": ({"agreements": REQUIRED, "least": 0.95}, {}),
+    "dropouts_before_batchnorm": ({"model": REQUIRED, "example": REQUIRED}, {}),
     "build_network": ({"checkpoint": REQUIRED, "model": None}, {}),
     "check_output": ({"path": REQUIRED}, {"overwrite": False}),
     "finetune": (

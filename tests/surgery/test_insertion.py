@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
-from bn_insert import CalibrationError, GraphError, calibrate, find_edges, find_sites, insert, insert_batchnorm, survey
+from bn_insert import (
+    CalibrationError,
+    GraphError,
+    calibrate,
+    dropouts_before_batchnorm,
+    find_edges,
+    find_sites,
+    insert,
+    insert_batchnorm,
+    survey,
+)
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
 from support.networks import (
@@ -38,6 +48,10 @@ WISHES: dict[str, dict[str, Any]] = {
 
 def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def dropouts(model: nn.Module) -> dict[str, nn.Dropout]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -230,6 +244,27 @@ def test_dropout_is_inactive_during_calibration_of_a_model_that_trains() -> None
     actual = insert_batchnorm(model.train(), [images(12, 16)]).state_dict()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, ("classifier.3",)), ({"layers": "conv"}, ()), ({"include_output": True}, ("classifier.3", "classifier.7"))],
+)
+def test_dropouts_before_a_batchnorm_are_named_as_in_the_result_and_kept(
+    options: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    insertion = insert(small_vgg(), [images(6, 16)], **options)
+    assert insertion.dropouts_before_batchnorm == expected
+    assert dropouts_before_batchnorm(insertion.model, images(1, 16)) == list(expected)
+    assert {dropout.p for dropout in dropouts(insertion.model).values()} == {0.5}
+
+
+def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -> None:
+    model = small_vgg()
+    result = insert_batchnorm(model, [images(6, 16)], dropout_before_batchnorm=False)
+    assert {name: each.p for name, each in dropouts(result).items()} == {"classifier.3": 0, "classifier.7": 0.5}
+    assert {each.p for each in dropouts(model).values()} == {0.5}
+    assert dropouts_before_batchnorm(result, images(1, 16)) == []
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [(0.1, 0.1), (0.01, 0.01), (None, None)])
