@@ -20,13 +20,14 @@ from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
 from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
 from .statistics.recalibrate import recalibrate
-from .surgery.output_layer import replace_output
+from .surgery.output_layer import replace_head, replace_output
 from .training.parameter_groups import parameter_groups
 
 # Fine-tune on class folders
 from .training.finetune import FineTuning, finetune
 from .training.metrics import EpochMetrics, StepMetrics
 from .training.settings import TrainingSettings
+from .training.summary import RunSummary
 
 # Fold
 from .surgery.fold import FoldResult, fold, fold_batchnorm
@@ -72,6 +73,7 @@ __all__ = [
     "finite_part",
     # In a training script
     "replace_output",
+    "replace_head",
     "parameter_groups",
     "dropouts_before_batchnorm",
     "set_batchnorm_mode",
@@ -88,6 +90,7 @@ __all__ = [
     "finetune",
     "TrainingSettings",
     "FineTuning",
+    "RunSummary",
     "StepMetrics",
     "EpochMetrics",
     # Fold

@@ -1,17 +1,22 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
+from .health import run_health, worst
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions
 from .runs import read_run, run_report, runs_report
+from .verdicts import Verdict
 
 __all__ = [
+    "Verdict",
     "check_report",
     "file_facts",
     "insertion_report",
     "read_run",
+    "run_health",
     "run_report",
     "runs_report",
     "versions",
+    "worst",
     "write_report",
 ]

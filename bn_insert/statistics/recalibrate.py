@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, Literal, cast, get_args
@@ -67,10 +67,39 @@ def recalibrate(
         >>> torch.allclose(result[1].running_var, model[0](x).var(0))
         True
     """
+    return recalibrate_layers(
+        model, batches, None, earlier=earlier, device=device, autocast=autocast, progress=progress
+    )
+
+
+def recalibrate_layers(
+    model: AnyModule,
+    batches: Iterable[Any],
+    names: Collection[str] | None,
+    *,
+    earlier: Earlier = "batch",
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> AnyModule:
+    """Return what `recalibrate` returns, but with new statistics for some BatchNorms alone.
+
+    Args:
+        model: As for `recalibrate`.
+        batches: As for `recalibrate`.
+        names: Qualified names of the BatchNorms; the others normalize by their running statistics. None for all.
+        earlier: As for `recalibrate`.
+        device: As for `recalibrate`.
+        autocast: As for `recalibrate`.
+        progress: As for `recalibrate`.
+
+    Raises:
+        CalibrationError: As for `recalibrate`.
+    """
     if earlier not in get_args(Earlier):
         raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
     network = working_copy(model, device)
-    norms = _with_statistics(network)
+    norms = _with_statistics(network, names)
     if not norms:
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
     if earlier == "running":
@@ -85,7 +114,7 @@ def recalibrate(
     statistics = pooled_over_ranks(measure)
     with torch.inference_mode(False):  # whatever the caller's mode: the result is to be trained
         result = deep_copy(model)
-        for name, norm in _with_statistics(result).items():
+        for name, norm in _with_statistics(result, names).items():
             if name in statistics.pooled:
                 _set_statistics(norm, name, statistics.pooled[name])
                 calls = statistics.calls[name]
@@ -93,9 +122,13 @@ def recalibrate(
     return result
 
 
-def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+def _with_statistics(model: nn.Module, names: Collection[str] | None) -> dict[str, _BatchNorm]:
     modules = dict(model.named_modules())
-    return {name: norm for name, norm in modules.items() if isinstance(norm, _BatchNorm) and _statistics(norm)}
+    return {
+        name: norm
+        for name, norm in modules.items()
+        if isinstance(norm, _BatchNorm) and _statistics(norm) and (names is None or name in names)
+    }
 
 
 def _statistics(norm: _BatchNorm) -> list[Tensor]:

@@ -72,6 +72,35 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
     return _unwrapped(model)
 
 
+def splice_over(model: nn.Module, first: str, last: str, modules: Sequence[nn.Module]) -> list[str]:
+    """Replace consecutive children of one module, in place, and return the names of the new modules.
+
+    Children of an nn.Sequential that are numbered from 0 are renumbered. Anywhere else an nn.Sequential of the new
+    modules gets the first one's name, and the other replaced modules go.
+
+    Args:
+        model: The network to change.
+        first: Qualified name of the first child to replace.
+        last: Qualified name of the last one, in the same module and not before the first.
+        modules: What takes their place.
+    """
+    parent, _, start = first.rpartition(".")
+    end = last.rpartition(".")[2]
+    container = model.get_submodule(parent)
+    children = _children(container)
+    names = [name for name, _ in children]
+    begin, stop = names.index(start), names.index(end)
+    prefix = f"{parent}." if parent else ""
+    if isinstance(container, nn.Sequential) and _numbered(children):
+        new = [("", module) for module in modules]
+        _set_children(container, [*children[:begin], *new, *children[stop + 1 :]], numbered=True)
+        return [f"{prefix}{begin + number}" for number in range(len(modules))]
+    setattr(container, start, nn.Sequential(*modules))
+    for name in names[begin + 1 : stop + 1]:
+        delattr(container, name)
+    return [f"{first}.{number}" for number in range(len(modules))]
+
+
 def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (name, child) pairs; unlike named_children, this lists a child held under two names twice."""
     return [(name, child) for name, child in container._modules.items() if child is not None]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import DivergenceError, TrainingError
 from ..images.class_folders import ClassFolders
+from ..report import Verdict, run_health
 from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, output_folder
 from ..support.processes import Ranks, on_every_rank
@@ -22,10 +23,12 @@ from .loop import TrainingLoop
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, prepared_network
 from .progress import Progress
-from .results import STATE, RunFolder, results_in, run_facts
+from .results import STATE, TENSORBOARD, RunFolder, results_in, run_facts
 from .settings import TrainingSettings
 from .state import TrainingState, load_state, random_state, run_data
 from .stopping import StopCheck
+from .summary import RunSummary, summarize
+from .tensorboard import TensorBoard, check_tensorboard
 from .training_set import TrainingSet
 
 
@@ -37,11 +40,13 @@ class FineTuning:
         epochs: Metrics of all complete epochs, also of those before the run was resumed.
         best: The first epoch with the highest validation accuracy; None before the first epoch is complete.
         interrupted: Whether the run was stopped before its last epoch, so that it can be resumed.
+        health: What is wrong with the run, in words, or that nothing is; see `run_health` in `bn_insert.report`.
     """
 
     epochs: tuple[EpochMetrics, ...]
     best: EpochMetrics | None
     interrupted: bool
+    health: tuple[Verdict, ...] = ()
 
 
 def finetune(
@@ -53,10 +58,12 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
+    on_start: Callable[[RunSummary], None] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     stop: Callable[[], bool] | None = None,
     facts: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
 ) -> FineTuning:
     """Train a copy of a classifier on labelled images, and write the results into a folder.
 
@@ -83,14 +90,17 @@ def finetune(
             an uninterrupted run. A run is started if the folder has no results.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
+        on_start: Called before the first step, also of a run that is resumed.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
             statistics are not re-estimated in that case, to stop without delay.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
+        tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
+            the output folder; the package tensorboard must be installed.
 
     Returns:
-        Metrics of the epochs, and whether the run was stopped.
+        Metrics of the epochs, whether the run was stopped, and what seems to be wrong with it.
 
     Raises:
         TrainingError: For what cannot be trained or resumed as requested, and for an output folder in which a result
@@ -101,6 +111,8 @@ def finetune(
     """
     settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
     folder = Path(output_dir)
+    if tensorboard:
+        check_tensorboard()
     existing = results_in(folder)
     _check_may_write(folder, existing, resume=resume, overwrite=overwrite)
     with preserved_random_state():
@@ -112,7 +124,10 @@ def finetune(
         training_set = TrainingSet.of(images, network, settings, ranks)
         optimizer = make_optimizer(network, settings)
         data = run_data(network, images, ranks)
-        facts = {**(facts or {}), **run_facts(network, images, device, ranks)}
+        summary = summarize(
+            model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
+        )
+        facts = {**(facts or {}), **run_facts(summary, images, ranks)}
         effective = asdict(settings) | {"dropout": str(dropout)}
         results = RunFolder(folder, images, effective, facts, replaced=() if resume else existing)
         progress = Progress()
@@ -148,6 +163,11 @@ def finetune(
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
             if progress.just_improved:
                 _on_first_rank(lambda: results.restore_best(network), ranks)
+            if tensorboard and ranks.first:
+                writer = writing.enter_context(closing(TensorBoard(folder / TENSORBOARD, progress.history)))
+                loop = replace(loop, on_epoch=writer.after_epoch(on_epoch))
+            if on_start:
+                on_start(summary)
             try:
                 progress = loop.run(progress)
             except DivergenceError as error:
@@ -155,7 +175,8 @@ def finetune(
                     f"{error}: training diverged. Try a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), "
                     f"or a network with BatchNorm (bn-insert insert); {results.kept}"
                 ) from error
-    return FineTuning(progress.history, progress.best, interrupted=progress.epoch < settings.epochs)
+    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
+    return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
 
 
 def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from .progress import Progress
 from .settings import TrainingSettings
 
 _FORMAT = "bn-insert training state 2"
-_MAY_CHANGE = {"epochs"}  # a run may be made longer
+_MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
 @dataclass(frozen=True)
