@@ -37,8 +37,8 @@ def load_checkpoint(path: StrPath, *, model: Architecture | None = None, mmap: b
         model: The architecture, required for other networks than VGGs: a module, of which a copy is returned, a
             zero-argument function that builds the module, or the name of that function as "package.module:function",
             which is imported. The checkpoint is loaded strictly; dtype and device of the module stay. Changes that
-            bn-insert made (inserting or folding BatchNorm, replacing the output layer) are recorded in the checkpoint
-            and replayed, so pass the original architecture.
+            bn-insert made (inserting or folding BatchNorm, replacing the output layer or the head) are recorded in the
+            checkpoint and replayed, so pass the original architecture.
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
             layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
             that share memory in the file share it in the network.

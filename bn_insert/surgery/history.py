@@ -29,6 +29,8 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
 _MAX_EXTENT = 2**31
+WIDEST_HEAD = 1 << 16
+"""Maximum number of hidden channels of a new head."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +283,8 @@ def _change(document: object, place: str) -> Change:
         if names[0].rpartition(".")[0] != names[1].rpartition(".")[0]:
             raise CheckpointError(f"{place}.new_head names layers of two modules")
         width, classes = sizes
-        if not _is_extent(width) or not _is_extent(classes):
-            raise CheckpointError(f"{place} needs a width and a number of classes")
+        if not _is_extent(width) or not _is_extent(classes) or width > WIDEST_HEAD:
+            raise CheckpointError(f"{place} needs a width of at most {WIDEST_HEAD} and a number of classes")
         return ReplacedHead(names[0], names[1], width, classes)
     raise CheckpointError(f"{place} is not a change that this version of bn-insert knows: {document!r:.60}")
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from ..graph.layers import layer_kind
-from .history import History, ReplacedHead, ReplacedOutput, new_head
+from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head
 from .splice import splice_over
 
 
@@ -62,14 +62,15 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
 
     Args:
         model: The network to change.
-        width: Number of hidden channels, 1 or more.
+        width: Number of hidden channels, from 1 to 65,536.
         classes: Number of classes, 2 or more.
 
     Returns:
         The qualified names of the new modules.
 
     Raises:
-        TrainingError: As for `replace_output`, for a width below 1, and if a conv layer is between the dense layers.
+        TrainingError: As for `replace_output`, for a width out of range, and for a conv layer between the dense
+            layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
@@ -80,8 +81,8 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     """
     if classes < 2:
         raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
-    if width < 1:
-        raise TrainingError(f"a head needs a width of 1 or more, not {width}")
+    if not 1 <= width <= WIDEST_HEAD:
+        raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
     last, output = _replaceable_output(model)
     parent = last.rpartition(".")[0]
     container = model.get_submodule(parent)

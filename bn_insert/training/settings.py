@@ -9,11 +9,11 @@ from typing import Literal, get_args
 from ..batchnorm.limits import ConstantLimits, RenormLimits
 from ..batchnorm.modes import BatchNormMode
 from ..errors import TrainingError
+from ..surgery.history import WIDEST_HEAD
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine", "step"]
 Trained = Literal["all", "batchnorm", "head"]
-_WIDEST_HEAD = 1 << 16
 
 _LEAST = {
     "epochs": 1,
@@ -141,8 +141,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise TrainingError(f"{name} is {value}; use {least} or more")
-        if self.head is not None and self.head > _WIDEST_HEAD:
-            raise TrainingError(f"head is {self.head}; use at most {_WIDEST_HEAD}")
+        if self.head is not None and self.head > WIDEST_HEAD:
+            raise TrainingError(f"head is {self.head}; use at most {WIDEST_HEAD}")
 
     def _check_renorm(self) -> None:
         for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):

@@ -94,7 +94,6 @@ def test_the_head_alone_is_trained_while_statistics_stay(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"train": "bias"}, "train is one of all, batchnorm, head, not 'bias'"),
         ({"train": "head", "freeze_features": True}, "freeze_features .* and train head .* both say"),
         ({"train": "batchnorm", "batchnorm": "freeze"}, "use train head"),
         ({"head": 0}, "head is 0; use 1 or more"),
