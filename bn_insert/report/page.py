@@ -68,7 +68,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for verdict in found
         if verdict.state != "good"
     ]
-    facts = [_flat(run.get("settings", {})) | _flat(_facts(run)) for run in runs]
+    facts = [_flat(_effective(run.get("settings", {}))) | _flat(_facts(run)) for run in runs]
     names = dict.fromkeys(name for run in facts for name in run)
     rows = {name: [run.get(name, "") for run in facts] for name in names}
     different = {name: values for name, values in rows.items() if len(set(values)) > 1}
@@ -91,6 +91,12 @@ def _health(run: Mapping[str, Any]) -> list[Verdict]:
     if "health" in run:
         return [Verdict(**verdict) for verdict in run["health"]]
     return run_health(run["epochs"], run["settings"], {})
+
+
+def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with words for those whose None does not mean that there is none."""
+    words = {"dropout": "as in the checkpoint", "head": "kept"}
+    return {name: words.get(name) if value is None else value for name, value in settings.items()}
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def recalibrate(
         >>> torch.allclose(result[1].running_var, model[0](x).var(0))
         True
     """
+    if earlier not in get_args(Earlier):
+        raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
     return recalibrate_layers(
         model, batches, None, earlier=earlier, device=device, autocast=autocast, progress=progress
     )
@@ -96,8 +98,6 @@ def recalibrate_layers(
     Raises:
         CalibrationError: As for `recalibrate`.
     """
-    if earlier not in get_args(Earlier):
-        raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
     network = working_copy(model, device)
     norms = _with_statistics(network, names)
     if not norms:

@@ -15,17 +15,13 @@ from .console import (
     print_line,
     print_note,
     print_result,
-    print_table,
     print_warning,
     run_progress,
-    table,
 )
 from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
 from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from bn_insert import EpochMetrics, FineTuning, RunSummary, StepMetrics
 
 DIVERGED = 1
@@ -301,7 +297,7 @@ class _Display:
 
     def start(self, summary: RunSummary) -> None:
         """Print what the run is about to do."""
-        print_table(_summary_table(summary))
+        _print_summary(summary)
 
     def step(self, metrics: StepMetrics) -> None:
         """Advance the bar, and tell once how long the run will take."""
@@ -349,20 +345,18 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
             print_note("No epoch was better than the first: a lower --lr may preserve more of the pretrained network.")
 
 
-def _summary_table(summary: RunSummary) -> Table:
-    result = table("Run", "", "value")
+def _print_summary(summary: RunSummary) -> None:
     train, val = (sum(counts[part] for counts in summary.classes.values()) for part in (0, 1))
-    result.add_row("images", f"{train:,} to train on, {val:,} to validate with, {len(summary.classes)} classes")
+    print_note(f"Images: {train:,} to train on, {val:,} to validate with, {len(summary.classes)} classes.")
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     more = f", and {len(names) - _CLASSES_SHOWN} more" if len(names) > _CLASSES_SHOWN else ""
-    result.add_row("classes", ", ".join(names[:_CLASSES_SHOWN]) + more)
-    result.add_row("output layer", summary.output)
+    print_note(f"Classes (training/validation): {', '.join(names[:_CLASSES_SHOWN])}{more}.")
+    print_note(f"Output layer: {summary.output}.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
-    result.add_row("trained", f"{trained}, {summary.batchnorms} BatchNorm layers")
-    result.add_row("dropout", summary.dropout)
-    result.add_row("device", summary.device)
-    result.add_row("steps", f"{summary.epochs * summary.steps:,}: {summary.epochs} epochs of {summary.steps:,}")
-    return result
+    print_note(f"Trained: {trained}; {summary.batchnorms} BatchNorm layers.")
+    print_note(f"Dropout: {summary.dropout}.")
+    print_note(f"Steps: {summary.epochs * summary.steps:,} ({summary.epochs} epochs of {summary.steps:,}).")
+    print_note(f"Device: {summary.device}.")
 
 
 def _duration(seconds: float) -> str:

@@ -460,4 +460,8 @@ def test_settings_of_a_run_are_those_of_the_run() -> None:
     settings = TrainingSettings(dropout=0.25, amp=True)
     text = Page(page(run_report("a", asdict(settings), [], {"batchnorms": 3}))).text
     assert "dropout 0.25" in text
+    assert "head kept" in text
+    unknown = Page(page(run_report("a", {"dropout": None, "patience": None}, [], {"batchnorms": 3}))).text
+    assert "dropout as in the checkpoint" in unknown
+    assert "patience none" in unknown
     assert "amp yes" in text
