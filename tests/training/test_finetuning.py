@@ -418,7 +418,7 @@ def test_dropout_of_a_network_that_cannot_be_traced_stays_on_with_a_warning(
 
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8))
     monkeypatch.setattr("bn_insert.training.dropout.dropouts_before_batchnorm", fail)
-    with pytest.warns(UserWarning, match="dropout stays on, because .* --dropout 0"):
+    with pytest.warns(UserWarning, match="dropout stays on, because .*--dropout 0"):
         assert str(set_dropout(model, None, digits)) == "0.5 (1)"
 
 
