@@ -14,7 +14,7 @@ import bn_insert
 from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli import console
-from support.commands import AS_STORED, Run, assert_refused, run_process, text_of
+from support.commands import AS_STORED, Run, assert_refused, run_forked, run_process, text_of
 
 COMMANDS = ("insert", "inspect", "compare", "compare-modes", "finetune", "fold", "report", "demo")
 SMALL = (*AS_STORED, "--images", 16)
@@ -186,7 +186,7 @@ def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -
         done = run_process(sys.executable, "-m", "bn_insert", *words, folder=tmp_path)
         assert done.returncode == code
         assert len(done.stderr.splitlines()) == (code == 2)
-    done = run_process(sys.executable, "-m", "bn_insert", "inspect", "missing.pth", "--traceback", folder=tmp_path)
+    done = run_forked("-m", "bn_insert", "inspect", "missing.pth", "--traceback", folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

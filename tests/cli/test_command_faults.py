@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, assert_refused, run, run_process, start_process, text_of
+from support.commands import AS_STORED, assert_refused, run, run_process, start_forked, text_of
 from support.digits import copy_labelled_digits
 from support.full_disk import file_size_limit
 
@@ -133,9 +133,8 @@ name = "alive" if os.fork() else "killed"
 line = f"{name} {os.getpid()}\\n".encode()  # in one piece: both processes write at once
 write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line), time.sleep(600)))
 """
-    parent = start_process(sys.executable, "-c", script, folder=tmp_path)
+    parent = start_forked("-c", script, folder=tmp_path)
     try:
-        assert parent.stdout
         pids = dict(parent.stdout.readline().split() for _ in range(2))
         assert len(list(tmp_path.iterdir())) == 2
         os.kill(int(pids["killed"]), signal.SIGKILL)
@@ -161,8 +160,7 @@ def test_killed_at_random_moments_every_output_is_whole() -> None:
 
 def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs: Path, tmp_path: Path) -> None:
     command = (*finetune(inputs)(tmp_path / "run"), "--epochs", 1000, "-j", 1, "-b", 4)
-    process = start_process(sys.executable, "-m", "bn_insert", *command, folder=tmp_path)
-    assert process.stdout
+    process = start_forked("-m", "bn_insert", *command, folder=tmp_path)
     process.stdout.readline()  # the first epoch is done
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
