@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, assert_refused, run, run_process, start_forked, text_of
+from support.commands import AS_STORED, assert_refused, run, run_forked, start_forked, text_of
 from support.digits import copy_labelled_digits
 from support.full_disk import file_size_limit
 
@@ -151,9 +150,9 @@ write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line),
 
 @pytest.mark.skipif(not INTERRUPTION.exists(), reason="fuzz/ is not in this distribution")
 def test_killed_at_random_moments_every_output_is_whole() -> None:
-    command = (sys.executable, "-m", "fuzz.interruption", "--kills", 1, "--seed", 1)
+    command = ("-m", "fuzz.interruption", "--kills", 1, "--seed", 1)
     command += ("--commands", "insert --force, .pth", "finetune")
-    done = run_process(*command, folder=INTERRUPTION.parents[1])
+    done = run_forked(*command, folder=INTERRUPTION.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Outputs other than absent, old or new, each complete: 0." in done.stdout
 
