@@ -50,7 +50,7 @@ class Record:
         for line in self.lines:
             if all(line[part] == value for part, value in key.items()):
                 accuracies = tuple(Accuracy(**accuracy) for accuracy in line["accuracies"])
-                return Run(accuracies, line["finite"], line["seconds"])
+                return Run(accuracies, line["test_before"], line["test"], line["finite"], line["seconds"])
         found = run(case, WAYS[way], rate_of(index), seed, self.places)
         line = key | asdict(found) | {"machine": machine()}
         self.lines.append(line)
