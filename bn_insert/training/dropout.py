@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..batchnorm.dropouts import dropouts_before_batchnorm
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import GraphError, TrainingError
+from ..graph.copies import unwrapped
 from ..images.class_folders import ClassFolders
 
 
@@ -47,7 +48,8 @@ def set_dropout(network: nn.Module, probability: float | None, images: ClassFold
     Raises:
         TrainingError: If there is a probability and no layer to have it.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, _DropoutNd)}
+    modules = unwrapped(network).named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, _DropoutNd)}
     if probability is not None and not layers:
         raise TrainingError(
             f"{type(network).__name__} has no dropout layer to set to {probability}; leave out dropout (--dropout)"
