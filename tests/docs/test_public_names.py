@@ -57,7 +57,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"earlier": "batch", "device": None, "autocast": None, "progress": None},
     ),
     "replace_output": ({"model": REQUIRED, "classes": REQUIRED}, {}),
-    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "overwrite": False}),
+    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "classes": (), "overwrite": False}),
     "smallest_agreeing": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "survey": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),
     "train_mode_agreement": (
@@ -79,6 +79,14 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "stop": None,
             "facts": None,
         },
+    ),
+    "evaluate": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"classes": (), "device": None, "autocast": None, "progress": None},
+    ),
+    "predict": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"top": 1, "classes": (), "device": None, "autocast": None, "progress": None},
     ),
     "finite_part": ({"model": REQUIRED}, {}),
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
@@ -115,11 +123,13 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"),
         (),
     ),
+    "Evaluation": (("images", "accuracy", "loss", "classes", "class_accuracy", "confusion"), ()),
+    "Prediction": (("path", "labels", "classes", "probabilities"), ()),
     "FineTuning": (("epochs", "best", "interrupted"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
     "Insertion": (("model", "layers", "moments", "norms", "edges", "images"), ("sites", "layer_statistics")),
     "Ranks": (("rank", "count"), ("current", "first")),
-    "Settings": (("batchnorm", "dropout", "transform", "history"), ()),
+    "Settings": (("batchnorm", "dropout", "transform", "history", "classes"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),
 }
