@@ -1,11 +1,13 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
+from .confusion import check_confusion_matrix, write_confusion_matrix
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions
 from .runs import read_run, run_report, runs_report
 
 __all__ = [
+    "check_confusion_matrix",
     "check_report",
     "file_facts",
     "insertion_report",
@@ -13,5 +15,6 @@ __all__ = [
     "run_report",
     "runs_report",
     "versions",
+    "write_confusion_matrix",
     "write_report",
 ]
