@@ -117,7 +117,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     content = read_named_checkpoint(checkpoint, model)
     transform, origin = preprocessing(content, image_options)
-    network, classes = build_network(content, model), class_names(content)
+    network = build_network(content, model)
+    classes = class_names(content)
     del content
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bn_insert import CalibrationError, evaluate, predict
+from bn_insert.compare.evaluation import outcomes_of
 from bn_insert.images import Batch
 from support.networks import SeveralOutputs, images, small_vgg
 
@@ -52,6 +54,16 @@ def test_the_size_of_batches_does_not_matter() -> None:
     one, two = (evaluate(small_vgg(), labelled(batch_size=size)) for size in (7, 30))
     assert one.confusion == two.confusion
     assert one.loss == pytest.approx(two.loss, rel=1e-6)
+
+
+def test_the_parts_of_several_ranks_are_evaluated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = labelled()
+    whole = evaluate(small_vgg(), batches)
+    parts = [outcomes_of(small_vgg(), part) for part in (batches[1:], [], batches[:1])]
+    monkeypatch.setattr("bn_insert.compare.evaluation.on_every_rank", lambda _measure: parts)
+    pooled = evaluate(small_vgg(), [])
+    assert pooled.loss == pytest.approx(whole.loss)
+    assert replace(pooled, loss=whole.loss) == whole
 
 
 def test_dropout_and_training_flags_do_not_matter_and_stay() -> None:
