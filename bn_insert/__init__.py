@@ -14,6 +14,9 @@ from .checkpoints.torchvision_weights import torchvision_checkpoint
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
+# Evaluate a classifier
+from .compare.evaluation import Evaluation, Prediction, evaluate, predict
+
 # In a training script
 from .batchnorm.dropouts import dropouts_before_batchnorm
 from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
@@ -71,6 +74,11 @@ __all__ = [
     "compare_outputs",
     "Comparison",
     "finite_part",
+    # Evaluate a classifier
+    "evaluate",
+    "Evaluation",
+    "predict",
+    "Prediction",
     # In a training script
     "replace_output",
     "replace_head",

@@ -1,6 +1,7 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
 from .health import run_health, worst
+from .confusion import check_confusion_matrix, write_confusion_matrix
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions
@@ -9,6 +10,7 @@ from .verdicts import Verdict
 
 __all__ = [
     "Verdict",
+    "check_confusion_matrix",
     "check_report",
     "file_facts",
     "insertion_report",
@@ -18,5 +20,6 @@ __all__ = [
     "runs_report",
     "versions",
     "worst",
+    "write_confusion_matrix",
     "write_report",
 ]

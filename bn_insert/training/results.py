@@ -144,8 +144,10 @@ class RunFolder:
         }
 
     def _staged_checkpoint(self, network: nn.Module, name: str, staging: Path) -> Callable[[], None]:
-        transform = self._images.transform.to_dict()
-        return stage_checkpoint(network, self._folder / name, staging, transform=transform, overwrite=True)
+        transform, classes = self._images.transform.to_dict(), self._images.classes
+        return stage_checkpoint(
+            network, self._folder / name, staging, transform=transform, classes=classes, overwrite=True
+        )
 
     def _write_reports(self, state: TrainingState) -> list[str]:
         """Write the reports, and return the names of those that could be written."""

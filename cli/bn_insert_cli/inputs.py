@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Checkpoint
-    from bn_insert.images import Batches, Transform
+    from bn_insert.images import Batches, Transform, Unreadable
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -38,10 +38,26 @@ class ImageOptions:
     strict: bool
 
 
+class Opened(NamedTuple):
+    """A checkpoint: its network, its preprocessing, and the names of its classes, empty if it stores none."""
+
+    network: nn.Module
+    transform: Transform
+    classes: tuple[str, ...]
+
+
 def open_checkpoint(
     checkpoint: str, options: ImageOptions, function: str | None = None, *, images: Path | None = None
 ) -> tuple[nn.Module, Transform]:
-    """Return the network and the preprocessing of a checkpoint file or of a network in torchvision.
+    """Return the network and the preprocessing of a checkpoint; see `open_classifier`."""
+    opened = open_classifier(checkpoint, options, function, images=images)
+    return opened.network, opened.transform
+
+
+def open_classifier(
+    checkpoint: str, options: ImageOptions, function: str | None = None, *, images: Path | None = None
+) -> Opened:
+    """Return what a checkpoint file contains, or the weights of a network in torchvision.
 
     Args:
         checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
@@ -56,7 +72,12 @@ def open_checkpoint(
     network = build_network(content, function)
     if images is not None:
         print_preprocessing(transform, origin, images)
-    return network, transform
+    return Opened(network, transform, class_names(content))
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the classes that a checkpoint stores, empty if it stores none."""
+    return checkpoint.settings.classes if checkpoint.settings else ()
 
 
 def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> Checkpoint:
@@ -198,6 +219,13 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         channels=input_channels(model),
         strict=options.strict,
     )
+
+
+def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
+    """Print how many files were skipped, and the first with the reason."""
+    if unreadable:
+        first = unreadable[0]
+        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
 
 
 def input_channels(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from . import options as opt
 from .console import image_progress, print_note, print_result, print_table
 from .inputs import (
     ImageOptions,
+    class_names,
     is_tensor_file,
     layer_kinds,
     open_calibration,
@@ -117,6 +118,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     content = read_named_checkpoint(checkpoint, model)
     transform, origin = preprocessing(content, image_options)
     network = build_network(content, model)
+    classes = class_names(content)
     del content
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
@@ -160,7 +162,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
         with signals.saving(str(output)):
-            save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
+            save_checkpoint(insertion.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {

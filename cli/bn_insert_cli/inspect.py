@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from bn_insert import Settings
 
 
+_CLASSES_SHOWN = 10
+
+
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     model: opt.Model = None,
@@ -62,7 +65,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         return
     print_table(layer_table(found, weights))
     if content.settings is None:
-        print_line("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
+        print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")
     else:
         print_table(_settings_table(content.settings, content.settings_place))
     print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")
@@ -82,6 +85,12 @@ def _settings_table(settings: Settings, place: str) -> Table:
     else:
         described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
         result.add_row("preprocessing", plain(described))
+    if settings.classes:
+        more = len(settings.classes) - _CLASSES_SHOWN
+        shown = ", ".join(settings.classes[:_CLASSES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        result.add_row("classes", f"{len(settings.classes):,}: {shown}")
+    else:
+        result.add_row("classes", "names not stored")
     if settings.history.function:
         result.add_row("built by", plain(settings.history.function))
     changes = "; ".join(change.description for change in settings.history.changes)

@@ -16,7 +16,7 @@ from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, assert_refused, run_process, start_forked, text_of
 
 
-@pytest.mark.parametrize("command", ["insert", "inspect", "compare", "demo"])
+@pytest.mark.parametrize("command", ["insert", "inspect", "compare", "evaluate", "predict", "demo"])
 def test_every_help_has_an_example(run: Run, command: str) -> None:
     assert f"Example: bn-insert {command}" in text_of(run(command, "--help").stdout)
 

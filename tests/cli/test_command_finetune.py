@@ -58,6 +58,10 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
     with Path("run/metrics.csv").open() as file:
         assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [each["val_loss"] for each in told["epochs"]]
+    evaluated = json.loads(run("evaluate", "run/last.pth", digits, "--json").stdout)
+    assert (evaluated["folder"], evaluated["classes_stored"]) == (str(digits / "val"), True)
+    assert evaluated["accuracy"] == told["epochs"][-1]["val_accuracy"]
+    assert evaluated["loss"] == pytest.approx(told["epochs"][-1]["val_loss"], rel=1e-4)
     assert Path("run/report.html").read_text().count("<figure") == 3
     folded = run("fold", "run/best.pth", "-o", "plain.pth")
     assert folded.exit_code == 0, folded.output

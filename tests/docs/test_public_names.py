@@ -59,7 +59,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "replace_head": ({"model": REQUIRED, "width": REQUIRED, "classes": REQUIRED}, {}),
     "replace_output": ({"model": REQUIRED, "classes": REQUIRED}, {}),
-    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "overwrite": False}),
+    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "classes": (), "overwrite": False}),
     "smallest_agreeing": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "survey": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),
     "train_mode_agreement": (
@@ -84,6 +84,14 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "facts": None,
             "tensorboard": False,
         },
+    ),
+    "evaluate": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"classes": (), "device": None, "autocast": None, "progress": None},
+    ),
+    "predict": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"top": 1, "classes": (), "device": None, "autocast": None, "progress": None},
     ),
     "finite_part": ({"model": REQUIRED}, {}),
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
@@ -121,18 +129,20 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "FineTuning": (("epochs", "best", "interrupted", "health"), ()),
+    "Evaluation": (("images", "accuracy", "loss", "classes", "class_accuracy", "confusion"), ()),
+    "Prediction": (("path", "labels", "classes", "probabilities"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
     "Insertion": (
         ("model", "layers", "moments", "norms", "edges", "images", "dropouts_before_batchnorm"),
         ("sites", "layer_statistics"),
     ),
     "Ranks": (("rank", "count"), ("current", "first")),
-    "Settings": (("batchnorm", "dropout", "transform", "history"), ()),
     "RunSummary": (
         ("classes", "preprocessing", "device", "parameters", "trained_parameters", "batchnorms", "dropout", "output"),
         (),
     ),
     "StepMetrics": (("epoch", "step", "steps", "loss", "seconds_left"), ()),
+    "Settings": (("batchnorm", "dropout", "transform", "history", "classes"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),
 }
 

@@ -103,6 +103,7 @@ def test_checkpoints_load_with_their_transform_and_give_the_accuracy_that_was_me
     settings = read_settings(tmp_path / "last.pth")
     assert settings is not None
     assert settings.transform == IDENTITY_TRANSFORM.to_dict()
+    assert settings.classes == digits.classes
     (batch,) = digits.batches(digits.val, 100)
     with torch.inference_mode():
         accuracy = (model(batch.images).argmax(1) == batch.labels).double().mean().item()
