@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, cast
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.identity import check_eps, identity_batchnorm
-from ..errors import CalibrationError
-from ..graph.copies import AnyModule, deep_copy
+from ..errors import CalibrationError, GraphError
+from ..graph.copies import AnyModule, check_module, deep_copy, unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, layers_in
+from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, checked, no_batches, preserved_random_state
 from ..support.processes import Ranks, on_every_rank
+from ..support.text import first_line
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .history import History, InsertedBatchNorms
@@ -40,6 +42,7 @@ class Insertion(Generic[AnyModule]):
         norms: The inserted BatchNorms, by the name of their layer.
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
+        nothing: Why no BatchNorm was inserted; empty if one was.
     """
 
     model: AnyModule = field(repr=False)
@@ -48,6 +51,7 @@ class Insertion(Generic[AnyModule]):
     norms: Mapping[str, nn.Module] = field(repr=False)
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
+    nothing: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -99,8 +103,11 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, batches = _peek(model, batches)
+        example, first, batches = _peek(model, batches)
         trace = Trace.of(model, example)
+        if trace.obstacle:
+            example = next((batch for batch in Ranks.current().gathered(first) if batch is not None), example)
+            trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
@@ -108,7 +115,63 @@ def insert(
         )
     edges = edges_in(trace, sites) if equalize else []
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-    return Insertion(result, tuple(found), moments, norms, tuple(edges), sum(Ranks.current().gathered(images)))
+    # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
+    if sites and (fault := _fault(model, result, first)):
+        renumbered = [site for site in sites if site.in_sequence]
+        sites = [replace(site, in_sequence=False) for site in sites]
+        result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+        if not renumbered or (fault := _fault(model, result, first)):
+            raise GraphError(
+                f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its "
+                "layers are held; leave out the layers that it refers to (skip), or let it call them alone"
+            )
+        by_name = {site.name: site for site in sites}
+        found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
+    total = sum(Ranks.current().gathered(images))
+    nothing = "" if sites else reasons_without_sites(found, trace)
+    return Insertion(result, tuple(found), moments, norms, tuple(edges), total, nothing)
+
+
+_CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
+_LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
+
+
+def _fault(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
+    """Return what is wrong with the result on the first images of any rank, for a message; empty if nothing is."""
+    faults = Ranks.current().gathered("" if batch is None else _fault_here(model, result, batch))
+    return next(filter(None, faults), "")
+
+
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> str:
+    for part in (batch.rows(0, _CHECKED_ROWS), batch):
+        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+            seed = torch.initial_seed()
+            try:
+                torch.manual_seed(seed)
+                expected = part.run(working_copy(model))
+            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
+                continue
+            try:
+                torch.manual_seed(seed)
+                actual = part.run(working_copy(result))
+            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+                return f"cannot run: {first_line(error)}"
+        return "" if _same_outputs(expected, actual) else "returns other outputs than without"
+    return ""
+
+
+def _same_outputs(expected: Any, actual: Any) -> bool:
+    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for first, second in zip(*pairs, strict=True):
+        if first.shape != second.shape:
+            return False
+        if first.is_floating_point() and first.numel() and first.isfinite().all():
+            scale = first.double().abs().max()
+            if not (second.double() - first.double()).abs().max() <= _LARGEST_DIFFERENCE * scale:
+                return False
+    return True
 
 
 def insert_batchnorm(
@@ -170,7 +233,7 @@ def insert_batchnorm(
         >>> torch.equal(result(x), model(x))
         True
     """
-    return insert(
+    insertion = insert(
         model,
         batches,
         layers=layers,
@@ -184,7 +247,10 @@ def insert_batchnorm(
         autocast=autocast,
         tolerance=tolerance,
         progress=progress,
-    ).model
+    )
+    if insertion.nothing:
+        warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
+    return insertion.model
 
 
 def insert_at(
@@ -253,10 +319,15 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[Any]]:
-    """Return an example input of zeros, and all batches; a rank without batches gets the shapes from the others."""
+def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Inputs | None, Iterator[Any]]:
+    """Return an example input of zeros, the first batch of this rank, and all batches.
+
+    A rank without batches gets the shapes of the example from the others, and None in place of its first batch.
+    """
+    check_module(model)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
+    inputs: list[Inputs] = []
 
     def own_specs() -> Inputs | None:
         nonlocal iterator
@@ -264,7 +335,8 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[An
         first.extend(islice(iterator, 1))
         if not first:
             return None
-        return Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
+        inputs.append(Inputs.of(first[0], 0, model))
+        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
 
     specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
     if specs is None:
@@ -275,4 +347,4 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[An
         lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), chain(first, iterator)
+    return Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator)

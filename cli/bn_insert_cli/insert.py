@@ -196,13 +196,7 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
 
     if insertion.sites:
         return
-    layers: dict[str, list[str]] = {}
-    for layer in insertion.layers:
-        layers.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
-    reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
-    raise GraphError(
-        f"nothing to insert in {checkpoint}, and nothing was written ({reasons or 'it has no conv or dense layer'})"
-    )
+    raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
 
 
 def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, batches: int) -> None:
