@@ -24,6 +24,7 @@ from .inputs import (
     open_calibration,
     open_device,
     preprocessing,
+    print_assumptions,
     print_preprocessing,
     read_named_checkpoint,
 )
@@ -47,6 +48,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     calibration: opt.Calibration,
     output: opt.Output,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -114,9 +117,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    content = read_named_checkpoint(checkpoint, model)
+    content = read_named_checkpoint(checkpoint, model, key=key)
     transform, origin = preprocessing(content, image_options)
-    network = build_network(content, model)
+    network = build_network(content, model, ignore_unexpected=ignore_unexpected)
     del content
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
@@ -124,6 +127,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
+            print_assumptions(network, checkpoint, model)
         share = batches.part(ranks.rank, ranks.count)
         if target.type == "cuda":
             share = share.with_pinned_memory()

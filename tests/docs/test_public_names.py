@@ -90,6 +90,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"r_max": math.inf, "d_max": math.inf, "synchronize": False},
     ),
     "torchvision_checkpoint": ({"name": REQUIRED}, {"progress": False}),
+    "vgg_assumptions": ({"network": REQUIRED}, {}),
 }
 
 # `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's
