@@ -48,7 +48,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     pre-activation networks) stays unless it can be folded.
 
     In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name,
-    nn.Identity replaces it. `nn.Sequential(layer, norm)` made by `insert_batchnorm` becomes the layer again; any other
+    nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes the layer again; any other
     Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
 
     Args:

@@ -50,7 +50,10 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"edges": (), "eps": 1e-5, "momentum": 0.1},
     ),
     "insert_batchnorm": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
-    "load_checkpoint": ({"path": REQUIRED}, {"model": None, "mmap": False}),
+    "load_checkpoint": (
+        {"path": REQUIRED},
+        {"model": None, "mmap": False, "key": None, "ignore_unexpected": False},
+    ),
     "parameter_groups": ({"model": REQUIRED, "weight_decay": REQUIRED, "norm_weight_decay": 0.0}, {}),
     "recalibrate": (
         {"model": REQUIRED, "batches": REQUIRED},
@@ -66,7 +69,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     # Added with one pipeline for the library and the command line.
     "agreement_reading": ({"agreements": REQUIRED, "least": 0.95}, {}),
-    "build_network": ({"checkpoint": REQUIRED, "model": None}, {}),
+    "build_network": ({"checkpoint": REQUIRED, "model": None}, {"ignore_unexpected": False}),
     "check_output": ({"path": REQUIRED}, {"overwrite": False}),
     "finetune": (
         {"model": REQUIRED, "images": REQUIRED, "output_dir": REQUIRED, "settings": None},
@@ -84,7 +87,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
     "insert": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
     "process_group": ({"device": REQUIRED}, {}),
-    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False}),
+    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False, "key": None}),
     "set_batchnorm_mode": (
         {"model": REQUIRED, "mode": REQUIRED},
         {"r_max": math.inf, "d_max": math.inf, "synchronize": False},
@@ -118,7 +121,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "FineTuning": (("epochs", "best", "interrupted"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
-    "Insertion": (("model", "layers", "moments", "norms", "edges", "images"), ("sites", "layer_statistics")),
+    "Insertion": (("model", "layers", "moments", "norms", "edges", "images", "nothing"), ("sites", "layer_statistics")),
     "Ranks": (("rank", "count"), ("current", "first")),
     "Settings": (("batchnorm", "dropout", "transform", "history"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss"), ()),

@@ -1,4 +1,7 @@
-"""Forms in which people have their checkpoints, each written small; `python -m benchmarks.checkpoint_forms` tries them."""
+"""Forms in which people have their checkpoints, each written small.
+
+`python -m benchmarks.checkpoint_forms` prints what becomes of each.
+"""
 
 from __future__ import annotations
 
