@@ -48,8 +48,8 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     pre-activation networks) stays unless it can be folded.
 
     In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name,
-    nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes the layer again; any other
-    Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
+    nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes the layer again; any
+    other Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
 
     Args:
         model: The model, as for `insert_batchnorm`.
