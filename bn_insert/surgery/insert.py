@@ -43,6 +43,7 @@ class Insertion(Generic[AnyModule]):
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
         nothing: Why no BatchNorm was inserted; empty if one was.
+        fault: What is wrong with the outputs for the first images; empty if they are the same as before.
     """
 
     model: AnyModule = field(repr=False)
@@ -52,6 +53,7 @@ class Insertion(Generic[AnyModule]):
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
     nothing: str = field(default="", repr=False)
+    fault: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -116,22 +118,26 @@ def insert(
     edges = edges_in(trace, sites) if equalize else []
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
     # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
-    if sites and (fault := _fault(model, result, first)):
-        renumbered = [site for site in sites if site.in_sequence]
+    fault = _fault(model, result, first) if sites else ""
+    if fault and any(site.in_sequence for site in sites):
         sites = [replace(site, in_sequence=False) for site in sites]
         result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-        if not renumbered or (fault := _fault(model, result, first)):
-            raise GraphError(
-                f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its "
-                "layers are held; leave out the layers that it refers to (skip), or let it call them alone"
-            )
+        fault = _fault(model, result, first)
         by_name = {site.name: site for site in sites}
         found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
+    if fault:
+        fault = (
+            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its layers "
+            "are held; leave out the layers that it refers to (skip), or let it call them alone"
+        )
+    if _CANNOT_RUN in fault:
+        raise GraphError(fault)
     total = sum(Ranks.current().gathered(images))
     nothing = "" if sites else reasons_without_sites(found, trace)
-    return Insertion(result, tuple(found), moments, norms, tuple(edges), total, nothing)
+    return Insertion(result, tuple(found), moments, norms, tuple(edges), total, nothing, fault)
 
 
+_CANNOT_RUN = "cannot run: "
 _CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
 _LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
 
@@ -155,7 +161,7 @@ def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> str:
                 torch.manual_seed(seed)
                 actual = part.run(working_copy(result))
             except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-                return f"cannot run: {first_line(error)}"
+                return f"{_CANNOT_RUN}{first_line(error)}"
         return "" if _same_outputs(expected, actual) else "returns other outputs than without"
     return ""
 
@@ -248,6 +254,8 @@ def insert_batchnorm(
         tolerance=tolerance,
         progress=progress,
     )
+    if insertion.fault:
+        raise GraphError(insertion.fault)
     if insertion.nothing:
         warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
     return insertion.model

@@ -121,7 +121,10 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "FineTuning": (("epochs", "best", "interrupted"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
-    "Insertion": (("model", "layers", "moments", "norms", "edges", "images", "nothing"), ("sites", "layer_statistics")),
+    "Insertion": (
+        ("model", "layers", "moments", "norms", "edges", "images", "nothing", "fault"),
+        ("sites", "layer_statistics"),
+    ),
     "Ranks": (("rank", "count"), ("current", "first")),
     "Settings": (("batchnorm", "dropout", "transform", "history"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss"), ()),
