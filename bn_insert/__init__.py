@@ -11,6 +11,7 @@ from .checkpoints.read import Checkpoint, read_checkpoint
 from .checkpoints.settings import Settings
 from .checkpoints.save import check_output, save_checkpoint
 from .checkpoints.torchvision_weights import torchvision_checkpoint
+from .checkpoints.assumptions import vgg_assumptions
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
@@ -68,6 +69,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "torchvision_checkpoint",
+    "vgg_assumptions",
     "insert_batchnorm",
     "insert",
     "Insertion",

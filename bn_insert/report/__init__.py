@@ -1,7 +1,7 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
-from .health import run_health, worst
 from .confusion import check_confusion_matrix, write_confusion_matrix
+from .health import run_health, worst
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.dropouts import dropouts_upstream
 from ..batchnorm.identity import check_eps, identity_batchnorm
-from ..errors import CalibrationError
-from ..graph.copies import AnyModule, deep_copy, unwrapped
+from ..errors import CalibrationError, GraphError
+from ..graph.copies import AnyModule, check_module, deep_copy, unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, layers_in
+from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, checked, no_batches, preserved_random_state
 from ..support.processes import Ranks, on_every_rank
+from ..support.text import first_line
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .history import History, InsertedBatchNorms
@@ -44,6 +46,8 @@ class Insertion(Generic[AnyModule]):
         images: Number of images calibrated on, over all processes.
         dropouts_before_batchnorm: Active dropout layers of the original whose values one of its or the inserted
             BatchNorms normalizes, by their names in `model`; see the function `dropouts_before_batchnorm`.
+        nothing: Why no BatchNorm was inserted; empty if one was.
+        fault: What is wrong with the outputs for the first images; empty if they are the same as before.
     """
 
     model: AnyModule = field(repr=False)
@@ -53,6 +57,8 @@ class Insertion(Generic[AnyModule]):
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
     dropouts_before_batchnorm: tuple[str, ...] = field(default=(), repr=False)
+    nothing: str = field(default="", repr=False)
+    fault: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -105,8 +111,11 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, batches = _peek(model, batches)
+        example, first, batches = _peek(model, batches)
         trace = Trace.of(model, example)
+        if trace.obstacle:
+            example = next((batch for batch in Ranks.current().gathered(first) if batch is not None), example)
+            trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
@@ -115,14 +124,80 @@ def insert(
     edges = edges_in(trace, sites) if equalize else []
     dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+    # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
+    fault = _fault(model, result, first) if sites else ""
+    if fault and any(site.in_sequence for site in sites):
+        sites = [replace(site, in_sequence=False) for site in sites]
+        result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+        fault = _fault(model, result, first)
+        by_name = {site.name: site for site in sites}
+        found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
+    if fault:
+        fault = (
+            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its layers "
+            "are held; leave out the layers that it refers to (skip), or let it call them alone"
+        )
+    if _CANNOT_RUN in fault:
+        raise GraphError(fault)
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
     if not dropout_before_batchnorm:
         for name in dropouts:
             renamed[name][1].p = 0.0
-    total = sum(Ranks.current().gathered(images))
-    names = tuple(renamed[name][0] for name in dropouts)
-    return Insertion(result, tuple(found), moments, norms, tuple(edges), total, names)
+    return Insertion(
+        result,
+        tuple(found),
+        moments,
+        norms,
+        tuple(edges),
+        images=sum(Ranks.current().gathered(images)),
+        dropouts_before_batchnorm=tuple(renamed[name][0] for name in dropouts),
+        nothing="" if sites else reasons_without_sites(found, trace),
+        fault=fault,
+    )
+
+
+_CANNOT_RUN = "cannot run: "
+_CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
+_LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
+
+
+def _fault(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
+    """Return what is wrong with the result on the first images of any rank, for a message; empty if nothing is."""
+    faults = Ranks.current().gathered("" if batch is None else _fault_here(model, result, batch))
+    return next(filter(None, faults), "")
+
+
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> str:
+    for part in (batch.rows(0, _CHECKED_ROWS), batch):
+        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+            seed = torch.initial_seed()
+            try:
+                torch.manual_seed(seed)
+                expected = part.run(working_copy(model))
+            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
+                continue
+            try:
+                torch.manual_seed(seed)
+                actual = part.run(working_copy(result))
+            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+                return f"{_CANNOT_RUN}{first_line(error)}"
+        return "" if _same_outputs(expected, actual) else "returns other outputs than without"
+    return ""
+
+
+def _same_outputs(expected: Any, actual: Any) -> bool:
+    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for first, second in zip(*pairs, strict=True):
+        if first.shape != second.shape:
+            return False
+        if first.is_floating_point() and first.numel() and first.isfinite().all():
+            scale = first.double().abs().max()
+            if not (second.double() - first.double()).abs().max() <= _LARGEST_DIFFERENCE * scale:
+                return False
+    return True
 
 
 def insert_batchnorm(
@@ -187,7 +262,7 @@ def insert_batchnorm(
         >>> torch.equal(result(x), model(x))
         True
     """
-    return insert(
+    insertion = insert(
         model,
         batches,
         layers=layers,
@@ -202,7 +277,12 @@ def insert_batchnorm(
         autocast=autocast,
         tolerance=tolerance,
         progress=progress,
-    ).model
+    )
+    if insertion.fault:
+        raise GraphError(insertion.fault)
+    if insertion.nothing:
+        warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
+    return insertion.model
 
 
 def insert_at(
@@ -275,10 +355,15 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[Any]]:
-    """Return an example input of zeros, and all batches; a rank without batches gets the shapes from the others."""
+def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Inputs | None, Iterator[Any]]:
+    """Return an example input of zeros, the first batch of this rank, and all batches.
+
+    A rank without batches gets the shapes of the example from the others, and None in place of its first batch.
+    """
+    check_module(model)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
+    inputs: list[Inputs] = []
 
     def own_specs() -> Inputs | None:
         nonlocal iterator
@@ -286,7 +371,8 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[An
         first.extend(islice(iterator, 1))
         if not first:
             return None
-        return Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
+        inputs.append(Inputs.of(first[0], 0, model))
+        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
 
     specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
     if specs is None:
@@ -297,4 +383,4 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[An
         lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), chain(first, iterator)
+    return Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator)

@@ -35,6 +35,8 @@ def replace_output(model: nn.Module, classes: int) -> None:
         >>> model[-1]
         Linear(in_features=4, out_features=10, bias=True)
     """
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
     if classes < 2:
         raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
     name, output = _replaceable_output(model)

@@ -30,6 +30,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = None,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     seed: Annotated[
         int, typer.Option(help="Seed of the random inputs, or of the sample of IMAGES.", rich_help_panel=opt.PIXELS)
     ] = 0,
@@ -59,7 +61,9 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    network, transform, classes = open_classifier(checkpoint, image_options, model, images=images_from)
+    network, transform, classes = open_classifier(
+        checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
+    )
     if images_from is None:
         side = transform.crop or transform.resize or DEFAULT_SIDE
         generator = torch.Generator().manual_seed(seed)

@@ -25,6 +25,7 @@ from .inputs import (
     open_calibration,
     open_device,
     preprocessing,
+    print_assumptions,
     print_preprocessing,
     read_named_checkpoint,
 )
@@ -48,6 +49,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     calibration: opt.Calibration,
     output: opt.Output,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -115,9 +118,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    content = read_named_checkpoint(checkpoint, model)
+    content = read_named_checkpoint(checkpoint, model, key=key)
     transform, origin = preprocessing(content, image_options)
-    network = build_network(content, model)
+    network = build_network(content, model, ignore_unexpected=ignore_unexpected)
     classes = class_names(content)
     del content
     batches = open_calibration(calibration, network, transform, image_options)
@@ -126,6 +129,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
+            print_assumptions(network, checkpoint, model)
         share = batches.part(ranks.rank, ranks.count)
         if target.type == "cuda":
             share = share.with_pinned_memory()
@@ -199,13 +203,7 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
 
     if insertion.sites:
         return
-    layers: dict[str, list[str]] = {}
-    for layer in insertion.layers:
-        layers.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
-    reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
-    raise GraphError(
-        f"nothing to insert in {checkpoint}, and nothing was written ({reasons or 'it has no conv or dense layer'})"
-    )
+    raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
 
 
 def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, batches: int) -> None:

@@ -51,7 +51,10 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"edges": (), "eps": 1e-5, "momentum": 0.1},
     ),
     "insert_batchnorm": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
-    "load_checkpoint": ({"path": REQUIRED}, {"model": None, "mmap": False}),
+    "load_checkpoint": (
+        {"path": REQUIRED},
+        {"model": None, "mmap": False, "key": None, "ignore_unexpected": False},
+    ),
     "parameter_groups": ({"model": REQUIRED, "weight_decay": REQUIRED, "norm_weight_decay": 0.0}, {}),
     "recalibrate": (
         {"model": REQUIRED, "batches": REQUIRED},
@@ -69,7 +72,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # Added with one pipeline for the library and the command line.
     "agreement_reading": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "dropouts_before_batchnorm": ({"model": REQUIRED, "example": REQUIRED}, {}),
-    "build_network": ({"checkpoint": REQUIRED, "model": None}, {}),
+    "build_network": ({"checkpoint": REQUIRED, "model": None}, {"ignore_unexpected": False}),
     "check_output": ({"path": REQUIRED}, {"overwrite": False}),
     "finetune": (
         {"model": REQUIRED, "images": REQUIRED, "output_dir": REQUIRED, "settings": None},
@@ -97,12 +100,13 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
     "insert": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
     "process_group": ({"device": REQUIRED}, {}),
-    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False}),
+    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False, "key": None}),
     "set_batchnorm_mode": (
         {"model": REQUIRED, "mode": REQUIRED},
         {"r_max": math.inf, "d_max": math.inf, "synchronize": False},
     ),
     "torchvision_checkpoint": ({"name": REQUIRED}, {"progress": False}),
+    "vgg_assumptions": ({"network": REQUIRED}, {}),
 }
 
 # `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's
@@ -133,7 +137,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Prediction": (("path", "labels", "classes", "probabilities"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
     "Insertion": (
-        ("model", "layers", "moments", "norms", "edges", "images", "dropouts_before_batchnorm"),
+        ("model", "layers", "moments", "norms", "edges", "images", "dropouts_before_batchnorm", "nothing", "fault"),
         ("sites", "layer_statistics"),
     ),
     "Ranks": (("rank", "count"), ("current", "first")),

@@ -244,17 +244,6 @@ class ViewsActivations(nn.Module):
         return self.head(F.relu(self.hidden(F.relu(x).view(len(x), -1))))
 
 
-class ControlledByValues(nn.Module):
-    """A forward that decides by the values of its input, which no exported graph can hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.sum() > 0 else x
-
-
 class Tripwire(nn.Module):
     """Raises when it is run on values; an export, which computes none, goes through."""
 

@@ -538,7 +538,8 @@ def test_skipped_layers_are_left_alone() -> None:
 
 
 def test_what_cannot_be_done_after_activation_is_left_alone() -> None:
-    result = insert_batchnorm(randomised(HeldAsAttributes()), [images(6, 9)], placement="after_activation")
+    with pytest.warns(UserWarning, match="not directly followed by an activation module: stem, blocks.0, blocks.1"):
+        result = insert_batchnorm(randomised(HeldAsAttributes()), [images(6, 9)], placement="after_activation")
     assert batchnorms(result) == []
 
 
@@ -589,7 +590,8 @@ def test_a_first_batch_that_is_none_is_described() -> None:
 
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    result = insert_batchnorm(model, [images(4, 8)])
+    with pytest.warns(UserWarning, match="^no BatchNorm was inserted: it has no conv or dense layer$"):
+        result = insert_batchnorm(model, [images(4, 8)])
     assert result is not model
     assert torch.equal(result(images(2, 8)), model(images(2, 8)))
 
