@@ -6,7 +6,7 @@ from torch import nn
 
 
 def vgg_assumptions(network: nn.Module) -> str:
-    """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not tell.
+    """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not store it.
 
     Args:
         network: A VGG that was built from its state dict alone.
@@ -17,8 +17,8 @@ def vgg_assumptions(network: nn.Module) -> str:
     Examples:
         >>> from bn_insert import load_checkpoint
         >>> from bn_insert.demo import network_path
-        >>> vgg_assumptions(load_checkpoint(network_path()))[:53]
-        'Assumed, since a state dict does not tell: stride 1 and'
+        >>> vgg_assumptions(load_checkpoint(network_path()))[:47]
+        'Assumed, because a state dict does not store it'
     """
     features = getattr(network, "features", None)
     if not isinstance(features, nn.Sequential):
@@ -27,7 +27,7 @@ def vgg_assumptions(network: nn.Module) -> str:
     dropouts = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout)]
     dropout = f", dropout at {', '.join(dropouts)}" if dropouts else ""
     return (
-        "Assumed, since a state dict does not tell: stride 1 and ReLU for every conv, 2 x 2 max pooling at "
+        "Assumed, because a state dict does not store it: stride 1 and ReLU for every conv, 2 x 2 max pooling at "
         f"{', '.join(pools)}{dropout}. For anything else, such as LeakyReLU, average pooling or dropout between convs, "
         "pass --model."
     )
