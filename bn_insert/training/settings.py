@@ -67,7 +67,7 @@ class TrainingSettings:
         seed: Seed of the order of the images, of mirroring, cropping and dropout, and of a new head.
         accumulate: Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by
             itself: its statistics are those of `batch_size` images.
-        patience: Stop after so many epochs without a higher validation accuracy; None trains for all epochs.
+        patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.
 
     Raises:
         TrainingError: For a value out of range.

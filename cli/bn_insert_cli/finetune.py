@@ -45,13 +45,15 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option("--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False),
     ],
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     patience: Annotated[
         int | None,
         typer.Option(
             metavar="EPOCHS",
             min=1,
-            help="Stop after so many epochs without a higher validation accuracy. [default: train for all epochs]",
+            help="Stop after this many epochs without an improvement in validation accuracy. [default: train for all epochs]",
         ),
     ] = None,
     batch_size: Annotated[
@@ -244,7 +246,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         patience=patience,
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    network, transform = open_checkpoint(checkpoint, image_options, model, images=data)
+    network, transform = open_checkpoint(
+        checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
+    )
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:

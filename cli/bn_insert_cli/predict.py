@@ -27,6 +27,8 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ],
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print for each image.")] = 1,
     batch_size: opt.BatchSize = 32,
     workers: opt.Workers = 2,
@@ -52,7 +54,9 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
 
     image_options = ImageOptions(1, 0, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform, classes = open_classifier(checkpoint, image_options, model, images=images_from)
+    network, transform, classes = open_classifier(
+        checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
+    )
     batches = open_batches(
         images_from,
         transform,

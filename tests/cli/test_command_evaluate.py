@@ -228,3 +228,18 @@ def test_both_commands_take_other_architectures(run: Run, digits: Path) -> None:
     for command in ("evaluate", "predict"):
         result = run(command, "net.pth", digits, "--model", "nets_dense:make")
         assert result.exit_code == 0, result.output
+
+
+def test_commands_that_use_a_network_take_the_key_of_its_state_dict(run: Run, digits: Path) -> None:
+    torch.save({"best": demo_network().state_dict() | {"total_ops": torch.zeros(1)}, "epoch": 3}, "network.pth")
+    found = ("--key", "best", "--ignore-unexpected")
+    for words in (
+        ("predict", "network.pth", digits),
+        ("evaluate", "network.pth", digits),
+        ("compare-modes", "network.pth", digits),  # refused later: no BatchNorm
+        ("finetune", "network.pth", digits, "--output-dir", "runs"),  # refused later: no train/
+    ):
+        refused, accepted = run(*words, *AS_STORED), run(*words, *found, *AS_STORED)
+        assert "its keys are best" in text_of(refused.output)
+        assert "its keys are" not in text_of(accepted.output)
+        assert accepted.exit_code == (0 if words[0] in ("predict", "evaluate") else 2), accepted.output
