@@ -25,6 +25,7 @@ from support.networks import (
     CalledTwice,
     features,
     images,
+    narrow_vgg,
     randomised,
     sequential,
     small_vgg,
@@ -267,7 +268,7 @@ def test_after_fine_tuning_outputs_agree_to_1e_5_and_every_image_has_the_same_cl
 
 
 def test_a_deep_network_folds_exactly_in_float64() -> None:
-    model, x = torchvision_vgg("vgg16"), images(8)
+    model, x = narrow_vgg("vgg16"), images(8)
     tuned = fine_tuned(insert_batchnorm(model, [x])).double()
     folded = fold_batchnorm(tuned, x.double())
     assert str(folded) == str(model)
