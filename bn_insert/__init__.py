@@ -14,6 +14,10 @@ from .checkpoints.torchvision_weights import torchvision_checkpoint
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
+# Adapt to new images
+from .compare.predictions import ClassAccuracy, PredictionComparison, compare_predictions
+from .surgery.adapt import Adaptation, StatisticsShift, adapt, adapt_statistics
+
 # In a training script
 from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
 from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -69,6 +73,14 @@ __all__ = [
     "compare_outputs",
     "Comparison",
     "finite_part",
+    # Adapt to new images
+    "adapt_statistics",
+    "adapt",
+    "Adaptation",
+    "StatisticsShift",
+    "compare_predictions",
+    "PredictionComparison",
+    "ClassAccuracy",
     # In a training script
     "replace_output",
     "parameter_groups",

@@ -99,7 +99,7 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, batches = _peek(model, batches)
+        example, batches = peeked(model, batches, "insert_batchnorm")
         trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
@@ -253,8 +253,9 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Iterator[Any]]:
+def peeked(model: nn.Module, batches: Iterable[Any], function: str) -> tuple[Inputs, Iterator[Any]]:
     """Return an example input of zeros, and all batches; a rank without batches gets the shapes from the others."""
+    Ranks.current().meet(function)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
 
