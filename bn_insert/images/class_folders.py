@@ -128,10 +128,10 @@ def open_class_folders(
     for name in ("train", "val"):
         if not (folder / name).is_dir():
             raise ImageError(f"{folder} has no folder {name}/; {_LAYOUT}")
-    classes = _classes(folder / "train")
+    classes = class_names(folder / "train")
     if len(classes) < 2:
         raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, but at least 2 are needed; {_LAYOUT}")
-    in_val = _classes(folder / "val")
+    in_val = class_names(folder / "val")
     if not in_val:
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")
     if unknown := [name for name in in_val if name not in classes]:
@@ -152,7 +152,8 @@ def open_class_folders(
     return ClassFolders(folder, tuple(classes), train, val, reader)
 
 
-def _classes(folder: Path) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; raises ImageError for one that cannot be printed."""
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+# Between two variances of one channel: a channel that is constant on the few images need not be so on others.
+_LARGEST_RATIO = 1e6
+
 
 @dataclass(frozen=True, eq=False)
 class Prior:
@@ -50,9 +53,10 @@ class Prior:
     ) -> tuple[Float64[Tensor, " channels"], Float64[Tensor, " channels"]]:
         """Return mean and variance moved towards the prior, by as much as they may differ from it by chance.
 
-        Means and variances are each moved by one factor for the whole layer: 1 - E / D, but at least 0. D is the mean
-        square, over the channels, of the differences from the prior, in its standard deviations; E is what it would be
-        for images like those of the prior. The variance is increased by what the difference of the means adds.
+        Means and logarithms of standard deviations are each moved by one factor for the whole layer: 1 - E / D, but at
+        least 0. D is the sum, over the channels, of the squared differences from the prior, those of the means in its
+        standard deviations; E is what it would be for images like those of the prior. The variance is increased by what
+        the difference of the means adds.
 
         Args:
             mean: Mean of each channel, measured on a few images.
@@ -67,11 +71,13 @@ class Prior:
         difference = mean - known_mean
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
         of_mean = _factor(difference[varying] / known_var[varying].sqrt(), by_chance[varying])
-        of_var = _factor((var[varying] / known_var[varying] - 1) / 2, by_chance[varying])
-        of_means = of_mean * (1 - of_mean) * difference.square()
+        ratio = (var[varying] / known_var[varying]).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+        of_std = _factor(ratio.log() / 2, by_chance[varying])
+        blended = known_var.clone()
+        blended[varying] *= ratio**of_std
         return (
             torch.where(varying, known_mean + of_mean * difference, mean),
-            torch.where(varying, known_var + of_var * (var - known_var) + of_means, var),
+            torch.where(varying, blended + of_mean * (1 - of_mean) * difference.square(), var),
         )
 
 

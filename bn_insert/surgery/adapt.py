@@ -49,6 +49,12 @@ class StatisticsShift:
         """Root mean square of the differences of the means, in standard deviations; 0 without channels."""
         return float(self.mean.square().mean().sqrt()) if len(self.mean) else 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready data, for a report; ratios that are not finite are left out."""
+        error = None if self.sampling_error is None else self.sampling_error.tolist()
+        std = self.std[self.std.isfinite()].tolist()
+        return {"layer": self.layer, "mean": self.mean.tolist(), "std": std, "sampling_error": error}
+
 
 @dataclass(frozen=True, eq=False)
 class Adaptation(Generic[AnyModule]):
