@@ -157,8 +157,9 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         moments = adaptation.insertion.moments
         note_calibration(moments, adaptation.source_images, tolerance, -(-adaptation.source_images // batch_size))
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
-    outputs = _predictions(network, adaptation.model, target, target_folder, place)
-    findings = _findings(adaptation, comparisons, *outputs)
+    findings = _findings(
+        adaptation, comparisons, *_predictions(network, adaptation.model, target, target_folder, place)
+    )
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
         with signals.saving(str(output)):
