@@ -1,10 +1,31 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+
+def annotating_shapes() -> list[str]:
+    """Return the modules of bn_insert that annotate shapes, from their source: importing them would be too early."""
+    spec = find_spec("bn_insert")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    return [
+        ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for path in sorted(package.rglob("*.py"))
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ]
+
+
+# Shapes and dtypes are checked at run time. The types of other modules are those that mypy checks: to check them here
+# too, on each operation of a traced network, took a quarter of the time of the tests.
+install_import_hook(annotating_shapes(), "beartype.beartype")
 
 
 def pytest_configure() -> None:

@@ -12,7 +12,6 @@ normalized, and the file that is written holds plain convs. Interrupted, it cont
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from pathlib import Path
 
@@ -60,11 +59,9 @@ class StandardizedWeight(nn.Module):
 
 def plain_weights(network: VGG) -> dict[str, Tensor]:
     """Return the state dict with the weights that the convs compute with."""
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            parametrize.remove_parametrizations(module, "weight")
-    return {name: value.contiguous() for name, value in network.state_dict().items()}
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    parameters = {f"{name}.{kind}": getattr(module, kind) for name, module in layers for kind in ("weight", "bias")}
+    return {name: value.detach().contiguous() for name, value in parameters.items()}
 
 
 def make_network() -> VGG:

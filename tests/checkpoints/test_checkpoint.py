@@ -4,8 +4,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from bn_insert.checkpoints.read import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
+from support.commands import run_forked
 from support.full_disk import file_size_limit
 from support.vgg_specs import Conv, Dense, Spec, images_for, vgg_of
 
@@ -788,7 +787,7 @@ print(json.dumps(states))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_killed_at_any_moment_the_checkpoint_is_the_old_or_the_new_one_with_its_own_settings(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, check=False)
+    run = run_forked("-c", KILLED, tmp_path, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     old, new, nothing = "1.0 with eps 1.0", "2.0 with eps 2.0", "nothing"
     for case, states in json.loads(run.stdout).items():

@@ -13,7 +13,7 @@ import torch
 
 from bn_insert import BNInsertError
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, Run, assert_refused, run_process, start_process, text_of
+from support.commands import AS_STORED, Run, assert_refused, run_process, start_forked, text_of
 
 
 @pytest.mark.parametrize("command", ["insert", "inspect", "compare", "demo"])
@@ -102,8 +102,7 @@ main()
 def test_a_stop_from_outside_leaves_nothing_behind(tmp_path: Path, stop: signal.Signals, code: int) -> None:
     torch.save(torch.rand(20000, 3, 32, 32), tmp_path / "x.pt")
     command = ("insert", network_path(), "x.pt", "-o", "out.pth", "--images", 1000000, "-b", 8)
-    process = start_process(sys.executable, "-c", ANNOUNCING, *command, folder=tmp_path)
-    assert process.stdout
+    process = start_forked("-c", ANNOUNCING, *command, folder=tmp_path)
     assert process.stdout.readline() == "running\n"
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=60)

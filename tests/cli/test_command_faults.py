@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, assert_refused, run, run_process, start_process, text_of
+from support.commands import AS_STORED, assert_refused, run, run_forked, start_forked, text_of
 from support.digits import copy_labelled_digits
 from support.full_disk import file_size_limit
 
@@ -133,9 +132,8 @@ name = "alive" if os.fork() else "killed"
 line = f"{name} {os.getpid()}\\n".encode()  # in one piece: both processes write at once
 write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line), time.sleep(600)))
 """
-    parent = start_process(sys.executable, "-c", script, folder=tmp_path)
+    parent = start_forked("-c", script, folder=tmp_path)
     try:
-        assert parent.stdout
         pids = dict(parent.stdout.readline().split() for _ in range(2))
         assert len(list(tmp_path.iterdir())) == 2
         os.kill(int(pids["killed"]), signal.SIGKILL)
@@ -152,17 +150,16 @@ write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line),
 
 @pytest.mark.skipif(not INTERRUPTION.exists(), reason="fuzz/ is not in this distribution")
 def test_killed_at_random_moments_every_output_is_whole() -> None:
-    command = (sys.executable, "-m", "fuzz.interruption", "--kills", 1, "--seed", 1)
+    command = ("-m", "fuzz.interruption", "--kills", 1, "--seed", 1)
     command += ("--commands", "insert --force, .pth", "finetune")
-    done = run_process(*command, folder=INTERRUPTION.parents[1])
+    done = run_forked(*command, folder=INTERRUPTION.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Outputs other than absent, old or new, each complete: 0." in done.stdout
 
 
 def test_a_signal_to_the_whole_process_group_ends_finetune_in_good_order(inputs: Path, tmp_path: Path) -> None:
     command = (*finetune(inputs)(tmp_path / "run"), "--epochs", 1000, "-j", 1, "-b", 4)
-    process = start_process(sys.executable, "-m", "bn_insert", *command, folder=tmp_path)
-    assert process.stdout
+    process = start_forked("-m", "bn_insert", *command, folder=tmp_path)
     process.stdout.readline()  # the first epoch is done
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)

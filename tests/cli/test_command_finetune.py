@@ -17,7 +17,7 @@ from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
 from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
-from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_process, text_of
+from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_forked, text_of
 from support.digits import copy_labelled_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,8 +66,7 @@ def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) 
     command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
     uninterrupted = run(*command, "whole")
     assert uninterrupted.exit_code == 0, uninterrupted.output
-    process = start_process(sys.executable, "-m", "bn_insert", *command, "parts", folder=Path.cwd())
-    assert process.stdout
+    process = start_forked("-m", "bn_insert", *command, "parts", folder=Path.cwd())
     assert process.stdout.readline().startswith("epoch 1 of 3")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)

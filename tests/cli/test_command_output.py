@@ -12,7 +12,7 @@ import torch
 
 from bn_insert.demo import network_path
 from bn_insert_cli.console import plain, print_error, print_result, print_table, table
-from support.commands import AS_STORED, ENVIRONMENT, Run, assert_refused
+from support.commands import AS_STORED, ENVIRONMENT, Run, assert_refused, start_forked
 
 COMMAND = (sys.executable, "-c", "from bn_insert_cli.main import main; main()")
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://x\x1b\\\u202e[red]"
@@ -28,7 +28,7 @@ def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) ->
     reader, writer = os.pipe()
     os.close(reader)
     command = ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
-    process = start(tmp_path, *command, stdout=writer)
+    process = start_forked("-m", "bn_insert", *command, folder=tmp_path, stdout=writer)
     os.close(writer)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -41,7 +41,8 @@ def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) ->
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_full_output_is_noted_once_and_loses_no_work(digits: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
-        process = start(tmp_path, "insert", network_path(), digits, "-o", "out.pth", *AS_STORED, stdout=full)
+        command = ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
+        process = start_forked("-m", "bn_insert", *command, folder=tmp_path, stdout=full.fileno())
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert errors.count("Results cannot be printed: No space left on device") == 1

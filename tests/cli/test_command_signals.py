@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, run_process, text_of
+from support.commands import AS_STORED, run_forked, run_process, text_of
 
 # Runs the command line, and sends a signal to itself at an event of Python's audit.
 SCRIPT = """
@@ -55,7 +55,7 @@ def test_a_signal_while_the_output_is_saved_waits_and_says_that_it_is_written(
     event: str, word: str, stop: signal.Signals, digits: Path, tmp_path: Path
 ) -> None:
     command = ("insert", network_path(), digits, "-o", "out.pth", "--report", "r.json", *AS_STORED)
-    done = run_process(sys.executable, "-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
+    done = run_forked("-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
     assert done.returncode == 128 + stop, done.stderr
     assert "error: interrupted; out.pth is written and complete, the report r.json is not" in text_of(done.stderr)
     assert "Traceback" not in done.stderr

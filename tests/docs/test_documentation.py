@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
 from bn_insert_cli.app import app
-from support.digits import copy_labelled_digits
+from support.digits import copy_digits, copy_labelled_digits
 from support.vgg_specs import vgg_of
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for image in sorted((images_path() / "3").iterdir())[:12]:
         (tmp_path / "photographs" / image.name).symlink_to(image)
     copy_labelled_digits(tmp_path / "flowers", train=2, val=1, classes=4)
+    # A few of the demo's images are enough for commands that train on them.
+    copy_digits(tmp_path / "demo-images", 12)
+    monkeypatch.setattr("bn_insert.demo.images_path", lambda: tmp_path / "demo-images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # torchrun
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

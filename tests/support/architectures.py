@@ -219,13 +219,20 @@ def _ssd_backbone() -> nn.Module:
     return SSDFeatureExtractorVGG(make_layers(convs), highres=False)
 
 
+def _uninitialized(make: Callable[..., nn.Module], *arguments: Any, **options: Any) -> nn.Module:
+    """A network without initial weights: drawing those of wide layers takes seconds, and others replace them."""
+    with torch.device("meta"):
+        model = make(*arguments, **options)
+    return model.to_empty(device="cpu")
+
+
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, pretrained=False, **options)
+    return lambda: _uninitialized(timm.create_model, name, pretrained=False, **options)
 
 
 def _alexnet() -> nn.Module:
     """torchvision's AlexNet with narrow dense layers, which would otherwise take most of the time."""
-    model = torchvision.models.alexnet(num_classes=10)
+    model = _uninitialized(torchvision.models.alexnet, num_classes=10)
     for place, layer in ((1, nn.Linear(256 * 6 * 6, 48)), (4, nn.Linear(48, 32)), (6, nn.Linear(32, 10))):
         model.classifier[place] = layer
     return model
@@ -233,7 +240,7 @@ def _alexnet() -> nn.Module:
 
 def _timm_vgg(name: str) -> nn.Module:
     """timm's network of this name with narrow dense layers, which would otherwise take nine tenths of the time."""
-    model = timm.create_model(name, pretrained=False, num_classes=10)
+    model = _uninitialized(timm.create_model, name, pretrained=False, num_classes=10)
     head = model.pre_logits
     head.fc1, head.fc2 = nn.Conv2d(512, 48, 7), nn.Conv2d(48, 32, 1)
     model.head.fc = nn.Linear(32, 10)
@@ -313,7 +320,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "encoder with outputs in a list": Architecture(lambda: Encoder(list)),
     "U-Net on a VGG encoder": Architecture(UNet),
     "torchvision alexnet": Architecture(_alexnet, lambda: images(4, 64)),
-    "torchvision squeezenet1_1": Architecture(torchvision.models.squeezenet1_1, lambda: images(4, 64)),
+    "torchvision squeezenet1_1": Architecture(
+        lambda: _uninitialized(torchvision.models.squeezenet1_1), lambda: images(4, 64)
+    ),
     "torchvision ssd300_vgg16, backbone": Architecture(_ssd_backbone, lambda: images(2, 300)),
     "fully convolutional, dilated": Architecture(_dilated),
     "nested Sequential, ModuleList, ModuleDict": Architecture(Nested),

@@ -1,0 +1,250 @@
+"""The cases of the study: a pretrained network, images, and how many steps there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG
+
+from bn_insert import load_checkpoint, replace_output
+
+from .images import Part, Split, cifar, clothing, digits, low_contrast, noisy, per_class
+
+Preprocessing = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the networks and images of the study are."""
+
+    vgg16: Path
+    cifar_vgg: Path
+    clothing: Path
+    cifar: Path
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question of the study.
+
+    Attributes:
+        title: The case in words.
+        load: Returns the network, with the output layer that training starts from.
+        images: Returns the images.
+        preprocess: From pixels (uint8) to the network's input.
+        steps: Steps of training.
+        batch: Images per step.
+        mirror: Whether training images are mirrored at random.
+        knows_classes: Whether the network has the output layer for them already.
+        source: Images like those that the network was trained on, where the case's own are of another kind.
+        ways: The ways that are compared.
+    """
+
+    title: str
+    load: Callable[[Places], nn.Module]
+    images: Callable[[Places, int], Split]
+    preprocess: Preprocessing
+    steps: int
+    batch: int
+    ways: tuple[str, ...]
+    mirror: bool = False
+    knows_classes: bool = False
+    source: Callable[[Places], Part] | None = None
+
+
+PLAIN = ("plain SGD", "plain AdamW")
+INSERTED = ("fresh", "identity", "identity AdamW", "renorm", "equalized", "gamma, beta and head")
+EVERY = (*PLAIN, *INSERTED)
+SHIFTED = (*PLAIN, "fresh", "identity", "source", "source renorm", "source, gamma, beta and head")
+DENSE_HEAD = (
+    "plain SGD",
+    "plain SGD, dropout",
+    "plain AdamW",
+    "identity",
+    "identity, dropout",
+    "dense alone",
+    "conv alone",
+)
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Return pixels in 0..1."""
+    return pixels.float() / 255
+
+
+def keras_range(pixels: Tensor) -> Tensor:
+    """Return pixels as VGG16's conv layers were trained: BGR, ImageNet's means subtracted, -124..152."""
+    return pixels.float().flip(1) - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)
+
+
+def cifar_range(pixels: Tensor) -> Tensor:
+    """Return pixels with CIFAR-10's mean and std removed, as the CIFAR network takes them."""
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.247, 0.2435, 0.2616])
+    return (pixels.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+
+
+def vgg16_dense_head(places: Places) -> nn.Module:
+    """Return the real VGG16 with its own dense layers and a new output layer."""
+    network = load_checkpoint(places.vgg16)
+    replace_output(network, 10)
+    return network
+
+
+def vgg16_bare_head(places: Places) -> nn.Module:
+    """Return the real VGG16's conv layers with pooled features and a new output layer."""
+    network = load_checkpoint(places.vgg16)
+    assert isinstance(network, VGG)
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    network.classifier = nn.Sequential(nn.Linear(512, 10))
+    nn.init.zeros_(network.classifier[0].weight)
+    nn.init.zeros_(network.classifier[0].bias)
+    return network
+
+
+def cifar_vgg(places: Places) -> nn.Module:
+    """Return the CIFAR network as it is."""
+    return load_checkpoint(places.cifar_vgg)
+
+
+def cifar_vgg_new_output(places: Places) -> nn.Module:
+    """Return the CIFAR network with a new output layer."""
+    network = load_checkpoint(places.cifar_vgg)
+    replace_output(network, 10)
+    return network
+
+
+def _few(count: int) -> Callable[[Places, int], Split]:
+    def images(places: Places, seed: int) -> Split:
+        split = clothing(places.clothing, 32)
+        return Split(per_class(split.train, count, seed), split.validation, split.test)
+
+    return images
+
+
+def _shifted(change: Callable[[Part, int], Part]) -> Callable[[Places, int], Split]:
+    def images(places: Places, _: int) -> Split:
+        split = cifar(places.cifar)
+        parts = (split.train, split.validation, split.test)
+        return Split(*(change(part, number) for number, part in enumerate(parts)))
+
+    return images
+
+
+CASES = {
+    "noise": Case(
+        "CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2)",
+        cifar_vgg,
+        _shifted(lambda part, seed: noisy(part, 0.2, seed)),
+        cifar_range,
+        100,
+        16,
+        SHIFTED,
+        knows_classes=True,
+        source=lambda places: cifar(places.cifar).train,
+    ),
+    "10 a class": Case(
+        "CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
+        cifar_vgg_new_output,
+        _few(10),
+        cifar_range,
+        100,
+        16,
+        EVERY,
+        mirror=True,
+    ),
+    "photographs": Case(
+        "real VGG16 with its own dense head, photographs of clothing, 48 px",
+        vgg16_dense_head,
+        lambda places, _: clothing(places.clothing, 48),
+        unit_range,
+        100,
+        16,
+        DENSE_HEAD,
+        mirror=True,
+    ),
+    "own images": Case(
+        "CIFAR network, its own output layer, CIFAR-10 images that it was trained on",
+        cifar_vgg,
+        lambda places, _: cifar(places.cifar),
+        cifar_range,
+        100,
+        32,
+        (*PLAIN, "fresh", "identity", "renorm"),
+        mirror=True,
+        knows_classes=True,
+    ),
+    "contrast": Case(
+        "CIFAR network, its own output layer, CIFAR-10 at a fifth of the contrast",
+        cifar_vgg,
+        _shifted(lambda part, _: low_contrast(part, 0.2)),
+        cifar_range,
+        100,
+        16,
+        SHIFTED,
+        knows_classes=True,
+        source=lambda places: cifar(places.cifar).train,
+    ),
+    "50 a class": Case(
+        "CIFAR network, new output layer, 50 photographs of each kind of clothing, 32 px",
+        cifar_vgg_new_output,
+        _few(50),
+        cifar_range,
+        150,
+        16,
+        EVERY,
+        mirror=True,
+    ),
+    "all photographs": Case(
+        "CIFAR network, new output layer, 2,848 photographs of clothing, 32 px",
+        cifar_vgg_new_output,
+        lambda places, _: clothing(places.clothing, 32),
+        cifar_range,
+        200,
+        32,
+        EVERY,
+        mirror=True,
+    ),
+    "bare head": Case(
+        "real VGG16's conv layers in their own preprocessing, output layer on pooled features, clothing, 48 px",
+        vgg16_bare_head,
+        lambda places, _: clothing(places.clothing, 48),
+        keras_range,
+        100,
+        16,
+        (*PLAIN, "fresh", "identity", "identity AdamW", "renorm"),
+        mirror=True,
+    ),
+    "wrong scale": Case(
+        "CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
+        cifar_vgg_new_output,
+        lambda places, _: clothing(places.clothing, 32),
+        unit_range,
+        200,
+        32,
+        (*PLAIN, "fresh", "identity", "identity AdamW"),
+        mirror=True,
+    ),
+    "digits": Case(
+        "real VGG16 with its own dense head, 300 digits, 48 px",
+        vgg16_dense_head,
+        lambda _, __: digits(48),
+        unit_range,
+        100,
+        16,
+        DENSE_HEAD,
+    ),
+    "long": Case(
+        "as before, 10 epochs",
+        cifar_vgg_new_output,
+        lambda places, _: clothing(places.clothing, 32),
+        cifar_range,
+        890,
+        32,
+        (*PLAIN, "identity", "fresh"),
+        mirror=True,
+    ),
+}

@@ -1,0 +1,108 @@
+"""The images of the study, decoded once: training, validation and test images of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import functional as transforms
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images (uint8, N x 3 x side x side) and their classes (int64, N)."""
+
+    pixels: Tensor
+    classes: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Tensor) -> Part:
+        """Return some of the images."""
+        return Part(self.pixels[rows], self.classes[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three parts without a common image: training, validation (it chooses settings) and test (it chooses nothing)."""
+
+    train: Part
+    validation: Part
+    test: Part
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return int(self.train.classes.max()) + 1
+
+
+def clothing(folder: Path, side: int) -> Split:
+    """Return the photographs of clothing: `val` is the test part, a tenth of `train` the validation part."""
+    train, test = _folder(folder / "train", side), _folder(folder / "val", side)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held_out = len(train) // 10
+    return Split(train[order[held_out:]], train[order[:held_out]], test)
+
+
+def cifar(folder: Path) -> Split:
+    """Return CIFAR-10: 5,000 images of `train`, and of `val`, which the network has not seen, 500 and 1,000 others."""
+    train, others = _folder(folder / "train", 32), _folder(folder / "val", 32)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(train), generator=generator)[:5000]
+    order = torch.randperm(len(others), generator=generator)
+    return Split(train[chosen], others[order[:500]], others[order[500:1500]])
+
+
+def digits(side: int) -> Split:
+    """Return scikit-learn's digits, enlarged: 300 images to train on, 200 to choose and 500 to test."""
+    found = load_digits()
+    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16 * 255
+    pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bilinear")
+    part = Part(pixels.round().to(torch.uint8).repeat(1, 3, 1, 1), torch.tensor(found.target))
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    return Split(part[order[:300]], part[order[300:500]], part[order[500:1000]])
+
+
+def per_class(part: Part, count: int, seed: int) -> Part:
+    """Return `count` images of each class, chosen at random."""
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+    classes = part.classes[order]
+    rows = [order[classes == number][:count] for number in range(int(classes.max()) + 1)]
+    return part[torch.cat(rows)]
+
+
+def noisy(part: Part, sigma: float, seed: int) -> Part:
+    """Return images with Gaussian noise; sigma is in units of pixels in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(part.pixels.shape, generator=generator) * sigma * 255
+    return Part((part.pixels + noise).round().clamp(0, 255).to(torch.uint8), part.classes)
+
+
+def low_contrast(part: Part, factor: float) -> Part:
+    """Return images whose contrast is reduced around their own mean."""
+    mean = part.pixels.float().mean((1, 2, 3), keepdim=True)
+    return Part(((part.pixels - mean) * factor + mean).round().to(torch.uint8), part.classes)
+
+
+@cache
+def _folder(folder: Path, side: int) -> Part:
+    images = ImageFolder(str(folder), loader=lambda path: _decoded(path, side))
+    pixels = torch.stack([torch.from_numpy(pixels).permute(2, 0, 1) for pixels, _ in images])
+    return Part(pixels, torch.tensor(images.targets))
+
+
+def _decoded(path: str, side: int) -> np.ndarray:
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    if image.size != (side, side):
+        image = transforms.center_crop(transforms.resize(image, [side]), [side, side])
+    return np.array(image)

@@ -1,0 +1,137 @@
+"""The ways that are compared: what is done to a pretrained network before it is trained, and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from bn_insert import insert_batchnorm, recalibrate, set_batchnorm_mode
+from bn_insert.surgery.output_layer import output_layer
+
+Kind = Literal["conv", "dense"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to fine-tune.
+
+    Attributes:
+        title: The way in words.
+        layers: After which layers BatchNorm is inserted; none for plain training.
+        start: Learning rate at which the search for the best one begins, as an index: 10 ** (start / 2).
+        optimizer: "sgd" (momentum 0.9) or "adamw".
+        fresh: gamma 1, beta 0 instead of the identity.
+        source: Inserted on images of the network's own kind, then re-estimated on the case's.
+        renorm: Batch Renormalization without limits in training.
+        equalize: Channels scaled first.
+        only_batchnorm: Train gamma, beta and the output layer alone.
+        dropout: The network's own dropout stays on.
+        norm_rate: Learning rate of gamma and beta, as a multiple of that of the weights.
+        norm_decay: Weight decay of gamma and beta.
+        momentum: Momentum of the running statistics.
+        reestimate: Re-estimate the running statistics before each evaluation.
+    """
+
+    title: str
+    layers: tuple[Kind, ...] = ("conv", "dense")
+    start: int = -6
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    fresh: bool = False
+    source: bool = False
+    renorm: bool = False
+    equalize: bool = False
+    only_batchnorm: bool = False
+    dropout: bool = False
+    norm_rate: float = 1.0
+    norm_decay: float = 0.0
+    momentum: float = 0.1
+    reestimate: bool = True
+
+
+PLAIN_SGD = Way("no BatchNorm, SGD", layers=(), start=-6)
+PLAIN_ADAMW = Way("no BatchNorm, AdamW", layers=(), start=-8, optimizer="adamw")
+IDENTITY = Way("identity BatchNorm", start=-5)
+WAYS = {
+    "plain SGD": PLAIN_SGD,
+    "plain SGD, dropout": Way("no BatchNorm, SGD, dropout on", layers=(), start=-6, dropout=True),
+    "plain AdamW": PLAIN_ADAMW,
+    "plain AdamW, dropout": Way(
+        "no BatchNorm, AdamW, dropout on", layers=(), start=-8, optimizer="adamw", dropout=True
+    ),
+    "fresh": Way("fresh BatchNorm (gamma 1, beta 0)", start=-4, fresh=True),
+    "identity": IDENTITY,
+    "identity, dropout": Way("identity BatchNorm, dropout on", start=-5, dropout=True),
+    "identity AdamW": Way("identity BatchNorm, AdamW", start=-7, optimizer="adamw"),
+    "conv alone": Way("identity BatchNorm after conv layers alone", layers=("conv",), start=-5),
+    "dense alone": Way("identity BatchNorm after dense layers alone", layers=("dense",), start=-5),
+    "renorm": Way("identity, Batch Renormalization", start=-6, renorm=True),
+    "equalized": Way("equalized, identity BatchNorm", start=-5, equalize=True),
+    "gamma, beta and head": Way("identity; gamma, beta and output layer trained alone", start=-4, only_batchnorm=True),
+    "source": Way("inserted on source images, re-estimated on the new ones", start=-5, source=True),
+    "source renorm": Way("the same, Batch Renormalization", start=-6, source=True, renorm=True),
+    "source, gamma, beta and head": Way(
+        "the same; gamma, beta and output layer trained alone", start=-4, source=True, only_batchnorm=True
+    ),
+    "gamma x0.1": Way("identity, gamma and beta at a tenth of the learning rate", start=-5, norm_rate=0.1),
+    "gamma x10": Way("identity, gamma and beta at ten times the learning rate", start=-5, norm_rate=10),
+    "gamma decay": Way("identity, weight decay on gamma and beta", start=-5, norm_decay=1e-4),
+    "momentum 0.01": Way("identity, momentum 0.01, no re-estimation", start=-5, momentum=0.01, reestimate=False),
+    "no re-estimation": Way("identity, no re-estimation", start=-5, reestimate=False),
+}
+
+
+def prepared(network: nn.Module, way: Way, images: Tensor, source: Tensor | None) -> nn.Module:
+    """Return the network as its training starts.
+
+    Args:
+        network: The pretrained network; it may be changed.
+        way: What to do.
+        images: Training images to measure statistics on, as the network takes them.
+        source: Images of the network's own kind, for ways that want them.
+    """
+    for module in network.modules():
+        if isinstance(module, _DropoutNd) and not way.dropout:
+            module.p = 0.0
+    if not way.layers:
+        return network.train()
+    calibration = source if way.source and source is not None else images
+    network = insert_batchnorm(
+        network, calibration.split(64), layers=way.layers, equalize=way.equalize, momentum=way.momentum
+    )
+    if way.source:
+        network = recalibrate(network, images.split(64))
+    if way.fresh:
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.reset_parameters()
+    if way.renorm:
+        set_batchnorm_mode(network, "renorm")
+    if way.only_batchnorm:
+        network.requires_grad_(False)
+        output_layer(network)[1].requires_grad_(True)
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(True)
+    return network.train()
+
+
+def optimizer(network: nn.Module, way: Way, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return the optimizer; each group's own rate is in `initial_lr`."""
+    norms = {id(p) for m in network.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    weights = [p for p in trained if id(p) not in norms and p.ndim > 1]
+    biases = [p for p in trained if id(p) not in norms and p.ndim == 1]
+    groups = [
+        {"params": weights, "lr": rate, "weight_decay": weight_decay},
+        {"params": biases, "lr": rate, "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in norms], "lr": rate * way.norm_rate, "weight_decay": way.norm_decay},
+    ]
+    groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
+    if way.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=0.9)
