@@ -10,9 +10,6 @@ from torch import Tensor
 
 # Between two variances of one channel: a channel that is constant on the few images need not be so on others.
 _LARGEST_RATIO = 1e6
-# Measured (benchmarks/adaptation/choosing.py): with 1, as James and Stein have it, 32 images gain less on corrupted
-# images; with 0, they lose on clean ones.
-_SHARE_OF_CHANCE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,7 @@ class Prior:
 
         Means and logarithms of standard deviations are each moved by one factor for the whole layer: 1 - E / D, but at
         least 0. D is the sum, over the channels, of the squared differences from the prior, those of the means in its
-        standard deviations; E is half of what it would be for images like those of the prior.
+        standard deviations; E is what it would be for images like those of the prior, times `caution(images)`.
 
         Args:
             mean: Mean of each channel, measured on a few images.
@@ -69,7 +66,7 @@ class Prior:
         Competitors - An Empirical Bayes Approach", 1973.
         """
         known_mean, known_var = (tensor.to(mean) for tensor in (self.mean, self.var))
-        by_chance = _SHARE_OF_CHANCE * self.image_variance.to(mean) / images
+        by_chance = caution(images) * self.image_variance.to(mean) / images
         difference = mean - known_mean
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
         of_mean = _factor(difference[varying] / known_var[varying].sqrt(), by_chance[varying])
@@ -78,6 +75,17 @@ class Prior:
         new_var = var.clone()
         new_var[varying] = known_var[varying] * ratio**of_std
         return torch.where(varying, known_mean + of_mean * difference, mean), new_var
+
+
+def caution(images: int) -> float:
+    """Return the factor by which chance is weighted: above James and Stein's, which is about 0.5, for very few images.
+
+    (Theirs is not 1, as `image_variance` is the larger of two variances.) The channels of a layer depend on each other,
+    so that with few images chance alone often exceeds its expectation by far, and accuracy then falls steeply. With
+    more images what is left of chance does no harm, and a smaller factor keeps more of the shift. Chosen by measurement
+    (benchmarks/adaptation/choosing.py).
+    """
+    return 0.25 * (1 + (24 / images) ** 1.5)
 
 
 def _factor(differences: Float64[Tensor, " channels"], by_chance: Float64[Tensor, " channels"]) -> float:
