@@ -5,9 +5,9 @@
 A VGG without normalization (`python -m benchmarks.renorm.cifar_network` trains it) is tested on corrupted CIFAR-10
 images (`corruptions.py`), as it is and adapted by `adapt_statistics` with 1 to 1,000 images of the same corruption.
 BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to
-are others of the validation images, drawn anew for each corruption and severity, and their labels are not used. Another
-1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this (speckle noise, Gaussian blur,
-saturate), and contrast, served to choose the defaults.
+are others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and
+their labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this
+(speckle noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
 
 Every severity of a corruption is a line in `adaptation.jsonl`: interrupted, the program continues where it was.
 """
@@ -37,7 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 TARGETS = (1, 8, 32, 128, 1000)
 SOURCE_IMAGES, TEST_IMAGES, BATCH = 1024, 1000, 32
 CLEAN = "clean"
-CASES = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+# Clean images have no severities: theirs are as many draws of the images adapted to.
+CASES = [(name, severity) for name in (CLEAN, *CORRUPTIONS) for severity in SEVERITIES]
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     record = options.output / "adaptation.jsonl"
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     done = {(line["corruption"], line["severity"]) for line in lines}
-    missing = [case for case in CASES if case not in done and case[1] in (0, *options.severities)]
+    missing = [case for case in CASES if case not in done and case[1] in options.severities]
     if missing:
         network = load_checkpoint(options.network).eval()
         train, _ = load_part(options.folder, "train")

@@ -27,7 +27,7 @@ def test_images_like_those_of_the_prior_leave_it_as_it_is_or_almost() -> None:
 
 def test_a_shift_far_beyond_chance_is_taken_whole() -> None:
     known = prior()
-    mean, var = known.shrunk(known.mean + 5 * known.var.sqrt(), known.var / 1000, 8)
+    mean, var = known.shrunk(known.mean + 5 * known.var.sqrt(), known.var / 1000, 32)
     assert ((mean - known.mean) / known.var.sqrt() - 5).abs().max() < 0.02
     assert (var / known.var * 1000).max() < 1.1
 

@@ -49,7 +49,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them() -> None:
-    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path()), labels()
+    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path())[::3], labels()[::3]
     dark = 0.25 + 0.15 * x
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     assert accuracy(model, dark, y) < 0.7
