@@ -45,14 +45,13 @@ class Way:
 
 def ways() -> Iterator[Way]:
     """Yield the ways, the most telling first."""
-    for images in (8, 1, 32, 512):
-        yield Way(images)
-    for images in (8, 1):
-        yield Way(images, caution=3.0 if images == 8 else 60.0)
+    for images in (32, 512, 8, 1):
+        for layers in ("all", "conv"):
+            yield Way(images, layers=layers)
     for images in (32, 8):
-        for caution in (0.0, 0.25, 0.5, 1.0):
-            yield Way(images, caution)
-    for layers in ("conv", "first 2", "first 4"):
+        for caution in (0.0, 0.5, 2.0):
+            yield Way(images, caution, "conv")
+    for layers in ("first 2", "first 4"):
         yield Way(512, layers=layers)
     yield Way(512, batch=128)
     yield Way(512, batch=8)

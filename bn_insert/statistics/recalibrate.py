@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from math import inf
 from typing import Any, Generic, Literal, cast, get_args
 
 import torch
@@ -20,6 +21,8 @@ from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
 from .shrinkage import Prior
 
 Earlier = Literal["batch", "running"]
+
+_FEW_IMAGES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,7 @@ def reestimate(
     *,
     earlier: Earlier = "batch",
     priors: Mapping[str, Prior] | None = None,
+    single_batch: bool = False,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -108,8 +112,11 @@ def reestimate(
         model: As for `recalibrate`.
         batches: As for `recalibrate`.
         earlier: As for `recalibrate`.
-        priors: By the BatchNorm's name: statistics that those of the batches, and with earlier="batch" of each batch,
-            are moved towards, as far as they may differ by chance.
+        priors: By the BatchNorm's name: statistics that those of all batches are moved towards, as far as they may
+            differ by chance.
+        single_batch: Whether there is one batch on all ranks together. With earlier="batch", it then normalizes by the
+            statistics that the result will have. Of several batches, those with few images do so alone: the statistics
+            of many images will hardly be moved.
         device: Where to run; by default the model's device.
         autocast: Dtype for the forward pass.
         tolerance: Stop early, as for `calibrate`.
@@ -132,7 +139,8 @@ def reestimate(
     recorder = Recorder()
 
     def measure() -> tuple[int, Statistics]:
-        with _recording_inputs(norms, priors, recorder, by_batch=earlier == "batch"):
+        few = inf if single_batch else _FEW_IMAGES
+        with _recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few):
             images = run_through(
                 network,
                 batches,
@@ -176,9 +184,11 @@ def _check_finite(norms: Mapping[str, _BatchNorm]) -> None:
 
 @contextmanager
 def _recording_inputs(
-    norms: Mapping[str, _BatchNorm], priors: Mapping[str, Prior], recorder: Recorder, *, by_batch: bool
+    norms: Mapping[str, _BatchNorm], priors: Mapping[str, Prior], recorder: Recorder, *, by_batch: bool, few: float
 ) -> Iterator[None]:
-    """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics and the prior.
+    """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics.
+
+    Statistics of fewer than `few` images are moved towards the prior if there is one.
 
     The outputs are those of train mode, without its side effects: active dropout, processes that wait for each other
     (SyncBatchNorm), and an error for a single value per channel.
@@ -189,9 +199,10 @@ def _recording_inputs(
             values: Tensor = next(chain(args, kwargs.values()))
             moments = recorder.record(name, values)
             if by_batch and moments.count:
-                if moments.count == 1 and name not in priors:
+                prior = priors.get(name) if len(values) < few else None
+                if moments.count == 1 and prior is None:
                     moments = recorder.pooled(name)
-                _set_statistics(norm, name, moments, priors.get(name), len(values), unbiased=False)
+                _set_statistics(norm, name, moments, prior, len(values), unbiased=False)
 
         return record
 

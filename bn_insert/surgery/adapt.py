@@ -16,7 +16,7 @@ from ..graph.copies import AnyModule, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement
 from ..statistics.moments import Moments
-from ..statistics.passes import Progress
+from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
 from .fold import fold
@@ -184,17 +184,22 @@ def adapt_inserted(
         if progress:
             progress(source_images + images)
 
-    example, target = peeked(inserted, target, "adapt_statistics")
-    found = reestimate(
-        inserted,
-        target,
-        priors={name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else None,
-        device=device,
-        autocast=autocast,
-        tolerance=tolerance,
-        progress=count,
-        function="adapt_statistics",
-    )
+    priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
+    with preserved_random_state():
+        example, target, first = peeked(inserted, target, "adapt_statistics", most=2)
+        found = reestimate(
+            inserted,
+            target,
+            priors={name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()}
+            if shrink
+            else {},
+            single_batch=first == 1,
+            device=device,
+            autocast=autocast,
+            tolerance=tolerance,
+            progress=count,
+            function="adapt_statistics",
+        )
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
     if insertion is None or keep_batchnorm:
         return Adaptation(found.model, found.model, insertion, (), shifts, found.images)

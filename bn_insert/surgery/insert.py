@@ -99,7 +99,7 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, batches = peeked(model, batches, "insert_batchnorm")
+        example, batches, _ = peeked(model, batches, "insert_batchnorm")
         trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
@@ -253,21 +253,36 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def peeked(model: nn.Module, batches: Iterable[Any], function: str) -> tuple[Inputs, Iterator[Any]]:
-    """Return an example input of zeros, and all batches; a rank without batches gets the shapes from the others."""
+def peeked(
+    model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1
+) -> tuple[Inputs, Iterator[Any], int]:
+    """Read the first batches of every rank.
+
+    Args:
+        model: What the batches are for.
+        batches: Those of this rank.
+        function: Name of the function that every rank has called, for messages.
+        most: How many batches to read.
+
+    Returns:
+        An example input of zeros (a rank without batches gets the shapes from the others), all batches, and how many
+        were read on all ranks together.
+    """
     Ranks.current().meet(function)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
 
-    def own_specs() -> Inputs | None:
+    def read() -> tuple[Inputs | None, int]:
         nonlocal iterator
         iterator = iter(checked(batches))
-        first.extend(islice(iterator, 1))
+        first.extend(islice(iterator, most))
         if not first:
-            return None
-        return Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
+            return None, 0
+        specs = Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
+        return specs, len(first)
 
-    specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
+    found = on_every_rank(read)
+    specs = next((each for each, _ in found if each is not None), None)
     if specs is None:
         raise no_batches()
     device = reference_tensor(model).device
@@ -276,4 +291,4 @@ def peeked(model: nn.Module, batches: Iterable[Any], function: str) -> tuple[Inp
         lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), chain(first, iterator)
+    return Inputs(*zeros), chain(first, iterator), sum(count for _, count in found)

@@ -104,6 +104,16 @@ def test_the_shift_is_that_of_the_first_layers_activations() -> None:
     assert (found.source_images, found.target_images) == (64, 64)
 
 
+def test_with_many_images_shrinkage_does_not_change_what_is_measured_but_with_few_it_does() -> None:
+    model, target = small_vgg(), shifted(source())
+    for count, same in ((96, True), (8, False)):
+        shrunk, raw = (
+            adapt(model, source().split(16), target[:count].split(32), shrink=flag) for flag in (True, False)
+        )
+        last = [found.shifts[-1].mean for found in (shrunk, raw)]
+        assert torch.equal(*last) is same, count
+
+
 def test_one_target_image_is_enough() -> None:
     found = adapt(small_vgg(), source().split(16), [shifted(source())[:1]])
     assert found.target_images == 1
