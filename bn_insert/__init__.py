@@ -15,6 +15,10 @@ from .checkpoints.assumptions import vgg_assumptions
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
+# Adapt to new images
+from .compare.predictions import ClassAccuracy, PredictionComparison, compare_predictions
+from .surgery.adapt import Adaptation, StatisticsShift, adapt, adapt_statistics
+
 # Evaluate a classifier
 from .compare.evaluation import Evaluation, Prediction, evaluate, predict
 
@@ -76,6 +80,14 @@ __all__ = [
     "compare_outputs",
     "Comparison",
     "finite_part",
+    # Adapt to new images
+    "adapt_statistics",
+    "adapt",
+    "Adaptation",
+    "StatisticsShift",
+    "compare_predictions",
+    "PredictionComparison",
+    "ClassAccuracy",
     # Evaluate a classifier
     "evaluate",
     "Evaluation",

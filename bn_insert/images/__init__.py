@@ -4,6 +4,7 @@ from .batches import Batch, Batches, Unreadable, sample
 from .class_folders import ClassFolders, LabelledBatches, open_class_folders, open_labelled_batches
 from .files import IMAGE_SUFFIXES, find_images
 from .image_batches import ImageBatches, image_batches, open_batches
+from .labels import folder_classes, with_labels
 from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
 from .transform import Transform
 
@@ -19,10 +20,12 @@ __all__ = [
     "Transform",
     "Unreadable",
     "find_images",
+    "folder_classes",
     "image_batches",
     "open_batches",
     "open_class_folders",
     "open_labelled_batches",
     "sample",
     "tensor_batches",
+    "with_labels",
 ]

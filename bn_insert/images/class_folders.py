@@ -131,10 +131,10 @@ def open_class_folders(
     for name in ("train", "val"):
         if not (folder / name).is_dir():
             raise ImageError(f"{folder} has no folder {name}/; {_LAYOUT}")
-    classes = _classes(folder / "train")
+    classes = class_names(folder / "train")
     if len(classes) < 2:
         raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, but at least 2 are needed; {_LAYOUT}")
-    in_val = _classes(folder / "val")
+    in_val = class_names(folder / "val")
     if not in_val:
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")
     if unknown := [name for name in in_val if name not in classes]:
@@ -224,7 +224,7 @@ def open_labelled_batches(
         raise ImageError(f"{folder} {fault}; {_LABELLED_LAYOUT}")
     if "val" not in classes and (folder / "val").is_dir():
         folder /= "val"
-    folders = _classes(folder)
+    folders = class_names(folder)
     if not folders:
         raise ImageError(f"{folder} has no class folders; {_LABELLED_LAYOUT}")
     if unknown := [name for name in folders if classes and name not in classes]:
@@ -247,7 +247,8 @@ def _listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _classes(folder: Path) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; raises ImageError for one that cannot be printed."""
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:

@@ -1,5 +1,6 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
+from .adaptation import adaptation_report
 from .confusion import check_confusion_matrix, write_confusion_matrix
 from .health import run_health, worst
 from .insertion import insertion_report
@@ -10,6 +11,7 @@ from .verdicts import Verdict
 
 __all__ = [
     "Verdict",
+    "adaptation_report",
     "check_confusion_matrix",
     "check_report",
     "file_facts",

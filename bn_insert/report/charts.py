@@ -92,6 +92,18 @@ def insertion_charts(data: Mapping[str, Any], *, errors: bool = True) -> list[Ch
 
 
 @mpl.rc_context(_STYLE)
+def adaptation_charts(data: Mapping[str, Any]) -> list[Chart]:
+    """Return the charts of how far the statistics of each layer moved, from the data of `adaptation_report`."""
+    shifts = {shift["layer"]: shift for shift in data["shifts"]}
+    box = "Box: middle half of the channels; line: all."
+    charts = [_boxes("shift", "Means: target - source, in standard deviations of the source", box, shifts, ["mean"])]
+    if any(shift["std"] for shift in shifts.values()):
+        title = "Standard deviations: target / source"
+        charts.append(_boxes("ratio", title, "1: as on the source.", shifts, ["std"], log=True))
+    return charts
+
+
+@mpl.rc_context(_STYLE)
 def agreement_chart(agreements: Sequence[Mapping[str, Any]], renorm: Sequence[Mapping[str, Any]] = ()) -> Chart:
     """Return top-1 agreement and KL divergence between train mode and eval mode by batch size.
 

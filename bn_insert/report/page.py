@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from . import insertion
-from .charts import agreement_chart, insertion_charts, run_charts
+from . import adaptation, insertion
+from .charts import adaptation_charts, agreement_chart, insertion_charts, run_charts
 from .health import run_health, worst
 from .verdicts import Verdict, best_epoch, identical_runs, next_command, ranked, runs_verdict, verdicts
 
@@ -20,9 +20,11 @@ _BATCH = 32  # images, for the error of the statistics of one training batch
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Return the HTML page of a report on an insertion or on training runs."""
+    """Return the HTML page of a report on an insertion, an adaptation or training runs."""
     if data["format"] == insertion.FORMAT:
         return _render("insertion.html", _insertion(data))
+    if data["format"] == adaptation.FORMAT:
+        return _render("adaptation.html", _adaptation(data))
     return _render("runs.html", _runs(data["runs"]))
 
 
@@ -48,6 +50,15 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
         "charts": insertion_charts(data, errors=reliable),
         "agreement_chart": agreement_chart(agreements, renorm) if agreements else None,
         "renorm": {agreement["batch_size"]: agreement for agreement in renorm},
+    }
+
+
+def _adaptation(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "data": data,
+        "name": PurePath(data["checkpoint"]["path"]).name,
+        "target": PurePath(data["target"]["source"]).name,
+        "charts": adaptation_charts(data),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from math import inf
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import reference_tensor
 from ..graph.sites import Site
-from ..support.processes import Ranks
 from .micro_batches import run_in_micro_batches
 from .moments import Moments
 from .passes import ForwardDone, Progress, run_through
-from .recorder import Recorder, Statistics, pooled_over_ranks
+from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
 
 
 def calibrate(
@@ -57,24 +55,24 @@ def calibrate(
     """
     if not sites:
         return {}
-    if tolerance is not None and not 0 < tolerance < inf:
-        raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance}")
+    check_tolerance(tolerance)
     recorder = _PassRecorder(sites)
-
-    def precise_enough() -> bool:
-        # Every rank has a part of the batches, so its own error may be larger than that of all ranks together.
-        return tolerance is not None and recorder.precise_to(tolerance * Ranks.current().count ** 0.5)
 
     def measure() -> tuple[int, Statistics]:
         network = working_copy(model, device)
         with _recording_outputs(sites, network, recorder):
             images = run_through(
-                network, batches, recorder, autocast=autocast, progress=progress, enough=precise_enough
+                network,
+                batches,
+                recorder,
+                autocast=autocast,
+                progress=progress,
+                enough=lambda: recorder.precise_enough(tolerance),
             )
         recorder.check_complete()
         return images, recorder.statistics()
 
-    moments = pooled_over_ranks(measure).moments()
+    moments = pooled_over_ranks("calibrate", measure)[1].moments()
     not_called = [site.name for site in sites if site.name not in moments]
     if not_called:
         raise CalibrationError(f"the layer {not_called[0]} was never called on the calibration set")

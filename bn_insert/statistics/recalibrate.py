@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, cast, get_args
+from math import inf
+from typing import Any, Generic, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,28 @@ from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
 from .moments import Moments
 from .passes import Progress, run_through
-from .recorder import Recorder, Statistics, pooled_over_ranks
+from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
+from .shrinkage import Prior
 
 Earlier = Literal["batch", "running"]
+
+_FEW_IMAGES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Reestimation(Generic[AnyModule]):
+    """A model whose BatchNorms have new statistics, and what these were computed from.
+
+    Attributes:
+        model: The copy with the new statistics.
+        moments: Moments of each BatchNorm's input over the batches alone, by its name; none of a BatchNorm that is
+            never called.
+        images: Number of images, over all processes.
+    """
+
+    model: AnyModule = field(repr=False)
+    moments: Mapping[str, Moments] = field(repr=False)
+    images: int
 
 
 def recalibrate(
@@ -67,62 +88,84 @@ def recalibrate(
         >>> torch.allclose(result[1].running_var, model[0](x).var(0))
         True
     """
-    if earlier not in get_args(Earlier):
-        raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
-    return recalibrate_layers(
-        model, batches, None, earlier=earlier, device=device, autocast=autocast, progress=progress
-    )
+    return reestimate(
+        model, batches, earlier=earlier, device=device, autocast=autocast, progress=progress, function="recalibrate"
+    ).model
 
 
-def recalibrate_layers(
+def reestimate(
     model: AnyModule,
     batches: Iterable[Any],
-    names: Collection[str] | None,
     *,
+    names: Collection[str] | None = None,
     earlier: Earlier = "batch",
+    priors: Mapping[str, Prior] | None = None,
+    single_batch: bool = False,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
     progress: Progress | None = None,
-) -> AnyModule:
-    """Return what `recalibrate` returns, but with new statistics for some BatchNorms alone.
+    function: str,
+) -> Reestimation[AnyModule]:
+    """Return what `recalibrate` returns, with the moments that were measured.
 
     Args:
         model: As for `recalibrate`.
         batches: As for `recalibrate`.
         names: Qualified names of the BatchNorms; the others normalize by their running statistics. None for all.
         earlier: As for `recalibrate`.
-        device: As for `recalibrate`.
-        autocast: As for `recalibrate`.
-        progress: As for `recalibrate`.
+        priors: By the BatchNorm's name: statistics that those of all batches are moved towards, as far as they may
+            differ by chance.
+        single_batch: Whether there is one batch on all ranks together. With earlier="batch", it then normalizes by the
+            statistics that the result will have. Of several batches, those with few images do so alone: the statistics
+            of many images will hardly be moved.
+        device: Where to run; by default the model's device.
+        autocast: Dtype for the forward pass.
+        tolerance: Stop early, as for `calibrate`.
+        progress: Called after each batch with the number of images so far.
+        function: Name of the public function, for messages.
 
     Raises:
         CalibrationError: As for `recalibrate`.
     """
+    if earlier not in get_args(Earlier):
+        raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
+    check_tolerance(tolerance)
     network = working_copy(model, device)
-    norms = _with_statistics(network, names)
+    norms = with_statistics(network, names)
     if not norms:
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
     if earlier == "running":
         _check_finite(norms)
+    priors = priors or {}
+    recorder = Recorder()
 
     def measure() -> tuple[int, Statistics]:
-        recorder = Recorder()
-        with _recording_inputs(norms, recorder, by_batch=earlier == "batch"):
-            images = run_through(network, batches, recorder, autocast=autocast, progress=progress)
+        few = inf if single_batch else _FEW_IMAGES
+        with _recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few):
+            images = run_through(
+                network,
+                batches,
+                recorder,
+                autocast=autocast,
+                progress=progress,
+                enough=lambda: recorder.precise_enough(tolerance),
+            )
         return images, recorder.statistics()
 
-    statistics = pooled_over_ranks(measure)
+    images, statistics = pooled_over_ranks(function, measure)
     with torch.inference_mode(False):  # whatever the caller's mode: the result is to be trained
         result = deep_copy(model)
-        for name, norm in _with_statistics(result, names).items():
+        for name, norm in with_statistics(result, names).items():
             if name in statistics.pooled:
-                _set_statistics(norm, name, statistics.pooled[name])
+                _set_statistics(norm, name, statistics.pooled[name], priors.get(name), images)
                 calls = statistics.calls[name]
                 norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), calls)
-    return result
+    return Reestimation(result, statistics.moments(), images)
 
 
-def _with_statistics(model: nn.Module, names: Collection[str] | None) -> dict[str, _BatchNorm]:
+def with_statistics(model: nn.Module, names: Collection[str] | None = None) -> dict[str, _BatchNorm]:
+    """Return the BatchNorms of a model that have running statistics, by name: all, or those of the given names."""
     modules = dict(model.named_modules())
     return {
         name: norm
@@ -146,8 +189,12 @@ def _check_finite(norms: Mapping[str, _BatchNorm]) -> None:
 
 
 @contextmanager
-def _recording_inputs(norms: Mapping[str, _BatchNorm], recorder: Recorder, *, by_batch: bool) -> Iterator[None]:
+def _recording_inputs(
+    norms: Mapping[str, _BatchNorm], priors: Mapping[str, Prior], recorder: Recorder, *, by_batch: bool, few: float
+) -> Iterator[None]:
     """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics.
+
+    Statistics of fewer than `few` images are moved towards the prior if there is one.
 
     The outputs are those of train mode, without its side effects: active dropout, processes that wait for each other
     (SyncBatchNorm), and an error for a single value per channel.
@@ -158,8 +205,10 @@ def _recording_inputs(norms: Mapping[str, _BatchNorm], recorder: Recorder, *, by
             values: Tensor = next(chain(args, kwargs.values()))
             moments = recorder.record(name, values)
             if by_batch and moments.count:
-                moments = moments if moments.count > 1 else recorder.pooled(name)
-                _set_statistics(norm, name, moments, unbiased=False)
+                prior = priors.get(name) if len(values) < few else None
+                if moments.count == 1 and prior is None:
+                    moments = recorder.pooled(name)
+                _set_statistics(norm, name, moments, prior, len(values), unbiased=False)
 
         return record
 
@@ -169,15 +218,19 @@ def _recording_inputs(norms: Mapping[str, _BatchNorm], recorder: Recorder, *, by
         yield
 
 
-def _set_statistics(norm: _BatchNorm, name: str, moments: Moments, *, unbiased: bool = True) -> None:
-    if moments.count < 2:
+def _set_statistics(
+    norm: _BatchNorm, name: str, moments: Moments, prior: Prior | None, images: int, *, unbiased: bool = True
+) -> None:
+    if moments.count < 2 and prior is None:
         raise CalibrationError(
             f"a variance needs at least two values per channel and BatchNorm {name} received {moments.count}; "
             "use more images, or larger batches"
         )
+    mean, var = moments.mean, moments.var if unbiased and moments.count > 1 else moments.m2 / moments.count
+    if prior is not None:
+        mean, var = prior.shrunk(mean, var, images)
     old = _statistics(norm)[0]
-    mean = moments.mean.to(old.device, old.dtype)
-    var = (moments.var if unbiased else moments.m2 / moments.count).to(old.device, old.dtype)
+    mean, var = mean.to(old.device, old.dtype), var.to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):
         raise CalibrationError(f"mean or variance of the input of BatchNorm {name} is not finite in {old.dtype}")
     norm.running_mean, norm.running_var = mean, var

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from torch import Tensor
 
-from ..support.processes import on_every_rank
+from ..errors import CalibrationError
+from ..support.processes import Ranks, on_every_rank
 from .moments import Moments, merge, moments_of
 from .passes import NotFiniteError, no_batches
 from .sampling_error import batch_spread, relative_standard_error
@@ -53,19 +55,29 @@ class Statistics:
         }
 
 
-def pooled_over_ranks(measure: Callable[[], tuple[int, Statistics]]) -> Statistics:
-    """Run a measurement on every rank, and return the statistics of all ranks together on each of them.
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise CalibrationError for a tolerance that no error can be compared with."""
+    if tolerance is not None and not 0 < tolerance < inf:
+        raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance}")
+
+
+def pooled_over_ranks(function: str, measure: Callable[[], tuple[int, Statistics]]) -> tuple[int, Statistics]:
+    """Run a measurement on every rank, and return the images and statistics of all ranks together on each of them.
 
     Args:
+        function: Name of the function that the caller called, for messages.
         measure: Returns the number of images, 0 on a rank without any, and their statistics.
 
     Raises:
-        CalibrationError: If there are no images on any rank, or `measure` fails on another rank.
+        CalibrationError: If there are no images on any rank, `measure` fails on another rank, or another rank does not
+            call the function.
     """
+    Ranks.current().meet(function)
     parts = on_every_rank(measure)
-    if sum(images for images, _ in parts) == 0:
+    images = sum(images for images, _ in parts)
+    if images == 0:
         raise no_batches()
-    return Statistics.merged(statistics for _, statistics in parts)
+    return images, Statistics.merged(statistics for _, statistics in parts)
 
 
 class Recorder:
@@ -117,12 +129,16 @@ class Recorder:
             Counter(self._calls),
         )
 
-    def precise_to(self, tolerance: float) -> bool:
-        """Return whether enough channels of every place are known to within `tolerance`, relative to their std."""
-        if self._batches < _FEWEST_BATCHES:
+    def precise_enough(self, tolerance: float | None) -> bool:
+        """Return whether enough channels of every place are known to within `tolerance`, relative to their std.
+
+        None is a tolerance that is never reached. Every rank has a part of the batches, so its own error may be larger
+        than that of all ranks together.
+        """
+        if tolerance is None or self._batches < _FEWEST_BATCHES:
             return False
-        moments_by_name = self.statistics().moments()
-        return all(moments.error_of(_CHANNELS_WITHIN) <= tolerance for moments in moments_by_name.values())
+        largest = tolerance * Ranks.current().count ** 0.5
+        return all(moments.error_of(_CHANNELS_WITHIN) <= largest for moments in self.statistics().moments().values())
 
 
 def _merged(lists: Mapping[str, list[Moments]]) -> dict[str, Moments]:

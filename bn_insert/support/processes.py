@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from ..errors import BNInsertError, CalibrationError
 
 T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(minutes=2)  # ranks that work together start within seconds
+_meetings = count()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,33 @@ class Ranks:
         """Wait until all ranks have reached this point."""
         if self.count > 1:
             dist.barrier()
+
+    def meet(self, function: str) -> None:
+        """Wait until all ranks have called a function whose work they share, for at most two minutes.
+
+        Through the group's key-value store, not by a collective: one would pair with whatever collective the other
+        ranks run instead, such as that of DistributedDataParallel, or wait for the group's own timeout.
+
+        Raises:
+            CalibrationError: If some ranks have not called it by then.
+        """
+        if self.count == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        meeting = f"bn_insert/{function}/{next(_meetings)}"
+        arrived = store.add(meeting, 1)
+        if arrived == self.count:
+            store.set(f"{meeting}/complete", "")
+        try:
+            store.wait([f"{meeting}/complete"], _LONGEST_WAIT)
+        except RuntimeError as error:  # of a subclass that differs between stores
+            arrived = store.add(meeting, 0)
+            raise CalibrationError(
+                f"{function} was called on {arrived} of {self.count} ranks (this is rank {self.rank}), and waited "
+                f"{_LONGEST_WAIT.total_seconds():.0f} s for the others. Call it on every rank of the process group, "
+                "each with its own part of the batches, which may be empty; or call it before init_process_group, and "
+                "load the result on every rank"
+            ) from error
 
 
 def on_every_rank(work: Callable[[], T]) -> list[T]:

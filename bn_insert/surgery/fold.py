@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
 
@@ -71,12 +71,13 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     return fold(model, example).model
 
 
-def fold(model: AnyModule, example: Any) -> FoldResult[AnyModule]:
+def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None) -> FoldResult[AnyModule]:
     """Return what `fold_batchnorm` returns, with the names of the BatchNorms that were folded and left in place.
 
     Args:
         model: As for `fold_batchnorm`.
         example: As for `fold_batchnorm`.
+        names: Qualified names of the BatchNorms to fold, if not all of them; the others are left in place.
 
     Raises:
         GraphError: As for `fold_batchnorm`.
@@ -88,7 +89,7 @@ def fold(model: AnyModule, example: Any) -> FoldResult[AnyModule]:
     """
     model = unwrapped(model)
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    plan = _plan(model, example) if norms else []
+    plan = _plan(model, example, names) if norms else []
     folded = {each.norm for each in plan}
     return FoldResult(
         _without_batchnorms(model, plan),
@@ -97,11 +98,11 @@ def fold(model: AnyModule, example: Any) -> FoldResult[AnyModule]:
     )
 
 
-def _plan(model: AnyModule, example: Any) -> list[Fold]:
+def _plan(model: AnyModule, example: Any, names: Collection[str] | None) -> list[Fold]:
     trace = Trace.of(model, example)
     if trace.obstacle:  # with other values, something else could read what a BatchNorm reads
         raise GraphError(trace.obstacle)
-    return list(plan_folds(trace))
+    return list(plan_folds(trace, names))
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained

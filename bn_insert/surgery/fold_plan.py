@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,8 +59,12 @@ class _NotExactError(Exception):
     """An obstacle to a fold, as part of a message."""
 
 
-def plan_folds(trace: Trace) -> Iterator[Fold]:
+def plan_folds(trace: Trace, names: Container[str] | None = None) -> Iterator[Fold]:
     """Yield a fold for every BatchNorm of a traced model except those that belong to no layer.
+
+    Args:
+        trace: Of the model.
+        names: Qualified names of the BatchNorms to fold; None is all of them.
 
     Raises:
         GraphError: A BatchNorm that belongs to a layer cannot be folded exactly.
@@ -69,7 +73,8 @@ def plan_folds(trace: Trace) -> Iterator[Fold]:
     calls: dict[str, list[fx.Node]] = {}
     for node in trace.nodes:
         name = trace.owner(node)
-        if operation(node) == "batch_norm" and isinstance(trace.modules.get(name), _BatchNorm):
+        wanted = names is None or name in names
+        if wanted and operation(node) == "batch_norm" and isinstance(trace.modules.get(name), _BatchNorm):
             calls.setdefault(name, []).append(node)
     for name, nodes in calls.items():
         try:

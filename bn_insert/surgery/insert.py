@@ -111,7 +111,8 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, first, batches = _peek(model, batches)
+        peek = peeked(model, batches, "insert_batchnorm")
+        example, first, batches = peek.example, peek.first, peek.batches
         trace = Trace.of(model, example)
         if trace.obstacle:
             example = next((batch for batch in Ranks.current().gathered(first) if batch is not None), example)
@@ -355,26 +356,49 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Inputs | None, Iterator[Any]]:
-    """Return an example input of zeros, the first batch of this rank, and all batches.
+@dataclass(frozen=True, eq=False)
+class Peek:
+    """What the first batches of every rank show.
 
-    A rank without batches gets the shapes of the example from the others, and None in place of its first batch.
+    Attributes:
+        example: An example input of zeros; a rank without batches gets the shapes from the others.
+        first: The first batch of this rank; None without batches.
+        batches: All batches of this rank.
+        read: How many batches were read on all ranks together.
+    """
+
+    example: Inputs
+    first: Inputs | None
+    batches: Iterator[Any]
+    read: int
+
+
+def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1) -> Peek:
+    """Read the first batches of every rank.
+
+    Args:
+        model: What the batches are for.
+        batches: Those of this rank.
+        function: Name of the function that every rank has called, for messages.
+        most: How many batches to read.
     """
     check_module(model)
+    Ranks.current().meet(function)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
     inputs: list[Inputs] = []
 
-    def own_specs() -> Inputs | None:
+    def read() -> tuple[Inputs | None, int]:
         nonlocal iterator
         iterator = iter(checked(batches))
-        first.extend(islice(iterator, 1))
+        first.extend(islice(iterator, most))
         if not first:
-            return None
+            return None, 0
         inputs.append(Inputs.of(first[0], 0, model))
-        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
+        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype)), len(first)
 
-    specs = next((each for each in on_every_rank(own_specs) if each is not None), None)
+    found = on_every_rank(read)
+    specs = next((each for each, _ in found if each is not None), None)
     if specs is None:
         raise no_batches()
     device = reference_tensor(model).device
@@ -383,4 +407,4 @@ def _peek(model: nn.Module, batches: Iterable[Any]) -> tuple[Inputs, Inputs | No
         lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator)
+    return Peek(Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator), sum(count for _, count in found))

@@ -9,7 +9,7 @@ import torch
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import CalibrationError, DivergenceError
 from ..images.class_folders import LabelledBatch
-from ..statistics.recalibrate import recalibrate_layers
+from ..statistics.recalibrate import reestimate
 from .classifier import Classifier
 from .stopping import StopCheck
 
@@ -40,7 +40,14 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
     inputs = (classifier.inputs(batch)[0] for batch in batches)
     autocast = torch.bfloat16 if classifier.amp else None
     try:
-        result = recalibrate_layers(network, inputs, names, autocast=autocast, progress=lambda _images: stop.check())
+        result = reestimate(
+            network,
+            inputs,
+            names=names,
+            autocast=autocast,
+            progress=lambda _images: stop.check(),
+            function="finetune",
+        ).model
     except CalibrationError as error:
         raise DivergenceError(f"the running statistics could not be estimated: {error}") from error
     with torch.no_grad():

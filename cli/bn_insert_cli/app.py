@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .adapt import adapt
 from .command import Command, CommandGroup, wants_traceback
 from .compare import compare
 from .compare_modes import compare_modes
@@ -81,5 +82,5 @@ def options(
     """
 
 
-for command in (insert, inspect, compare, compare_modes, finetune, evaluate, predict, fold, report, demo):
+for command in (insert, adapt, inspect, compare, compare_modes, finetune, evaluate, predict, fold, report, demo):
     app.command(cls=Command)(command)

@@ -53,7 +53,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             metavar="EPOCHS",
             min=1,
-            help="Stop after this many epochs without an improvement in validation accuracy. [default: train for all epochs]",
+            help="Stop after this many epochs without an improvement in validation accuracy. "
+            "[default: train for all epochs]",
         ),
     ] = None,
     batch_size: Annotated[

@@ -39,11 +39,19 @@ class ImageOptions:
 
 
 class Opened(NamedTuple):
-    """A checkpoint: its network, its preprocessing, and the names of its classes, empty if it stores none."""
+    """A checkpoint.
+
+    Attributes:
+        network: Its network.
+        transform: Its preprocessing.
+        classes: The names of its classes; empty if it stores none.
+        origin: Where the preprocessing comes from, in words.
+    """
 
     network: nn.Module
     transform: Transform
     classes: tuple[str, ...]
+    origin: str
 
 
 def open_checkpoint(
@@ -86,7 +94,7 @@ def open_classifier(
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
     if images is not None:
         print_preprocessing(transform, origin, images)
-    return Opened(network, transform, class_names(content))
+    return Opened(network, transform, class_names(content), origin)
 
 
 def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -5,32 +5,36 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
-from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as opt
+from .checking import (
+    CHECK_FAILED,
+    CHECK_IMAGES,
+    compare_on_devices,
+    note_calibration,
+    saying_what_is_written,
+)
 from .console import image_progress, print_note, print_result, print_table
 from .inputs import (
     ImageOptions,
-    class_names,
     is_tensor_file,
     layer_kinds,
+    note_unreadable,
     open_calibration,
+    open_classifier,
     open_device,
-    preprocessing,
     print_assumptions,
     print_preprocessing,
-    read_named_checkpoint,
 )
 from .interruption import signals
-from .tables import FEWEST_BATCHES, comparison_table, edge_table, site_table
+from .tables import comparison_table, edge_table, site_table
 from .train_mode import REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 
 if TYPE_CHECKING:
@@ -38,10 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Comparison, Insertion
-    from bn_insert.images import Batches, Unreadable
-
-CHECK_FAILED = 1
-CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
+    from bn_insert.images import Batches
 
 
 def insert(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -61,10 +62,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             "--equalize", help="Rescale channels by powers of two first, so that gamma is between 0.7 and 1.42."
         ),
     ] = False,
-    eps: Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")] = 1e-5,
-    momentum: Annotated[
-        float, typer.Option(min=0, max=1, help="Momentum of the running statistics, for later training.")
-    ] = 0.1,
+    eps: opt.Eps = 1e-5,
+    momentum: opt.Momentum = 0.1,
     images: opt.Images = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -75,16 +74,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     std: opt.Std = None,
     strict: opt.Strict = False,
     device: opt.Device = None,
-    amp: Annotated[
-        bool, typer.Option("--amp", help="Calibrate under bfloat16 autocast; statistics stay float32.")
-    ] = False,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Stop calibrating once mean and std are known to within this fraction of std, such as 0.1. "
-            "[default: use all images]"
-        ),
-    ] = None,
+    amp: opt.Amp = False,
+    tolerance: opt.Tolerance = None,
     atol: opt.AbsoluteTolerance = None,
     rtol: opt.RelativeTolerance = 1e-4,
     report: Annotated[
@@ -110,7 +101,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, build_network, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
     from bn_insert.report import check_report  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
@@ -118,11 +109,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    content = read_named_checkpoint(checkpoint, model, key=key)
-    transform, origin = preprocessing(content, image_options)
-    network = build_network(content, model, ignore_unexpected=ignore_unexpected)
-    classes = class_names(content)
-    del content
+    network, transform, classes, origin = open_classifier(
+        checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
+    )
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
     with process_group(open_device(device)) as target:
@@ -153,15 +142,15 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if not ranks.first:
         return  # one process checks and writes
     _check_inserted(insertion, checkpoint)
-    _note_unreadable(unreadable)
+    note_unreadable(unreadable)
 
     number_of_batches = -(-insertion.images // batch_size)
     print_table(site_table(insertion.sites, insertion.moments, batches=number_of_batches))
     if equalize:
         print_table(edge_table(insertion.edges))
-    _note_calibration(insertion, tolerance, number_of_batches)
+    note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches)
     _note_dropouts(insertion)
-    comparisons = _check(network, insertion.model, batches.head(CHECK_IMAGES), target)
+    comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
@@ -186,7 +175,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             }
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
         }
-        with _saying_what_is_written(output if accepted else None):
+        with saying_what_is_written(output if accepted else None):
             train_images = batches.head(TRAIN_MODE_IMAGES)
             _write_report(
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
@@ -206,22 +195,6 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
     raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
 
 
-def _note_calibration(insertion: Insertion[nn.Module], tolerance: float | None, batches: int) -> None:
-    errors = [moments.error_of(0.99) for moments in insertion.moments.values()]
-    error = nan if any(map(isnan, errors)) else max(errors)
-    reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    print_note(f"Calibrated on {insertion.images} images{reached}.")
-    if tolerance is not None and isnan(error):
-        print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
-    elif tolerance is not None and batches < FEWEST_BATCHES:
-        print_note(
-            f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use "
-            "more images (--images), or smaller batches (-b)."
-        )
-    elif tolerance is not None and error > tolerance:
-        print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
-
-
 def _note_dropouts(insertion: Insertion[nn.Module]) -> None:
     if insertion.dropouts_before_batchnorm:
         print_note(
@@ -229,24 +202,6 @@ def _note_dropouts(insertion: Insertion[nn.Module]) -> None:
             "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "
             "off; in your own training loop, set p of these layers to 0."
         )
-
-
-def _note_unreadable(unreadable: list[Unreadable]) -> None:
-    if unreadable:
-        first = unreadable[0]
-        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
-
-
-@contextmanager
-def _saying_what_is_written(output: Path | None) -> Iterator[None]:
-    """Add to the message of a report that fails what is written already."""
-    from bn_insert import CheckpointError  # noqa: PLC0415
-
-    try:
-        yield
-    except CheckpointError as error:
-        written = f"{output} is written and complete" if output else "nothing was written"
-        raise CheckpointError(f"{error}; {written}") from error
 
 
 def _write_report(
@@ -298,21 +253,3 @@ def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> Tr
         return TrainMode([], [], f"Train mode could not be measured: {error}")
     print_note(found.reading)
     return found
-
-
-def _check(model: nn.Module, result: nn.Module, batches: Batches, device: torch.device) -> dict[str, Comparison]:
-    """Compare original and result on the CPU, whose kernel the promise is about, and on the device in use."""
-    import torch  # noqa: PLC0415
-
-    from bn_insert import compare_outputs, finite_part  # noqa: PLC0415
-
-    reference, note = finite_part(model)
-    candidate, _ = finite_part(result)
-    if note:
-        print_note(note)
-    comparisons = {}
-    for place in dict.fromkeys((torch.device("cpu"), device)):
-        comparisons[str(place)] = compare_outputs(reference.to(place), candidate.to(place), batches)
-    model.cpu()
-    result.cpu()
-    return comparisons

@@ -55,6 +55,9 @@ Pictures = Annotated[
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Output file (.pth, .pt or .safetensors).", show_default=False)
 ]
+Report = Annotated[
+    Path | None, typer.Option(help="Write a report, a page or JSON by suffix.", metavar="FILE.html|FILE.json")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
 Layers = Annotated[str, typer.Option(help="Kinds of layers to insert after: conv, dense, or conv,dense.")]
@@ -121,6 +124,16 @@ Device = Annotated[
         "--device", help="cpu, cuda, cuda:1, mps, ... [default: cuda if available, or cpu]", show_default=False
     ),
 ]
+Amp = Annotated[bool, typer.Option("--amp", help="Calibrate under bfloat16 autocast; statistics stay float32.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop calibrating once mean and std are known to within this fraction of std, such as 0.1. "
+        "[default: use all images]"
+    ),
+]
+Eps = Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")]
+Momentum = Annotated[float, typer.Option(min=0, max=1, help="Momentum of the running statistics, for later training.")]
 AbsoluteTolerance = Annotated[
     float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed. [default: no limit]")
 ]

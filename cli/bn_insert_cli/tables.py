@@ -11,12 +11,23 @@ from .console import plain, stdout, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_insert import Comparison, Edge, Evaluation, Layer, Moments, Site, TrainModeAgreement
+    from bn_insert import (
+        Comparison,
+        Edge,
+        Evaluation,
+        Layer,
+        Moments,
+        PredictionComparison,
+        Site,
+        StatisticsShift,
+        TrainModeAgreement,
+    )
 
 
 # An error estimated from the spread between fewer batches is not reliable.
 FEWEST_BATCHES = 8
 _NARROW = 100  # columns of a terminal; narrower tables have fewer columns
+_MOST_CLASSES = 30  # rows; the report has all
 _LONGEST_NAME = 30  # characters that are kept on one line
 
 
@@ -89,6 +100,33 @@ def class_table(evaluation: Evaluation) -> Table:
         result.add_row(name, f"{images:,}", f"{counts[label]:,}", f"{accuracy:.2%}", taken_for or "-")
     if missing:
         result.caption = f"{missing:,} of {len(evaluation.classes):,} classes have no images here"
+    return result
+
+
+def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
+    """Return one row per layer: how far its statistics moved from source to target."""
+    numbers = ("channels", "means moved by", "std, target / source")
+    result = table("Statistics, from source to target", "layer", *numbers, right=numbers)
+    _keep_whole(result, (shift.layer for shift in shifts))
+    for shift in shifts:
+        ratios = [value for value in shift.std.tolist() if not isnan(value)]
+        result.add_row(
+            shift.layer, str(len(shift.mean)), f"{shift.size:.2g}", _range(sorted(ratios)) if ratios else "-"
+        )
+    result.caption = "means moved by: root mean square over the channels, in standard deviations on the source"
+    return result
+
+
+def accuracy_table(predictions: PredictionComparison, classes: Sequence[str]) -> Table:
+    """Return the accuracy before and after, for each class if there are not too many, and for all images."""
+    numbers = ("images", "before", "after")
+    result = table("Accuracy on the target", "class", *numbers, right=numbers)
+    per_class = predictions.per_class if len(predictions.per_class) <= _MOST_CLASSES else ()
+    for each in per_class:
+        result.add_row(classes[each.label], f"{each.images:,}", f"{each.before:.1%}", f"{each.after:.1%}")
+    before, after = predictions.accuracy_before, predictions.accuracy_after
+    result.add_row("all", f"{predictions.labelled:,}", f"{before:.1%}", f"{after:.1%}")
+    result.caption = "the folders of TARGET, sorted by name, are taken as the classes of the network, in their order"
     return result
 
 

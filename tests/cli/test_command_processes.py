@@ -41,6 +41,52 @@ def test_a_failing_process_stops_all_with_its_message_and_no_file_appears(tmp_pa
     assert not list(tmp_path.glob("out*"))
 
 
+def assert_within_a_float_step(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=3e-7, atol=1e-9, msg=key)
+
+
+def test_adapt_writes_the_file_of_one_process_within_a_float_step(tmp_path: Path) -> None:
+    x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(x, tmp_path / "source.pt")
+    torch.save(0.3 * x[:24], tmp_path / "target.pt")
+    command = ("adapt", network_path(), tmp_path / "source.pt", tmp_path / "target.pt", "--device", "cpu", "-b", 16)
+    command = (*command, "--keep-batchnorm")  # after folding, a step of a statistic is several of a weight
+    assert run(*command, "-o", tmp_path / "alone.pth").exit_code == 0
+    done = forked_ranks(2, "-m", "bn_insert", *command, "-o", "shared.pth", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_within_a_float_step(*(torch.load(tmp_path / name) for name in ("shared.pth", "alone.pth")))
+
+
+ALONE = """
+import time, torch, torch.distributed as dist
+from datetime import timedelta
+from bn_insert import CalibrationError, insert_batchnorm, recalibrate
+from bn_insert.support import processes
+
+processes._LONGEST_WAIT = timedelta(seconds=0.2)
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    for function in (insert_batchnorm, recalibrate):
+        try:
+            function(model, [torch.rand(8, 4)])
+        except CalibrationError as error:
+            print(error)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_inserting_on_one_rank_alone_is_an_error_that_says_so_and_leaves_the_group_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ALONE)
+    done = forked_ranks(2, "script.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for function in ("insert_batchnorm", "recalibrate"):
+        assert f"{function} was called on 1 of 2 ranks (this is rank 0), and waited 0 s for the others." in done.stdout
+
+
 API = """
 import sys, torch, torch.distributed as dist
 from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate

@@ -33,6 +33,11 @@ INSERT_OPTIONS = {
     "tolerance": None,
     "progress": None,
 }
+ADAPT_OPTIONS = {
+    **{name: value for name, value in INSERT_OPTIONS.items() if name != "equalize"},
+    "keep_batchnorm": False,
+    "shrink": True,
+}
 
 # Of each function: names and defaults of its positional parameters and of its keyword-only ones.
 FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -70,8 +75,14 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"device": None, "progress": None},
     ),
     # Added with one pipeline for the library and the command line.
+    "adapt": ({"model": REQUIRED, "source": REQUIRED, "target": REQUIRED}, ADAPT_OPTIONS),
+    "adapt_statistics": ({"model": REQUIRED, "source": REQUIRED, "target": REQUIRED}, ADAPT_OPTIONS),
     "agreement_reading": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "dropouts_before_batchnorm": ({"model": REQUIRED, "example": REQUIRED}, {}),
+    "compare_predictions": (
+        {"original": REQUIRED, "changed": REQUIRED, "batches": REQUIRED},
+        {"progress": None},
+    ),
     "build_network": ({"checkpoint": REQUIRED, "model": None}, {"ignore_unexpected": False}),
     "check_output": ({"path": REQUIRED}, {"overwrite": False}),
     "finetune": (
@@ -127,6 +138,16 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("batch_size", "images", "top1_agreement", "kl_divergence", "relative_logit_error"),
         (),
     ),
+    "Adaptation": (
+        ("model", "with_batchnorm", "insertion", "folded", "shifts", "target_images"),
+        ("source_images",),
+    ),
+    "ClassAccuracy": (("label", "images", "before", "after"), ()),
+    "PredictionComparison": (
+        ("images", "classes", "entropy_before", "entropy_after", "agreement", "per_class"),
+        ("labelled", "accuracy_before", "accuracy_after"),
+    ),
+    "StatisticsShift": (("layer", "mean", "std", "sampling_error"), ("size", "to_dict")),
     "Checkpoint": (("path", "kind", "tensors", "settings", "settings_place", "mapped"), ()),
     "EpochMetrics": (
         ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"),

@@ -1,0 +1,164 @@
+"""The predictions of a network before and after a change, on the same images, with or without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import CalibrationError
+from ..graph.copies import working_copy
+from ..graph.inputs import Inputs
+from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """Accuracy on the images of one class.
+
+    Attributes:
+        label: Index of the class.
+        images: Number of images.
+        before: Fraction of them that the original classifies correctly.
+        after: Fraction of them that the changed network classifies correctly.
+    """
+
+    label: int
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class PredictionComparison:
+    """Predictions of an original and a changed network.
+
+    Attributes:
+        images: Number of images.
+        classes: Number of classes; 0 if the outputs are not class scores.
+        entropy_before: Mean entropy of the original's class probabilities, in nats; NaN without classes.
+        entropy_after: That of the changed network.
+        agreement: Fraction of images (for dense prediction: of positions) for which both predict the same class; NaN
+            without classes.
+        per_class: Accuracy for each class that has labelled images; empty without labels.
+    """
+
+    images: int
+    classes: int
+    entropy_before: float
+    entropy_after: float
+    agreement: float
+    per_class: tuple[ClassAccuracy, ...] = ()
+
+    @property
+    def labelled(self) -> int:
+        """Number of images with a label."""
+        return sum(each.images for each in self.per_class)
+
+    @property
+    def accuracy_before(self) -> float:
+        """Accuracy of the original on all labelled images; NaN without labels."""
+        return self._mean([each.before for each in self.per_class])
+
+    @property
+    def accuracy_after(self) -> float:
+        """Accuracy of the changed network on all labelled images; NaN without labels."""
+        return self._mean([each.after for each in self.per_class])
+
+    def _mean(self, accuracies: list[float]) -> float:
+        correct = sum(value * each.images for value, each in zip(accuracies, self.per_class, strict=True))
+        return correct / self.labelled if self.labelled else float("nan")
+
+
+def compare_predictions(
+    original: nn.Module, changed: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+) -> PredictionComparison:
+    """Run two networks in eval mode on the same images, and return how their predictions differ.
+
+    Needs no labels. Where a batch is a tuple or list whose second value is an integer tensor with one label per image,
+    as from a DataLoader, the accuracy for each class is measured too. The networks are not changed, and PyTorch's
+    random state is restored.
+
+    Args:
+        original: A network that returns one score (logit) per class.
+        changed: The same network after a change, such as `adapt_statistics` makes.
+        batches: As for `insert_batchnorm`.
+        progress: Called after each batch with the number of images so far.
+
+    Raises:
+        CalibrationError: If there are no images, or a network cannot run on a batch.
+
+    Examples:
+        >>> model = nn.Linear(4, 3)
+        >>> compare_predictions(model, model, [(torch.rand(8, 4), torch.zeros(8, dtype=torch.long))]).agreement
+        1.0
+    """
+    networks = {"original": working_copy(original), "changed network": working_copy(changed)}
+    totals = _Totals()
+
+    def run(batch: Batch) -> None:
+        logits = []
+        for role, network in networks.items():
+            inputs = Inputs.of(batch.value, batch.number, network)
+            with failures_named(f"the {role} ({type(network).__name__})", batch):
+                logits.append(next(leaf for leaf in tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)))
+        totals.add(logits[0].cpu().double(), logits[1].cpu().double(), _labels(batch.value, len(batch.inputs)))
+
+    images = for_each_batch(original, batches, run, progress=progress)
+    if images == 0:
+        raise CalibrationError("there are no images to compare the predictions on: no batch arrived")
+    return totals.comparison(images)
+
+
+@dataclass
+class _Totals:
+    """Sums over the batches so far."""
+
+    classes: int = 0
+    predictions: int = 0
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    agreeing: int = 0
+    labels: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+
+    def add(self, before: Tensor, after: Tensor, labels: Tensor | None) -> None:
+        if before.ndim < 2 or before.shape[1] < 2:
+            return
+        self.classes = before.shape[1]
+        for number, logits in enumerate((before, after)):
+            log_probabilities = logits.log_softmax(1)
+            self.entropy[number] -= (log_probabilities.exp() * log_probabilities).nan_to_num().sum()
+        predicted = torch.stack([before.argmax(1), after.argmax(1)])
+        self.agreeing += int((predicted[0] == predicted[1]).sum())
+        self.predictions += predicted[0].numel()
+        if labels is not None and before.ndim == 2:
+            self.labels.append(labels)
+            self.correct.append(predicted == labels)
+
+    def comparison(self, images: int) -> PredictionComparison:
+        if not self.predictions:
+            return PredictionComparison(images, 0, float("nan"), float("nan"), float("nan"))
+        before, after = (self.entropy / self.predictions).tolist()
+        agreement = self.agreeing / self.predictions
+        return PredictionComparison(images, self.classes, before, after, agreement, tuple(self._per_class()))
+
+    def _per_class(self) -> list[ClassAccuracy]:
+        if not self.labels:
+            return []
+        labels, correct = torch.cat(self.labels), torch.cat(self.correct, 1).double()
+        return [
+            ClassAccuracy(label, int((labels == label).sum()), *correct[:, labels == label].mean(1).tolist())
+            for label in labels.unique().tolist()
+        ]
+
+
+def _labels(batch: Any, images: int) -> Tensor | None:
+    """Return the labels of a batch, or None if its second value is not one integer per image."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(labels := batch[1], Tensor):
+        return None
+    whole = labels.shape == (images,) and not labels.is_floating_point() and labels.dtype != torch.bool
+    return labels.cpu() if whole else None

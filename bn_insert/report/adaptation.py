@@ -1,0 +1,110 @@
+"""The data of an adaptation's report, and what it concludes from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from .provenance import versions
+from .verdicts import Verdict
+
+FORMAT = "bn-insert adaptation report"
+
+_HARDLY = 0.1  # standard deviations, and relative difference of standard deviations
+# Of the entropy of a guess among all classes. The CIFAR network of the benchmark stays below on corrupted images.
+_UNDECIDED = 0.5
+
+
+def adaptation_report(
+    shifts: Sequence[Mapping[str, Any]],
+    predictions: Mapping[str, Any],
+    comparisons: Mapping[str, Mapping[str, Any]],
+    *,
+    classes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the findings of an adaptation as one JSON-ready dictionary.
+
+    The page also shows what the caller adds to it: `checkpoint` and `output` (see `file_facts`; `output` is None if
+    no checkpoint was written), `source` (None without one) and `target` (each with `source`, `images` and `skipped`),
+    `preprocessing`, `options`, `command`, `date` and `seconds`, as for `insertion_report`.
+
+    Args:
+        shifts: For each layer what `StatisticsShift.to_dict` returns.
+        predictions: The fields of a `PredictionComparison` of original and adapted network on the target.
+        comparisons: The fields of a `Comparison` that checks the result, by device.
+        classes: Names of the classes that the labels number; empty without labels.
+    """
+    predictions = {name: _finite(value) for name, value in predictions.items()}
+    per_class = [dict(each) for each in predictions["per_class"]]
+    for each in per_class:
+        each["name"] = classes[each["label"]]
+    data = {
+        "format": FORMAT,
+        "version": 1,
+        "shifts": [_shift(shift) for shift in shifts],
+        "predictions": {**predictions, "per_class": per_class},
+        "comparisons": dict(comparisons),
+        "versions": versions(),
+    }
+    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data)]}
+
+
+def _finite(value: Any) -> Any:
+    """Return a value, None for NaN, which JSON lacks."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _shift(shift: Mapping[str, Any]) -> dict[str, Any]:
+    size = math.sqrt(fmean(value * value for value in shift["mean"])) if shift["mean"] else 0.0
+    return dict(shift) | {"mean_size": size, "std_median": median(shift["std"]) if shift["std"] else None}
+
+
+def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
+    predictions = data["predictions"]
+    found = [_moved(data["shifts"])]
+    if predictions["classes"]:
+        found.append(_certainty(predictions))
+    if predictions["per_class"]:
+        found.append(_accuracy(predictions["per_class"]))
+    return found
+
+
+def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
+    farthest = max(shifts, key=lambda shift: shift["mean_size"])
+    ratios = [shift["std_median"] for shift in shifts if shift["std_median"] is not None]
+    widest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-9))), default=1.0)
+    text = (
+        f"The means moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), and the "
+        f"standard deviations of a layer by a factor of up to {widest:.2g}."
+    )
+    if farthest["mean_size"] < _HARDLY and abs(widest - 1) < _HARDLY:
+        return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")
+    return Verdict("good", "Statistics", text)
+
+
+def _certainty(predictions: Mapping[str, Any]) -> Verdict:
+    before, after = predictions["entropy_before"], predictions["entropy_after"]
+    text = (
+        f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {predictions['images']:,} "
+        f"target images; the mean entropy of its predictions is {after:.2g} nats, and was {before:.2g}."
+    )
+    if after > _UNDECIDED * math.log(predictions["classes"]):
+        text += (
+            f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
+            f"{math.log(predictions['classes']):.2g}): the target looks like another task. Check that its images show "
+            "the network's classes, and their preprocessing."
+        )
+        return Verdict("check", "Predictions", text)
+    return Verdict("good", "Predictions", text)
+
+
+def _accuracy(per_class: Sequence[Mapping[str, Any]]) -> Verdict:
+    images = sum(each["images"] for each in per_class)
+    before, after = (sum(each[name] * each["images"] for each in per_class) / images for name in ("before", "after"))
+    text = f"{before:.1%} before and {after:.1%} after, on {images:,} labelled target images."
+    if after < before - 0.01:
+        text += " Adapting made it worse: keep the original, or use more target images."
+        return Verdict("bad", "Accuracy", text)
+    return Verdict("good" if after > before else "check", "Accuracy", text)

@@ -1,0 +1,93 @@
+"""Statistics of a few images, moved towards those of many others as far as they may differ by chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+# Between two variances of one channel: a channel that is constant on the few images need not be so on others.
+_LARGEST_RATIO = 1e6
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Statistics that are known already, of the inputs of one BatchNorm.
+
+    Attributes:
+        mean: Mean of each channel.
+        var: Variance of each channel.
+        image_variance: Variance, between images, of the mean and the standard deviation of one image (the larger of the
+            two), for each channel and relative to `var`.
+    """
+
+    mean: Float[Tensor, " channels"]
+    var: Float[Tensor, " channels"]
+    image_variance: Float64[Tensor, " channels"]
+
+    @classmethod
+    def of(
+        cls,
+        mean: Float[Tensor, " channels"],
+        var: Float[Tensor, " channels"],
+        *,
+        standard_error: Float64[Tensor, " channels"] | None = None,
+        images: int = 1,
+    ) -> Prior:
+        """Return a prior whose variance between images follows from the standard error of its statistics.
+
+        Args:
+            mean: Mean of each channel.
+            var: Variance of each channel.
+            standard_error: As in `Moments`. Where it is None, the variance between images is taken as 1, which that of
+                the images' means cannot exceed.
+            images: Number of images that the statistics were measured on.
+        """
+        known = torch.ones(len(mean), dtype=torch.float64) if standard_error is None else standard_error
+        return cls(mean, var, known.square() * (1 if standard_error is None else images))
+
+    def shrunk(
+        self, mean: Float64[Tensor, " channels"], var: Float64[Tensor, " channels"], images: int
+    ) -> tuple[Float64[Tensor, " channels"], Float64[Tensor, " channels"]]:
+        """Return mean and variance moved towards the prior, by as much as they may differ from it by chance.
+
+        Means and logarithms of standard deviations are each moved by one factor for the whole layer: 1 - E / D, but at
+        least 0. D is the sum, over the channels, of the squared differences from the prior, those of the means in its
+        standard deviations; E is what it would be for images like those of the prior, times `caution(images)`.
+
+        Args:
+            mean: Mean of each channel, measured on a few images.
+            var: Variance of each channel, measured on them.
+            images: Number of these images, at least 1.
+
+        Source: the positive-part James-Stein estimator; Efron and Morris, "Stein's Estimation Rule and Its
+        Competitors - An Empirical Bayes Approach", 1973.
+        """
+        known_mean, known_var = (tensor.to(mean) for tensor in (self.mean, self.var))
+        by_chance = caution(images) * self.image_variance.to(mean) / images
+        difference = mean - known_mean
+        varying = known_var > 0  # where the prior is constant, nothing differs by chance
+        of_mean = _factor(difference[varying] / known_var[varying].sqrt(), by_chance[varying])
+        ratio = (var[varying] / known_var[varying]).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+        of_std = _factor(ratio.log() / 2, by_chance[varying])
+        new_var = var.clone()
+        new_var[varying] = known_var[varying] * ratio**of_std
+        return torch.where(varying, known_mean + of_mean * difference, mean), new_var
+
+
+def caution(images: int) -> float:
+    """Return the factor by which chance is weighted: above James and Stein's, which is about 0.5, for very few images.
+
+    (Theirs is not 1, as `image_variance` is the larger of two variances.) The channels of a layer depend on each other,
+    so that with few images chance alone often exceeds its expectation by far, and accuracy then falls steeply. With
+    more images what is left of chance does no harm, and a smaller factor keeps more of the shift. Chosen by measurement
+    (benchmarks/adaptation/choosing.py).
+    """
+    return 0.25 * (1 + (24 / images) ** 1.5)
+
+
+def _factor(differences: Float64[Tensor, " channels"], by_chance: Float64[Tensor, " channels"]) -> float:
+    observed = float(differences.square().sum())
+    return max(0.0, 1 - float(by_chance.sum()) / observed) if observed > 0 else 0.0

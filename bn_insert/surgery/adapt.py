@@ -1,0 +1,336 @@
+"""Move a network to new images without labels: insert BatchNorm, re-estimate its statistics, fold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, cast
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import CalibrationError, GraphError
+from ..graph.copies import AnyModule, unwrapped
+from ..graph.layers import Kind
+from ..graph.sites import Placement
+from ..statistics.moments import Moments
+from ..statistics.passes import Progress, preserved_random_state
+from ..statistics.recalibrate import reestimate, with_statistics
+from ..statistics.shrinkage import Prior
+from .fold import fold
+from .insert import Insertion, insert, peeked
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsShift:
+    """How far the statistics of one layer's activations moved from source to target.
+
+    Channels that are constant on the source are left out.
+
+    Attributes:
+        layer: Qualified name, in the given model, of the layer that a BatchNorm was inserted after; that of the
+            BatchNorm itself if it was there already.
+        mean: Difference of the means for each channel, in standard deviations on the source.
+        std: Standard deviation on the target divided by that on the source, for each channel; NaN where the target has
+            a single value per channel.
+        sampling_error: Standard error of mean and std on the target for each channel, relative to std; None where it
+            could not be estimated, from a single batch for example.
+    """
+
+    layer: str
+    mean: Float64[Tensor, " channels"] = field(repr=False)
+    std: Float64[Tensor, " channels"] = field(repr=False)
+    sampling_error: Float64[Tensor, " channels"] | None = field(repr=False)
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the differences of the means, in standard deviations; 0 without channels."""
+        return float(self.mean.square().mean().sqrt()) if len(self.mean) else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready data, for a report; ratios that are not finite are left out."""
+        error = None if self.sampling_error is None else self.sampling_error.tolist()
+        std = self.std[self.std.isfinite()].tolist()
+        return {"layer": self.layer, "mean": self.mean.tolist(), "std": std, "sampling_error": error}
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation(Generic[AnyModule]):
+    """A model adapted to new images, and how it came about.
+
+    Attributes:
+        model: The adapted copy: without the inserted BatchNorms, or with `keep_batchnorm` with them.
+        with_batchnorm: The adapted copy before folding.
+        insertion: What was inserted, with the statistics of the source; None if the model was adapted by the BatchNorms
+            that it has.
+        folded: Qualified names, in `with_batchnorm`, of the BatchNorms that were folded.
+        shifts: How far the statistics moved, one for each BatchNorm, in the order in which they are called.
+        target_images: Number of images of the target, over all processes.
+    """
+
+    model: AnyModule = field(repr=False)
+    with_batchnorm: AnyModule = field(repr=False)
+    insertion: Insertion[AnyModule] | None = field(repr=False)
+    folded: tuple[str, ...] = field(repr=False)
+    shifts: tuple[StatisticsShift, ...] = field(repr=False)
+    target_images: int
+
+    @property
+    def source_images(self) -> int:
+        """Number of images of the source, over all processes; 0 without a source."""
+        return self.insertion.images if self.insertion else 0
+
+
+def adapt(
+    model: AnyModule,
+    source: Iterable[Any] | None,
+    target: Iterable[Any],
+    *,
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
+    include_output: bool = False,
+    skip: Iterable[str] = (),
+    placement: Placement = "before_activation",
+    keep_batchnorm: bool = False,
+    shrink: bool = True,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Adaptation[AnyModule]:
+    """Adapt a model as `adapt_statistics` does, and return it together with everything measured on the way.
+
+    This is what the command `bn-insert adapt` runs. Arguments and errors are those of `adapt_statistics`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+        >>> x = torch.rand(64, 3, 8, 8)
+        >>> adaptation = adapt(model, x.split(16), (x / 4).split(16))
+        >>> adaptation
+        Adaptation(target_images=64)
+        >>> [(shift.layer, shift.std.median() < 0.3) for shift in adaptation.shifts]
+        [('0', tensor(True))]
+    """
+    model = unwrapped(model)
+    insertion = None
+    if source is not None:
+        insertion = insert(
+            model,
+            source,
+            layers=layers,
+            include_output=include_output,
+            skip=skip,
+            placement=placement,
+            eps=eps,
+            momentum=momentum,
+            device=device,
+            autocast=autocast,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    return adapt_inserted(
+        model,
+        insertion,
+        target,
+        keep_batchnorm=keep_batchnorm,
+        shrink=shrink,
+        device=device,
+        autocast=autocast,
+        tolerance=tolerance,
+        progress=progress,
+    )
+
+
+def adapt_inserted(
+    model: AnyModule,
+    insertion: Insertion[AnyModule] | None,
+    target: Iterable[Any],
+    *,
+    keep_batchnorm: bool = False,
+    shrink: bool = True,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Adaptation[AnyModule]:
+    """Do the second half of `adapt`, after the insertion: one insertion serves several targets.
+
+    Args:
+        model: The model that BatchNorm was inserted into.
+        insertion: What `insert` returned for it; None for a model that is adapted by the BatchNorms that it has.
+        target: As for `adapt_statistics`, as are all others.
+        keep_batchnorm: See there.
+        shrink: See there.
+        device: See there.
+        autocast: See there.
+        tolerance: See there.
+        progress: See there.
+
+    Raises:
+        GraphError: As for `adapt_statistics`.
+        CalibrationError: As for `adapt_statistics`.
+    """
+    inserted = insertion.model if insertion else model
+    norms = with_statistics(inserted)
+    if not norms:
+        raise _nothing_to_adapt(model, insertion)
+    layer_of = _layers_of(norms, insertion)
+    source_images = insertion.images if insertion else 0
+
+    def count(images: int) -> None:
+        if progress:
+            progress(source_images + images)
+
+    priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
+    with preserved_random_state():
+        peek = peeked(inserted, target, "adapt_statistics", most=2)
+        found = reestimate(
+            inserted,
+            peek.batches,
+            priors=priors,
+            single_batch=peek.read == 1,
+            device=device,
+            autocast=autocast,
+            tolerance=tolerance,
+            progress=count,
+            function="adapt_statistics",
+        )
+    shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
+    if insertion is None or keep_batchnorm:
+        return Adaptation(found.model, found.model, insertion, (), shifts, found.images)
+    folds = fold(found.model, peek.example, names=set(layer_of))
+    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images)
+
+
+def adapt_statistics(
+    model: AnyModule,
+    source: Iterable[Any] | None,
+    target: Iterable[Any],
+    *,
+    layers: Kind | Iterable[Kind] = ("conv", "dense"),
+    include_output: bool = False,
+    skip: Iterable[str] = (),
+    placement: Placement = "before_activation",
+    keep_batchnorm: bool = False,
+    shrink: bool = True,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> AnyModule:
+    """Return a copy of the model adapted to new images, without labels and without training.
+
+    BatchNorm is inserted with the statistics of `source`, images of the kind that the model was trained on; its
+    statistics are re-estimated on `target`, the images that it is to work on; and the BatchNorms are folded. Each
+    channel of each layer then has, on the target, the mean and standard deviation that it had on the source. The result
+    has the modules of the given model and other weights and biases (a layer without bias gets one). BatchNorms that the
+    model has already are re-estimated too, and stay.
+
+    Inside an initialized `torch.distributed` process group, every rank calls this with its own part of both, and all
+    get the same result.
+
+    Args:
+        model: The network, as for `insert_batchnorm`. It is not changed.
+        source: Batches, as for `insert_batchnorm`; None for a model with BatchNorm, whose running statistics are those
+            of the source.
+        target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
+            batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more where there
+            are so many. A single image works.
+        layers: Kinds of layers to adapt: `"conv"`, `"dense"` or both.
+        include_output: Whether to adapt the output layer too.
+        skip: Glob patterns on qualified names of layers to leave alone.
+        placement: As for `insert_batchnorm`. After an activation, folding is not always exact, and refused then.
+        keep_batchnorm: Leave the inserted BatchNorms in, to train the model further.
+        shrink: Move statistics only as far as the target's images show more than sampling error: with few images, the
+            source's statistics are kept in part. False takes the target's statistics as they are.
+        eps: Added to the variance in each inserted BatchNorm.
+        momentum: Of the running statistics; None means a cumulative average.
+        device: Where to run. Default: where the model is.
+        autocast: Dtype for the forward passes; statistics stay float32 or better.
+        tolerance: Stop each of the two passes once the statistics are this exact, see `calibrate`.
+        progress: Called after each batch with the number of images so far, those of both passes together.
+
+    Raises:
+        GraphError: The model cannot be traced, a `skip` pattern matches no layer, there is nothing to adapt, or a
+            BatchNorm cannot be folded.
+        CalibrationError: No usable statistics can be computed from the batches.
+
+    Sources: Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016, arXiv:1603.04779;
+    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", 2020,
+    arXiv:2006.16971.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+        >>> x = torch.rand(64, 3, 8, 8)
+        >>> darker = x / 4
+        >>> adapted = adapt_statistics(model, x.split(16), darker.split(16))
+        >>> [type(module).__name__ for module in adapted]
+        ['Conv2d', 'ReLU', 'Flatten', 'Linear']
+    """
+    return adapt(
+        model,
+        source,
+        target,
+        layers=layers,
+        include_output=include_output,
+        skip=skip,
+        placement=placement,
+        keep_batchnorm=keep_batchnorm,
+        shrink=shrink,
+        eps=eps,
+        momentum=momentum,
+        device=device,
+        autocast=autocast,
+        tolerance=tolerance,
+        progress=progress,
+    ).model
+
+
+def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> GraphError | CalibrationError:
+    name = type(model).__name__
+    if insertion is None:
+        return CalibrationError(
+            f"{name} has no BatchNorm: pass images of the kind that it was trained on as source, so that BatchNorm can "
+            "be inserted"
+        )
+    reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in insertion.layers)
+    return GraphError(f"nothing to adapt in {name}: no layer can get a BatchNorm ({reasons or 'it has no layers'})")
+
+
+def _layers_of(norms: Mapping[str, nn.Module], insertion: Insertion[Any] | None) -> dict[str, str]:
+    """Return the name of the layer that each inserted BatchNorm follows, by the name of the BatchNorm."""
+    if insertion is None:
+        return {}
+    layers = {id(norm): layer for layer, norm in insertion.norms.items()}
+    return {name: layers[id(norm)] for name, norm in norms.items() if id(norm) in layers}
+
+
+def _prior(norm: _BatchNorm, insertion: Insertion[Any] | None, layer: str | None) -> Prior:
+    """Return the statistics of the source for a BatchNorm, inserted after a layer or there already (None)."""
+    mean, var = _statistics(norm)
+    if insertion is None or layer is None:
+        return Prior.of(mean, var)
+    return Prior.of(mean, var, standard_error=insertion.moments[layer].standard_error, images=insertion.images)
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    mean, var = (cast(Tensor, each).detach().cpu().double() for each in (norm.running_mean, norm.running_var))
+    return mean, var
+
+
+def _shift(layer: str, norm: _BatchNorm, target: Moments) -> StatisticsShift:
+    """Return how far the moments of a BatchNorm's input are from its running statistics."""
+    mean, var = _statistics(norm)
+    varying = var > 0
+    std = var[varying].sqrt()
+    return StatisticsShift(
+        layer,
+        (target.mean[varying] - mean[varying]) / std,
+        target.std[varying] / std,
+        None if target.standard_error is None else target.standard_error[varying],
+    )

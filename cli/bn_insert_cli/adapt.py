@@ -1,0 +1,286 @@
+"""`bn-insert adapt`: move a network to new images without labels and without training."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+from .checking import (
+    CHECK_FAILED,
+    CHECK_IMAGES,
+    compare_on_devices,
+    note_calibration,
+    saying_what_is_written,
+)
+from .console import image_progress, print_note, print_result, print_table, print_warning
+from .inputs import (
+    ImageOptions,
+    is_tensor_file,
+    layer_kinds,
+    note_unreadable,
+    open_calibration,
+    open_classifier,
+    open_device,
+    print_preprocessing,
+)
+from .interruption import signals
+from .tables import accuracy_table, comparison_table, shift_table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bn_insert import Adaptation, Comparison, PredictionComparison
+    from bn_insert.images import Batches
+
+# Two networks run on them: enough for an entropy and an agreement. Labelled images are all used.
+UNLABELLED_IMAGES = 256
+
+
+def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    images_from: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE TARGET",
+            help="SOURCE: images of the kind that the network was trained on; left out for a checkpoint with "
+            "BatchNorm. TARGET: the images to adapt to. Each is a folder, searched recursively, or a tensor file (.pt, "
+            ".npy, .safetensors). Class folders in TARGET are used to measure the accuracy, not to adapt.",
+            show_default=False,
+        ),
+    ],
+    output: opt.Output,
+    keep_batchnorm: Annotated[
+        bool, typer.Option("--keep-batchnorm", help="Leave the inserted BatchNorm layers in, to fine-tune from there.")
+    ] = False,
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            help="Move statistics only as far as the target's images show more than sampling error; matters for few "
+            "images."
+        ),
+    ] = True,
+    model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
+    layers: opt.Layers = "conv,dense",
+    include_output: opt.IncludeOutput = False,
+    skip: opt.Skip = None,
+    placement: opt.Placement = "before-activation",
+    eps: opt.Eps = 1e-5,
+    momentum: opt.Momentum = 0.1,
+    images: opt.Images = opt.DEFAULT_IMAGES,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    device: opt.Device = None,
+    amp: opt.Amp = False,
+    tolerance: opt.Tolerance = None,
+    atol: opt.AbsoluteTolerance = None,
+    rtol: opt.RelativeTolerance = 1e-4,
+    report: opt.Report = None,
+    force: opt.Force = False,
+) -> None:
+    """Adapt a network to new images, without labels and without training.
+
+    BatchNorm is inserted with the statistics of SOURCE, its statistics are re-estimated on TARGET, and it is folded:
+    the result has the architecture of the original, and other weights and biases.
+
+    Example: `bn-insert adapt vgg16.pth photographs/ night/ -o vgg16-night.pth`
+
+    A checkpoint with BatchNorm: `bn-insert adapt vgg16_bn.pth night/ -o vgg16_bn-night.pth`
+    """
+    started = time.monotonic()
+    import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
+
+    from bn_insert import Ranks, check_output, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import adapt as adapt_network  # noqa: PLC0415
+    from bn_insert.report import check_report  # noqa: PLC0415
+
+    signals.begin(str(output), *([f"the report {report}"] if report else []))
+    source_folder, target_folder = _source_and_target(images_from)
+    check_output(output, overwrite=force)
+    if report:
+        check_report(report, output, overwrite=force)
+    image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    network, transform, classes, origin = open_classifier(
+        checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
+    )
+    source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
+    target = open_calibration(target_folder, network, transform, image_options)
+    kinds = layer_kinds(layers)
+    with process_group(open_device(device)) as place:
+        ranks = Ranks.current()
+        if ranks.first:
+            print_preprocessing(transform, origin, target_folder)
+        shares = [each and _share(each, ranks, place) for each in (source, target)]
+        total = sum(share.images for share in shares if share)
+        with image_progress("adapting", total, shown=ranks.first) as progress:
+            adaptation = adapt_network(
+                network,
+                shares[0],
+                shares[1] or (),
+                layers=kinds,
+                include_output=include_output,
+                skip=skip or (),
+                placement=opt.placement(placement),
+                keep_batchnorm=keep_batchnorm,
+                shrink=shrink,
+                eps=eps,
+                momentum=momentum,
+                device=place,
+                autocast=torch.bfloat16 if amp else None,
+                tolerance=tolerance,
+                progress=progress,
+            )
+        skipped = [
+            [file for files in ranks.gathered(share.unreadable) for file in files] if share else [] for share in shares
+        ]
+    if not ranks.first:
+        return  # one process checks and writes
+    note_unreadable([file for files in skipped for file in files])
+    if adaptation.insertion:
+        moments = adaptation.insertion.moments
+        note_calibration(moments, adaptation.source_images, tolerance, -(-adaptation.source_images // batch_size))
+    comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
+    findings = _findings(
+        adaptation, comparisons, *_predictions(network, adaptation.model, target, target_folder, place)
+    )
+    accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
+    if accepted:
+        with signals.saving(str(output)):
+            save_checkpoint(adaptation.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
+    if report:
+        # After the checkpoint: nothing that goes wrong here loses it.
+        counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
+        facts: dict[str, Any] = {
+            name: folder and {"source": str(folder), "images": count, "skipped": len(files)}
+            for name, (folder, count), files in zip(("source", "target"), counts, skipped, strict=True)
+        }
+        facts |= {
+            "preprocessing": {"origin": origin, "tensors": is_tensor_file(target_folder)} | transform.to_dict(),
+            "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
+            | {"placement": opt.placement(placement), "keep_batchnorm": keep_batchnorm, "shrink": shrink}
+            | {"eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
+            | {"amp": amp, "device": str(place), "transform": transform.to_dict()},
+            "seconds": time.monotonic() - started,
+        }
+        with saying_what_is_written(output if accepted else None):
+            _write_report(report, facts | findings, checkpoint, output if accepted else None, force=force)
+    if not accepted:
+        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        raise typer.Exit(CHECK_FAILED)
+    kept = f", with {len(adaptation.shifts)} BatchNorm layers" if not adaptation.folded else ""
+    print_result(f"Wrote {output}: adapted to {adaptation.target_images} images{kept}.")
+
+
+def _findings(
+    adaptation: Adaptation[Any],
+    comparisons: dict[str, Comparison],
+    predictions: PredictionComparison,
+    classes: list[str],
+) -> dict[str, Any]:
+    """Print what adapting changed, and return the data of the report."""
+    from bn_insert.report import adaptation_report  # noqa: PLC0415
+
+    print_table(shift_table(adaptation.shifts))
+    if predictions.per_class:
+        print_table(accuracy_table(predictions, classes))
+    findings = adaptation_report(
+        [shift.to_dict() for shift in adaptation.shifts],
+        asdict(predictions),
+        {place: asdict(comparison) for place, comparison in comparisons.items()},
+        classes=classes,
+    )
+    for verdict in findings["verdicts"]:
+        print_verdict = print_note if verdict["state"] == "good" else print_warning
+        print_verdict(f"{verdict['subject']}: {verdict['text']}")
+    return findings
+
+
+def _write_report(path: Path, data: dict[str, Any], checkpoint: str, output: Path | None, *, force: bool) -> None:
+    from bn_insert.report import file_facts, write_report  # noqa: PLC0415
+
+    data |= {
+        "checkpoint": file_facts(checkpoint),
+        "output": file_facts(output) if output else None,
+        "command": shlex.join(["bn-insert", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    with signals.saving(f"the report {path}"):
+        write_report(path, data, overwrite=force)
+    print_note(f"Wrote {path}.")
+
+
+def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path]:
+    if len(folders) > 2:
+        raise typer.BadParameter(
+            f"{len(folders)} folders were given; pass SOURCE and TARGET, or TARGET alone for a checkpoint with "
+            "BatchNorm",
+            param_hint="SOURCE TARGET",
+        )
+    return (folders[0] if len(folders) == 2 else None), folders[-1]
+
+
+def _share(batches: Batches, ranks: Any, device: torch.device) -> Batches:
+    share = batches.part(ranks.rank, ranks.count)
+    return share.with_pinned_memory() if device.type == "cuda" else share
+
+
+def _predictions(
+    network: nn.Module, adapted: nn.Module, target: Batches, folder: Path, device: torch.device
+) -> tuple[PredictionComparison, list[str]]:
+    """Compare the predictions on the target: on all images if their class folders are the network's classes."""
+    from bn_insert import PredictionComparison, compare_predictions, finite_part  # noqa: PLC0415
+    from bn_insert.images import folder_classes, with_labels  # noqa: PLC0415
+
+    if finite_part(network)[1]:
+        print_note("The classifier contains NaN or Inf, so predictions are not compared.")
+        return PredictionComparison(0, 0, nan, nan, nan), []
+    networks = network.to(device), adapted.to(device)
+    names = folder_classes(folder)
+    head = target.head(UNLABELLED_IMAGES)
+    try:
+        outputs = compare_predictions(*networks, head.head(1))
+        if names and outputs.classes == len(names):
+            with image_progress("measuring the accuracy", target.images) as progress:
+                return compare_predictions(*networks, with_labels(target, folder, names), progress=progress), names
+        if names and outputs.classes:
+            print_note(
+                f"The accuracy was not measured: {folder} has {len(names)} folders, and the network "
+                f"{outputs.classes} classes."
+            )
+        with image_progress("comparing predictions", head.images) as progress:
+            return compare_predictions(*networks, head, progress=progress), []
+    finally:
+        for each in networks:
+            each.cpu()
+
+
+def _check(
+    network: nn.Module, adaptation: Adaptation[Any], images: Batches, device: torch.device
+) -> dict[str, Comparison]:
+    """Compare what must be equal: before and after folding, or the insertion if there was no folding."""
+    if adaptation.insertion is None:
+        return {}
+    if adaptation.folded:
+        pair, title = (adaptation.with_batchnorm, adaptation.model), "Before and after folding compared"
+    else:
+        pair, title = (network, adaptation.insertion.model), "Before and after the insertion compared"
+    comparisons = compare_on_devices(*pair, images, device)
+    print_table(comparison_table(comparisons, title))
+    return comparisons

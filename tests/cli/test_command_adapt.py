@@ -1,0 +1,138 @@
+"""`bn-insert adapt`: the checkpoint it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import VGG
+
+from bn_insert import insert_batchnorm, load_checkpoint, save_checkpoint
+from bn_insert.demo import network_path
+from support.commands import AS_STORED, Run, assert_refused, text_of
+from support.digits import copy_digits
+from support.networks import images, small_vgg
+
+
+@pytest.fixture
+def dark(digits: Path) -> Path:
+    """The digits once more, with less contrast, in class folders."""
+    folder = digits.with_name("dark")
+    for file in sorted(digits.rglob("*.png")):
+        copy = folder / file.relative_to(digits)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).point(lambda value: 60 + value // 5).save(copy)
+    return folder
+
+
+def test_adapt_writes_a_network_with_the_originals_keys_and_prints_the_accuracy_by_class(
+    run: Run, digits: Path, dark: Path
+) -> None:
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", "--report", "out.json", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    adapted, original = load_checkpoint("out.pth"), load_checkpoint(network_path())
+    assert isinstance(adapted, VGG)
+    assert adapted.state_dict().keys() == original.state_dict().keys()
+    assert not torch.equal(adapted.features[0].weight, original.features[0].weight)
+    assert "Accuracy on the target" in result.stdout
+    assert "Wrote out.pth: adapted to 20 images." in result.stdout
+    assert "agrees with the original" in text_of(result.stderr)
+    data = json.loads(Path("out.json").read_text())
+    before, after = (sum(each[name] for each in data["predictions"]["per_class"]) for name in ("before", "after"))
+    assert after > before + 2, "of ten classes"
+    assert (data["source"]["images"], data["target"]["images"]) == (20, 20)
+    assert [shift["layer"] for shift in data["shifts"]][:2] == ["features.0", "features.3"]
+
+
+def test_the_page_has_a_chart_of_the_shift_and_the_verdicts(run: Run, digits: Path, dark: Path) -> None:
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", "--report", "out.html", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    page = Path("out.html").read_text()
+    assert 'id="chart-shift"' in page
+    assert 'id="chart-ratio"' in page
+    assert "network.pth adapted to dark" in page
+    assert "Accuracy by class" in page
+
+
+def test_keep_batchnorm_writes_a_network_to_fine_tune(run: Run, digits: Path, dark: Path) -> None:
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", "--keep-batchnorm", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "with 8 BatchNorm layers" in result.stdout
+    assert "features.1.running_mean" in load_checkpoint("out.pth").state_dict()
+
+
+def test_a_checkpoint_with_batchnorm_needs_no_source(run: Run) -> None:
+    save_checkpoint(insert_batchnorm(small_vgg(), [images(16, 16)]), "bn.pth")
+    torch.save(0.2 * images(40, 16), "target.pt")
+    result = run("adapt", "bn.pth", "target.pt", "-o", "out.pth")
+    assert result.exit_code == 0, result.output
+    assert torch.load("out.pth").keys() == torch.load("bn.pth").keys()
+
+
+def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
+    result = run("adapt", network_path(), digits, digits, "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "there is little to gain from adapting" in text_of(result.stderr)
+
+
+def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run: Run, digits: Path, dark: Path) -> None:
+    for name in "3456789":
+        for file in (dark / name).iterdir():
+            file.rename(dark / "0" / f"{name}-{file.name}")
+        (dark / name).rmdir()
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "dark has 3 folders, and the network 10 classes" in text_of(result.stderr)
+    assert "Accuracy" not in result.stdout
+
+
+def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, digits: Path, dark: Path) -> None:
+    first, *others = sorted(dark.rglob("*.png"))
+    for file in others:
+        file.write_bytes(b"not an image")
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "19 unreadable files were skipped" in text_of(result.stderr)
+    assert "adapted to 1 images" in result.stdout
+    first.write_bytes(b"")
+    assert_refused(
+        run("adapt", network_path(), digits, dark, "-o", "again.pth", *AS_STORED), "none of the 20 image files"
+    )
+    assert not Path("again.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("dark",), "pass images of the kind that it was trained on as source"),
+        (("digits", "dark", "dark"), "3 folders were given; pass SOURCE and TARGET"),
+        (("digits", "missing"), "missing does not exist"),
+        (("digits", "dark", "--report", "out.pth"), "use a name that ends in .html or .json"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_written(
+    run: Run, digits: Path, dark: Path, words: tuple[str, ...], message: str
+) -> None:
+    folders = {"digits": digits, "dark": dark}
+    arguments = [folders.get(word, word) for word in words]
+    assert_refused(run("adapt", network_path(), *arguments, "-o", "out.pth", *AS_STORED), message)
+    assert not Path("out.pth").exists()
+
+
+def test_a_failed_check_writes_nothing_and_exits_with_1(run: Run, digits: Path, dark: Path) -> None:
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", "--atol", "0", *AS_STORED)
+    assert result.exit_code == 1
+    assert "nothing was written" in result.stdout
+    assert not Path("out.pth").exists()
+
+
+def test_an_existing_file_is_replaced_with_force_alone(run: Run, tmp_path: Path, digits: Path) -> None:
+    few = copy_digits(tmp_path / "few", 1)
+    Path("out.pth").write_text("precious")
+    command = ("adapt", network_path(), digits, few, "-o", "out.pth", *AS_STORED)
+    assert_refused(run(*command), "out.pth")
+    assert Path("out.pth").read_text() == "precious"
+    assert run(*command, "--force").exit_code == 0

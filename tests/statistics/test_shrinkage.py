@@ -1,0 +1,58 @@
+import torch
+from torch import Tensor
+
+from bn_insert.statistics.shrinkage import Prior
+
+CHANNELS = 400
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def prior(images: int = 10_000) -> Prior:
+    """Return the statistics of channels whose values differ between images alone."""
+    mean, var = random(CHANNELS, seed=1), random(CHANNELS, seed=2).exp()
+    return Prior.of(mean, var, standard_error=torch.full_like(mean, images**-0.5), images=images)
+
+
+def test_images_like_those_of_the_prior_leave_it_as_it_is_or_almost() -> None:
+    known = prior()
+    x = known.mean + known.var.sqrt() * random(16, CHANNELS)
+    mean, var = known.shrunk(x.mean(0), x.var(0), 16)
+    raw_error = ((x.mean(0) - known.mean) / known.var.sqrt()).square().mean()
+    assert ((mean - known.mean) / known.var.sqrt()).square().mean() < 0.35 * raw_error
+    assert (var.log() - known.var.log()).square().mean() < 0.5 * (x.var(0).log() - known.var.log()).square().mean()
+
+
+def test_a_shift_far_beyond_chance_is_taken_whole() -> None:
+    known = prior()
+    mean, var = known.shrunk(known.mean + 5 * known.var.sqrt(), known.var / 1000, 32)
+    assert ((mean - known.mean) / known.var.sqrt() - 5).abs().max() < 0.02
+    assert (var / known.var * 1000).max() < 1.1
+
+
+def test_the_more_images_the_closer_to_what_was_measured() -> None:
+    known = prior()
+    shifted = known.mean + 0.3 * known.var.sqrt()
+    found = [float((known.shrunk(shifted, known.var, n)[0] - shifted).abs().sum()) for n in (1, 4, 16, 64, 100_000)]
+    assert found[0] == float((known.mean - shifted).abs().sum())
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 1e-3 * found[0]
+
+
+def test_without_a_standard_error_images_may_differ_by_a_whole_standard_deviation() -> None:
+    assert Prior.of(torch.zeros(3), torch.ones(3)).image_variance.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_channel_that_the_prior_has_as_constant_takes_what_was_measured() -> None:
+    known = Prior.of(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]))
+    mean, var = known.shrunk(torch.tensor([1.5, 2.0]).double(), torch.tensor([0.25, 1.0]).double(), 4)
+    assert (float(mean[0]), float(var[0])) == (1.5, 0.25)
+    assert (float(mean[1]), float(var[1])) == (2.0, 1.0)
+
+
+def test_channels_that_are_constant_on_the_target_keep_a_variance_above_zero() -> None:
+    mean, var = prior().shrunk(torch.zeros(CHANNELS).double(), torch.zeros(CHANNELS).double(), 1000)
+    assert mean.isfinite().all()
+    assert (var > 0).all()

@@ -1,0 +1,194 @@
+"""Adapting a network to new images: what moves, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bn_insert import (
+    CalibrationError,
+    GraphError,
+    adapt,
+    adapt_statistics,
+    compare_outputs,
+    insert_batchnorm,
+    load_checkpoint,
+    recalibrate,
+)
+from bn_insert.demo import images_path, network_path
+from support.digits import images_of
+from support.networks import images, randomised, sequential, small_vgg
+
+
+def source() -> Tensor:
+    return images(96, 16, seed=3)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Return images of less contrast, and darker."""
+    return 0.2 * x - 0.5
+
+
+def labels() -> Tensor:
+    """Return the class of each of the demo's images, in the order of their files."""
+    files = sorted(images_path().rglob("*.png"))
+    return torch.tensor([int(file.parent.name) for file in files])
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.inference_mode():
+        return float((model(x).argmax(1) == y).double().mean())
+
+
+# What adapting does
+
+
+def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them() -> None:
+    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path())[::3], labels()[::3]
+    dark = 0.25 + 0.15 * x
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    assert accuracy(model, dark, y) < 0.7
+    for count, least in ((len(x), 0.95), (32, 0.9), (8, 0.8)):
+        adapted = adapt_statistics(model, x[order].split(32), dark[order[:count]].split(32))
+        assert accuracy(adapted, dark, y) > least, count
+    unchanged = adapt_statistics(model, x[order].split(32), x[order[:8]].split(8))
+    assert accuracy(unchanged, x, y) > accuracy(model, x, y) - 0.01
+
+
+def test_the_result_has_the_modules_and_keys_of_the_original_and_other_weights() -> None:
+    model = small_vgg()
+    result = adapt_statistics(model, source().split(16), shifted(source()).split(16))
+    assert type(result) is type(model)
+    assert [name for name, _ in result.named_modules()] == [name for name, _ in model.named_modules()]
+    fresh = small_vgg()
+    fresh.load_state_dict(result.state_dict(), strict=True)
+    assert compare_outputs(fresh, result, [source()]).bit_identical
+    assert not compare_outputs(model, result, [source()]).within(rtol=1e-3)
+
+
+def test_folded_it_equals_the_network_with_batchnorm_up_to_rounding() -> None:
+    found = adapt(small_vgg(), source().split(16), shifted(source()).split(16))
+    assert compare_outputs(found.with_batchnorm, found.model, [shifted(source())]).within(rtol=1e-4)
+
+
+def test_without_shrinkage_it_is_an_insertion_that_is_recalibrated() -> None:
+    model, target = small_vgg(), shifted(source()).split(32)
+    result = adapt_statistics(model, source().split(16), target, shrink=False, keep_batchnorm=True)
+    expected = recalibrate(insert_batchnorm(model, source().split(16)), target)
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in result.state_dict().items())
+
+
+def test_on_the_images_of_the_source_nothing_changes() -> None:
+    model = small_vgg()
+    result = adapt_statistics(model, source().split(16), [source()])
+    assert compare_outputs(model, result, [source()]).within(rtol=1e-3)
+
+
+def test_the_shift_is_that_of_the_first_layers_activations() -> None:
+    model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    x = images(64, 8)
+    found = adapt(model, x.split(16), shifted(x).split(16))
+    (shift,) = found.shifts
+    before, after = (model[0](each).transpose(0, 1).flatten(1).double() for each in (x, shifted(x)))
+    varying = before.var(1) > 0
+    torch.testing.assert_close(shift.std, (after.std(1) / before.std(1))[varying].detach(), rtol=1e-4, atol=1e-6)
+    expected = ((after.mean(1) - before.mean(1)) / before.std(1))[varying].detach()
+    torch.testing.assert_close(shift.mean, expected, rtol=1e-4, atol=1e-4)
+    assert shift.layer == "0"
+    assert shift.to_dict().keys() == {"layer", "mean", "std", "sampling_error"}
+    assert (found.source_images, found.target_images) == (64, 64)
+
+
+def test_with_many_images_shrinkage_does_not_change_what_is_measured_but_with_few_it_does() -> None:
+    model, target = small_vgg(), shifted(source())
+    for count, same in ((96, True), (8, False)):
+        shrunk, raw = (
+            adapt(model, source().split(16), target[:count].split(32), shrink=flag) for flag in (True, False)
+        )
+        last = [found.shifts[-1].mean for found in (shrunk, raw)]
+        assert torch.equal(*last) is same, count
+
+
+def test_one_target_image_is_enough() -> None:
+    found = adapt(small_vgg(), source().split(16), [shifted(source())[:1]])
+    assert found.target_images == 1
+    assert all(parameter.isfinite().all() for parameter in found.model.parameters())
+
+
+def test_keep_batchnorm_leaves_the_layers_in_to_train_on() -> None:
+    found = adapt(small_vgg(), source().split(16), shifted(source()).split(16), keep_batchnorm=True)
+    assert found.folded == ()
+    assert sum(isinstance(module, _BatchNorm) for module in found.model.modules()) == len(found.shifts)
+
+
+def test_a_network_with_batchnorm_needs_no_source_and_keeps_its_layers() -> None:
+    model = randomised(insert_batchnorm(small_vgg(), [source()]), seed=5)
+    found = adapt(model, None, shifted(source()).split(32))
+    assert found.model.state_dict().keys() == model.state_dict().keys()
+    assert found.folded == ()
+    assert not compare_outputs(model, found.model, [source()]).within(rtol=1e-3)
+
+
+def test_batchnorms_that_were_there_stay_and_those_inserted_are_folded() -> None:
+    model = randomised(insert_batchnorm(small_vgg(), [source()], layers="conv"), seed=5)
+    found = adapt(model, source().split(16), shifted(source()).split(16))
+    assert found.model.state_dict().keys() == model.state_dict().keys()
+    assert len(found.folded) == len(found.shifts) - sum(isinstance(module, _BatchNorm) for module in model.modules())
+    assert compare_outputs(found.with_batchnorm, found.model, [source()]).within(rtol=1e-4)
+
+
+def test_only_the_layers_asked_for_change() -> None:
+    model = small_vgg()
+    result = adapt_statistics(model, source().split(16), shifted(source()).split(16), layers="conv")
+    assert torch.equal(result.classifier[0].weight, model.classifier[0].weight)
+    assert not torch.equal(result.features[0].weight, model.features[0].weight)
+
+
+def test_the_given_model_is_left_alone() -> None:
+    model = small_vgg().train()
+    before = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    result = adapt_statistics(model, source().split(16), shifted(source()).split(16))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training
+    assert result.training
+
+
+def test_images_of_another_size_work_where_the_network_takes_them() -> None:
+    found = adapt(small_vgg(), source().split(16), [shifted(images(16, 24))])
+    assert found.target_images == 16
+
+
+def test_progress_counts_the_images_of_both_passes() -> None:
+    seen: list[int] = []
+    adapt_statistics(small_vgg(), source().split(48), shifted(source()).split(48), progress=seen.append)
+    assert seen == [48, 96, 144, 192]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None, [torch.rand(4, 3, 16, 16)]), CalibrationError, "VGG has no BatchNorm: pass images of the kind that"),
+        (([torch.rand(4, 3, 16, 16)], []), CalibrationError, "empty: no batch arrived"),
+        (([], [torch.rand(4, 3, 16, 16)]), CalibrationError, "empty: no batch arrived"),
+        (([torch.rand(4, 3, 16, 16)], [torch.rand(4, 5, 16, 16)]), (GraphError, CalibrationError), "5"),
+        (([torch.rand(4, 3, 16, 16)], [torch.full((4, 3, 16, 16), torch.nan)]), CalibrationError, "not finite"),
+    ],
+)
+def test_an_error_names_the_fact(arguments: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        adapt_statistics(small_vgg(), *arguments)
+
+
+def test_a_network_without_a_place_for_batchnorm_is_refused() -> None:
+    with pytest.raises(GraphError, match=r"nothing to adapt in Sequential: .*output layer"):
+        adapt_statistics(sequential(nn.Flatten(), nn.Linear(12, 3)), [torch.rand(4, 3, 2, 2)], [torch.rand(4, 3, 2, 2)])
