@@ -34,7 +34,7 @@ INSERT_OPTIONS = {
     "progress": None,
 }
 ADAPT_OPTIONS = {
-    **{name: value for name, value in INSERT_OPTIONS.items() if name != "equalize"},
+    **{name: value for name, value in INSERT_OPTIONS.items() if name not in ("equalize", "dropout_before_batchnorm")},
     "keep_batchnorm": False,
     "shrink": True,
 }
