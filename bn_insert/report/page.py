@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import isnan
 from pathlib import PurePath
 from typing import Any
@@ -135,6 +136,11 @@ def _text(value: Any) -> str:
 
 
 def _render(template: str, context: Mapping[str, Any]) -> str:
+    return _environment().get_template(template).render(context)
+
+
+@cache  # a training run writes a page an epoch, and compiling a template takes longer than filling it in
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("bn_insert.report", "templates"),
         autoescape=True,  # names of files and layers may contain anything
@@ -149,4 +155,4 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         "flat": _flat,
         "quantile": np.quantile,
     }
-    return environment.get_template(template).render(context)
+    return environment

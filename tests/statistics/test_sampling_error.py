@@ -13,7 +13,7 @@ from typer.testing import Result
 from bn_insert import CalibrationError, Moments, calibrate, find_sites, insert_batchnorm
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, run
-from support.networks import features, randomised, small_vgg
+from support.networks import features, randomised, sequential
 from support.networks import images as pictures
 
 
@@ -89,21 +89,22 @@ def test_batches_of_images_that_are_alike_are_no_more_than_one_image() -> None:
 
 
 def test_the_true_error_is_below_the_tolerance_in_95_percent_of_runs_that_ended_early() -> None:
-    model, pool = small_vgg(), pictures(200, 16)
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(72, 16), nn.ReLU())
+    model, pool = sequential(*layers, nn.Linear(16, 4)), pictures(200, 16)
     sites = find_sites(model, pool[:1])
     truth = calibrate(model, sites, [pool])
     honest = 0
     for seed in range(40):
         order = torch.randint(len(pool), (4_000,), generator=torch.Generator().manual_seed(seed))
-        found = calibrate(model, sites, (pool[rows] for rows in order.split(5)), tolerance=0.5)
-        assert found["classifier.0"].count < 1_000
+        found = calibrate(model, sites, (pool[rows] for rows in order.split(20)), tolerance=0.3)
+        assert found["4"].count < 2_000
         errors = []
         for site in sites:
             expected, moving = truth[site.name], truth[site.name].std > 0
             of_mean = (found[site.name].mean - expected.mean).abs()
             of_std = (found[site.name].std - expected.std).abs()
             errors.append((torch.maximum(of_mean, of_std) / expected.std)[moving].quantile(0.99))
-        honest += int(max(errors) < 0.5)
+        honest += int(max(errors) < 0.3)
     assert honest >= 38
 
 
