@@ -190,9 +190,7 @@ def adapt_inserted(
         found = reestimate(
             inserted,
             target,
-            priors={name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()}
-            if shrink
-            else {},
+            priors=priors,
             single_batch=first == 1,
             device=device,
             autocast=autocast,
