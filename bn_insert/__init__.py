@@ -11,6 +11,7 @@ from .checkpoints.read import Checkpoint, read_checkpoint
 from .checkpoints.settings import Settings
 from .checkpoints.save import check_output, save_checkpoint
 from .checkpoints.torchvision_weights import torchvision_checkpoint
+from .checkpoints.assumptions import vgg_assumptions
 from .compare.outputs import Comparison, compare_outputs, finite_part
 from .surgery.insert import Insertion, insert, insert_batchnorm
 
@@ -18,18 +19,23 @@ from .surgery.insert import Insertion, insert, insert_batchnorm
 from .compare.predictions import ClassAccuracy, PredictionComparison, compare_predictions
 from .surgery.adapt import Adaptation, StatisticsShift, adapt, adapt_statistics
 
+# Evaluate a classifier
+from .compare.evaluation import Evaluation, Prediction, evaluate, predict
+
 # In a training script
+from .batchnorm.dropouts import dropouts_before_batchnorm
 from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
 from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
 from .statistics.recalibrate import recalibrate
-from .surgery.output_layer import replace_output
+from .surgery.output_layer import replace_head, replace_output
 from .training.parameter_groups import parameter_groups
 
 # Fine-tune on class folders
 from .training.finetune import FineTuning, finetune
 from .training.metrics import EpochMetrics, StepMetrics
 from .training.settings import TrainingSettings
+from .training.summary import RunSummary
 
 # Fold
 from .surgery.fold import FoldResult, fold, fold_batchnorm
@@ -67,6 +73,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "torchvision_checkpoint",
+    "vgg_assumptions",
     "insert_batchnorm",
     "insert",
     "Insertion",
@@ -81,9 +88,16 @@ __all__ = [
     "compare_predictions",
     "PredictionComparison",
     "ClassAccuracy",
+    # Evaluate a classifier
+    "evaluate",
+    "Evaluation",
+    "predict",
+    "Prediction",
     # In a training script
     "replace_output",
+    "replace_head",
     "parameter_groups",
+    "dropouts_before_batchnorm",
     "set_batchnorm_mode",
     "freeze_batchnorm",
     "BatchRenorm1d",
@@ -98,6 +112,7 @@ __all__ = [
     "finetune",
     "TrainingSettings",
     "FineTuning",
+    "RunSummary",
     "StepMetrics",
     "EpochMetrics",
     # Fold

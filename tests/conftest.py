@@ -1,3 +1,7 @@
+"""What all tests share. torch is imported by the workers: the process that starts them has no other use for it."""
+
+# ruff: noqa: PLC0415
+
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -6,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 
@@ -31,12 +34,16 @@ install_import_hook(annotating_shapes(), "beartype.beartype")
 def pytest_configure() -> None:
     """Give each of xdist's workers one thread: together they have as many as the machine has cores."""
     if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
         torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Start every test from the same random state, and leave none behind."""
+    import torch
+
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         yield
@@ -45,6 +52,8 @@ def _seeded() -> Iterator[None]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: with another number its kernels add up in another order."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

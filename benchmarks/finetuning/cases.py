@@ -146,6 +146,17 @@ CASES = {
         knows_classes=True,
         source=lambda places: cifar(places.cifar).train,
     ),
+    "noise, small batches": Case(
+        "CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2), batches of 4",
+        cifar_vgg,
+        _shifted(lambda part, seed: noisy(part, 0.2, seed)),
+        cifar_range,
+        100,
+        4,
+        SHIFTED,
+        knows_classes=True,
+        source=lambda places: cifar(places.cifar).train,
+    ),
     "10 a class": Case(
         "CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
         cifar_vgg_new_output,

@@ -23,7 +23,14 @@ _MISMATCHES_SHOWN = 8
 Architecture = str | nn.Module | Callable[[], nn.Module]
 
 
-def load_checkpoint(path: StrPath, *, model: Architecture | None = None, mmap: bool = False) -> nn.Module:
+def load_checkpoint(
+    path: StrPath,
+    *,
+    model: Architecture | None = None,
+    mmap: bool = False,
+    key: str | None = None,
+    ignore_unexpected: bool = False,
+) -> nn.Module:
     """Return the network of a checkpoint file, in eval mode, on the CPU, without running code from the file.
 
     A VGG is rebuilt from keys and shapes alone, with the dtypes of the file (see `vgg.vgg_from_state_dict`). Settings
@@ -32,16 +39,19 @@ def load_checkpoint(path: StrPath, *, model: Architecture | None = None, mmap: b
 
     Args:
         path: A .pth, .pt, .bin or .safetensors file; its content determines the format. It contains a state dict, or a
-            dict with one under "state_dict", "model", "model_state_dict" or "model_ema". The prefixes "module.",
-            "model." and "_orig_mod." are removed from its keys.
+            dict with one under a common key such as "state_dict" or "model". A common prefix of its keys, such as
+            "module." or "backbone.", is removed. Of objects other than tensors, those of harmless types, such as
+            argparse.Namespace, are passed over; a file with any other is refused.
         model: The architecture, required for other networks than VGGs: a module, of which a copy is returned, a
             zero-argument function that builds the module, or the name of that function as "package.module:function",
             which is imported. The checkpoint is loaded strictly; dtype and device of the module stay. Changes that
-            bn-insert made (inserting or folding BatchNorm, replacing the output layer) are recorded in the checkpoint
-            and replayed, so pass the original architecture.
+            bn-insert made (inserting or folding BatchNorm, replacing the output layer or the head) are recorded in the
+            checkpoint and replayed, so pass the original architecture.
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
             layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
             that share memory in the file share it in the network.
+        key: The key of the dict in the file that contains the state dict, if it is not a common one.
+        ignore_unexpected: Pass over tensors that the network does not have, such as the counts of a profiler.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit the architecture, or its settings name the function
@@ -54,10 +64,12 @@ def load_checkpoint(path: StrPath, *, model: Architecture | None = None, mmap: b
         >>> type(model).__name__, len(model.features), model.training
         ('VGG', 16, False)
     """
-    return build_network(read_checkpoint(path, mmap=mmap), model)
+    return build_network(read_checkpoint(path, mmap=mmap, key=key), model, ignore_unexpected=ignore_unexpected)
 
 
-def build_network(checkpoint: Checkpoint, model: Architecture | None = None) -> nn.Module:
+def build_network(
+    checkpoint: Checkpoint, model: Architecture | None = None, *, ignore_unexpected: bool = False
+) -> nn.Module:
     """Return the network of a checkpoint that has been read; see `load_checkpoint`.
 
     A VGG takes over the tensors of the checkpoint where it can, without copying them: build only one network from it.
@@ -65,6 +77,7 @@ def build_network(checkpoint: Checkpoint, model: Architecture | None = None) -> 
     Args:
         checkpoint: What the file contains.
         model: The architecture, as for `load_checkpoint`.
+        ignore_unexpected: As for `load_checkpoint`.
 
     Raises:
         CheckpointError: As for `load_checkpoint`.
@@ -74,14 +87,16 @@ def build_network(checkpoint: Checkpoint, model: Architecture | None = None) -> 
     try:
         if given is None:
             # Importing torchvision takes as long as everything else here, and only this case needs it.
-            from .vgg import vgg_from_state_dict  # noqa: PLC0415
+            from .vgg import layer_tensors, vgg_from_state_dict  # noqa: PLC0415
 
             _check_needs_no_function(settings.history)
             prefix, tensors = without_prefix(_unshared(checkpoint))
-            network: nn.Module = vgg_from_state_dict(tensors)
+            network: nn.Module = vgg_from_state_dict(layer_tensors(tensors) if ignore_unexpected else tensors)
             history = History() if prefix else settings.history
         else:
-            network, changes, prefix = _filled(given, checkpoint.tensors, settings.history)
+            network, changes, prefix = _filled(
+                given, checkpoint.tensors, settings.history, ignore_unexpected=ignore_unexpected
+            )
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {printable(error)}") from error
@@ -110,6 +125,8 @@ def _built(model: Architecture) -> nn.Module:
     """Return a network of the architecture that the caller passed; its values do not matter."""
     if isinstance(model, str):
         model = make_network(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CheckpointError("the model passed is a TorchScript program; pass the nn.Module that it was made from")
     built = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
         raise CheckpointError(
@@ -129,7 +146,7 @@ def _check_needs_no_function(history: History) -> None:
 
 
 def _filled(
-    network: nn.Module, tensors: Mapping[str, Tensor], history: History
+    network: nn.Module, tensors: Mapping[str, Tensor], history: History, *, ignore_unexpected: bool
 ) -> tuple[nn.Module, tuple[Change, ...], str]:
     """Load the tensors into the network, in place and strictly.
 
@@ -141,8 +158,10 @@ def _filled(
     prefix, named = without_prefix(tensors, network.state_dict().keys())
     if history.changes and not _has_all_of(network, named):
         changes = history.changes
+        own = History.of(network).changes  # made by the function itself, which may fold, for example
+        remaining = changes[len(own) :] if changes[: len(own)] == own else changes
         try:
-            network = history.replay(network)
+            network = History(changes=remaining).replay(network)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the changes recorded in its settings cannot be made to {described}: {error}; pass the architecture "
@@ -156,13 +175,29 @@ def _filled(
     absent = [f"{key} is not in the file" for key in without_memory if key not in named]
     _check_fit(described, absent + _misfits(network, named))  # before memory is allocated: the file may claim any size
     _give_memory(network, device)
-    try:
-        missing, unexpected = network.load_state_dict(named, strict=False)
-    except RuntimeError as error:  # an architecture may have its own way to load tensors
-        raise CheckpointError(f"the checkpoint does not fit {described}: {error}") from error
+    missing, unexpected = _load(network, named, described)
     mismatches = [f"{key} is not in the file" for key in missing]
-    _check_fit(described, mismatches + [f"{key} is not in the model" for key in unexpected])
+    if not ignore_unexpected:
+        mismatches += [f"{key} is not in the model" for key in unexpected]
+    unexpected_alone = bool(unexpected) and not missing
+    _check_fit(described, mismatches, "or leave these tensors out (--ignore-unexpected)" if unexpected_alone else "")
     return network, changes, prefix
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor], described: str) -> tuple[list[str], list[str]]:
+    """Load tensors in place, and return the keys that are missing and those that are unexpected."""
+    try:
+        found = network.load_state_dict(tensors, strict=False)
+        if isinstance(found, tuple) and len(found) == 2:
+            return found
+    except Exception as error:
+        if type(network).load_state_dict is nn.Module.load_state_dict:
+            raise CheckpointError(f"the checkpoint does not fit {described}: {error}") from error
+    # Its own load_state_dict has other parameters, or returns nothing.
+    try:
+        return nn.Module.load_state_dict(network, tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit {described}: {error}") from error
 
 
 def _has_all_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
@@ -196,10 +231,11 @@ def _give_memory(network: nn.Module, device: torch.device) -> None:
                 tensor.detach().zero_()
 
 
-def _check_fit(described: str, mismatches: Sequence[str]) -> None:
+def _check_fit(described: str, mismatches: Sequence[str], advice: str = "") -> None:
     if mismatches:
         shown = "; ".join(mismatches[:_MISMATCHES_SHOWN])
         more = f"; and {len(mismatches) - _MISMATCHES_SHOWN} more" if len(mismatches) > _MISMATCHES_SHOWN else ""
         raise CheckpointError(
             f"the checkpoint does not fit {described}: {shown}{more}; pass the architecture that it was saved from"
+            f"{', ' * bool(advice)}{advice}"
         )

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -27,6 +28,8 @@ FileKind = Literal["torch", "safetensors"]
 
 HEADER_KEY = "bn-insert"
 """Where the metadata of a safetensors file has the settings."""
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin|pth|pt)$")
 
 # Where settings are, for messages.
 _HEADER, _METADATA = "its header", "its metadata"
@@ -54,22 +57,24 @@ class Checkpoint:
     mapped: bool = False
 
 
-def read_checkpoint(path: StrPath, *, mmap: bool = False) -> Checkpoint:
+def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None) -> Checkpoint:
     """Read a .pth, .pt, .bin or .safetensors file; its content determines the format, not its name.
 
     Settings are read from the file itself. Only if it contains none is a sidecar `NAME.json`, as older versions of
     bn-insert wrote beside a .pth, used instead.
 
     Args:
-        path: A file with a state dict, or with a dict that contains one under "state_dict", "model",
-            "model_state_dict" or "model_ema".
+        path: A file with a state dict, or with a dict that contains one under a common key such as "state_dict" or
+            "model".
         mmap: Map the file into memory instead of reading it, if its format allows. Safetensors files are always mapped.
+        key: The key of the dict that contains the state dict.
 
     Raises:
         CheckpointError: The file is not a checkpoint, is damaged, contains anything but tensors, requests more memory
             than its size can justify, or has damaged settings.
     """
     path = Path(path)
+    _check_whole(path)
     with _open(path) as file:
         kind = _file_kind(path, file)
         try:
@@ -79,7 +84,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False) -> Checkpoint:
                 if kind == "safetensors":
                     content, text = _read_safetensors(file)
                 else:
-                    content, text = _read_torch(path, file, mapped=mmap)
+                    content, text = _read_torch(path, file, mapped=mmap, key=key)
         except CheckpointError:
             raise
         except Exception as error:  # parsers raise anything for a damaged file
@@ -99,6 +104,27 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False) -> Checkpoint:
 def read_settings(path: StrPath) -> Settings | None:
     """Return the settings stored in a checkpoint, or None if there are none; raises as `read_checkpoint` does."""
     return read_checkpoint(path, mmap=True).settings
+
+
+def _check_whole(path: Path) -> None:
+    """Raise CheckpointError for one of several files that a large checkpoint was divided into, and for their index.
+
+    Read alone, the first file of a VGG is a shorter VGG.
+    """
+    name = path.name.removesuffix(".index.json")
+    part = _PART.search(name)
+    if name == path.name and (part is None or int(part[2]) < 2):
+        return
+    stem, suffix = (name[: part.start()], part[3]) if part else name.rsplit(".", 1) if "." in name else (name, "bin")
+    load = "safetensors.torch.load_file(part)" if suffix == "safetensors" else "torch.load(part)"
+    save = f"safetensors.torch.save_file(tensors, '{stem}.safetensors')"
+    save = save if suffix == "safetensors" else f"torch.save(tensors, '{stem}.{suffix}')"
+    what = f"part {int(part[1])} of {int(part[2])} of a checkpoint" if part else "the index of a checkpoint in parts"
+    raise CheckpointError(
+        f"{path} is {what}; merge the parts into one file first: "
+        f"tensors = {{key: value for part in sorted(glob.glob('{printable(stem)}-*-of-*')) for key, value in "
+        f"{load}.items()}}; {printable(save)}"
+    )
 
 
 def _open(path: Path) -> BufferedReader:
@@ -132,6 +158,11 @@ def _file_kind(path: Path, file: BufferedReader) -> FileKind:
     # and the older format of torch.save have other bytes after them.
     if start[8:9] == b"{":
         return "safetensors"
+    if start.startswith(b"PK\x03\x04") and b".npy" in start:
+        raise CheckpointError(
+            f"{path} is an .npz file of NumPy arrays; convert it: torch.save({{key: torch.from_numpy(value) for key, "
+            "value in numpy.load(path).items()}, other_path)"
+        )
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch"
     raise CheckpointError(f"{path} is not a checkpoint: {_guess(start)}")
@@ -145,9 +176,9 @@ def _read_safetensors(file: BufferedReader) -> tuple[dict[Any, Any], object]:
         return tensors, (opened.metadata() or {}).get(HEADER_KEY)
 
 
-def _read_torch(path: Path, file: BufferedReader, *, mapped: bool) -> tuple[dict[Any, Any], object]:
+def _read_torch(path: Path, file: BufferedReader, *, mapped: bool, key: str | None) -> tuple[dict[Any, Any], object]:
     """Return the state dict, with unchecked keys and values, and what it has in place of the text of the settings."""
-    state_dict = unwrapped_state_dict(path, load_torch_file(file, mapped=mapped))
+    state_dict = unwrapped_state_dict(path, load_torch_file(file, mapped=mapped), key)
     return state_dict, stored_metadata(state_dict).get(METADATA_KEY)
 
 
@@ -177,6 +208,16 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             f"{path} is a TorchScript program, not a state dict; "
             "save one with torch.save(torch.jit.load(path).state_dict(), other_path)"
         )
+    if "Unsupported operand" in text and zipfile.is_zipfile(path):
+        return CheckpointError(
+            f"{path} has a newer pickle protocol than PyTorch reads without running code; where it was made, save it "
+            "with the default: torch.save(model.state_dict(), path)"
+        )
+    if "Unsupported operand" in text or "Invalid magic number" in text:
+        return CheckpointError(
+            f"{path} is a pickle that torch.save did not write, and reading it could run code; where you trust it, "
+            "convert it: torch.save(pickle.load(open(path, 'rb')), other_path), with tensors as values"
+        )
     reason = printable(re.split(r"\. |\n", text.rpartition("WeightsUnpickler error:")[2].strip())[0][:200])
     return CheckpointError(
         f"{path} is damaged, or was not written by torch.save or safetensors ({reason or type(error).__name__}); "
@@ -184,11 +225,23 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+_OTHER_FORMATS = {
+    b"\x89HDF\r\n": "an HDF5 file, as Keras writes",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"\x93NUMPY": "one NumPy array",
+    b"\x08": "perhaps an ONNX model",
+}
+
+
 def _guess(start: bytes) -> str:
     if not start:
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    for beginning, what in _OTHER_FORMATS.items():
+        if start.startswith(beginning):
+            return f"it is {what}; save the weights as a state dict: torch.save(model.state_dict(), path)"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
         return "it is a text file"
     return "neither torch.save nor safetensors wrote it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,18 @@ _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def save_checkpoint(
-    model: nn.Module, path: StrPath, *, transform: Mapping[str, Any] | None = None, overwrite: bool = False
+    model: nn.Module,
+    path: StrPath,
+    *,
+    transform: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> None:
     """Save the state dict of a model in one file, with the settings that a state dict does not store.
 
-    The settings are eps and momentum of every BatchNorm, p of every dropout layer, the transform, and the changes that
-    bn-insert made to the modules, which `load_checkpoint` replays on the network that the model's function builds.
+    The settings are eps and momentum of every BatchNorm, p of every dropout layer, the transform, the names of the
+    classes, and the changes that bn-insert made to the modules, which `load_checkpoint` replays on the network that the
+    model's function builds.
 
     A `.pth` or `.pt` is what `torch.save(model.state_dict(), path)` writes, so any program can load it. Its settings
     are a string in the metadata that PyTorch keeps with a state dict, `state_dict._metadata[""]["bn_insert"]`. A
@@ -43,6 +49,7 @@ def save_checkpoint(
         model: The model to save.
         path: A file name that ends in .pth, .pt or .safetensors.
         transform: Preprocessing of images for the model; any JSON object.
+        classes: Names of the classes, in the order of the model's outputs; none if they are not known.
         overwrite: Replace an existing file.
 
     Raises:
@@ -58,7 +65,7 @@ def save_checkpoint(
     """
     check_output(path, overwrite=overwrite)
     with staging_folder(real_path(path)) as folder:
-        stage_checkpoint(model, path, folder, transform=transform, overwrite=overwrite)()
+        stage_checkpoint(model, path, folder, transform=transform, classes=classes, overwrite=overwrite)()
 
 
 def stage_checkpoint(
@@ -67,13 +74,14 @@ def stage_checkpoint(
     folder: Path,
     *,
     transform: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Callable[[], None]:
     """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place."""
     network = unwrapped(model)
     try:
         state_dict = _state_dict(network)
-        text = Settings.of(network, transform).to_json()
+        text = Settings.of(network, transform, classes).to_json()
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     write: Callable[[Path], object]

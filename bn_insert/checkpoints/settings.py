@@ -1,11 +1,16 @@
-"""Network settings that a state dict does not store: eps, momentum, dropout, preprocessing and history."""
+"""Network settings that a state dict does not store: eps, momentum, dropout, preprocessing, classes and history.
+
+A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
+refuse the rest by its version. Version 2 added the names of classes.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,10 +21,13 @@ from ..errors import CheckpointError
 from ..surgery.history import History
 
 FORMAT = "bn-insert"
-VERSION = 1
+VERSION = 2
 _FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture"}
+_FIELDS_OF_2 = {"classes"}
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
 _MAX_FLOAT = sys.float_info.max
+_MAX_CLASSES = 100_000  # of ImageNet there are 21,841
+_MAX_CLASS_NAME = 1000  # characters; the name of a folder has at most 255
 
 
 @dataclass(frozen=True)
@@ -39,22 +47,24 @@ class Settings:
         dropout: Probability p of each dropout layer, by qualified name.
         transform: Preprocessing of images, as a JSON object.
         history: How the modules of the network can be rebuilt.
+        classes: Names of the classes, in the order of the network's outputs; empty if they are not known.
     """
 
     batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=dict)
     transform: Mapping[str, Any] | None = None
     history: History = field(default_factory=History)
+    classes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None) -> Settings:
+    def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None, classes: Sequence[str] = ()) -> Settings:
         """Return the settings of a model; raises CheckpointError if they could not be read back."""
         batchnorm = {
             name: BatchNormSettings(float(norm.eps), None if norm.momentum is None else float(norm.momentum))
             for name, norm in _batchnorms(model).items()
         }
         dropout = {name: float(module.p) for name, module in _dropouts(model).items()}
-        return cls.from_json(cls(batchnorm, dropout, transform, History.of(model)).to_json())
+        return cls.from_json(cls(batchnorm, dropout, transform, History.of(model), tuple(classes)).to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -71,11 +81,11 @@ class Settings:
         """Return the settings in a JSON object; raises CheckpointError naming the wrong field."""
         if document.get("format") != FORMAT:
             raise CheckpointError(f'the field "format" is {document.get("format")!r:.40}, not "{FORMAT}"')
-        if (version := document.get("version")) != VERSION:
+        if (version := document.get("version")) not in (1, VERSION) or isinstance(version, bool):
             raise CheckpointError(
-                f'the field "version" is {version!r:.40}, and this version of bn-insert reads version {VERSION}'
+                f'the field "version" is {version!r:.40}, and this version of bn-insert reads versions 1 and {VERSION}'
             )
-        if unknown := sorted(document.keys() - _FIELDS):
+        if unknown := sorted(document.keys() - _FIELDS - (_FIELDS_OF_2 if version == VERSION else set())):
             raise CheckpointError(f"unknown field {unknown[0]!r:.40}")
         batchnorm = {
             name: _batchnorm_settings(values, f"batchnorm.{name}")
@@ -92,13 +102,14 @@ class Settings:
             dropout,
             None if transform is None else _object(transform, "transform"),
             History.from_document(history),
+            _class_names(document.get("classes", [])),
         )
 
     def to_document(self) -> dict[str, Any]:
         """Return the settings as the JSON object that `from_document` reads."""
         document: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.classes else 1,
             "batchnorm": {name: {"eps": norm.eps, "momentum": norm.momentum} for name, norm in self.batchnorm.items()},
             "dropout": dict(self.dropout),
         }
@@ -106,6 +117,8 @@ class Settings:
             document["transform"] = dict(self.transform)
         if self.history != History():
             document["architecture"] = self.history.to_document()
+        if self.classes:
+            document["classes"] = list(self.classes)
         return document
 
     def to_json(self) -> str:
@@ -116,7 +129,7 @@ class Settings:
         """Return the settings with a prefix removed from the names of layers, as from the keys of a state dict."""
         batchnorm = {name.removeprefix(prefix): norm for name, norm in self.batchnorm.items()}
         dropout = {name.removeprefix(prefix): p for name, p in self.dropout.items()}
-        return Settings(batchnorm, dropout, self.transform, self.history)
+        return replace(self, batchnorm=batchnorm, dropout=dropout)
 
     def apply_to(self, model: nn.Module) -> None:
         """Set eps, momentum and p of the layers of a model, in place.
@@ -186,6 +199,31 @@ def _batchnorm_settings(values: object, place: str) -> BatchNormSettings:
     if momentum is not None:
         momentum = _number(momentum, f"{place}.momentum", -_MAX_FLOAT, _MAX_FLOAT)
     return BatchNormSettings(eps, momentum)
+
+
+def _class_names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise CheckpointError(f"classes is {_kind(value)}, not a list")
+    if len(value) > _MAX_CLASSES:
+        raise CheckpointError(f"classes has {len(value):,} names, more than the limit of {_MAX_CLASSES:,}")
+    for number, name in enumerate(value):
+        if not isinstance(name, str):
+            raise CheckpointError(f"classes.{number} is {_kind(name)}, not a string")
+        if fault := _fault_of_class_name(name):
+            raise CheckpointError(f"classes.{number}, {name!a:.40}, {fault}")
+    if len(set(value)) < len(value):
+        twice = next(name for name, count in Counter(value).items() if count > 1)
+        raise CheckpointError(f"classes names {twice!a:.40} twice")
+    return tuple(value)
+
+
+def _fault_of_class_name(name: str) -> str:
+    """Return what is wrong with the name of a class, which is the name of a folder and a line of a table."""
+    if len(name) > _MAX_CLASS_NAME:
+        return f"is longer than {_MAX_CLASS_NAME:,} characters"
+    if name.splitlines() != [name]:
+        return "contains a line break" if name else "is empty"
+    return "is not valid Unicode" if any("\ud800" <= character <= "\udfff" for character in name) else ""
 
 
 def _object(value: object, place: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -11,21 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..support.text import printable
 from ..support.torch_file import MAX_TENSORS
 
-PREFIXES = ("module.", "model.", "_orig_mod.")
-WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema")
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "model_ema"),
+    *(
+        "state_dict_ema",
+        "ema_state_dict",
+        "net",
+        "params",
+        "params_ema",
+        "weights",
+        "ema",
+        "network",
+        "network_weights",
+    ),
+)
+"""Keys under which a larger dict may have the state dict; of several, the first."""
+
+# What wrappers add to all keys. A file of a part of a VGG may begin with other names, so these alone are removed where
+# nothing is known of the architecture.
+_PREFIX = re.compile(r"(module|model|_orig_mod|net|network|backbone|vgg|encoder|timm_model|base_model|cnn|student)\.")
+_PARALLEL = re.compile(r"(features|classifier)\.module\.")  # DataParallel around the features, as in PyTorch's examples
 
 METADATA_KEY = "bn_insert"
 """Where `_metadata[""]` of a state dict has the settings, as JSON text."""
 
 
-def unwrapped_state_dict(path: Path, content: object) -> dict[Any, Any]:
+def unwrapped_state_dict(path: Path, content: object, key: str | None = None) -> dict[Any, Any]:
     """Return the dict in the content of a file that torch.save wrote, taken out of its wrapper; its values unchecked.
 
+    Args:
+        path: The file, for messages.
+        content: What it contains.
+        key: The key that has the state dict; by default one of WRAPPERS, if it is there.
+
     Raises:
-        CheckpointError: The content is not a dict.
+        CheckpointError: The content is not a dict, or has no dict under that key.
     """
+    if key is not None:
+        found = dict.get(content, key) if isinstance(content, dict) else None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}")
+        content = found
     # A pickle can contain a dict that contains itself: no real checkpoint has more than two layers of wrapping.
     for _ in range(3):
         if not isinstance(content, dict):
@@ -63,10 +93,9 @@ def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
         if not isinstance(key, str):
             raise CheckpointError(f"{path} has a key that is not a string, {key!r:.60}: this is not a state dict")
         if not isinstance(value, Tensor):
-            wrappers = ", ".join(WRAPPERS)
             raise CheckpointError(
-                f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; inside a larger "
-                f"dict the state dict must be under one of {wrappers}"
+                f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; if the state dict "
+                f"is inside a larger dict, name its key, as in key='state_dict' (--key){_keys_of(content)}"
             )
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value) or value.device.type != "cpu":
             raise CheckpointError(
@@ -123,13 +152,34 @@ def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()
     keys = [key for key in tensors if key != "n_averaged"]
     common = ""
     while keys and not any(key.removeprefix(common) in wanted for key in tensors):
-        prefix = next((one for one in PREFIXES if all(key.startswith(common + one) for key in keys)), None)
-        if prefix is None:
+        found = _PREFIX.match(keys[0], len(common)) if not wanted else _next_name(keys[0], len(common))
+        if found is None or not all(key.startswith(keys[0][: found.end()]) for key in keys):
             break
-        common += prefix
-    if not common:
-        return "", dict(tensors)
-    return common, {key.removeprefix(common): tensors[key] for key in keys}
+        common = keys[0][: found.end()]
+    if wanted and not any(key.removeprefix(common) in wanted for key in keys):
+        common = ""  # the names are those of another architecture
+    stripped = {key.removeprefix(common): tensors[key] for key in keys} if common else dict(tensors)
+    if not any(key in wanted for key in stripped if _PARALLEL.match(key)):
+        stripped = {_PARALLEL.sub(r"\1.", key): tensor for key, tensor in stripped.items()}
+    return common, stripped
+
+
+def _next_name(key: str, start: int) -> re.Match[str] | None:
+    return re.compile(r"[^.]+\.(?=.*\.)").match(key, start)
+
+
+def _keys_of(content: object) -> str:
+    """Return for a message which keys a dict has, and the types of their values."""
+    if not isinstance(content, dict):
+        return ""
+    shown = [
+        f"{printable(key)[:40]} ({type(value).__name__})" for key, value in list(dict.items(content))[:_KEYS_SHOWN]
+    ]
+    more = ", ..." if dict.__len__(content) > _KEYS_SHOWN else ""
+    return f"; its keys are {', '.join(shown)}{more}"
+
+
+_KEYS_SHOWN = 12
 
 
 def _has_tensors(value: object) -> bool:

@@ -82,6 +82,11 @@ def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | N
     return vgg.eval()
 
 
+def layer_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of conv, dense and BatchNorm layers by their keys in torchvision's layout, without others."""
+    return {key: tensor for key, tensor in state_dict.items() if _KEY.fullmatch(key)}
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer with tensors, such as features.3: its section is "features", its index 3."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
+from os import PathLike
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +20,12 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def unwrapped(model: AnyModule) -> AnyModule:
-    """Return the module inside a DataParallel, DistributedDataParallel or compiled model, else the model itself."""
+    """Return the module inside a DataParallel, DistributedDataParallel or compiled model, else the model itself.
+
+    Raises:
+        GraphError: It is not a module that can be changed; the message has the way out.
+    """
+    check_module(model)
     inner: nn.Module = model
     while True:
         if isinstance(inner, nn.DataParallel | DistributedDataParallel):
@@ -26,6 +34,28 @@ def unwrapped(model: AnyModule) -> AnyModule:
             inner = inner.get_submodule("_orig_mod")
         else:
             return cast(AnyModule, inner)
+
+
+def check_module(model: object) -> None:
+    """Raise GraphError, with the way out, for what callers pass in place of a model."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GraphError(
+            "the model is a TorchScript program, whose modules cannot be changed; build the nn.Module that it was made "
+            "from, and load the program's weights into it: module.load_state_dict(program.state_dict())"
+        )
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str | PathLike):
+        raise GraphError(f"the model is a path, {str(model)!r:.80}; load the network first: load_checkpoint(path)")
+    if isinstance(model, Mapping):
+        raise GraphError(
+            "the model is a dict, perhaps a state dict, which has weights and no forward; build the network and load "
+            "them: model.load_state_dict(state_dict)"
+        )
+    if isinstance(model, type) or callable(model):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise GraphError(f"the model is {name}, which is not a torch.nn.Module; if it builds one, call it: {name}()")
+    raise GraphError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
 
 
 def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
@@ -50,7 +80,7 @@ def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> A
     """
     model = unwrapped(model)
     shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
-    return copy.deepcopy(model, _computed(model) | shared)
+    return _copied(model, _computed(model) | shared)
 
 
 def deep_copy(model: AnyModule) -> AnyModule:
@@ -60,7 +90,49 @@ def deep_copy(model: AnyModule) -> AnyModule:
         model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
     """
     model = unwrapped(model)
-    return copy.deepcopy(model, _computed(model))
+    return _copied(model, _computed(model))
+
+
+def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
+    result = copy.deepcopy(model, memo)
+    # torch.fx builds the containers of a GraphModule, and the module itself, anew and in train mode.
+    modules = dict(model.named_modules())
+    for name, module in result.named_modules():
+        module.training = modules[name].training
+    return result
+
+
+@contextmanager
+def unchanged_attributes(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to the attributes of the modules of a model, and to lists, dicts and sets among them.
+
+    A copy's forward reaches the original where a hook refers to it, as in `lambda *_: self.outputs.append(...)`. What
+    it stores there during a trace has no values.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents: list[tuple[Any, Any]] = [
+        (value, copy.copy(value))
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, list | dict | set)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            if not _same_items(attributes, kept):
+                attributes.clear()
+                attributes.update(kept)
+        for container, items in contents:
+            if isinstance(container, list):
+                container[:] = items
+            elif isinstance(container, set) or not _same_items(container, items):
+                container.clear()
+                container.update(items)
+
+
+def _same_items(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> bool:
+    return first.keys() == second.keys() and all(first[key] is second[key] for key in second)
 
 
 def _computed(model: nn.Module) -> dict[int, Any]:

@@ -1,8 +1,8 @@
-"""Which modules are conv or dense layers."""
+"""Which modules are conv or dense layers, and the pair of a layer and its norm."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,3 +14,25 @@ def layer_kind(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
     return "dense" if isinstance(module, nn.Linear) else None
+
+
+class NormalizedLayer(nn.Sequential):
+    """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
+
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`.
+
+    Examples:
+        >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> pair.kernel_size, pair.weight is pair[0].weight, list(pair.state_dict())[:2]
+        ((3, 3), True, ['0.weight', '0.bias'])
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the layer that the Sequential itself does not have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = self.__dict__.get("_modules", {}).get("0")  # absent while it is being copied or unpickled
+            if layer is None or (name.startswith("__") and name.endswith("__")):
+                raise
+            return getattr(layer, name)

@@ -12,9 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphError
 from .layers import Kind, layer_kind
+from .operators import is_layer
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]
+
+_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Site:
         anchor: Qualified name of the module that the BatchNorm follows: the layer itself, or its activation.
         channels: Number of channels that the BatchNorm has.
         dims: 1, 2 or 3, for BatchNorm1d, BatchNorm2d or BatchNorm3d.
-        calls: How many times one forward pass calls the anchor.
+        calls: How many times one forward pass calls the anchor; 0 if that depends on the values of its input.
         in_sequence: Whether an nn.Sequential runs the anchor as its child, so that the BatchNorm can be its next child.
     """
 
@@ -134,6 +137,31 @@ def layers_in(
     return _layers(trace, SiteOptions.checked(layers, include_output, skip, placement))
 
 
+def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
+    """Return in words why a model has no site, for a message: the reasons of its layers, and layers of other kinds."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name or "the model")
+    found = [f"{reason}: {_some(names)}" for reason, names in by_reason.items()]
+    modules = {id(node): trace.owner(node) for node in trace.nodes if is_layer(node)}
+    known = {id(node) for _, node in trace.layer_nodes()}
+    if others := list(dict.fromkeys(name for node, name in modules.items() if node not in known)):
+        described = [
+            f"{name or 'the model'} ({type(trace.modules[name]).__name__})" for name in others if name in trace.modules
+        ]
+        found.append(
+            "conv and dense operations that are not modules of torch.nn, after which no BatchNorm can be inserted: "
+            f"{_some(described) or 'functions'}"
+        )
+    return "; ".join(found) or "it has no conv or dense layer"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (
+        f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    )
+
+
 @dataclass(frozen=True)
 class SiteOptions:
     """Which layers get a site and where it is: the arguments of `find_sites`, checked."""
@@ -178,14 +206,15 @@ def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> 
     if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
         raise GraphError(
             f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W, so pass "
-            "a list of batches, such as [images]"
+            "a list of batches, such as [images], and of a dataset a loader: DataLoader(dataset, batch_size=32)"
         )
     parameters = sum(parameter.numel() for parameter in module.parameters())
     anchor, reason = _anchor(trace, name, kind, calls, options)
     site = None
     if anchor is not None:
         dims = 1 if kind == "dense" else len(shape) - 2
-        site = Site(name, kind, anchor, shape[1], dims, len(calls), trace.runs_in_sequence(anchor))
+        in_sequence = trace.runs_in_sequence(anchor)
+        site = Site(name, kind, anchor, shape[1], dims, 0 if trace.obstacle else len(calls), in_sequence)
     return Layer(name, kind, type(module).__name__, shape, parameters, site, reason)
 
 
@@ -207,7 +236,7 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions
 ) -> str:
     if not calls:
-        return "never called in a forward pass"
+        return "never called for the first batch" if trace.obstacle else "never called in a forward pass"
     if norm := next(filter(None, map(trace.normalization_downstream, calls)), None):
         return f"already followed by a normalization: {norm}"
     if kind not in options.kinds:

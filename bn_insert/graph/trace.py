@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import GraphError
 from ..support.text import first_line
-from .copies import unwrapped, working_copy
+from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
-from .layers import layer_kind
+from .layers import NormalizedLayer, layer_kind
 from .operators import Role, has_role, is_activation, is_layer, operation
 
 # What may be between a layer and the normalization that already belongs to it.
@@ -36,6 +41,9 @@ class Trace:
         aliases: Every qualified name of every module, with the name of that module in `modules`.
         nodes: The operations, in the order in which they run.
         outputs: The nodes whose values the model returns.
+        obstacle: Why the graph shows no more than what the model does with the values of the example, as when its
+            forward decides by values; empty if it shows what the model does with any values.
+        owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
     """
 
     model: nn.Module
@@ -43,36 +51,54 @@ class Trace:
     aliases: dict[str, str]
     nodes: tuple[fx.Node, ...]
     outputs: frozenset[fx.Node]
+    obstacle: str = ""
+    owners: Mapping[fx.Node, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> Trace:
-        """Trace the model in eval mode, without computing any values and without changing the model.
+        """Trace the model in eval mode, without changing it, and without computing any values if that is enough.
 
         Args:
             model: The model to trace.
-            example: One batch, as for `insert_batchnorm`; only its shape matters.
+            example: One batch, as for `insert_batchnorm`; only its shape matters, unless the forward depends on values.
 
         Raises:
             GraphError: The model cannot run on the example, or torch.export cannot trace it. The message has the cause.
         """
         model = unwrapped(model)
         inputs = Inputs.of(example, 0, model)
-        try:
-            with _EXPORTING, _quiet_export():
-                program = torch.export.export(working_copy(model), inputs.args, dict(inputs.kwargs), strict=False)
-        except Exception as error:  # the user's forward and torch.export may raise anything
-            raise GraphError(_why_not_traced(model, inputs, error)) from error
-        graph = program.graph
+        obstacle, called = "", set[str]()
+        with _EXPORTING, _quiet_export(), unchanged_attributes(model):
+            try:
+                program = _exported(working_copy(model), inputs, called)
+            except Exception as error:  # noqa: BLE001 - the user's forward and torch.export may raise anything
+                obstacle = _why_not_traced(model, inputs, error)
+                called.clear()
+                try:  # with values, some of which the forward may change: not those of the model
+                    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+                        program = _exported(deep_copy(model).eval(), inputs, called)
+                except Exception:  # noqa: BLE001 - the first error is the clearest
+                    raise GraphError(obstacle) from error
+        graph, parameters = _flat_graph(program)
         output = next(node for node in graph.nodes if node.op == "output")
         nodes = tuple(node for node in graph.nodes if node.op == "call_function")
         first: dict[int, str] = {}
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
-        return cls(model, dict(model.named_modules()), aliases, nodes, frozenset(output.all_input_nodes))
+        return cls(
+            model,
+            dict(model.named_modules()),
+            aliases,
+            nodes,
+            frozenset(output.all_input_nodes),
+            obstacle,
+            _owners_by_weight(model, aliases, nodes, parameters, {aliases[name] for name in called}),
+        )
 
     def module_names(self, node: fx.Node) -> list[str]:
         """Return the qualified names of the modules around a node, outermost (the model, '') first."""
-        return [self.aliases.get(name, name) for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        names = [self.aliases.get(name, name) for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        return [*names[:-1], self.owners[node]] if node in self.owners else names
 
     def owner(self, node: fx.Node) -> str:
         """Return the qualified name of the innermost module around a node."""
@@ -153,22 +179,134 @@ class Trace:
         container = self.modules.get(parent)
         if name == "" or container is None or type(container).forward is not nn.Sequential.forward:
             return False
+        if isinstance(container, NormalizedLayer):
+            return True
         prefix = parent + "." if parent else ""
         children = {prefix + child for child, _ in container.named_children()}
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]
-        return all(parent in names for names in inside)
+        # torch.fx leaves the model itself out of the names.
+        return bool(inside) and all(parent in names or not parent for names in inside)
+
+
+def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
+    """Return the program of a network, and add the names of the layers and BatchNorms that its forward calls."""
+    with ExitStack() as hooks, ExitStack() as attributes:
+        # torch.export refuses a forward that keeps a tensor in an attribute, if it is still there afterwards.
+        keep = lambda *_: attributes.enter_context(unchanged_attributes(network)) and None  # noqa: E731
+        restore = lambda *_: attributes.close()  # noqa: E731
+        hooks.callback(network.register_forward_pre_hook(keep).remove)
+        hooks.callback(network.register_forward_hook(restore).remove)
+        for name, module in network.named_modules():
+            if _has_weights(module):
+                note = lambda *_, name=name: called.add(name)  # noqa: E731
+                hooks.callback(module.register_forward_pre_hook(note).remove)
+        return torch.export.export(network, inputs.args, dict(inputs.kwargs), strict=False)
+
+
+# Contexts such as torch.no_grad(): torch.export places what runs in them in a graph of its own. The arguments after
+# that graph are its inputs.
+_CONTEXTS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap"}
+
+
+def _flat_graph(program: Any) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """Return a program's graph with the operations of inner graphs in it, and the names of its parameters by node."""
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    flat = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    parameters: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            flat.output(fx.node.map_arg(node.args[0], values.__getitem__))
+        else:
+            _copy_node(node, program.graph_module, flat, values)
+        if node.name in names:
+            parameters[values[node]] = names[node.name]
+    return flat, parameters
+
+
+def _copy_node(node: fx.Node, owner: nn.Module, flat: fx.Graph, values: dict[fx.Node, Any]) -> None:
+    """Append a node to a flat graph; `values` has what stands for each node that came before it."""
+    if node.op == "call_function" and operation(node) in _CONTEXTS:
+        places = [place for place, each in enumerate(node.args) if isinstance(each, fx.Node) and each.op == "get_attr"]
+        if len(places) == 1:
+            inner = getattr(owner, str(node.args[places[0]].target))  # type: ignore[union-attr]
+            inputs = fx.node.map_arg(node.args[places[0] + 1 :], values.__getitem__)
+            placeholders = [each for each in inner.graph.nodes if each.op == "placeholder"]
+            if len(placeholders) == len(inputs):
+                own = dict(zip(placeholders, inputs, strict=True))
+                for each in inner.graph.nodes:
+                    if each.op == "output":
+                        values[node] = fx.node.map_arg(each.args[0], own.__getitem__)
+                    elif each.op != "placeholder":
+                        _copy_node(each, inner, flat, own)
+                return
+    if operation(node) == "getitem" and isinstance(results := values.get(node.args[0]), tuple | list):  # type: ignore[arg-type]
+        values[node] = results[node.args[1]]  # type: ignore[index]
+        return
+    values[node] = flat.node_copy(node, values.__getitem__)
+
+
+def _owners_by_weight(
+    model: nn.Module,
+    aliases: Mapping[str, str],
+    nodes: tuple[fx.Node, ...],
+    parameters: Mapping[fx.Node, str],
+    called: set[str],
+) -> dict[fx.Node, str]:
+    """Return the layers and BatchNorms of operations whose module torch.export names wrongly, known by their weight.
+
+    It does so below a module whose `forward` is an attribute, as after fusing layers. The weight alone does not tell
+    whether the module was called, or a function with its weight: that is what `called` is for.
+    """
+    found: dict[fx.Node, str] = {}
+    for node in nodes:
+        if not (is_layer(node) or has_role(node, Role.NORMALIZATION)) or len(node.args) < 2:
+            continue
+        weight = next((each for each in node.args[1:] if isinstance(each, fx.Node) and each in parameters), None)
+        if weight is None:
+            continue
+        by_weight = aliases.get(parameters[weight].rpartition(".")[0])
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        by_stack = aliases.get(stack[-1][0]) if stack else None
+        if by_weight is None or by_weight not in called or by_weight == by_stack:
+            continue
+        if by_stack is not None:
+            named = model.get_submodule(by_stack)
+            tensor = getattr(model.get_submodule(by_weight), parameters[weight].rpartition(".")[2])
+            several = any(own is tensor for own in named.parameters(recurse=False))  # layers with the same weight
+            # torch.fx does not name the children of a Sequential. Any other module may call a function by itself.
+            if several or not (_has_weights(named) or type(named).forward is nn.Sequential.forward):
+                continue
+        found[node] = by_weight
+    return found
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Return whether a module is a layer or a BatchNorm."""
+    return layer_kind(module) is not None or isinstance(module, _BatchNorm)
 
 
 @contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Keep torch.export from also printing the traceback of the exception that it raises."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    """Keep torch.export from also printing the graph and the traceback of an exception that it raises, and warnings."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.export",
+    "torch._export.non_strict_utils",
+)
 
 
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
@@ -182,6 +320,15 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             "the shape that it expects"
         )
     return (
-        f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}. Pass a submodule that "
-        "contains the layers and has no such code in its forward"
+        f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. Pass a "
+        "submodule that contains the layers and has no such code in its forward"
     )
+
+
+def _place(error: Exception) -> str:
+    """Return where in the user's own code an exception was raised, for a message; empty if nowhere."""
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
+    if not frames or not frames[-1].line:
+        return ""
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})"

@@ -1,7 +1,7 @@
 """Folders of images and tensor files, read as batches; knows nothing of networks."""
 
 from .batches import Batch, Batches, Unreadable, sample
-from .class_folders import ClassFolders, open_class_folders
+from .class_folders import ClassFolders, LabelledBatches, open_class_folders, open_labelled_batches
 from .files import IMAGE_SUFFIXES, find_images
 from .image_batches import ImageBatches, image_batches, open_batches
 from .labels import folder_classes, with_labels
@@ -15,6 +15,7 @@ __all__ = [
     "Batches",
     "ClassFolders",
     "ImageBatches",
+    "LabelledBatches",
     "TensorBatches",
     "Transform",
     "Unreadable",
@@ -23,6 +24,7 @@ __all__ = [
     "image_batches",
     "open_batches",
     "open_class_folders",
+    "open_labelled_batches",
     "sample",
     "tensor_batches",
     "with_labels",

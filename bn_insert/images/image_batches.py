@@ -26,19 +26,21 @@ def open_batches(
     channels: int = 3,
     strict: bool = False,
     pin_memory: bool = False,
+    shuffle: bool = True,
 ) -> Batches:
-    """Return the images of a folder, of a tensor file, or of one image file, as batches in random order.
+    """Return the images of a folder, of a tensor file, or of one image file, as batches, by default in random order.
 
     Args:
         source: A folder that is searched recursively, a tensor file, or an image file.
         transform: Preprocessing of image files; the values of a tensor file are used unchanged.
-        images: Maximum number of images, sampled at random; None uses all of them.
+        images: Maximum number of images, sampled at random, or without `shuffle` the first ones; None uses all of them.
         seed: Seed of the sample and of the order.
         batch_size: Images per batch.
         workers: Processes that decode image files; 0 decodes in this process.
         channels: Channels that the network takes.
         strict: Raise an error for the first unreadable image file instead of skipping it.
         pin_memory: Put batches into page-locked memory where there is a GPU.
+        shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
 
     Raises:
         ImageError: For a source of any other kind, and for the reasons of `find_images`, `image_batches` and
@@ -52,7 +54,7 @@ def open_batches(
         raise ImageError(f"{source} does not exist; pass a folder of images, or a file: {known}")
     if source.is_file() and suffix in TENSOR_SUFFIXES:
         tensors = tensor_batches(source, batch_size=batch_size, channels=channels, pin_memory=pin_memory)
-        return tensors.sample(images, seed)
+        return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
     if not source.is_dir() and not (source.is_file() and suffix in IMAGE_SUFFIXES):
         raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")
     files = image_batches(
@@ -64,7 +66,7 @@ def open_batches(
         strict=strict,
         pin_memory=pin_memory,
     )
-    return files.sample(images, seed)
+    return files.sample(images, seed) if shuffle else files.head(images or files.images)
 
 
 def image_batches(

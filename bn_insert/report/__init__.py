@@ -1,19 +1,27 @@
 """Reports on insertions and training runs: JSON-ready data, written as JSON or as one self-contained HTML page."""
 
 from .adaptation import adaptation_report
+from .confusion import check_confusion_matrix, write_confusion_matrix
+from .health import run_health, worst
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions
 from .runs import read_run, run_report, runs_report
+from .verdicts import Verdict
 
 __all__ = [
+    "Verdict",
     "adaptation_report",
+    "check_confusion_matrix",
     "check_report",
     "file_facts",
     "insertion_report",
     "read_run",
+    "run_health",
     "run_report",
     "runs_report",
     "versions",
+    "worst",
+    "write_confusion_matrix",
     "write_report",
 ]

@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import adaptation, insertion
 from .charts import adaptation_charts, agreement_chart, insertion_charts, run_charts
-from .verdicts import best_epoch, identical_runs, next_command, ranked, runs_verdict, verdicts
+from .health import run_health, worst
+from .verdicts import Verdict, best_epoch, identical_runs, next_command, ranked, runs_verdict, verdicts
 
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
 _BATCH = 32  # images, for the error of the statistics of one training batch
@@ -71,13 +72,23 @@ def _batch_error(inserted: Sequence[Mapping[str, Any]], images: int) -> float | 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = ranked(runs)
-    facts = [_flat(run.get("settings", {})) | _flat(_facts(run)) for run in runs]
+    health = [_health(run) for run in runs]
+    warnings = [
+        (run["name"], verdict)
+        for run, found in zip(runs, health, strict=True)
+        for verdict in found
+        if verdict.state != "good"
+    ]
+    facts = [_flat(_effective(run.get("settings", {}))) | _flat(_facts(run)) for run in runs]
     names = dict.fromkeys(name for run in facts for name in run)
     rows = {name: [run.get(name, "") for run in facts] for name in names}
     different = {name: values for name, values in rows.items() if len(set(values)) > 1}
     return {
         "runs": runs,
         "best": [best_epoch(run) for run in runs],
+        "health": health,
+        "states": [worst(verdicts) for verdicts in health],
+        "warnings": warnings if len(runs) > 1 else [],
         "charts": run_charts(runs),
         "verdict": runs_verdict(runs),
         "identical": identical_runs(runs),
@@ -86,8 +97,22 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _health(run: Mapping[str, Any]) -> list[Verdict]:
+    """Return the verdicts on a run, also on one whose report is older than them."""
+    if "health" in run:
+        return [Verdict(**verdict) for verdict in run["health"]]
+    return run_health(run["epochs"], run["settings"], {})
+
+
+def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with words for those whose None does not mean that there is none."""
+    words = {"dropout": "as in the checkpoint", "head": "kept"}
+    return {name: words.get(name) if value is None else value for name, value in settings.items()}
+
+
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name not in ("name", "settings", "epochs", "best_epoch")}
+    shown_elsewhere = ("name", "settings", "epochs", "best_epoch", "health")
+    return {name: value for name, value in run.items() if name not in shown_elsewhere}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

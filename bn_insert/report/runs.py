@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
 from ..errors import CheckpointError
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
 from ..support.text import printable
+from .health import run_health
 from .provenance import versions
 
 FORMAT = "bn-insert runs"
@@ -29,10 +30,11 @@ def run_report(
         settings: The training settings.
         epochs: The metrics of each completed epoch, with the fields of `EpochMetrics`.
         facts: Further values, which the page lists as they are. `batchnorms`, the number of BatchNorm layers, is
-            required.
+            required; the verdicts on the run need `data`, as for `run_health`.
     """
     best = max(epochs, key=lambda epoch: epoch["val_accuracy"], default=None)
-    run = {"name": name, "settings": dict(settings), "best_epoch": best and best["epoch"]}
+    health = [verdict._asdict() for verdict in run_health(epochs, settings, facts.get("data", {}))]
+    run = {"name": name, "settings": dict(settings), "best_epoch": best and best["epoch"], "health": health}
     return runs_report([run | dict(facts) | {"versions": versions(), "epochs": list(epochs)}])
 
 
@@ -56,6 +58,12 @@ class _Epoch(msgspec.Struct):
     seconds: Finite
 
 
+class _Verdict(msgspec.Struct):
+    state: Literal["good", "check", "bad"]
+    subject: str
+    text: str
+
+
 class _Run(msgspec.Struct):
     """What pages need of a run; they show whatever else it has."""
 
@@ -64,6 +72,7 @@ class _Run(msgspec.Struct):
     epochs: list[_Epoch]
     batchnorms: Count
     best_epoch: Count | None
+    health: list[_Verdict] = []
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def calibrate(
     if not sites:
         return {}
     check_tolerance(tolerance)
-    recorder = Recorder()
+    recorder = _PassRecorder(sites)
 
     def measure() -> tuple[int, Statistics]:
         network = working_copy(model, device)
@@ -69,6 +69,7 @@ def calibrate(
                 progress=progress,
                 enough=lambda: recorder.precise_enough(tolerance),
             )
+        recorder.check_complete()
         return images, recorder.statistics()
 
     moments = pooled_over_ranks("calibrate", measure)[1].moments()
@@ -78,27 +79,54 @@ def calibrate(
     return moments
 
 
-@contextmanager
-def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Record the output of each site's anchor, and end each forward pass after the last one."""
-    calls: Counter[str] = Counter()
-    expected_calls = Counter({site.name: site.calls for site in sites})
+class _PassRecorder(Recorder):
+    """A recorder that counts the calls of each site during the current forward pass."""
 
-    def begin(*_: object) -> None:
-        calls.clear()
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self._passes = 0
+        self._passes_of = Counter({site.name: 0 for site in sites if site.calls})
+
+    def discard(self) -> None:
+        """Forget the current pass, as before each pass: hooks on the network would miss one with its own `__call__`."""
+        super().discard()
+        self.calls.clear()
+
+    def commit(self) -> None:
+        """Keep what was recorded during a forward pass, and count for which sites something was."""
+        super().commit()
+        self._passes += 1
+        self._passes_of.update(name for name in self._passes_of if self.calls[name])
+
+    def check_complete(self) -> None:
+        """Raise CalibrationError if a site that every pass should call has the values of some passes alone."""
+        for name, passes in self._passes_of.items():
+            if 0 < passes < self._passes:
+                raise CalibrationError(
+                    f"the layer {name} was called for {passes} of {self._passes} batches, so its statistics would not "
+                    "be those of all images; pass batches that take the same path through the network, or skip it"
+                )
+
+
+@contextmanager
+def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _PassRecorder) -> Iterator[None]:
+    """Record the output of each site's anchor, and end each forward pass after the last one."""
+    calls = recorder.calls
+    expected_calls = Counter({site.name: site.calls for site in sites})
+    countable = all(site.calls for site in sites)
 
     def hook(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             # Before the hook returns: an in-place activation after the layer overwrites this tensor.
             recorder.record(site.name, output)
             calls[site.name] += 1
-            if calls >= expected_calls:
+            if countable and calls >= expected_calls:
                 raise ForwardDone
 
         return record
 
     with ExitStack() as hooks:
-        hooks.callback(network.register_forward_pre_hook(begin).remove)
         own_hooks: set[int] = set()
         for site in sites:
             handle = network.get_submodule(site.anchor).register_forward_hook(hook(site))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -97,6 +97,7 @@ def reestimate(
     model: AnyModule,
     batches: Iterable[Any],
     *,
+    names: Collection[str] | None = None,
     earlier: Earlier = "batch",
     priors: Mapping[str, Prior] | None = None,
     single_batch: bool = False,
@@ -111,6 +112,7 @@ def reestimate(
     Args:
         model: As for `recalibrate`.
         batches: As for `recalibrate`.
+        names: Qualified names of the BatchNorms; the others normalize by their running statistics. None for all.
         earlier: As for `recalibrate`.
         priors: By the BatchNorm's name: statistics that those of all batches are moved towards, as far as they may
             differ by chance.
@@ -130,7 +132,7 @@ def reestimate(
         raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
     check_tolerance(tolerance)
     network = working_copy(model, device)
-    norms = with_statistics(network)
+    norms = with_statistics(network, names)
     if not norms:
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
     if earlier == "running":
@@ -154,7 +156,7 @@ def reestimate(
     images, statistics = pooled_over_ranks(function, measure)
     with torch.inference_mode(False):  # whatever the caller's mode: the result is to be trained
         result = deep_copy(model)
-        for name, norm in with_statistics(result).items():
+        for name, norm in with_statistics(result, names).items():
             if name in statistics.pooled:
                 _set_statistics(norm, name, statistics.pooled[name], priors.get(name), images)
                 calls = statistics.calls[name]
@@ -162,10 +164,14 @@ def reestimate(
     return Reestimation(result, statistics.moments(), images)
 
 
-def with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms of a model that have running statistics, by name."""
+def with_statistics(model: nn.Module, names: Collection[str] | None = None) -> dict[str, _BatchNorm]:
+    """Return the BatchNorms of a model that have running statistics, by name: all, or those of the given names."""
     modules = dict(model.named_modules())
-    return {name: norm for name, norm in modules.items() if isinstance(norm, _BatchNorm) and _statistics(norm)}
+    return {
+        name: norm
+        for name, norm in modules.items()
+        if isinstance(norm, _BatchNorm) and _statistics(norm) and (names is None or name in names)
+    }
 
 
 def _statistics(norm: _BatchNorm) -> list[Tensor]:

@@ -60,6 +60,14 @@ _GLOBALS = re.compile(
     r"|(__builtin__|builtins)\.(set|frozenset|complex|bytearray|dict|list|tuple|int|float|bool|str|bytes)"
     r"|_codecs\.encode"
 )
+# What training scripts save beside the weights: arguments, paths, dates, numbers of numpy. An object without content
+# takes the place of each, so that no code of these types runs.
+_HARMLESS = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|decimal\.Decimal|uuid\.UUID|fractions\.Fraction"
+    r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.(datetime|date|time|timedelta|timezone)"
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|dtypes\.\w+|(bool|u?int|float)\w*)"
+    r"|(pytorch_lightning|lightning_fabric|lightning)\.(\w+\.)*AttributeDict|easydict\.EasyDict|addict\.(\w+\.)*Dict"
+)
 # Positions in the description of a storage: ("storage", class, key, device, number of elements).
 _KEY, _NUMEL = 2, 4
 
@@ -73,6 +81,24 @@ _MEMBER = re.compile(
 _PROGRAM = "constants.pkl"
 _OTHER_MEMBERS = 16
 _ALL = 0xFFFFFFFF
+
+
+class Ignored:
+    """Takes the place of an object that is not needed, whatever it is made from and whatever it would contain."""
+
+    def __init__(self, *_: object) -> None:
+        """Keep nothing."""
+
+    def __setstate__(self, _: object) -> None:
+        """Keep nothing."""
+
+    def __setitem__(self, _key: object, _value: object) -> None:
+        """Keep nothing."""
+
+    def extend(self, _: object) -> None:
+        """Keep nothing."""
+
+    append = extend
 
 
 class RefusedError(ValueError):
@@ -98,16 +124,18 @@ def load_torch_file(file: BufferedReader, *, mapped: bool = False) -> object:
         file.read(len(_ARCHIVE)) == _ARCHIVE
     )  # as torch.load decides: another file may have an archive at its end
     file.seek(0)
+    harmless: set[str] = set()
     if archived:
-        mapped &= _check_archive(file)
+        mapped &= _check_archive(file, harmless)
     else:
-        _check_pickles(file)
-    if mapped and archived:
-        content: object = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
-        check_same_file(file)
-        return content
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        _check_pickles(file, harmless)
+    with torch.serialization.safe_globals([(Ignored, name) for name in sorted(harmless)]):
+        if mapped and archived:
+            content: object = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+            check_same_file(file)
+            return content
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def check_same_file(file: BufferedReader) -> None:
@@ -130,7 +158,7 @@ def _size(file: BufferedReader) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _check_archive(file: BufferedReader) -> bool:
+def _check_archive(file: BufferedReader, harmless: set[str]) -> bool:
     """Check the layout, claims and pickle of an archive; return whether it can be mapped, with nothing compressed."""
     _check_end(file)
     with zipfile.ZipFile(file) as archive:
@@ -143,7 +171,7 @@ def _check_archive(file: BufferedReader) -> bool:
         for record in records:
             if record.filename == f"{folder}/data.pkl":
                 with archive.open(record) as pickled:
-                    _check_pickle(_Bounded(pickled, record.file_size), _size(file))
+                    _check_pickle(_Bounded(pickled, record.file_size), _size(file), harmless)
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
@@ -192,19 +220,21 @@ def _check_members(folder: str, names: list[str]) -> None:
         raise RefusedError("two of its members have the same name")
 
 
-def _check_pickles(file: BufferedReader) -> None:
+def _check_pickles(file: BufferedReader, harmless: set[str]) -> None:
     """Check the five pickles that torch.save wrote before PyTorch 1.6; the values of the tensors follow them."""
     size = _size(file)
     for _ in range(5):
         if not file.peek(1):  # torch.load reports what is missing
             return
-        _check_pickle(_Bounded(file, size), size)
+        _check_pickle(_Bounded(file, size), size, harmless)
 
 
-def _check_pickle(file: _Bounded, size: int) -> None:
+def _check_pickle(file: _Bounded, size: int, harmless: set[str]) -> None:
+    """Check a pickle, and add the names of the types in it that are to be ignored."""
     machine = _Machine(size)
     for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):
         machine.step(opcode, argument)
+    harmless |= machine.harmless
 
 
 @runtime_checkable
@@ -255,6 +285,7 @@ class _Machine:
     """Executes the opcodes of a pickle on descriptions of values instead of values."""
 
     def __init__(self, size: int) -> None:
+        self.harmless: set[str] = set()
         self._size = size
         self._stack: list[_Value] = []
         self._below: list[list[_Value]] = []  # the stacks below each mark
@@ -314,7 +345,9 @@ class _Machine:
         made = _Value()
         if name == "GLOBAL":
             made.content = str(argument).replace(" ", ".")
-            if not _GLOBALS.fullmatch(made.content):  # in the words of torch.load
+            if _HARMLESS.fullmatch(made.content):
+                self.harmless.add(made.content)
+            elif not _GLOBALS.fullmatch(made.content):  # in the words of torch.load
                 raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {made.content} is not allowed")
         elif isinstance(argument, int | str):
             made.content = argument

@@ -186,12 +186,12 @@ def adapt_inserted(
 
     priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
     with preserved_random_state():
-        example, target, first = peeked(inserted, target, "adapt_statistics", most=2)
+        peek = peeked(inserted, target, "adapt_statistics", most=2)
         found = reestimate(
             inserted,
-            target,
+            peek.batches,
             priors=priors,
-            single_batch=first == 1,
+            single_batch=peek.read == 1,
             device=device,
             autocast=autocast,
             tolerance=tolerance,
@@ -201,7 +201,7 @@ def adapt_inserted(
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
     if insertion is None or keep_batchnorm:
         return Adaptation(found.model, found.model, insertion, (), shifts, found.images)
-    folds = fold(found.model, example, names=set(layer_of))
+    folds = fold(found.model, peek.example, names=set(layer_of))
     return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images)
 
 

@@ -48,8 +48,8 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     pre-activation networks) stays unless it can be folded.
 
     In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name,
-    nn.Identity replaces it. `nn.Sequential(layer, norm)` made by `insert_batchnorm` becomes the layer again; any other
-    Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
+    nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes the layer again; any
+    other Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
 
     Args:
         model: The model, as for `insert_batchnorm`.
@@ -89,13 +89,20 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
     """
     model = unwrapped(model)
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    plan = list(plan_folds(Trace.of(model, example), names)) if norms else []
+    plan = _plan(model, example, names) if norms else []
     folded = {each.norm for each in plan}
     return FoldResult(
         _without_batchnorms(model, plan),
         tuple(name for name in norms if name in folded),
         tuple(name for name in norms if name not in folded),
     )
+
+
+def _plan(model: AnyModule, example: Any, names: Collection[str] | None) -> list[Fold]:
+    trace = Trace.of(model, example)
+    if trace.obstacle:  # with other values, something else could read what a BatchNorm reads
+        raise GraphError(trace.obstacle)
+    return list(plan_folds(trace, names))
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained

@@ -21,7 +21,7 @@ from ..graph.copies import unwrapped
 from ..graph.layers import Kind, layer_kind
 from ..graph.sites import Site
 from ..support.text import counted
-from .splice import splice_after, splice_out
+from .splice import splice_after, splice_out, splice_over
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """Pattern of a name such as "package.module:function"."""
@@ -29,6 +29,8 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
 _MAX_EXTENT = 2**31
+WIDEST_HEAD = 1 << 16
+"""Maximum number of hidden channels of a new head."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,60 @@ class ReplacedOutput:
         return {"new_output": self.layer, "classes": self.classes}
 
 
-Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput
+@dataclass(frozen=True)
+class ReplacedHead:
+    """The dense layers of the head were replaced by new ones with a BatchNorm between them.
+
+    Attributes:
+        first: Qualified name of the first module that was replaced.
+        last: Qualified name of the last one, the output layer; in the same nn.Sequential as the first.
+        width: Number of hidden channels of the new head.
+        classes: Number of its outputs.
+    """
+
+    first: str
+    last: str
+    width: int
+    classes: int
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"new head in place of {self.first} to {self.last}: {self.width} channels, {self.classes} classes"
+
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the change in place and return the network; new tensors are on the meta device."""
+        old = _submodule(network, self.first)
+        if (
+            not isinstance(old, nn.Linear)
+            or not self.first
+            or not isinstance(_submodule(network, self.last), nn.Linear)
+        ):
+            raise CheckpointError(f"{self.first} and {self.last} are not both dense layers")
+        head = new_head(old, self.width, self.classes, device="meta")
+        splice_over(network, self.first, self.last, head)
+        return network
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the change as JSON-ready data."""
+        return {"new_head": [self.first, self.last], "width": self.width, "classes": self.classes}
+
+
+Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput | ReplacedHead
+
+
+def new_head(first: nn.Linear, width: int, classes: int, device: torch.device | str | None = None) -> list[nn.Module]:
+    """Return the modules of a new head that takes the inputs of a dense layer, with its dtype.
+
+    Args:
+        first: The dense layer whose place the first module takes.
+        width: Number of hidden channels.
+        classes: Number of outputs.
+        device: Device of the parameters; by default that of the dense layer.
+    """
+    place: dict[str, Any] = {"device": device or first.weight.device, "dtype": first.weight.dtype}
+    hidden = nn.Linear(first.in_features, width, **place)
+    return [hidden, nn.BatchNorm1d(width, **place), nn.ReLU(inplace=True), nn.Linear(width, classes, **place)]
 
 
 @dataclass(frozen=True)
@@ -220,6 +275,17 @@ def _change(document: object, place: str) -> Change:
         if not isinstance(layer, str) or not _is_extent(classes):
             raise CheckpointError(f"{place} needs a layer name and a number of classes")
         return ReplacedOutput(layer, classes)
+    if isinstance(document, dict) and "new_head" in document:
+        _check_fields(document, {"new_head", "width", "classes"}, place)
+        names, sizes = document["new_head"], (document.get("width"), document.get("classes"))
+        if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{place}.new_head is not a list of two names")
+        if names[0].rpartition(".")[0] != names[1].rpartition(".")[0]:
+            raise CheckpointError(f"{place}.new_head names layers of two modules")
+        width, classes = sizes
+        if not _is_extent(width) or not _is_extent(classes) or width > WIDEST_HEAD:
+            raise CheckpointError(f"{place} needs a width of at most {WIDEST_HEAD} and a number of classes")
+        return ReplacedHead(names[0], names[1], width, classes)
     raise CheckpointError(f"{place} is not a change that this version of bn-insert knows: {document!r:.60}")
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, cast
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..batchnorm.dropouts import dropouts_upstream
 from ..batchnorm.identity import check_eps, identity_batchnorm
-from ..errors import CalibrationError
-from ..graph.copies import AnyModule, deep_copy
+from ..errors import CalibrationError, GraphError
+from ..graph.copies import AnyModule, check_module, deep_copy, unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, layers_in
+from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, checked, no_batches, preserved_random_state
 from ..support.processes import Ranks, on_every_rank
+from ..support.text import first_line
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .history import History, InsertedBatchNorms
@@ -40,6 +44,10 @@ class Insertion(Generic[AnyModule]):
         norms: The inserted BatchNorms, by the name of their layer.
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
+        dropouts_before_batchnorm: Active dropout layers of the original whose values one of its or the inserted
+            BatchNorms normalizes, by their names in `model`; see the function `dropouts_before_batchnorm`.
+        nothing: Why no BatchNorm was inserted; empty if one was.
+        fault: What is wrong with the outputs for the first images; empty if they are the same as before.
     """
 
     model: AnyModule = field(repr=False)
@@ -48,6 +56,9 @@ class Insertion(Generic[AnyModule]):
     norms: Mapping[str, nn.Module] = field(repr=False)
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
+    dropouts_before_batchnorm: tuple[str, ...] = field(default=(), repr=False)
+    nothing: str = field(default="", repr=False)
+    fault: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -70,6 +81,7 @@ def insert(
     equalize: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    dropout_before_batchnorm: bool = True,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -99,16 +111,94 @@ def insert(
             progress(done)
 
     with preserved_random_state():
-        example, batches, _ = peeked(model, batches, "insert_batchnorm")
+        peek = peeked(model, batches, "insert_batchnorm")
+        example, first, batches = peek.example, peek.first, peek.batches
         trace = Trace.of(model, example)
+        if trace.obstacle:
+            example = next((batch for batch in Ranks.current().gathered(first) if batch is not None), example)
+            trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
             model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
         )
     edges = edges_in(trace, sites) if equalize else []
+    dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-    return Insertion(result, tuple(found), moments, norms, tuple(edges), sum(Ranks.current().gathered(images)))
+    # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
+    fault = _fault(model, result, first) if sites else ""
+    if fault and any(site.in_sequence for site in sites):
+        sites = [replace(site, in_sequence=False) for site in sites]
+        result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+        fault = _fault(model, result, first)
+        by_name = {site.name: site for site in sites}
+        found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
+    if fault:
+        fault = (
+            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its layers "
+            "are held; leave out the layers that it refers to (skip), or let it call them alone"
+        )
+    if _CANNOT_RUN in fault:
+        raise GraphError(fault)
+    # An insertion renumbers the children of an nn.Sequential, but keeps their order.
+    renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
+    if not dropout_before_batchnorm:
+        for name in dropouts:
+            renamed[name][1].p = 0.0
+    return Insertion(
+        result,
+        tuple(found),
+        moments,
+        norms,
+        tuple(edges),
+        images=sum(Ranks.current().gathered(images)),
+        dropouts_before_batchnorm=tuple(renamed[name][0] for name in dropouts),
+        nothing="" if sites else reasons_without_sites(found, trace),
+        fault=fault,
+    )
+
+
+_CANNOT_RUN = "cannot run: "
+_CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
+_LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
+
+
+def _fault(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
+    """Return what is wrong with the result on the first images of any rank, for a message; empty if nothing is."""
+    faults = Ranks.current().gathered("" if batch is None else _fault_here(model, result, batch))
+    return next(filter(None, faults), "")
+
+
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> str:
+    for part in (batch.rows(0, _CHECKED_ROWS), batch):
+        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+            seed = torch.initial_seed()
+            try:
+                torch.manual_seed(seed)
+                expected = part.run(working_copy(model))
+            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
+                continue
+            try:
+                torch.manual_seed(seed)
+                actual = part.run(working_copy(result))
+            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+                return f"{_CANNOT_RUN}{first_line(error)}"
+        return "" if _same_outputs(expected, actual) else "returns other outputs than without"
+    return ""
+
+
+def _same_outputs(expected: Any, actual: Any) -> bool:
+    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for first, second in zip(*pairs, strict=True):
+        if first.shape != second.shape:
+            return False
+        if first.is_floating_point() and first.numel() and first.isfinite().all():
+            scale = first.double().abs().max()
+            if not (second.double() - first.double()).abs().max() <= _LARGEST_DIFFERENCE * scale:
+                return False
+    return True
 
 
 def insert_batchnorm(
@@ -122,6 +212,7 @@ def insert_batchnorm(
     equalize: bool = False,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    dropout_before_batchnorm: bool = True,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -152,6 +243,8 @@ def insert_batchnorm(
             it, so that gamma is between 0.7 and 1.42. Outputs stay equal bit for bit; weights do not.
         eps: Added to the variance in each BatchNorm.
         momentum: Of the running statistics; None means a cumulative average, as in PyTorch.
+        dropout_before_batchnorm: Whether to keep dropout layers whose values a BatchNorm normalizes. They spoil its
+            statistics in training, see `dropouts_before_batchnorm`; False sets their p to 0 in the copy.
         device: Where to calibrate. Default: where the model is.
         autocast: Dtype for the calibration's forward pass; statistics stay float32 or better.
         tolerance: Stop calibrating once the statistics are this exact, see `calibrate`.
@@ -170,7 +263,7 @@ def insert_batchnorm(
         >>> torch.equal(result(x), model(x))
         True
     """
-    return insert(
+    insertion = insert(
         model,
         batches,
         layers=layers,
@@ -180,11 +273,17 @@ def insert_batchnorm(
         equalize=equalize,
         eps=eps,
         momentum=momentum,
+        dropout_before_batchnorm=dropout_before_batchnorm,
         device=device,
         autocast=autocast,
         tolerance=tolerance,
         progress=progress,
-    ).model
+    )
+    if insertion.fault:
+        raise GraphError(insertion.fault)
+    if insertion.nothing:
+        warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
+    return insertion.model
 
 
 def insert_at(
@@ -235,6 +334,10 @@ def _with_norms(
     return spliced, {site.name: norm for site, norm in norms.items()}
 
 
+def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
+    return {name: each for name, each in unwrapped(model).named_modules() if isinstance(each, _DropoutNd)}
+
+
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
     weight = next(layer.parameters())
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -253,9 +356,24 @@ class _TensorSpec:
     dtype: torch.dtype
 
 
-def peeked(
-    model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1
-) -> tuple[Inputs, Iterator[Any], int]:
+@dataclass(frozen=True, eq=False)
+class Peek:
+    """What the first batches of every rank show.
+
+    Attributes:
+        example: An example input of zeros; a rank without batches gets the shapes from the others.
+        first: The first batch of this rank; None without batches.
+        batches: All batches of this rank.
+        read: How many batches were read on all ranks together.
+    """
+
+    example: Inputs
+    first: Inputs | None
+    batches: Iterator[Any]
+    read: int
+
+
+def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1) -> Peek:
     """Read the first batches of every rank.
 
     Args:
@@ -263,14 +381,12 @@ def peeked(
         batches: Those of this rank.
         function: Name of the function that every rank has called, for messages.
         most: How many batches to read.
-
-    Returns:
-        An example input of zeros (a rank without batches gets the shapes from the others), all batches, and how many
-        were read on all ranks together.
     """
+    check_module(model)
     Ranks.current().meet(function)
     iterator: Iterator[Any] = iter(())
     first: list[Any] = []
+    inputs: list[Inputs] = []
 
     def read() -> tuple[Inputs | None, int]:
         nonlocal iterator
@@ -278,8 +394,8 @@ def peeked(
         first.extend(islice(iterator, most))
         if not first:
             return None, 0
-        specs = Inputs.of(first[0], 0, model).mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype))
-        return specs, len(first)
+        inputs.append(Inputs.of(first[0], 0, model))
+        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype)), len(first)
 
     found = on_every_rank(read)
     specs = next((each for each, _ in found if each is not None), None)
@@ -291,4 +407,4 @@ def peeked(
         lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
-    return Inputs(*zeros), chain(first, iterator), sum(count for _, count in found)
+    return Peek(Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator), sum(count for _, count in found))

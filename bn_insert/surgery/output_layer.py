@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from .history import History, ReplacedOutput
+from ..graph.layers import layer_kind
+from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head
+from .splice import splice_over
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
@@ -31,16 +35,11 @@ def replace_output(model: nn.Module, classes: int) -> None:
         >>> model[-1]
         Linear(in_features=4, out_features=10, bias=True)
     """
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
     if classes < 2:
         raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
-    modules = list(model.named_modules())
-    name, output = output_layer(model)
-    after_output = modules[[module for _, module in modules].index(output) + 1 :]
-    for norm_name, norm in after_output:
-        if isinstance(norm, _BatchNorm):
-            raise TrainingError(
-                f"BatchNorm {norm_name} comes after the output layer {name}; skip that layer when inserting BatchNorm"
-            )
+    name, output = _replaceable_output(model)
     new = nn.Linear(
         output.in_features,
         classes,
@@ -54,6 +53,75 @@ def replace_output(model: nn.Module, classes: int) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(output.training))
     History.of(model).with_change(ReplacedOutput(name, classes)).keep_with(model)
+
+
+def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
+    """Replace a network's dense layers, in place, by a new head: Linear, BatchNorm, ReLU and an output layer.
+
+    What is replaced are the children of an nn.Sequential from its first dense layer to the output layer, or, if the
+    output layer is not in an nn.Sequential, the output layer alone. The new hidden layer is initialized by PyTorch's
+    default and its random state; the output layer has zeros, as for `replace_output`.
+
+    Args:
+        model: The network to change.
+        width: Number of hidden channels, from 1 to 65,536.
+        classes: Number of classes, 2 or more.
+
+    Returns:
+        The qualified names of the new modules.
+
+    Raises:
+        TrainingError: As for `replace_output`, for a width out of range, and for a conv layer between the dense
+            layers.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
+        >>> replace_head(model, 4, classes=10)
+        ['1', '2', '3', '4']
+        >>> [type(module).__name__ for module in model]
+        ['Flatten', 'Linear', 'BatchNorm1d', 'ReLU', 'Linear']
+    """
+    if classes < 2:
+        raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
+    if not 1 <= width <= WIDEST_HEAD:
+        raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
+    last, output = _replaceable_output(model)
+    parent = last.rpartition(".")[0]
+    container = model.get_submodule(parent)
+    first = last
+    if isinstance(container, nn.Sequential):
+        names = [name for name, _ in container.named_children()]
+        dense = [name for name, child in container.named_children() if isinstance(child, nn.Linear)]
+        first = f"{parent}.{dense[0]}" if parent else dense[0]
+        for name in names[names.index(dense[0]) : names.index(dense[-1])]:
+            if any(layer_kind(module) == "conv" for module in container.get_submodule(name).modules()):
+                raise TrainingError(
+                    f"{name} of {parent or type(model).__name__} has a conv layer between the dense layers, so that "
+                    "they cannot be replaced by a new head; keep them (--head keep)"
+                )
+    old = model.get_submodule(first)
+    modules = new_head(cast(nn.Linear, old), width, classes)
+    with torch.no_grad():
+        for parameter in modules[-1].parameters():
+            parameter.zero_()
+    for module in modules:
+        module.train(output.training)
+    replaced = splice_over(model, first, last, modules)
+    History.of(model).with_change(ReplacedHead(first, last, width, classes)).keep_with(model)
+    return replaced
+
+
+def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Return the output layer; raise TrainingError if a BatchNorm comes after it."""
+    modules = list(model.named_modules())
+    name, output = output_layer(model)
+    after_output = modules[[module for _, module in modules].index(output) + 1 :]
+    for norm_name, norm in after_output:
+        if isinstance(norm, _BatchNorm):
+            raise TrainingError(
+                f"BatchNorm {norm_name} comes after the output layer {name}; skip that layer when inserting BatchNorm"
+            )
+    return name, output
 
 
 def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..graph.layers import NormalizedLayer
 from ..graph.sites import Site
-
-# Marks the containers made here, also after copying and pickling, so that a user's own Sequential is never unwrapped.
-_WRAPPER = "_made_around_one_layer"
 
 
 def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module:
@@ -17,18 +15,19 @@ def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module
 
     In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
     0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
-    replaced by `nn.Sequential(anchor, module)`. If several containers hold an anchor, this is done in each of them.
+    replaced by `NormalizedLayer(anchor, module)`, an nn.Sequential. If several containers hold an anchor, this is done
+    in each of them.
 
     Args:
         model: The network to change.
         norms: The module to insert at each site.
 
     Returns:
-        The model, or `nn.Sequential(model, module)` if the model itself is an anchor.
+        The model, or `NormalizedLayer(model, module)` if the model itself is an anchor.
     """
     siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
     wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
-    pairs: dict[int, nn.Sequential] = {}  # by anchor: all containers of an anchor get the same one
+    pairs: dict[int, NormalizedLayer] = {}  # by anchor: all containers of an anchor get the same one
     for container in list(model.modules()):
         children = _children(container)
         if isinstance(container, nn.Sequential) and any(id(child) in siblings for _, child in children):
@@ -72,20 +71,48 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
     return _unwrapped(model)
 
 
+def splice_over(model: nn.Module, first: str, last: str, modules: Sequence[nn.Module]) -> list[str]:
+    """Replace consecutive children of one module, in place, and return the names of the new modules.
+
+    Children of an nn.Sequential that are numbered from 0 are renumbered. Anywhere else an nn.Sequential of the new
+    modules gets the first one's name, and the other replaced modules go.
+
+    Args:
+        model: The network to change.
+        first: Qualified name of the first child to replace.
+        last: Qualified name of the last one, in the same module and not before the first.
+        modules: What takes their place.
+    """
+    parent, _, start = first.rpartition(".")
+    end = last.rpartition(".")[2]
+    container = model.get_submodule(parent)
+    children = _children(container)
+    names = [name for name, _ in children]
+    begin, stop = names.index(start), names.index(end)
+    prefix = f"{parent}." if parent else ""
+    if isinstance(container, nn.Sequential) and _numbered(children):
+        new = [("", module) for module in modules]
+        _set_children(container, [*children[:begin], *new, *children[stop + 1 :]], numbered=True)
+        return [f"{prefix}{begin + number}" for number in range(len(modules))]
+    setattr(container, start, nn.Sequential(*modules))
+    for name in names[begin + 1 : stop + 1]:
+        delattr(container, name)
+    return [f"{first}.{number}" for number in range(len(modules))]
+
+
 def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (name, child) pairs; unlike named_children, this lists a child held under two names twice."""
     return [(name, child) for name, child in container._modules.items() if child is not None]
 
 
-def _pair(anchor: nn.Module, norm: nn.Module) -> nn.Sequential:
-    pair = nn.Sequential(anchor, norm)
-    vars(pair)[_WRAPPER] = True
+def _pair(anchor: nn.Module, norm: nn.Module) -> NormalizedLayer:
+    pair = NormalizedLayer(anchor, norm)
     pair.training = anchor.training  # only the new container's own flag: the children keep theirs
     return pair
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    return module[0] if isinstance(module, nn.Sequential) and _WRAPPER in vars(module) and len(module) == 1 else module
+    return module[0] if isinstance(module, NormalizedLayer) and len(module) == 1 else module
 
 
 def _insert_siblings(container: nn.Sequential, siblings: Mapping[int, nn.Module]) -> None:

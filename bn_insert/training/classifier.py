@@ -55,6 +55,10 @@ class Classifier:
         """Return the context in which the network is run."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
+    def without_exchange(self) -> AbstractContextManager[Any]:
+        """Return the context in which gradients are kept, to be exchanged between processes by a later batch."""
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
+
     def training_logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
         """Return the outputs of a training step.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from torch import nn
 
 from ..errors import DivergenceError, TrainingError
 from ..images.class_folders import ClassFolders
+from ..report import Verdict, run_health
 from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, output_folder
 from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
+from .dropout import set_dropout
 from .loop import TrainingLoop
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, prepared_network
 from .progress import Progress
-from .results import STATE, RunFolder, results_in, run_facts
+from .results import STATE, TENSORBOARD, RunFolder, results_in, run_facts
 from .settings import TrainingSettings
 from .state import TrainingState, load_state, random_state, run_data
 from .stopping import StopCheck
+from .summary import RunSummary, summarize
+from .tensorboard import TensorBoard, check_tensorboard
 from .training_set import TrainingSet
 
 
@@ -36,11 +40,13 @@ class FineTuning:
         epochs: Metrics of all complete epochs, also of those before the run was resumed.
         best: The first epoch with the highest validation accuracy; None before the first epoch is complete.
         interrupted: Whether the run was stopped before its last epoch, so that it can be resumed.
+        health: What is wrong with the run, in words, or that nothing is; see `run_health` in `bn_insert.report`.
     """
 
     epochs: tuple[EpochMetrics, ...]
     best: EpochMetrics | None
     interrupted: bool
+    health: tuple[Verdict, ...] = ()
 
 
 def finetune(
@@ -52,10 +58,12 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
+    on_start: Callable[[RunSummary], None] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     stop: Callable[[], bool] | None = None,
     facts: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
 ) -> FineTuning:
     """Train a copy of a classifier on labelled images, and write the results into a folder.
 
@@ -65,8 +73,9 @@ def finetune(
     be resumed, and the report of the run, report.html, with its data, report.json.
 
     The copy has float32 in place of half precision, the memory format channels_last, and a new output layer if the
-    model's does not have one output per class. An epoch's last batch is left out if it is a single image that a
-    BatchNorm would have to normalize by. PyTorch's random state is restored.
+    model's does not have one output per class. Dropout in front of a BatchNorm is switched off unless
+    `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is left out if it is a single
+    image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
 
     In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
     DistributedDataParallel, and only the first rank writes.
@@ -81,14 +90,17 @@ def finetune(
             an uninterrupted run. A run is started if the folder has no results.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
+        on_start: Called before the first step, also of a run that is resumed.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
             statistics are not re-estimated in that case, to stop without delay.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
+        tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
+            the output folder; the package tensorboard must be installed.
 
     Returns:
-        Metrics of the epochs, and whether the run was stopped.
+        Metrics of the epochs, whether the run was stopped, and what seems to be wrong with it.
 
     Raises:
         TrainingError: For what cannot be trained or resumed as requested, and for an output folder in which a result
@@ -99,18 +111,25 @@ def finetune(
     """
     settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
     folder = Path(output_dir)
+    if tensorboard:
+        check_tensorboard()
     existing = results_in(folder)
     _check_may_write(folder, existing, resume=resume, overwrite=overwrite)
     with preserved_random_state():
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         network = prepared_network(model, settings, len(images.classes), device, ranks)
+        dropout = set_dropout(network, settings.dropout, images)
         classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp)
         training_set = TrainingSet.of(images, network, settings, ranks)
         optimizer = make_optimizer(network, settings)
         data = run_data(network, images, ranks)
-        facts = {**(facts or {}), **run_facts(network, images, device, ranks)}
-        results = RunFolder(folder, images, facts, replaced=() if resume else existing)
+        summary = summarize(
+            model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
+        )
+        facts = {**(facts or {}), **run_facts(summary, images, ranks)}
+        effective = asdict(settings) | {"dropout": str(dropout)}
+        results = RunFolder(folder, images, effective, facts, replaced=() if resume else existing)
         progress = Progress()
         if resume and existing:
             state = load_state(folder / STATE)
@@ -144,6 +163,11 @@ def finetune(
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
             if progress.just_improved:
                 _on_first_rank(lambda: results.restore_best(network), ranks)
+            if tensorboard and ranks.first:
+                writer = writing.enter_context(closing(TensorBoard(folder / TENSORBOARD, progress.history)))
+                loop = replace(loop, on_epoch=writer.after_epoch(on_epoch))
+            if on_start:
+                on_start(summary)
             try:
                 progress = loop.run(progress)
             except DivergenceError as error:
@@ -151,7 +175,8 @@ def finetune(
                     f"{error}: training diverged. Try a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), "
                     f"or a network with BatchNorm (bn-insert insert); {results.kept}"
                 ) from error
-    return FineTuning(progress.history, progress.best, interrupted=progress.epoch < settings.epochs)
+    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
+    return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
 
 
 def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:

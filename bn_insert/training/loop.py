@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from ..batchnorm.limits import set_renorm_limits
 from ..errors import DivergenceError, ImageError
@@ -17,6 +22,7 @@ from .classifier import Classifier, batch_totals, cross_entropy
 from .metrics import EpochMetrics, StepMetrics, Totals
 from .progress import Progress
 from .reestimation import reestimate_statistics
+from .remaining_time import RemainingTime
 from .schedule import learning_rate
 from .settings import TrainingSettings
 from .stopping import StopCheck, StoppedError
@@ -52,9 +58,16 @@ class TrainingLoop:
     on_step: Callable[[StepMetrics], None] | None = None
     on_epoch: Callable[[EpochMetrics], None] | None = None
 
+    @cached_property
+    def _clock(self) -> RemainingTime:
+        settings, trained = self.settings, len(self.images.train)
+        reestimated = min(settings.recalibration_images, trained) if settings.recalibrate else 0
+        evaluated = (reestimated + len(self.images.val)) / trained
+        return RemainingTime(self.training_set.steps, settings.epochs, evaluated)
+
     def run(self, progress: Progress) -> Progress:
-        """Train until the last epoch ends or the run is stopped, and return the progress."""
-        while progress.epoch < self.settings.epochs:
+        """Train until the run is complete or stopped, and return the progress."""
+        while not progress.complete(self.settings):
             started = time.monotonic()
             progress, stopped = self._train_epoch(progress)
             if not stopped:
@@ -65,6 +78,7 @@ class TrainingLoop:
             if stopped:
                 self.save(progress)
                 return progress
+            self._clock.after_evaluation()
             progress = progress.after_epoch(metrics)
             self.save(progress)
             if self.on_epoch:
@@ -74,9 +88,11 @@ class TrainingLoop:
     def _train_epoch(self, progress: Progress) -> tuple[Progress, bool]:
         """Take the remaining steps of an epoch; return the progress, and whether the run was stopped."""
         self.classifier.parallel.train()
+        self._clock.begin()
+        batches = self.training_set.batches(progress.epoch, progress.step)
         try:
-            for batch in self.training_set.batches(progress.epoch, progress.step):
-                progress, stopped = self._train_step(batch, progress)
+            while progress.step < self.training_set.steps:
+                progress, stopped = self._train_step(islice(batches, self.settings.accumulate), progress)
                 if stopped:
                     return progress, True
         except ImageError:
@@ -85,16 +101,14 @@ class TrainingLoop:
             raise
         return progress, False
 
-    def _train_step(self, batch: LabelledBatch, progress: Progress) -> tuple[Progress, bool]:
+    def _train_step(self, batches: Iterator[LabelledBatch], progress: Progress) -> tuple[Progress, bool]:
         step = progress.epoch * self.training_set.steps + progress.step
         rate = learning_rate(self.settings, step, self.training_set.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         set_renorm_limits(self.classifier.network, self.settings.renorm_limits.at(step, rate))
-        images, labels = self.classifier.inputs(batch)
-        logits = self.classifier.training_logits(images)
-        loss = cross_entropy(logits, labels, self.settings.label_smoothing)
-        figures = batch_totals(loss, logits, labels)
+        self.optimizer.zero_grad()
+        figures = self._accumulate(batches, self.training_set.images_in(progress.step))
         # One exchange per step: all ranks stop, and see that the loss is not finite, after the same step.
         asked = figures.new_tensor([self.stop.requested()])
         *sums, stopping = self.ranks.total(torch.cat([figures, asked])).tolist()
@@ -105,13 +119,29 @@ class TrainingLoop:
                 f"the loss is {mean} in step {progress.step + 1} of epoch {progress.epoch + 1} (learning rate "
                 f"{rate:.3g})"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
         self.optimizer.step()
         progress = progress.after_step(totals)
+        epoch = progress.epoch + 1
+        seconds_left = self._clock.after_step(epoch, progress.step)
         if self.on_step:
-            self.on_step(StepMetrics(progress.epoch + 1, progress.step, self.training_set.steps, mean))
+            self.on_step(StepMetrics(epoch, progress.step, self.training_set.steps, mean, seconds_left))
         return progress, stopping > 0 or self.stop.alone()
+
+    def _accumulate(self, batches: Iterator[LabelledBatch], images: int) -> Float64[Tensor, " totals"]:
+        """Accumulate the gradients of the batches of a step, which have `images` images, and return their totals."""
+        figures, seen = None, 0
+        for batch in batches:
+            inputs, labels = self.classifier.inputs(batch)
+            seen += len(labels)
+            with self.classifier.without_exchange() if seen < images else nullcontext():
+                logits = self.classifier.training_logits(inputs)
+                loss = cross_entropy(logits, labels, self.settings.label_smoothing)
+                (loss if len(labels) == images else loss * (len(labels) / images)).backward()
+            totals = batch_totals(loss, logits, labels)
+            figures = totals if figures is None else figures + totals
+        if figures is None:
+            raise RuntimeError("a step without a batch")
+        return figures
 
     def _evaluate_epoch(self, progress: Progress, started: float) -> EpochMetrics:
         """Re-estimate the running statistics, validate, and return the metrics of an epoch whose steps are done."""
@@ -120,7 +150,7 @@ class TrainingLoop:
         self.ranks.share_buffers(self.classifier.network)
         if settings.recalibrate:
             batches = self.training_set.sample(epoch, settings.recalibration_images)
-            reestimate_statistics(self.classifier, batches, self.stop, freeze_features=settings.freeze_features)
+            reestimate_statistics(self.classifier, batches, self.stop)
         validation = validate(self.classifier, self.images, settings.batch_size, self.ranks, self.stop)
         rate = learning_rate(settings, last_step, steps)
         if not math.isfinite(validation.loss):

@@ -18,12 +18,14 @@ class StepMetrics:
         step: The step within it.
         steps: Steps per epoch.
         loss: Mean loss of the batch.
+        seconds_left: Estimated time until the run ends; None while it is not known.
     """
 
     epoch: int
     step: int
     steps: int
     loss: float
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.modes import set_batchnorm_mode
 from ..errors import TrainingError
 from ..support.processes import Ranks
-from ..surgery.output_layer import output_layer, replace_output
+from ..surgery.output_layer import output_layer, replace_head, replace_output
 from .parameter_groups import parameter_groups
-from .settings import TrainingSettings
+from .settings import Trained, TrainingSettings
 
 
 def prepared_network(
@@ -21,8 +22,8 @@ def prepared_network(
 ) -> nn.Module:
     """Return a copy of a model on its device, with what the settings freeze or change.
 
-    It has float32 in place of half precision, the memory format channels_last, and a new output layer if the model's
-    does not have one output per class.
+    It has float32 in place of half precision, the memory format channels_last, and the new head of the settings, or a
+    new output layer if the model's does not have one output per class.
 
     Raises:
         TrainingError: For settings that the model cannot take.
@@ -30,17 +31,7 @@ def prepared_network(
     network = copy.deepcopy(model)
     if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
         network.float()  # small steps would be rounded away
-    if output_layer(network)[1].out_features != classes:
-        replace_output(network, classes)
-    if settings.dropout is not None:
-        layers = [module for module in network.modules() if isinstance(module, _DropoutNd)]
-        if not layers:
-            raise TrainingError(
-                f"{type(model).__name__} has no dropout layer to set to {settings.dropout}; leave out dropout "
-                "(--dropout)"
-            )
-        for layer in layers:
-            layer.p = settings.dropout
+    head = _head(network, settings, classes)
     network.to(device).to(memory_format=torch.channels_last)
     renorm = settings.batchnorm == "renorm"
     if settings.sync_bn and not renorm:
@@ -52,12 +43,45 @@ def prepared_network(
         if ranks.count > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     set_batchnorm_mode(network, settings.batchnorm, synchronize=renorm and settings.sync_bn)
+    if settings.head is not None and settings.batchnorm.startswith("freeze"):
+        for name in head:
+            set_batchnorm_mode(network.get_submodule(name), "train")  # nothing is known yet that could be frozen
+    if settings.train != "all":
+        _freeze_but(network, head, settings.train)
     if settings.freeze_features:
         features = _part(network, "features")
         _part(network, "classifier")
         set_batchnorm_mode(features, "freeze")
         features.requires_grad_(requires_grad=False)
     return network
+
+
+def _head(network: nn.Module, settings: TrainingSettings, classes: int) -> list[str]:
+    """Give a network its head, in place, and return the names of the head's modules."""
+    if settings.head is not None:
+        return replace_head(network, settings.head, classes)
+    if output_layer(network)[1].out_features != classes:
+        replace_output(network, classes)
+    return [output_layer(network)[0]]
+
+
+def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> None:
+    """Freeze all parameters but those of the head and, for "batchnorm", gamma and beta."""
+    kept = {id(parameter) for name in head for parameter in network.get_submodule(name).parameters()}
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    if trained == "batchnorm":
+        if not norms:
+            raise TrainingError(
+                f"{type(network).__name__} has no BatchNorm to train; insert it first (bn-insert insert), or use train "
+                "head (--train head)"
+            )
+        kept |= {id(parameter) for norm in norms.values() for parameter in norm.parameters()}
+    else:
+        for name, norm in norms.items():
+            if name not in head:
+                set_batchnorm_mode(norm, "freeze")
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
 
 
 def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .metrics import EpochMetrics, Totals
+from .settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Progress:
     def just_improved(self) -> bool:
         """Whether the last step ended an epoch that is the best so far."""
         return self.step == 0 and bool(self.history) and self.best is self.history[-1]
+
+    def complete(self, settings: TrainingSettings) -> bool:
+        """Return whether all epochs are complete, or the patience with epochs that are not the best is exhausted."""
+        if self.epoch >= settings.epochs:
+            return True
+        waited = self.epoch - self.best.epoch if self.best else 0
+        return self.step == 0 and settings.patience is not None and waited >= settings.patience
 
     def after_step(self, totals: Totals) -> Progress:
         """Return the progress one step later."""

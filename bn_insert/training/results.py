@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.save import stage_checkpoint
 from ..errors import CheckpointError, TrainingError
@@ -22,9 +21,11 @@ from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
 from .metrics import write_curves, write_metrics
 from .state import TrainingState, write_state
+from .summary import RunSummary
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
+TENSORBOARD = "tensorboard"  # a folder: TensorBoard's files have names of their own
 REPORTS = ("report.json", "report.html")
 RESULTS = (STATE, METRICS, CURVES, CLASSES, *REPORTS, BEST, LAST)
 
@@ -48,7 +49,7 @@ def results_in(folder: Path) -> list[str]:
     return [name for name in RESULTS if (folder / name).exists()]
 
 
-def run_facts(network: nn.Module, images: ClassFolders, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks) -> dict[str, Any]:
     """Return what the report shows about a run besides settings and epochs."""
     return {
         "data": {
@@ -56,10 +57,14 @@ def run_facts(network: nn.Module, images: ClassFolders, device: torch.device, ra
             "classes": len(images.classes),
             "training_images": len(images.train),
             "validation_images": len(images.val),
+            "largest_class": max(Counter(image.label for image in images.val).values()) / len(images.val),
             "preprocessing": images.transform.to_dict(),
         },
-        "batchnorms": sum(isinstance(module, _BatchNorm) for module in network.modules()),
-        "device": str(device),
+        "batchnorms": summary.batchnorms,
+        "parameters": summary.parameters,
+        "trained_parameters": summary.trained_parameters,
+        "output_layer": summary.output,
+        "device": summary.device,
         "processes": ranks.count,
     }
 
@@ -76,16 +81,25 @@ class RunFolder:
     - What the other run had and this one does not have yet is removed last.
     """
 
-    def __init__(self, folder: Path, images: ClassFolders, facts: Mapping[str, Any], replaced: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ClassFolders,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        replaced: Sequence[str],
+    ) -> None:
         """Describe the folder, and touch nothing.
 
         Args:
             folder: The folder.
             images: The images of the run, for class names and preprocessing.
+            settings: The settings in effect, for the report.
             facts: JSON-ready values for the report.
             replaced: Names of another run's results, which stay until this run has results.
         """
-        self._folder, self._images, self._facts, self._replaced = folder, images, facts, tuple(replaced)
+        self._folder, self._images, self._replaced = folder, images, tuple(replaced)
+        self._settings, self._facts = settings, facts
 
     @property
     def kept(self) -> str:
@@ -130,8 +144,10 @@ class RunFolder:
         }
 
     def _staged_checkpoint(self, network: nn.Module, name: str, staging: Path) -> Callable[[], None]:
-        transform = self._images.transform.to_dict()
-        return stage_checkpoint(network, self._folder / name, staging, transform=transform, overwrite=True)
+        transform, classes = self._images.transform.to_dict(), self._images.classes
+        return stage_checkpoint(
+            network, self._folder / name, staging, transform=transform, classes=classes, overwrite=True
+        )
 
     def _write_reports(self, state: TrainingState) -> list[str]:
         """Write the reports, and return the names of those that could be written."""
@@ -139,7 +155,7 @@ class RunFolder:
         # A limit of Batch Renormalization may be infinite, which JSON has no number for.
         settings = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in state.settings.items()
+            for name, value in self._settings.items()
         }
         data = run_report(self._folder.resolve().name, settings, epochs, self._facts)
         written = []

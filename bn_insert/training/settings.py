@@ -9,9 +9,21 @@ from typing import Literal, get_args
 from ..batchnorm.limits import ConstantLimits, RenormLimits
 from ..batchnorm.modes import BatchNormMode
 from ..errors import TrainingError
+from ..surgery.history import WIDEST_HEAD
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine", "step"]
+Trained = Literal["all", "batchnorm", "head"]
+
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "lr_step_size": 1,
+    "recalibration_images": 2,
+    "accumulate": 1,
+    "patience": 1,
+    "head": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,24 @@ class TrainingSettings:
         batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`.
         renorm_r_max: With `batchnorm` "renorm", the limit of r in every step; see `BatchRenorm2d`. None for no limit.
         renorm_d_max: The same for d.
+        train: What is trained: "all" parameters; "batchnorm", gamma and beta of every BatchNorm and the head, for which
+            no gradients of other weights are computed (Frankle et al., 2021, arXiv:2003.00152); or the "head" alone,
+            while BatchNorm outside of it is frozen. The head is the output layer, or the new head of `head`.
+        head: Width of a new head that replaces the dense layers, see `replace_head`; None keeps them, and replaces the
+            output layer alone if the number of classes differs. BatchNorm in a new head is trained even where
+            `batchnorm` freezes the others.
         freeze_features: Train only `model.classifier`.
-        dropout: Probability of every dropout layer; None leaves them unchanged.
+        dropout: Probability of every dropout layer; None switches off those in front of a BatchNorm that normalizes by
+            the batch, and leaves the others unchanged.
         recalibrate: Re-estimate running statistics on training images before each validation.
         recalibration_images: Number of training images for it.
         hflip: Probability of mirroring a training image from left to right.
-        seed: Seed of the order of the images, of mirroring and of dropout.
+        crop_scale: Smallest fraction of the area that a random resized crop of a training image keeps, as
+            torchvision's `RandomResizedCrop` does; 1 crops none.
+        seed: Seed of the order of the images, of mirroring, cropping and dropout, and of a new head.
+        accumulate: Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by
+            itself: its statistics are those of `batch_size` images.
+        patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.
 
     Raises:
         TrainingError: For a value out of range.
@@ -66,18 +90,23 @@ class TrainingSettings:
     batchnorm: BatchNormMode = "train"
     renorm_r_max: float | None = None
     renorm_d_max: float | None = None
+    train: Trained = "all"
+    head: int | None = None
     freeze_features: bool = False
     dropout: float | None = None
     recalibrate: bool = True
     recalibration_images: int = 1024
     hflip: float = 0.0
+    crop_scale: float = 1.0
     seed: int = 0
+    accumulate: int = 1
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         """Check each value before anything is read."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("lr_step_size", 1), ("recalibration_images", 2)):
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} is {getattr(self, name)}; use {least} or more")
+        self._check_counts()
+        if not 0 < self.crop_scale <= 1:
+            raise TrainingError(f"crop_scale is {self.crop_scale}; use a fraction of the area above 0, up to 1")
         if not 0 <= self.seed < 1 << 32:
             raise TrainingError(f"seed is {self.seed}; use 0 to {(1 << 32) - 1}")
         if not 0 < self.lr < math.inf:
@@ -96,10 +125,24 @@ class TrainingSettings:
             raise TrainingError(
                 f"lr_warmup_epochs is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of epochs"
             )
-        for name, choices in (("opt", Optimizer), ("lr_scheduler", Schedule), ("batchnorm", BatchNormMode)):
+        for name, choices in (
+            ("opt", Optimizer),
+            ("lr_scheduler", Schedule),
+            ("batchnorm", BatchNormMode),
+            ("train", Trained),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise TrainingError(f"{name} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
         self._check_renorm()
+        self._check_trained()
+
+    def _check_counts(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TrainingError(f"{name} is {value}; use {least} or more")
+        if self.head is not None and self.head > WIDEST_HEAD:
+            raise TrainingError(f"head is {self.head}; use at most {WIDEST_HEAD}")
 
     def _check_renorm(self) -> None:
         for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):
@@ -111,6 +154,18 @@ class TrainingSettings:
                 )
             if limit is not None and not limit >= least:
                 raise TrainingError(f"{name} is {limit}; use {least} or more")
+
+    def _check_trained(self) -> None:
+        if self.train != "all" and self.freeze_features:
+            raise TrainingError(
+                f"freeze_features (--freeze-features) and train {self.train} (--train {self.train}) both say what is "
+                "trained; leave out one of them"
+            )
+        if self.train == "batchnorm" and self.batchnorm == "freeze":
+            raise TrainingError(
+                "train batchnorm (--train batchnorm) trains gamma and beta, and batchnorm freeze (--batchnorm freeze) "
+                "does not; use train head (--train head), or another mode"
+            )
 
     @property
     def renorm_limits(self) -> RenormLimits:

@@ -22,8 +22,8 @@ from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 1"
-_MAY_CHANGE = {"epochs"}  # a run may be made longer
+_FORMAT = "bn-insert training state 2"
+_MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..batchnorm.modes import needs_several_values
 from ..errors import TrainingError
+from ..images.augmentation import augmented
 from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
 from ..support.processes import Ranks
@@ -28,7 +28,7 @@ class TrainingSet:
     Args:
         images: The images of all processes.
         ranks: This process's share of them.
-        settings: Batch size, seed, and probability of mirroring.
+        settings: Batch size, accumulation, seed and augmentation.
         images_per_epoch: Number of images of this process in one epoch.
     """
 
@@ -60,16 +60,29 @@ class TrainingSet:
     @property
     def steps(self) -> int:
         """Steps per epoch."""
+        return -(-self._batches_per_epoch // self.settings.accumulate)
+
+    @property
+    def _batches_per_epoch(self) -> int:
         return -(-self.images_per_epoch // self.settings.batch_size)
 
+    def images_in(self, step: int) -> int:
+        """Return the number of images of a step of an epoch, counted from 0."""
+        size = self.settings.batch_size * self.settings.accumulate
+        return min(size, self.images_per_epoch - step * size)
+
     def batches(self, epoch: int, step: int = 0) -> Iterator[LabelledBatch]:
-        """Yield the batches of an epoch from a step on, both counted from 0, with images mirrored at random."""
-        rest = self._order(epoch)[step * self.settings.batch_size : self.images_per_epoch]
-        for number, batch in enumerate(self.images.batches(rest, self.settings.batch_size, full=True), step):
-            yield self._mirrored(batch, epoch * self.steps + number)
+        """Yield the batches of an epoch from a step on, both counted from 0, with images changed at random.
+
+        Each step has `accumulate` batches, the last one perhaps fewer.
+        """
+        first = step * self.settings.accumulate
+        rest = self._order(epoch)[first * self.settings.batch_size : self.images_per_epoch]
+        for number, batch in enumerate(self.images.batches(rest, self.settings.batch_size, full=True), first):
+            yield self._augmented(batch, epoch * self._batches_per_epoch + number)
 
     def sample(self, epoch: int, count: int) -> Iterator[LabelledBatch]:
-        """Yield this process's share of at most `count` images of an epoch for re-estimation, none of them mirrored.
+        """Yield this process's share of at most `count` images of an epoch for re-estimation, unchanged.
 
         The batches are of the training's size, as those that BatchNorm normalizes by. Batch Renormalization normalizes
         by running statistics, which the statistics of a few images are far from: its batches are larger.
@@ -84,11 +97,8 @@ class TrainingSet:
         """Return this process's images in the order of an epoch."""
         return self.ranks.share(sample(self.images.train, None, self.settings.seed + _SEED_STRIDE * epoch))
 
-    def _mirrored(self, batch: LabelledBatch, step: int) -> LabelledBatch:
-        """Mirror images as the seed, the step since the start of the run, and the rank decide."""
-        if self.settings.hflip == 0:
-            return batch
-        number = step * self.ranks.count + self.ranks.rank
-        generator = torch.Generator().manual_seed(self.settings.seed + _SEED_STRIDE * number)
-        chosen = torch.rand(len(batch.labels), generator=generator) < self.settings.hflip
-        return LabelledBatch(torch.where(chosen[:, None, None, None], batch.images.flip(3), batch.images), batch.labels)
+    def _augmented(self, batch: LabelledBatch, number: int) -> LabelledBatch:
+        """Change images as the seed, the number of the batch since the start of the run, and the rank decide."""
+        seed = self.settings.seed + _SEED_STRIDE * (number * self.ranks.count + self.ranks.rank)
+        hflip, crop_scale = self.settings.hflip, self.settings.crop_scale
+        return LabelledBatch(augmented(batch.images, seed=seed, hflip=hflip, crop_scale=crop_scale), batch.labels)

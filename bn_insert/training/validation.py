@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..compare.evaluation import outcomes_of
 from ..errors import TrainingError
+from ..graph.copies import working_copy
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
-from .classifier import Classifier, batch_totals, cross_entropy, evaluating
-from .metrics import Totals
+from .classifier import Classifier
 from .stopping import StopCheck
 
 
@@ -27,7 +28,7 @@ def validate(
     """Run a network in eval mode on all validation images that can be read; every image counts once.
 
     Args:
-        classifier: The network; the training flags of its modules are restored.
+        classifier: The network; it is not changed.
         images: Class folders whose `val` images are used.
         batch_size: Images per batch.
         ranks: The processes that share the images.
@@ -38,16 +39,13 @@ def validate(
         StoppedError: When the run was asked to stop.
     """
     share = ranks.share(images.val, equal=False)
-    sums = torch.zeros(3, dtype=torch.float64)
-    with torch.inference_mode(), evaluating(classifier.network):
-        for batch in images.batches(share, batch_size) if share else ():
-            inputs, labels = classifier.inputs(batch)
-            with classifier.autocast():
-                logits = classifier.network(inputs)
-            sums += batch_totals(cross_entropy(logits, labels), logits, labels).cpu()
-            stop.check()
-    totals = Totals(*ranks.total(sums.to(classifier.device)).tolist())
-    if totals.images == 0:
+    outcomes = outcomes_of(
+        working_copy(classifier.network),
+        map(classifier.inputs, images.batches(share, batch_size)) if share else (),
+        autocast=torch.bfloat16 if classifier.amp else None,
+        progress=lambda _images: stop.check(),
+    )
+    if outcomes.images == 0:
         path, reason = images.unreadable[-1]
         raise TrainingError(f"no validation image can be read; one of them is {path}: {reason}")
-    return Validation(totals.loss / totals.images, totals.correct / totals.images)
+    return Validation(outcomes.loss, outcomes.accuracy)

@@ -19,7 +19,6 @@ from .checking import (
     CHECK_IMAGES,
     compare_on_devices,
     note_calibration,
-    note_unreadable,
     saying_what_is_written,
 )
 from .console import image_progress, print_note, print_result, print_table, print_warning
@@ -27,11 +26,11 @@ from .inputs import (
     ImageOptions,
     is_tensor_file,
     layer_kinds,
+    note_unreadable,
     open_calibration,
+    open_classifier,
     open_device,
-    preprocessing,
     print_preprocessing,
-    read_named_checkpoint,
 )
 from .interruption import signals
 from .tables import accuracy_table, comparison_table, shift_table
@@ -71,6 +70,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = True,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -106,7 +107,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, build_network, check_output, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, check_output, process_group, save_checkpoint  # noqa: PLC0415
     from bn_insert import adapt as adapt_network  # noqa: PLC0415
     from bn_insert.report import check_report  # noqa: PLC0415
 
@@ -116,10 +117,9 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    content = read_named_checkpoint(checkpoint, model)
-    transform, origin = preprocessing(content, image_options)
-    network = build_network(content, model)
-    del content
+    network, transform, classes, origin = open_classifier(
+        checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
+    )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
     target = open_calibration(target_folder, network, transform, image_options)
     kinds = layer_kinds(layers)
@@ -163,7 +163,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
         with signals.saving(str(output)):
-            save_checkpoint(adaptation.model, output, transform=transform.to_dict(), overwrite=force)
+            save_checkpoint(adaptation.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))

@@ -14,12 +14,14 @@ from .compare import compare
 from .compare_modes import compare_modes
 from .console import print_error
 from .demo import demo
+from .evaluate import evaluate
 from .finetune import finetune
 from .fold import fold
 from .insert import insert
 from .inspect import inspect
 from .interruption import signals
 from .main import main  # noqa: F401 - where commands that were installed earlier look for it
+from .predict import predict
 from .report import report
 
 BAD_INPUT = 2
@@ -80,5 +82,5 @@ def options(
     """
 
 
-for command in (insert, adapt, inspect, compare, compare_modes, finetune, fold, report, demo):
+for command in (insert, adapt, inspect, compare, compare_modes, finetune, evaluate, predict, fold, report, demo):
     app.command(cls=Command)(command)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Comparison, Moments
-    from bn_insert.images import Batches, Unreadable
+    from bn_insert.images import Batches
 
 CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
@@ -37,13 +37,6 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
-
-
-def note_unreadable(unreadable: list[Unreadable]) -> None:
-    """Print how many files were skipped, and the first of them."""
-    if unreadable:
-        first = unreadable[0]
-        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
 
 
 @contextmanager

@@ -39,6 +39,8 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     strict: opt.Strict = False,
     device: opt.Device = None,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     as_json: opt.Json = False,
 ) -> None:
     """Compare the outputs of a checkpoint in train mode and in eval mode, by batch size.
@@ -53,7 +55,9 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     wanted = batch_sizes(sizes or DEFAULT_SIZES)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform = open_checkpoint(checkpoint, image_options, model, images=images_from)
+    network, transform = open_checkpoint(
+        checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
+    )
     batches = open_calibration(images_from, network, transform, image_options)
     found = measure_train_mode(network, batches, target, wanted, single=sizes is not None)
     if as_json:

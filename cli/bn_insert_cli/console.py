@@ -233,6 +233,25 @@ def image_progress(description: str, total: int, *, shown: bool = True) -> Itera
         yield lambda done: progress.update(task, completed=done)
 
 
+@contextmanager
+def run_progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a progress bar of one epoch on stderr, with images per second; it is hidden if stderr is not a terminal.
+
+    Args:
+        total: The number of images of the epoch.
+
+    Returns:
+        A context manager that yields a function, to be called with the text before the bar and the number of images
+        processed so far.
+    """
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Speed())
+    console = stderr()
+    shown = console.is_terminal and not _quiet
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text, done: progress.update(task, description=text, completed=done)
+
+
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f} images/s" if task.speed else "", style="progress.data.speed")

@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options as opt
-from .console import image_progress, print_error, print_line, print_note, print_result
+from .console import (
+    print_error,
+    print_line,
+    print_note,
+    print_result,
+    print_warning,
+    run_progress,
+)
 from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
 from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
-    from bn_insert import EpochMetrics, FineTuning, StepMetrics
+    from bn_insert import EpochMetrics, FineTuning, RunSummary, StepMetrics
 
 DIVERGED = 1
 INTERRUPTED = 130
 
 _EPOCHS_BEFORE_ADVICE = 3
+_CLASSES_SHOWN = 20
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
 _NETWORK = "Network"
@@ -37,17 +45,40 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option("--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False),
     ],
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            min=1,
+            help="Stop after this many epochs without an improvement in validation accuracy. "
+            "[default: train for all epochs]",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("-b", "--batch-size", min=1, help="Images per step (and per process, with torchrun).")
     ] = 32,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by "
+            "itself: for small batches, see --batchnorm renorm.",
+        ),
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in DIR, or start one if DIR is empty.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the results in DIR.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of image order, mirroring and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of image order, augmentation and dropout.")] = 0,
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Train under bfloat16 autocast.")] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Also write DIR/tensorboard (needs pip install 'bn-insert[tensorboard]')."),
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RATE)] = 0.01,
     lr_warmup_epochs: Annotated[
         float, typer.Option(min=0, help="Epochs of linear warm-up; may be a fraction.", rich_help_panel=_RATE)
@@ -86,6 +117,31 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float,
         typer.Option(min=0, max=1, help="Probability of mirroring a training image.", rich_help_panel=_OPTIMIZER),
     ] = 0.0,
+    crop_scale: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Smallest fraction of the area that a random resized crop of a training image keeps, such as 0.35; "
+            "1 turns it off.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = 1.0,
+    train: Annotated[
+        Literal["all", "batchnorm", "head"],
+        typer.Option(
+            help="What is trained: everything; gamma and beta of BatchNorm and the head; the head alone.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "all",
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|WIDTH",
+            help="Keep the checkpoint's dense layers, or replace them by a new head of this width with BatchNorm.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "keep",
     batchnorm: Annotated[
         Literal["train", "renorm", "freeze-statistics", "freeze"],
         typer.Option(
@@ -127,7 +183,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             min=0,
             max=1,
-            help="Probability of every dropout layer. [default: the checkpoint's]",
+            help="Probability of every dropout layer. [default: the checkpoint's, but 0 before a BatchNorm]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -179,14 +235,21 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         batchnorm=batchnorm,
         renorm_r_max=renorm_r_max,
         renorm_d_max=renorm_d_max,
+        train=train,
+        head=_head_width(head),
         freeze_features=freeze_features,
         dropout=dropout,
         recalibrate=recalibrate,
         hflip=hflip,
+        crop_scale=crop_scale,
         seed=seed,
+        accumulate=accumulate,
+        patience=patience,
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    network, transform = open_checkpoint(checkpoint, image_options, model, images=data)
+    network, transform = open_checkpoint(
+        checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
+    )
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:
@@ -201,10 +264,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     resume=resume,
                     overwrite=force,
                     device=target,
+                    on_start=display.start if first else None,
                     on_step=display.step if first else None,
                     on_epoch=display.epoch if first else None,
                     stop=stop,
                     facts={"checkpoint": file_facts(checkpoint)} if first else {},
+                    tensorboard=tensorboard,
                 )
             except bn_insert.DivergenceError as error:
                 display.close()
@@ -226,7 +291,8 @@ class _Display:
     def __init__(self, epochs: int, images: int) -> None:
         self._epochs, self._images = epochs, images
         self._bar = ExitStack()
-        self._update: Callable[[int], None] | None = None
+        self._update: Callable[[str, int], None] | None = None
+        self._estimated = False
 
     def __enter__(self) -> _Display:
         return self
@@ -234,12 +300,20 @@ class _Display:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
+    def start(self, summary: RunSummary) -> None:
+        """Print what the run is about to do."""
+        _print_summary(summary)
+
     def step(self, metrics: StepMetrics) -> None:
-        """Advance the bar."""
+        """Advance the bar, and tell once how long the run will take."""
+        if metrics.seconds_left is not None and not self._estimated:
+            self._estimated = True
+            print_note(f"Estimated time: {_duration(metrics.seconds_left)}.")
         if self._update is None:
-            title = f"epoch {metrics.epoch} of {self._epochs}"
-            self._update = self._bar.enter_context(image_progress(title, self._images))
-        self._update(self._images * metrics.step // metrics.steps)
+            self._update = self._bar.enter_context(run_progress(self._images))
+        left = "" if metrics.seconds_left is None else f", {_duration(metrics.seconds_left)} left in all"
+        title = f"epoch {metrics.epoch} of {self._epochs}{left}"
+        self._update(title, self._images * metrics.step // metrics.steps)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print the line of a complete epoch."""
@@ -257,17 +331,53 @@ class _Display:
 
 
 def _conclude(result: FineTuning, output_dir: Path) -> None:
+    from bn_insert.report import worst  # noqa: PLC0415 - only at the end of a run
+
     if result.interrupted:
         print_error(
             f"interrupted; the run is saved in {output_dir}, and the same command with --resume (without --force) "
             "continues it"
         )
     elif result.best:
-        print_result(
-            f"Wrote {output_dir}: best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}."
-        )
+        best = f"best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}"
+        print_result(f"Wrote {output_dir}: {best}.", good=worst(result.health) != "bad")
+        for verdict in result.health:
+            if verdict.state == "bad":
+                print_warning(verdict.text)
+            elif verdict.state == "check":
+                print_note(verdict.text)
         if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_BEFORE_ADVICE:
             print_note("No epoch was better than the first: a lower --lr may preserve more of the pretrained network.")
+
+
+def _print_summary(summary: RunSummary) -> None:
+    train, val = (sum(counts[part] for counts in summary.classes.values()) for part in (0, 1))
+    print_note(f"Images: {train:,} to train on, {val:,} to validate with, {len(summary.classes)} classes.")
+    names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
+    more = f", and {len(names) - _CLASSES_SHOWN} more" if len(names) > _CLASSES_SHOWN else ""
+    print_note(f"Classes (training/validation): {', '.join(names[:_CLASSES_SHOWN])}{more}.")
+    print_note(f"Output layer: {summary.output}.")
+    trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
+    print_note(f"Trained: {trained}; {summary.batchnorms} BatchNorm layers.")
+    print_note(f"Dropout: {summary.dropout}.")
+    print_note(f"Steps: {summary.epochs * summary.steps:,} ({summary.epochs} epochs of {summary.steps:,}).")
+    print_note(f"Device: {summary.device}.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _head_width(text: str) -> int | None:
+    if text == "keep":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither keep nor a width, such as 512", param_hint="--head") from None
 
 
 def _kept(output_dir: Path) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, input_channels, open_calibration, open_checkpoint
+from .inputs import ImageOptions, input_channels, open_calibration, open_classifier
 from .interruption import signals
 from .tables import comparison_table
 
@@ -30,6 +30,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = None,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     seed: Annotated[
         int, typer.Option(help="Seed of the random inputs, or of the sample of IMAGES.", rich_help_panel=opt.PIXELS)
     ] = 0,
@@ -59,7 +61,9 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    network, transform = open_checkpoint(checkpoint, image_options, model, images=images_from)
+    network, transform, classes, _ = open_classifier(
+        checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
+    )
     if images_from is None:
         side = transform.crop or transform.resize or DEFAULT_SIDE
         generator = torch.Generator().manual_seed(seed)
@@ -76,6 +80,6 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
-        save_checkpoint(result.model, output, transform=transform.to_dict(), overwrite=force)
+        save_checkpoint(result.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {len(result.folded)} BatchNorm layers folded{kept}.")

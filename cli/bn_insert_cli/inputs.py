@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Checkpoint
-    from bn_insert.images import Batches, Transform
+    from bn_insert.images import Batches, Transform, Unreadable
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -38,34 +38,80 @@ class ImageOptions:
     strict: bool
 
 
+class Opened(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+        network: Its network.
+        transform: Its preprocessing.
+        classes: The names of its classes; empty if it stores none.
+        origin: Where the preprocessing comes from, in words.
+    """
+
+    network: nn.Module
+    transform: Transform
+    classes: tuple[str, ...]
+    origin: str
+
+
 def open_checkpoint(
-    checkpoint: str, options: ImageOptions, function: str | None = None, *, images: Path | None = None
+    checkpoint: str,
+    options: ImageOptions,
+    function: str | None = None,
+    *,
+    images: Path | None = None,
+    key: str | None = None,
+    ignore_unexpected: bool = False,
 ) -> tuple[nn.Module, Transform]:
-    """Return the network and the preprocessing of a checkpoint file or of a network in torchvision.
+    """Return the network and the preprocessing of a checkpoint; see `open_classifier`."""
+    opened = open_classifier(checkpoint, options, function, images=images, key=key, ignore_unexpected=ignore_unexpected)
+    return opened.network, opened.transform
+
+
+def open_classifier(
+    checkpoint: str,
+    options: ImageOptions,
+    function: str | None = None,
+    *,
+    images: Path | None = None,
+    key: str | None = None,
+    ignore_unexpected: bool = False,
+) -> Opened:
+    """Return what a checkpoint file contains, or the weights of a network in torchvision.
 
     Args:
         checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
         options: Preprocessing that replaces what the checkpoint stores; ImageNet's is used where neither has any.
         function: "package.module:function" that builds the architecture, from --model; it is imported and called.
         images: What the preprocessing will be used on. If it is not None, the preprocessing and its origin are printed.
+        key: --key.
+        ignore_unexpected: --ignore-unexpected.
     """
     from bn_insert import build_network  # noqa: PLC0415 - torch only when work begins
 
-    content = read_named_checkpoint(checkpoint, function)
+    content = read_named_checkpoint(checkpoint, function, key=key)
     transform, origin = preprocessing(content, options)
-    network = build_network(content, function)
+    network = build_network(content, function, ignore_unexpected=ignore_unexpected)
     if images is not None:
         print_preprocessing(transform, origin, images)
-    return network, transform
+    return Opened(network, transform, class_names(content), origin)
 
 
-def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap: bool = False) -> Checkpoint:
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the classes that a checkpoint stores, empty if it stores none."""
+    return checkpoint.settings.classes if checkpoint.settings else ()
+
+
+def read_named_checkpoint(
+    checkpoint: str, function: str | None = None, *, mmap: bool = False, key: str | None = None
+) -> Checkpoint:
     """Read a checkpoint file or the weights of a network in torchvision.
 
     Args:
         checkpoint: Path of the file, or a name in TORCHVISION_NAMES.
         function: --model; the current folder is added to the places from which it can be imported.
         mmap: Leave the values in the file until they are used.
+        key: --key.
     """
     from bn_insert import read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
 
@@ -80,7 +126,15 @@ def read_named_checkpoint(checkpoint: str, function: str | None = None, *, mmap:
     _check_name(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)  # as python -m does; the function may import more when it is called
-    return read_checkpoint(checkpoint, mmap=mmap)
+    return read_checkpoint(checkpoint, mmap=mmap, key=key)
+
+
+def print_assumptions(network: nn.Module, checkpoint: str, function: str | None) -> None:
+    """Print what was assumed of a network that was built from the keys of its checkpoint file alone."""
+    from bn_insert import vgg_assumptions  # noqa: PLC0415
+
+    if function is None and not is_torchvision_name(checkpoint) and (assumed := vgg_assumptions(network)):
+        print_note(assumed)
 
 
 def is_torchvision_name(checkpoint: str) -> bool:
@@ -198,6 +252,13 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         channels=input_channels(model),
         strict=options.strict,
     )
+
+
+def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
+    """Print how many files were skipped, and the first with the reason."""
+    if unreadable:
+        first = unreadable[0]
+        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
 
 
 def input_channels(model: nn.Module) -> int:

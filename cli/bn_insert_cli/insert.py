@@ -19,7 +19,6 @@ from .checking import (
     CHECK_IMAGES,
     compare_on_devices,
     note_calibration,
-    note_unreadable,
     saying_what_is_written,
 )
 from .console import image_progress, print_note, print_result, print_table
@@ -27,11 +26,12 @@ from .inputs import (
     ImageOptions,
     is_tensor_file,
     layer_kinds,
+    note_unreadable,
     open_calibration,
+    open_classifier,
     open_device,
-    preprocessing,
+    print_assumptions,
     print_preprocessing,
-    read_named_checkpoint,
 )
 from .interruption import signals
 from .tables import comparison_table, edge_table, site_table
@@ -50,6 +50,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     calibration: opt.Calibration,
     output: opt.Output,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
@@ -99,7 +101,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, build_network, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
     from bn_insert.report import check_report  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
@@ -107,16 +109,16 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    content = read_named_checkpoint(checkpoint, model)
-    transform, origin = preprocessing(content, image_options)
-    network = build_network(content, model)
-    del content
+    network, transform, classes, origin = open_classifier(
+        checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
+    )
     batches = open_calibration(calibration, network, transform, image_options)
     kinds = layer_kinds(layers)
     with process_group(open_device(device)) as target:
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
+            print_assumptions(network, checkpoint, model)
         share = batches.part(ranks.rank, ranks.count)
         if target.type == "cuda":
             share = share.with_pinned_memory()
@@ -147,12 +149,13 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if equalize:
         print_table(edge_table(insertion.edges))
     note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches)
+    _note_dropouts(insertion)
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
         with signals.saving(str(output)):
-            save_checkpoint(insertion.model, output, transform=transform.to_dict(), overwrite=force)
+            save_checkpoint(insertion.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {
@@ -189,13 +192,16 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
 
     if insertion.sites:
         return
-    layers: dict[str, list[str]] = {}
-    for layer in insertion.layers:
-        layers.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
-    reasons = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in layers.items())
-    raise GraphError(
-        f"nothing to insert in {checkpoint}, and nothing was written ({reasons or 'it has no conv or dense layer'})"
-    )
+    raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
+
+
+def _note_dropouts(insertion: Insertion[nn.Module]) -> None:
+    if insertion.dropouts_before_batchnorm:
+        print_note(
+            f"Dropout before BatchNorm: {', '.join(insertion.dropouts_before_batchnorm)}. In training it makes the "
+            "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "
+            "off; in your own training loop, set p of these layers to 0."
+        )
 
 
 def _write_report(

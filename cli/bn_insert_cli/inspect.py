@@ -10,7 +10,7 @@ import typer
 
 from . import options as opt
 from .console import plain, print_json, print_line, print_result, print_table, table
-from .inputs import input_channels, layer_kinds, read_named_checkpoint
+from .inputs import input_channels, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table
 
 if TYPE_CHECKING:
@@ -19,14 +19,25 @@ if TYPE_CHECKING:
     from bn_insert import Settings
 
 
+_CLASSES_SHOWN = 10
+DEFAULT_SIDE = 224
+
+
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
     layers: opt.Layers = "conv,dense",
     include_output: opt.IncludeOutput = False,
     skip: opt.Skip = None,
     placement: opt.Placement = "before-activation",
-    size: Annotated[int, typer.Option(min=1, help="Side of the input images, which determines output shapes.")] = 224,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the input images, which determines output shapes. [default: the checkpoint's, or 224]"
+        ),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show every conv and dense layer and whether a BatchNorm can be inserted after it, and the settings in the file.
@@ -39,9 +50,12 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
 
     from bn_insert import build_network, survey  # noqa: PLC0415
 
-    content = read_named_checkpoint(checkpoint, model, mmap=True)
-    network = build_network(content, model)
-    example = torch.zeros(2, input_channels(network), size, size)
+    content = read_named_checkpoint(checkpoint, model, mmap=True, key=key)
+    network = build_network(content, model, ignore_unexpected=ignore_unexpected)
+    transform = (content.settings.transform if content.settings else None) or {}
+    stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), DEFAULT_SIDE)
+    side = size or stored
+    example = torch.zeros(2, input_channels(network), side, side)
     found = survey(
         network,
         example,
@@ -61,8 +75,9 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         )
         return
     print_table(layer_table(found, weights))
+    print_assumptions(network, checkpoint, model)
     if content.settings is None:
-        print_line("The file stores no settings (eps, momentum, dropout, preprocessing, changes by bn-insert).")
+        print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")
     else:
         print_table(_settings_table(content.settings, content.settings_place))
     print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")
@@ -82,6 +97,12 @@ def _settings_table(settings: Settings, place: str) -> Table:
     else:
         described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
         result.add_row("preprocessing", plain(described))
+    if settings.classes:
+        more = len(settings.classes) - _CLASSES_SHOWN
+        shown = ", ".join(settings.classes[:_CLASSES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        result.add_row("classes", f"{len(settings.classes):,}: {shown}")
+    else:
+        result.add_row("classes", "names not stored")
     if settings.history.function:
         result.add_row("built by", plain(settings.history.function))
     changes = "; ".join(change.description for change in settings.history.changes)

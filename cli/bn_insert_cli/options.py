@@ -27,6 +27,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="NAME", help="Key of the dict in CHECKPOINT that has the state dict.", show_default=False
+    ),
+]
+IgnoreUnexpected = Annotated[
+    bool, typer.Option("--ignore-unexpected", help="Pass over tensors in CHECKPOINT that the network does not have.")
+]
 Calibration = Annotated[
     Path,
     typer.Argument(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bn_insert import (
         Comparison,
         Edge,
+        Evaluation,
         Layer,
         Moments,
         PredictionComparison,
@@ -78,6 +79,27 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
             f"{comparison.max_rel:.3g}",
             *[f"{comparison.top1_agreement:.2%}"] * classes,
         )
+    return result
+
+
+def class_table(evaluation: Evaluation) -> Table:
+    """Return one row per class: its images, the accuracy on them, and the classes that they are most often taken for.
+
+    Classes without images are left out, and counted below the table.
+    """
+    numbers = ("images", "correct", "accuracy")
+    result = table("Accuracy by class", "class", *numbers, "most often taken for", right=numbers)
+    rows = zip(evaluation.classes, evaluation.class_accuracy, evaluation.confusion, strict=True)
+    missing = 0
+    for label, (name, accuracy, counts) in enumerate(rows):
+        if not (images := sum(counts)):
+            missing += 1
+            continue
+        others = [(-count, other) for other, count in enumerate(counts) if count and other != label]
+        taken_for = ", ".join(f"{evaluation.classes[other]} ({-count:,})" for count, other in sorted(others)[:2])
+        result.add_row(name, f"{images:,}", f"{counts[label]:,}", f"{accuracy:.2%}", taken_for or "-")
+    if missing:
+        result.caption = f"{missing:,} of {len(evaluation.classes):,} classes have no images here"
     return result
 
 

@@ -21,6 +21,7 @@ import bn_insert.checkpoints.read
 from bn_insert.checkpoints.load import build_network, load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
+from bn_insert.checkpoints.settings import Settings
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
 from support.commands import run_forked
@@ -76,6 +77,26 @@ def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
     settings = read_settings(tmp_path / name)
     assert settings is not None
     assert settings.transform == {"resize": 256, "mean": [0.5, 0.4, 0.3], "crop": None}
+
+
+@BOTH_FORMATS
+def test_class_names_come_back_in_their_order(name: str, tmp_path: Path) -> None:
+    save_checkpoint(vgg_of(SPEC), tmp_path / name, classes=("zebra", "Über $1$", "ant"))
+    settings = read_settings(tmp_path / name)
+    assert settings is not None
+    assert settings.classes == ("zebra", "Über $1$", "ant")
+
+
+def test_only_a_file_with_class_names_needs_a_version_of_bn_insert_that_knows_them() -> None:
+    plain, named = Settings(), Settings(classes=("ant",))
+    assert (plain.to_document()["version"], named.to_document()["version"]) == (1, 2)
+    assert Settings.from_json(named.to_json()) == named
+
+
+def test_class_names_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> None:
+    message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth", classes=["ant", "ant"]))
+    assert "vgg.pth: classes names 'ant' twice" in message
+    assert not contents(tmp_path)
 
 
 @BOTH_FORMATS
@@ -333,7 +354,7 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 2}, 'the field "version" is 2, and this version of bn-insert reads version 1'),
+        ({"version": 3}, 'the field "version" is 3, and this version of bn-insert reads versions 1 and 2'),
         ({"batchnorm": []}, "batchnorm is a list, not an object"),
         ({"batchnorm": {"features.1": 3}}, "batchnorm.features.1 is a number, not an object"),
         (
@@ -352,6 +373,15 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
         ({"transform": [1]}, "transform is a list, not an object"),
         ({"batch_norm": {}}, "unknown field 'batch_norm'"),
         ({"replaces": {}}, "unknown field 'replaces'"),
+        ({"classes": ["cat"]}, "unknown field 'classes'"),  # version 1 had none
+        ({"version": 2, "classes": "cat"}, "classes is a string, not a list"),
+        ({"version": 2, "classes": ["cat", 3]}, "classes.1 is a number, not a string"),
+        ({"version": 2, "classes": ["cat", "dog", "cat"]}, "classes names 'cat' twice"),
+        ({"version": 2, "classes": ["cat", ""]}, "classes.1, '', is empty"),
+        ({"version": 2, "classes": ["cat\ndog"]}, "classes.0, 'cat\\ndog', contains a line break"),
+        ({"version": 2, "classes": ["\ud800"]}, "classes.0, '\\ud800', is not valid Unicode"),
+        ({"version": 2, "classes": ["x" * 1001]}, "is longer than 1,000 characters"),
+        ({"version": 2, "classes": [str(number) for number in range(100_001)]}, "classes has 100,001 names, more than"),
     ],
 )
 def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
@@ -842,7 +872,7 @@ def lfs_pointer() -> bytes:
         (b"PK\x03\x04", "is damaged, or was not written by torch.save or safetensors"),
         (b"PK\x03\x04" + b"\x00" * 1000, "is damaged"),
         (b"\x80\x02.", "is damaged"),
-        (pickle.dumps({"a": 1}, protocol=4), "is damaged, or was not written by torch.save"),
+        (pickle.dumps({"a": 1}, protocol=4), "is a pickle that torch.save did not write"),
         (struct.pack("<Q", 1 << 62) + b"{" + b" " * 1000, "header too large"),
         (struct.pack("<Q", 90_000_000) + b"{" + b" " * 1000, "is damaged"),
         (struct.pack("<Q", 2) + b"{}", "contains no tensors"),
@@ -885,7 +915,7 @@ def recursive_dict() -> dict[str, Any]:
         (torch.ones(2), "contains a Tensor, not a state dict"),
         ({}, "contains no tensors"),
         ({"state_dict": {}, "epoch": 3}, "has a dict under 'state_dict'"),
-        ({"epoch": 3, "net": {"a": torch.ones(1)}}, "has an int under 'epoch', where a state dict has a tensor"),
+        ({"epoch": 3, "other": {"a": torch.ones(1)}}, "has an int under 'epoch', where a state dict has a tensor"),
         ({3: torch.ones(1)}, "has a key that is not a string, 3"),
         ({"state_dict": {("a", 1): torch.ones(1)}}, "has a key that is not a string, ('a', 1)"),
         (recursive_dict(), "has a dict under 'state_dict'"),

@@ -112,7 +112,7 @@ def test_killed_after_the_checkpoint_was_replaced_its_new_settings_hold(
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 2}, 'the field "version" is 2, and this version of bn-insert reads version 1'),
+        ({"version": 3}, 'the field "version" is 3, and this version of bn-insert reads versions 1 and 2'),
         ({"batchnorm": {"features.1": {"eps": -1e-5}}}, "batchnorm.features.1.eps is -1e-05, and must be finite"),
         ({"batch_norm": {}}, "unknown field 'batch_norm'"),
         ({"replaces": 3}, 'the field "replaces" has a value that bn-insert never wrote'),

@@ -16,7 +16,7 @@ from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, assert_refused, run_process, start_forked, text_of
 
 
-@pytest.mark.parametrize("command", ["insert", "inspect", "compare", "demo"])
+@pytest.mark.parametrize("command", ["insert", "inspect", "compare", "evaluate", "predict", "demo"])
 def test_every_help_has_an_example(run: Run, command: str) -> None:
     assert f"Example: bn-insert {command}" in text_of(run(command, "--help").stdout)
 
@@ -100,8 +100,8 @@ main()
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_from_outside_leaves_nothing_behind(tmp_path: Path, stop: signal.Signals, code: int) -> None:
-    torch.save(torch.rand(20000, 3, 32, 32), tmp_path / "x.pt")
-    command = ("insert", network_path(), "x.pt", "-o", "out.pth", "--images", 1000000, "-b", 8)
+    torch.save(torch.zeros(5000, 3, 32, 32), tmp_path / "x.pt")
+    command = ("insert", network_path(), "x.pt", "-o", "out.pth", "--images", 1000000, "-b", 2)
     process = start_forked("-c", ANNOUNCING, *command, folder=tmp_path)
     assert process.stdout.readline() == "running\n"
     process.send_signal(stop)

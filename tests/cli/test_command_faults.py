@@ -111,6 +111,7 @@ def test_a_read_only_folder_is_one_message(
         Path(folder).chmod(0o755)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path) -> None:
     run(*finetune(inputs)(inputs / "first"))
     with tempfile.TemporaryDirectory(dir=inputs) as folder:

@@ -42,16 +42,26 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     inserted = run("insert", network_path(), digits / "train", "-o", "bn.pth", "--equalize", *AS_STORED)
     assert inserted.exit_code == 0, inserted.output
+    assert "Dropout before BatchNorm: classifier.3." in inserted.stderr
     # Preprocessing comes from the checkpoint.
     trained = run("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, "-b", 8, "-j", 0)
     assert trained.exit_code == 0, trained.output
     assert {path.name for path in Path("run").iterdir()} == FILES
     assert len(re.findall(r"^epoch [12] of 2: lr .* accuracy .*%; .* s$", trained.stdout, re.MULTILINE)) == 2
     assert "Wrote run: best validation accuracy" in trained.stdout
+    shown = text_of(trained.stderr)
+    assert "40 to train on, 20 to validate with, 10 classes" in shown
+    assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
+    assert "classifier.8 kept, 10 classes" in shown
+    assert "Estimated time: " in trained.stderr
     told = json.loads(Path("run/report.json").read_text())["runs"][0]
     assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
     with Path("run/metrics.csv").open() as file:
         assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [each["val_loss"] for each in told["epochs"]]
+    evaluated = json.loads(run("evaluate", "run/last.pth", digits, "--json").stdout)
+    assert (evaluated["folder"], evaluated["classes_stored"]) == (str(digits / "val"), True)
+    assert evaluated["accuracy"] == told["epochs"][-1]["val_accuracy"]
+    assert evaluated["loss"] == pytest.approx(told["epochs"][-1]["val_loss"], rel=1e-4)
     assert Path("run/report.html").read_text().count("<figure") == 3
     folded = run("fold", "run/best.pth", "-o", "plain.pth")
     assert folded.exit_code == 0, folded.output
@@ -117,6 +127,9 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
             "renorm_r_max is a limit of Batch Renormalization; leave it out, or use it",
         ),
         (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
+        (("DIGITS", "--head", "wide"), "'wide' is neither keep nor a width, such as 512"),
+        (("DIGITS", "--train", "batchnorm"), "has no BatchNorm to train; insert it first (bn-insert insert)"),
+        (("DIGITS", "--crop-scale", "0"), "crop_scale is 0.0; use a fraction of the area"),
         (("DIGITS/train",), "has no folder train/"),
     ],
 )
@@ -135,13 +148,26 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
     assert run(*command).exit_code == 0
     assert_refused(run(*command), "run already contains results", "--resume", "--force")
-    options = ("--opt", "adamw", "--weight-decay", 0.1, "--dropout", 0.25, "--no-recalibrate", "--batchnorm", "freeze")
+    options: tuple[object, ...] = ("--patience", 3, "--accumulate", 2, "--crop-scale", 0.5, "--train", "head")
+    options = (
+        *options,
+        "--opt",
+        "adamw",
+        "--weight-decay",
+        0.1,
+        "--dropout",
+        0.25,
+        "--no-recalibrate",
+        "--batchnorm",
+        "freeze",
+    )
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output
     settings = load_state(Path("run/state.pth")).settings
     assert (settings["opt"], settings["weight_decay"], settings["dropout"]) == ("adamw", 0.1, 0.25)
     assert (settings["recalibrate"], settings["batchnorm"], settings["seed"]) == (False, "freeze", 3)
     assert (settings["lr_scheduler"], settings["label_smoothing"]) == ("step", 0.1)
+    assert [settings[name] for name in ("patience", "accumulate", "crop_scale", "train")] == [3, 2, 0.5, "head"]
 
 
 def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately(monkeypatch: pytest.MonkeyPatch) -> None:

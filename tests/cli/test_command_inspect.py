@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, text_of
+from support.networks import small_vgg
 
 
 def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> None:
@@ -20,3 +23,17 @@ def test_inspect_on_a_batchnorm_network_names_the_normalization(run: Run, digits
     result = run("inspect", "out.pth")
     assert "already followed by a normalization: features.1" in text_of(result.stdout)
     assert "output layer" in result.stdout
+
+
+def test_inspect_prints_what_is_assumed_of_a_vgg_and_takes_the_key_of_its_state_dict(run: Run) -> None:
+    content = {"best": small_vgg().state_dict() | {"total_ops": torch.zeros(1)}, "epoch": 3}
+    torch.save(content, "network.pth")
+    refused = run("inspect", "network.pth")
+    assert refused.exit_code == 2
+    assert "its keys are best (OrderedDict), epoch (int)" in text_of(refused.output)
+    result = run("inspect", "network.pth", "--key", "best", "--ignore-unexpected", "--size", "16")
+    assert result.exit_code == 0, result.output
+    words = "ReLU for every conv, 2 x 2 max pooling at features.2, features.5, dropout at classifier.2, classifier.5"
+    assert words in text_of(result.output)
+    with_model = run("inspect", "network.pth", "--key", "best", "--model", "support.networks:small_vgg")
+    assert "total_ops is not in the model" in text_of(with_model.output)

@@ -34,7 +34,10 @@ def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) ->
     assert process.returncode == 0
     first, *others = errors.splitlines()
     assert first.startswith("Preprocessing: ")
-    assert others == ["Calibrated on 20 images."]
+    assumed, calibrated, dropout = others
+    assert assumed.startswith("Assumed")
+    assert calibrated == "Calibrated on 20 images."
+    assert dropout.startswith("Dropout before BatchNorm: classifier.3. ")
     assert (tmp_path / "out.pth").exists()
 
 

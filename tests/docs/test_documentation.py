@@ -7,11 +7,9 @@ follows the page. The comment behind a `print(...)` is what it prints. A block t
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typer.testing import CliRunner
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
 from bn_insert_cli.app import app
+from support.commands import start_forked
 from support.digits import copy_digits, copy_labelled_digits
 from support.vgg_specs import vgg_of
 
@@ -88,6 +87,10 @@ def run_shell(block: Block, _capsys: pytest.CaptureFixture[str]) -> None:
         if command.startswith("bn-insert "):  # in this process: starting one for each would take most of the time
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, f"{block}\n{command}\n{result.output}\n{result.exception!r}"
+        elif command.startswith("torchrun "):  # which is torch.distributed.run; forked, it need not import torch
+            process = start_forked("-m", "torch.distributed.run", *shlex.split(command)[1:], folder=Path.cwd())
+            outputs = process.communicate(timeout=300)
+            assert process.returncode == 0, "\n".join((str(block), command, *outputs))
         else:
             ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
             assert ran.returncode == 0, f"{block}\n{command}\n{ran.stdout}\n{ran.stderr}"
@@ -111,8 +114,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_digits(tmp_path / "demo-images", 12)
     monkeypatch.setattr("bn_insert.demo.images_path", lambda: tmp_path / "demo-images")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # torchrun
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Where shell completion is installed, and for which shell: not those of whoever runs the tests.
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))

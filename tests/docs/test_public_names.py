@@ -27,13 +27,14 @@ INSERT_OPTIONS = {
     "equalize": False,
     "eps": 1e-5,
     "momentum": 0.1,
+    "dropout_before_batchnorm": True,
     "device": None,
     "autocast": None,
     "tolerance": None,
     "progress": None,
 }
 ADAPT_OPTIONS = {
-    **{name: value for name, value in INSERT_OPTIONS.items() if name != "equalize"},
+    **{name: value for name, value in INSERT_OPTIONS.items() if name not in ("equalize", "dropout_before_batchnorm")},
     "keep_batchnorm": False,
     "shrink": True,
 }
@@ -55,14 +56,18 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"edges": (), "eps": 1e-5, "momentum": 0.1},
     ),
     "insert_batchnorm": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
-    "load_checkpoint": ({"path": REQUIRED}, {"model": None, "mmap": False}),
+    "load_checkpoint": (
+        {"path": REQUIRED},
+        {"model": None, "mmap": False, "key": None, "ignore_unexpected": False},
+    ),
     "parameter_groups": ({"model": REQUIRED, "weight_decay": REQUIRED, "norm_weight_decay": 0.0}, {}),
     "recalibrate": (
         {"model": REQUIRED, "batches": REQUIRED},
         {"earlier": "batch", "device": None, "autocast": None, "progress": None},
     ),
+    "replace_head": ({"model": REQUIRED, "width": REQUIRED, "classes": REQUIRED}, {}),
     "replace_output": ({"model": REQUIRED, "classes": REQUIRED}, {}),
-    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "overwrite": False}),
+    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "classes": (), "overwrite": False}),
     "smallest_agreeing": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "survey": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),
     "train_mode_agreement": (
@@ -73,11 +78,12 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adapt": ({"model": REQUIRED, "source": REQUIRED, "target": REQUIRED}, ADAPT_OPTIONS),
     "adapt_statistics": ({"model": REQUIRED, "source": REQUIRED, "target": REQUIRED}, ADAPT_OPTIONS),
     "agreement_reading": ({"agreements": REQUIRED, "least": 0.95}, {}),
+    "dropouts_before_batchnorm": ({"model": REQUIRED, "example": REQUIRED}, {}),
     "compare_predictions": (
         {"original": REQUIRED, "changed": REQUIRED, "batches": REQUIRED},
         {"progress": None},
     ),
-    "build_network": ({"checkpoint": REQUIRED, "model": None}, {}),
+    "build_network": ({"checkpoint": REQUIRED, "model": None}, {"ignore_unexpected": False}),
     "check_output": ({"path": REQUIRED}, {"overwrite": False}),
     "finetune": (
         {"model": REQUIRED, "images": REQUIRED, "output_dir": REQUIRED, "settings": None},
@@ -85,22 +91,33 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "resume": False,
             "overwrite": False,
             "device": "cpu",
+            "on_start": None,
             "on_step": None,
             "on_epoch": None,
             "stop": None,
             "facts": None,
+            "tensorboard": False,
         },
+    ),
+    "evaluate": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"classes": (), "device": None, "autocast": None, "progress": None},
+    ),
+    "predict": (
+        {"model": REQUIRED, "batches": REQUIRED},
+        {"top": 1, "classes": (), "device": None, "autocast": None, "progress": None},
     ),
     "finite_part": ({"model": REQUIRED}, {}),
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
     "insert": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
     "process_group": ({"device": REQUIRED}, {}),
-    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False}),
+    "read_checkpoint": ({"path": REQUIRED}, {"mmap": False, "key": None}),
     "set_batchnorm_mode": (
         {"model": REQUIRED, "mode": REQUIRED},
         {"r_max": math.inf, "d_max": math.inf, "synchronize": False},
     ),
     "torchvision_checkpoint": ({"name": REQUIRED}, {"progress": False}),
+    "vgg_assumptions": ({"network": REQUIRED}, {}),
 }
 
 # `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's
@@ -136,12 +153,21 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"),
         (),
     ),
-    "FineTuning": (("epochs", "best", "interrupted"), ()),
+    "FineTuning": (("epochs", "best", "interrupted", "health"), ()),
+    "Evaluation": (("images", "accuracy", "loss", "classes", "class_accuracy", "confusion"), ()),
+    "Prediction": (("path", "labels", "classes", "probabilities"), ()),
     "FoldResult": (("model", "folded", "left"), ()),
-    "Insertion": (("model", "layers", "moments", "norms", "edges", "images"), ("sites", "layer_statistics")),
+    "Insertion": (
+        ("model", "layers", "moments", "norms", "edges", "images", "dropouts_before_batchnorm", "nothing", "fault"),
+        ("sites", "layer_statistics"),
+    ),
     "Ranks": (("rank", "count"), ("current", "first")),
-    "Settings": (("batchnorm", "dropout", "transform", "history"), ()),
-    "StepMetrics": (("epoch", "step", "steps", "loss"), ()),
+    "RunSummary": (
+        ("classes", "preprocessing", "device", "parameters", "trained_parameters", "batchnorms", "dropout", "output"),
+        (),
+    ),
+    "StepMetrics": (("epoch", "step", "steps", "loss", "seconds_left"), ()),
+    "Settings": (("batchnorm", "dropout", "transform", "history", "classes"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),
 }
 

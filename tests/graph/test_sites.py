@@ -12,7 +12,6 @@ from bn_insert.graph.trace import Trace
 from support.networks import (
     CalledFromTwoSequentials,
     CalledTwice,
-    ControlledByValues,
     HeldAsAttributes,
     RegisteredBackwards,
     SeveralOutputs,
@@ -369,12 +368,24 @@ def test_a_model_without_layers_has_no_sites() -> None:
     assert survey(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2, 8)) == []
 
 
+class ComputesInNumpy(nn.Module):
+    """A forward that leaves PyTorch, which no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * float(x.numpy().max())
+
+
 def test_a_model_that_cannot_be_traced_is_a_graph_error_with_class_shape_and_way_out() -> None:
     with pytest.raises(GraphError) as caught:
-        find_sites(ControlledByValues(), images(2, 8))
+        find_sites(ComputesInNumpy(), images(2, 8))
     message = str(caught.value)
-    assert message.startswith("torch.export cannot trace ControlledByValues for an input of shape (2, 3, 8, 8): ")
+    assert message.startswith("torch.export cannot trace ComputesInNumpy for an input of shape (2, 3, 8, 8): ")
     assert message.endswith(". Pass a submodule that contains the layers and has no such code in its forward")
+    assert "test_sites.py:" in message and "return self.conv(x) * float(x.numpy().max())" in message
     assert "\n" not in message
     assert caught.value.__cause__ is not None
 

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_image
 from torchvision.models import VGG16_Weights
 
 from bn_insert.errors import ImageError
 from bn_insert.images import Batches, Transform, find_images, image_batches, open_batches, sample
 from bn_insert.images.batches import Unreadable
 from bn_insert.images.files import read_image, read_pixels
+from support.photographs import photograph
 
 PLAIN = Transform(resize=None, crop=8, mean=(0.0,), std=(1.0,))
-PHOTOGRAPH = load_sample_image("china.jpg")
+PHOTOGRAPH = photograph("china")
 
 
 def picture(number: int, size: tuple[int, int] = (12, 10)) -> Image.Image:

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from torchvision.models import VGG16_Weights
 from torchvision.transforms import functional as F
 
 from bn_insert.errors import ImageError
 from bn_insert.images.transform import Transform
+from support.photographs import photograph
 
-PHOTOGRAPHS = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+PHOTOGRAPHS = {name: photograph(name) for name in ("china", "flower")}
 
 
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS)

@@ -18,6 +18,7 @@ from bn_insert import CheckpointError, insert, train_mode_agreement
 from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
+from bn_insert.report.health import run_health
 from bn_insert.report.page import page
 from bn_insert.report.verdicts import next_command, runs_verdict, verdicts
 from bn_insert.training.metrics import EpochMetrics
@@ -312,6 +313,53 @@ def test_one_run_has_curves_for_training_and_validation() -> None:
     assert "Best validation accuracy 75.00 %, in epoch 2; 3 of 3 epochs completed." in found.text
 
 
+def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dict[str, Any]]:
+    return [
+        asdict(EpochMetrics(number, number, 0.01, 1.0, 0.5, loss, accuracy, 1.0))
+        for number, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "state", "wording"),
+    [
+        ((0.9, 0.3, 0.3), (0.6, 0.9, 0.9), "good", "No sign of trouble"),
+        ((1.0, 0.9, 0.9), (0.5, 0.5, 0.4), "bad", "50.0%, is not above 50.0%, the share of the largest class"),
+        ((1.9, 1.5, 1.5), (0.6, 0.7, 0.7), "bad", "1.5 at its lowest, is above 1.39 = ln(4), that of guessing"),
+        ((0.9, 0.5, 9.0), (0.6, 0.7, 0.6), "bad", "rose from 0.5 to 9, above 1.39 = ln(4), that of guessing: training"),
+        ((1.3, 1.2, 1.2), (0.6, 0.7, 0.7), "check", "is little below 1.39"),
+        ((0.9, 0.8, 0.6), (0.6, 0.7, 0.8), "check", "still falling, from 0.8 to 0.6 in the last epoch"),
+        ((0.9, 0.3), (0.6, 0.9), "check", "2 of 3 epochs were completed"),
+    ],
+)
+def test_the_health_of_a_run_is_said_in_words(
+    losses: tuple[float, ...], accuracies: tuple[float, ...], state: str, wording: str
+) -> None:
+    data = {"folder": "flowers", "classes": 4, "largest_class": 0.5}
+    report = run_report("a", {"epochs": 3}, epochs(losses, accuracies), {"batchnorms": 0, "data": data})
+    health = report["runs"][0]["health"]
+    assert state in {verdict["state"] for verdict in health}
+    assert any(wording in verdict["text"] for verdict in health)
+    text = page(report)
+    assert wording in Page(text).text
+    assert ('class="verdict good"' in text) == (state == "good")
+
+
+def test_a_run_that_failed_is_never_shown_as_good_among_others() -> None:
+    data = {"data": {"classes": 4, "largest_class": 0.5}, "batchnorms": 0}
+    reports = [run_report(name, {"epochs": 2}, epochs((1.9, 1.9), (0.3, 0.2)), data)["runs"][0] for name in "ab"]
+    text = page(runs_report(reports))
+    assert '"verdict good"' not in text
+    assert '<span class="good">best' not in text
+    assert Page(text).text.count("is not above 50.0%") == 2
+
+
+def test_a_run_that_stopped_early_is_complete() -> None:
+    found = epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8))
+    assert run_health(found, {"epochs": 9, "patience": 1}, {})[0].state == "good"
+    assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
+
+
 def test_a_run_without_a_complete_epoch_says_so() -> None:
     assert "No epoch was completed" in Page(page(runs_report([run("new", ())]))).text
 
@@ -412,4 +460,8 @@ def test_settings_of_a_run_are_those_of_the_run() -> None:
     settings = TrainingSettings(dropout=0.25, amp=True)
     text = Page(page(run_report("a", asdict(settings), [], {"batchnorms": 3}))).text
     assert "dropout 0.25" in text
+    assert "head kept" in text
+    unknown = Page(page(run_report("a", {"dropout": None, "patience": None}, [], {"batchnorms": 3}))).text
+    assert "dropout as in the checkpoint" in unknown
+    assert "patience none" in unknown
     assert "amp yes" in text

@@ -15,10 +15,10 @@ from support.networks import (
     CalledTwice,
     features,
     images,
+    narrow_vgg,
     randomised,
     sequential,
     small_vgg,
-    torchvision_vgg,
 )
 from support.references import mean_and_var
 
@@ -78,7 +78,7 @@ def test_with_batch_statistics_the_new_ones_match_a_float64_reference_to_1e_5() 
     assert_statistics(result, given(training, batches))
 
 
-@pytest.mark.parametrize("network", [lambda: torchvision_vgg("vgg16_bn"), lambda: randomised(resnet18(num_classes=5))])
+@pytest.mark.parametrize("network", [lambda: narrow_vgg("vgg16_bn"), lambda: randomised(resnet18(num_classes=5))])
 def test_deep_networks_match_a_float64_reference_too(network: Callable[[], nn.Module]) -> None:
     model, batches = network(), images(24, 32).split(8)
     result = recalibrate(model, batches, earlier="running")

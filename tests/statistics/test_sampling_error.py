@@ -95,15 +95,15 @@ def test_the_true_error_is_below_the_tolerance_in_95_percent_of_runs_that_ended_
     honest = 0
     for seed in range(40):
         order = torch.randint(len(pool), (4_000,), generator=torch.Generator().manual_seed(seed))
-        found = calibrate(model, sites, (pool[rows] for rows in order.split(20)), tolerance=0.3)
-        assert found["classifier.0"].count < 2_000
+        found = calibrate(model, sites, (pool[rows] for rows in order.split(5)), tolerance=0.5)
+        assert found["classifier.0"].count < 1_000
         errors = []
         for site in sites:
             expected, moving = truth[site.name], truth[site.name].std > 0
             of_mean = (found[site.name].mean - expected.mean).abs()
             of_std = (found[site.name].std - expected.std).abs()
             errors.append((torch.maximum(of_mean, of_std) / expected.std)[moving].quantile(0.99))
-        honest += int(max(errors) < 0.3)
+        honest += int(max(errors) < 0.5)
     assert honest >= 38
 
 

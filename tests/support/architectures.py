@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -19,7 +20,8 @@ from torchvision.models import VGG
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.vgg import make_layers
 
-from .networks import images, randomised, torchvision_vgg
+from . import idioms
+from .networks import features, images, randomised, torchvision_vgg
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Architecture:
     """How to build a network, and a batch of its input.
 
     folds_exactly: folding restores the original tensors.  note: why it does not, or another peculiarity.  randomise:
-    replace the initial weights.
+    replace the initial weights.  folds: False for a network that folding refuses.
     """
 
     make: Callable[[], nn.Module]
@@ -35,6 +37,7 @@ class Architecture:
     folds_exactly: bool = True
     note: str = ""
     randomise: bool = True
+    folds: bool = True
 
 
 class CifarVGG(nn.Module):
@@ -299,6 +302,10 @@ def _inputs() -> dict[str, Tensor]:
     return {"image": images(4, 16), "mask": images(4, 16, channels=1)}
 
 
+def _small(make: Callable[[], nn.Module], **options: Any) -> Architecture:
+    return Architecture(make, lambda: images(4, 16), **options)
+
+
 _TIMM_NOTE = "in channels_last to 1e-6: dense layers are convs whose outputs are N x C x 1 x 1"
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -350,6 +357,65 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "forward takes a dict": Architecture(TakesDict, _inputs),
     "forward takes two inputs": Architecture(TakesTwo, lambda: tuple(_inputs().values())),
+    "a class with its own __call__": _small(idioms.OwnCall),
+    "reads attributes of its layers": _small(idioms.ReadsAttributes),
+    "reads a child of a Sequential by number": _small(idioms.ReadsByNumber),
+    "layers under no_grad": _small(lambda: idioms.InContext(torch.no_grad)),
+    "layers under set_grad_enabled": _small(lambda: idioms.InContext(partial(torch.set_grad_enabled, False))),
+    "layers under autocast": _small(lambda: idioms.InContext(partial(torch.autocast, "cpu", torch.bfloat16))),
+    "fused YOLO: forward as an attribute": _small(idioms.FusedYolo),
+    "decides by values": _small(
+        idioms.DecidesByValues, folds=False, note="traced with the values of the first batch; fold and equalize refuse"
+    ),
+    "traced by torch.fx": _small(idioms.traced_by_fx),
+    "torchvision create_feature_extractor": _small(idioms.extracted),
+    "residual blocks with scalars (Fixup)": _small(idioms.Residual),
+    "pre-activation residual blocks": _small(idioms.PreActivation),
+    "dense block, concatenated list": _small(idioms.DenseBlock),
+    "Inception branches": _small(idioms.Inception),
+    "squeeze and excite": _small(idioms.SqueezeExcite),
+    "inverted residual, ReLU6 (MobileNet)": _small(idioms.InvertedResidual),
+    "channel shuffle (ShuffleNet)": _small(idioms.ChannelShuffle),
+    "pixel shuffle (ESPCN)": _small(idioms.PixelShuffled),
+    "global residual (VDSR, DnCNN)": _small(idioms.GlobalResidual),
+    "residual in residual dense block (ESRGAN)": _small(idioms.ResidualInResidual),
+    "autoencoder with a dense code": _small(idioms.Autoencoder),
+    "variational encoder": _small(idioms.Variational),
+    "NatureCNN (DQN)": _small(idioms.NatureDQN),
+    "dueling DQN": _small(idioms.Dueling),
+    "actor and critic in a namedtuple": _small(idioms.ActorCritic),
+    "LeNet-5": _small(idioms.LeNet),
+    "NIN: classes from a conv": _small(idioms.NetworkInNetwork),
+    "Siamese network": Architecture(idioms.Siamese, lambda: (images(4, 12), images(4, 12, seed=5))),
+    "two views in one batch": _small(idioms.BatchedPair),
+    "local descriptors (TFeat)": _small(idioms.Descriptor),
+    "feature pyramid (FPN)": _small(idioms.FeaturePyramid),
+    "side outputs (HED)": _small(idioms.SideOutputs),
+    "scores of two depths (FCN)": _small(idioms.FullyConvolutional),
+    "spatial transformer": _small(idioms.SpatialTransformer),
+    "maxout (LightCNN)": _small(idioms.Maxout),
+    "CReLU": _small(idioms.ConcatenatedReLU),
+    "gated convs, GLU": _small(idioms.Gated),
+    "attention gate": _small(idioms.AttentionGate),
+    "one weight for two convs": _small(idioms.TiedWeights),
+    "unpooling by positions (SegNet)": _small(idioms.Unpooling),
+    "reflection padding, upsampling (style transfer)": _small(idioms.StyleTransfer),
+    "convs over words (TextCNN)": Architecture(idioms.TextCNN, lambda: features(4, 9)),
+    "causal Conv1d (TCN)": Architecture(idioms.Causal, lambda: images(4, 16)[..., 0]),
+    "volumes (C3D)": Architecture(idioms.Volumes, lambda: images(4, 8)[:, :, None].repeat(1, 1, 4, 1, 1)),
+    "torch.utils.checkpoint": _small(idioms.Checkpointed),
+    "image pyramid (MTCNN)": _small(idioms.ImagePyramid),
+    "auxiliary head in train mode": _small(idioms.AuxiliaryHead),
+    "preprocessing in the forward": _small(idioms.NormalizesInput),
+    "outputs collected by hooks": _small(idioms.CollectsByHooks),
+    "recurrent refinement": _small(idioms.Recurrent),
+    "heads by name, LocalResponseNorm": _small(idioms.MultiHead),
+    "GELU, Softplus, Mish, Hardswish, SELU": _small(idioms.Mixed),
+    "dense layers with skips (DeepSDF)": Architecture(idioms.VectorInput, lambda: features(8, 6)),
+    "hourglass": _small(idioms.hourglass),
+    "a subclass of Sequential": _small(idioms.NamedSubclass),
+    "padding modes of convs": _small(idioms.conv_classes),
+    "discriminator of DCGAN": _small(idioms.discriminator),
 }
 
 

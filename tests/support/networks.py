@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import VGG
-from torchvision.models.vgg import make_layers
+from torchvision.models.vgg import cfgs, make_layers
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -75,6 +75,16 @@ def torchvision_vgg(name: str) -> VGG:
     with torch.device("meta"):
         vgg = torchvision.models.get_model(name, weights=None, init_weights=False)
         _replace_dense(vgg, flat=512 * 7 * 7, widths=(48, 32, 10))
+    return randomised(vgg.to_empty(device="cpu"))
+
+
+def narrow_vgg(name: str) -> VGG:
+    """Return torchvision's `vgg11`, `vgg16` or `vgg16_bn` with an eighth of the channels."""
+    plan = cfgs[{"vgg11": "A", "vgg16": "D"}[name.removesuffix("_bn")]]
+    widths = [value if value == "M" else int(value) // 8 for value in plan]
+    with torch.device("meta"):
+        vgg = VGG(make_layers(widths, batch_norm=name.endswith("_bn")), init_weights=False)
+        _replace_dense(vgg, flat=512 // 8 * 7 * 7, widths=(48, 32, 10))
     return randomised(vgg.to_empty(device="cpu"))
 
 
@@ -242,17 +252,6 @@ class ViewsActivations(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x.mul_(2))
         return self.head(F.relu(self.hidden(F.relu(x).view(len(x), -1))))
-
-
-class ControlledByValues(nn.Module):
-    """A forward that decides by the values of its input, which no exported graph can hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.sum() > 0 else x
 
 
 class Tripwire(nn.Module):

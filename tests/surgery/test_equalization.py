@@ -33,7 +33,7 @@ from bn_insert.graph.sites import Placement
 from bn_insert.graph.trace import Trace
 from bn_insert.surgery.edges import Consumer, Edge, edges_in
 from bn_insert.surgery.equalize import power_of_two_scales
-from support.networks import images, randomised, sequential, torchvision_vgg
+from support.networks import images, narrow_vgg, randomised, sequential, torchvision_vgg
 
 PLACEMENTS: tuple[Placement, ...] = ("before_activation", "after_activation")
 
@@ -77,7 +77,7 @@ def test_logits_are_bit_identical_and_folding_keeps_them(name: str, placement: P
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gamma_is_near_1_in_every_channel_that_is_not_constant(placement: Placement) -> None:
-    model, x = spread(torchvision_vgg("vgg11"), 0.5), images(8)
+    model, x = spread(narrow_vgg("vgg11"), 0.5), images(8)
     sites = find_sites(model, x, placement=placement)
     moments = calibrate(model, sites, [x])
     result = insert_batchnorm(model, [x], equalize=True, placement=placement)
@@ -89,13 +89,13 @@ def test_gamma_is_near_1_in_every_channel_that_is_not_constant(placement: Placem
 
 
 def test_one_trace_has_the_edges_that_are_found_in_the_model() -> None:
-    model, x = torchvision_vgg("vgg11"), images(2)
+    model, x = narrow_vgg("vgg11"), images(2)
     sites = find_sites(model, x)
     assert edges_in(Trace.of(model, x), sites) == find_edges(model, x, sites)
 
 
 def test_without_equalization_gamma_is_far_from_1() -> None:
-    result = insert_batchnorm(spread(torchvision_vgg("vgg11"), 0.5), [images(8)])
+    result = insert_batchnorm(spread(narrow_vgg("vgg11"), 0.5), [images(8)])
     assert max(float(gamma.max()) for gamma in gammas(result).values()) > 10
 
 
@@ -106,14 +106,14 @@ def test_the_demo_network_is_equalized_everywhere_and_unchanged() -> None:
 
 
 def test_the_given_model_is_left_alone() -> None:
-    model = spread(torchvision_vgg("vgg11"))
+    model = spread(narrow_vgg("vgg11"))
     before = copy.deepcopy(model.state_dict())
     insert_batchnorm(model, [images(8)], equalize=True)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_scaled_moments_are_those_of_the_equalized_network() -> None:
-    model, x = spread(torchvision_vgg("vgg11"), 0.5), images(8)
+    model, x = spread(narrow_vgg("vgg11"), 0.5), images(8)
     sites = find_sites(model, x)
     result = copy.deepcopy(model)
     predicted = equalize(result, find_edges(model, x, sites), calibrate(model, sites, [x]))
@@ -309,7 +309,7 @@ def balanced(model: nn.Sequential, decades: float = 3.0, seed: int = 3) -> nn.Se
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_channels_six_decades_apart_stay_bit_identical_with_gamma_near_1(placement: Placement) -> None:
-    model, x = torchvision_vgg("vgg11"), images(8)
+    model, x = narrow_vgg("vgg11"), images(8)
     balanced(model.features)
     sites = find_sites(model, x, placement=placement)
     moments = calibrate(model, sites, [x])

@@ -16,10 +16,11 @@ from bn_insert import (
     fold_batchnorm,
     insert_batchnorm,
     load_checkpoint,
+    replace_head,
     replace_output,
     save_checkpoint,
 )
-from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedOutput
+from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedHead, ReplacedOutput
 from support.networks import AWKWARD, HeldAsAttributes, images, randomised, small_vgg
 
 BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
@@ -203,6 +204,7 @@ def test_a_name_that_gives_no_network_is_one_message(
 # What a stranger's settings may say
 
 
+HEAD = {"new_head": ["heads.logits", "heads.logits"], "width": 4, "classes": 3}
 SITE = {
     "name": "stem",
     "kind": "conv",
@@ -235,6 +237,14 @@ SITE = {
         ({"changes": [{"fold": []}]}, "architecture.changes[0].fold is not an object with true or false for each name"),
         ({"changes": [{"fold": {}, "new_biases": [1]}]}, "new_biases is not a list of names"),
         ({"changes": [{"new_output": "fc", "classes": -1}]}, "needs a layer name and a number of classes"),
+        ({"changes": [HEAD | {"new_head": "heads.logits"}]}, "new_head is not a list of two names"),
+        ({"changes": [HEAD | {"new_head": ["stem", "heads.logits"]}]}, "new_head names layers of two modules"),
+        ({"changes": [HEAD | {"width": 1 << 17}]}, "needs a width of at most 65536 and a number of classes"),
+        ({"changes": [HEAD | {"classes": 0}]}, "needs a width of at most 65536 and a number of classes"),
+        ({"changes": [HEAD | {"depth": 2}]}, "unknown field architecture.changes[0].depth"),
+        ({"changes": [HEAD | {"new_head": ["stem", "stem"]}]}, "stem and stem are not both dense layers"),
+        ({"changes": [HEAD | {"new_head": ["gone", "gone"]}]}, "there is no layer 'gone'"),
+        ({"changes": [HEAD]}, "heads.logits.0.weight is not in the file"),
         ({"changes": [{"insert": [SITE | {"name": "gone"}]}]}, "there is no layer 'gone'"),
         ({"changes": [{"insert": [SITE | {"anchor": "gone"}]}]}, "there is no layer 'gone'"),
         ({"changes": [{"insert": [SITE | {"name": "blocks"}]}]}, "blocks is a ModuleList, not a conv or dense layer"),
@@ -263,7 +273,13 @@ def test_the_history_that_is_stored_is_the_one_that_is_read() -> None:
     x = images(6, size=12)
     inserted = insert_batchnorm(randomised(HeldAsAttributes()), [x])
     replace_output(inserted, 3)
+    replace_head(inserted, 4, 3)
     history = History.of(fold_batchnorm(inserted, x))
-    assert [type(change) for change in history.changes] == [InsertedBatchNorms, ReplacedOutput, FoldedBatchNorms]
+    assert [type(change) for change in history.changes] == [
+        InsertedBatchNorms,
+        ReplacedOutput,
+        ReplacedHead,
+        FoldedBatchNorms,
+    ]
     named = History("some.nets:make", history.changes)
     assert History.from_document(json.loads(json.dumps(named.to_document()))) == named

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
-from bn_insert import CalibrationError, GraphError, calibrate, find_edges, find_sites, insert, insert_batchnorm, survey
+from bn_insert import (
+    CalibrationError,
+    GraphError,
+    calibrate,
+    dropouts_before_batchnorm,
+    find_edges,
+    find_sites,
+    insert,
+    insert_batchnorm,
+    survey,
+)
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
 from support.networks import (
@@ -38,6 +48,10 @@ WISHES: dict[str, dict[str, Any]] = {
 
 def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def dropouts(model: nn.Module) -> dict[str, nn.Dropout]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -232,6 +246,27 @@ def test_dropout_is_inactive_during_calibration_of_a_model_that_trains() -> None
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, ("classifier.3",)), ({"layers": "conv"}, ()), ({"include_output": True}, ("classifier.3", "classifier.7"))],
+)
+def test_dropouts_before_a_batchnorm_are_named_as_in_the_result_and_kept(
+    options: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    insertion = insert(small_vgg(), [images(6, 16)], **options)
+    assert insertion.dropouts_before_batchnorm == expected
+    assert dropouts_before_batchnorm(insertion.model, images(1, 16)) == list(expected)
+    assert {dropout.p for dropout in dropouts(insertion.model).values()} == {0.5}
+
+
+def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -> None:
+    model = small_vgg()
+    result = insert_batchnorm(model, [images(6, 16)], dropout_before_batchnorm=False)
+    assert {name: each.p for name, each in dropouts(result).items()} == {"classifier.3": 0, "classifier.7": 0.5}
+    assert {each.p for each in dropouts(model).values()} == {0.5}
+    assert dropouts_before_batchnorm(result, images(1, 16)) == []
+
+
 @pytest.mark.parametrize(("momentum", "expected"), [(0.1, 0.1), (0.01, 0.01), (None, None)])
 def test_momentum_is_the_one_asked_for(momentum: float | None, expected: float | None) -> None:
     result = insert_batchnorm(small_vgg(), [images(6, 16)], momentum=momentum)
@@ -315,8 +350,15 @@ WAYS_OUT: dict[str, tuple[type[Exception] | None, Callable[[], Iterable[Any]], d
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("way_out", WAYS_OUT)
+@pytest.mark.parametrize(
+    ("way_out", "layout"),
+    [
+        *((way_out, torch.contiguous_format) for way_out in WAYS_OUT),
+        # Two ways run the whole model; the others stop before that, or differ in what is not of the layout.
+        *((way_out, torch.channels_last) for way_out in ("a result", "a progress that raises")),
+    ],
+    ids=str,
+)
 def test_the_given_model_and_the_random_state_are_untouched_after(way_out: str, layout: torch.memory_format) -> None:
     error, batches, arguments = WAYS_OUT[way_out]
     model = lived_in(layout)
@@ -503,7 +545,8 @@ def test_skipped_layers_are_left_alone() -> None:
 
 
 def test_what_cannot_be_done_after_activation_is_left_alone() -> None:
-    result = insert_batchnorm(randomised(HeldAsAttributes()), [images(6, 9)], placement="after_activation")
+    with pytest.warns(UserWarning, match="not directly followed by an activation module: stem, blocks.0, blocks.1"):
+        result = insert_batchnorm(randomised(HeldAsAttributes()), [images(6, 9)], placement="after_activation")
     assert batchnorms(result) == []
 
 
@@ -554,7 +597,8 @@ def test_a_first_batch_that_is_none_is_described() -> None:
 
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    result = insert_batchnorm(model, [images(4, 8)])
+    with pytest.warns(UserWarning, match="^no BatchNorm was inserted: it has no conv or dense layer$"):
+        result = insert_batchnorm(model, [images(4, 8)])
     assert result is not model
     assert torch.equal(result(images(2, 8)), model(images(2, 8)))
 

@@ -97,7 +97,7 @@ def test_members_of_module_lists_and_dicts_become_sequentials_in_their_places() 
 
 def test_children_of_a_sequential_that_is_sliced_or_looped_over_keep_their_numbers() -> None:
     result = insert_batchnorm(randomised(SlicedInForward()), [images(4, 9)])
-    assert types(result.features) == ["Sequential", "ReLU", "Sequential", "ReLU", "Conv2d"]
+    assert types(result.features) == ["NormalizedLayer", "ReLU", "NormalizedLayer", "ReLU", "Conv2d"]
 
 
 @pytest.mark.parametrize("network", AWKWARD)
@@ -162,14 +162,18 @@ def test_a_model_that_is_itself_a_layer_becomes_a_sequential(model: nn.Conv2d) -
 
 def test_a_model_that_is_itself_an_output_layer_is_returned_as_a_copy() -> None:
     model = randomised(nn.Conv2d(3, 8, 3))
-    result = insert_batchnorm(model, [images(4, 8)])
+    with pytest.warns(UserWarning, match=r"^no BatchNorm was inserted: output layer: the model$"):
+        result = insert_batchnorm(model, [images(4, 8)])
     assert type(result) is nn.Conv2d
     assert result is not model
 
 
 def test_without_a_site_the_result_is_a_copy_with_the_same_keys() -> None:
     model = randomised(TokenMixer())
-    result = insert_batchnorm(model, [torch.rand(4, 5, 6)])
+    with pytest.warns(
+        UserWarning, match="no BatchNorm was inserted: its output .* is not batch x channels: embed, mix"
+    ):
+        result = insert_batchnorm(model, [torch.rand(4, 5, 6)])
     assert result is not model
     assert result.state_dict().keys() == model.state_dict().keys()
 
@@ -207,7 +211,8 @@ def test_the_result_can_be_copied_and_its_state_loaded_into_the_copy(network: Ca
 
 def test_a_second_insertion_finds_nothing_left_to_do() -> None:
     once = insert_batchnorm(small_vgg(), [images(4, 16)])
-    twice = insert_batchnorm(once, [images(4, 16)])
+    with pytest.warns(UserWarning, match="already followed by a normalization: features.0, features.4"):
+        twice = insert_batchnorm(once, [images(4, 16)])
     assert types(twice.features) == types(once.features)
     assert types(twice.classifier) == types(once.classifier)
 

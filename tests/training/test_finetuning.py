@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 import os
 import shutil
@@ -20,10 +21,12 @@ from bn_insert import EpochMetrics, TrainingSettings, finetune, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import network_path
-from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
+from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support.processes import Ranks
 from bn_insert.surgery.output_layer import replace_output
+from bn_insert.training.dropout import set_dropout
+from bn_insert.training.preparation import prepared_network
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import load_state
 from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
@@ -100,6 +103,7 @@ def test_checkpoints_load_with_their_transform_and_give_the_accuracy_that_was_me
     settings = read_settings(tmp_path / "last.pth")
     assert settings is not None
     assert settings.transform == IDENTITY_TRANSFORM.to_dict()
+    assert settings.classes == digits.classes
     (batch,) = digits.batches(digits.val, 100)
     with torch.inference_mode():
         accuracy = (model(batch.images).argmax(1) == batch.labels).double().mean().item()
@@ -379,6 +383,44 @@ def test_dropout_is_set_and_stored(network: nn.Module, digits: ClassFolders, tmp
     settings = read_settings(tmp_path / "last.pth")
     assert settings is not None
     assert set(settings.dropout.values()) == {0.125}
+
+
+def test_dropout_before_a_batchnorm_is_off_by_default_and_the_report_says_so(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    finetune(network, digits, tmp_path, replace(BRIEF, epochs=1))
+    settings = read_settings(tmp_path / "last.pth")
+    assert settings is not None
+    assert settings.dropout == {"classifier.3": 0.0, "classifier.7": 0.5}
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert run["settings"]["dropout"] == "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dropout": 0.25}, "0.25 (classifier.3), 0.25 (classifier.7)"),
+        ({"batchnorm": "freeze"}, "0.5 (classifier.3), 0.5 (classifier.7)"),
+    ],
+)
+def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
+    network: nn.Module, digits: ClassFolders, changes: dict[str, Any], expected: str
+) -> None:
+    settings = replace(BRIEF, **changes)
+    prepared = prepared_network(network, settings, 10, torch.device("cpu"), Ranks())
+    assert str(set_dropout(prepared, settings.dropout, digits)) == expected
+
+
+def test_dropout_of_a_network_that_cannot_be_traced_stays_on_with_a_warning(
+    digits: ClassFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> list[str]:
+        raise GraphError("torch.export cannot trace Sequential")
+
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8))
+    monkeypatch.setattr("bn_insert.training.dropout.dropouts_before_batchnorm", fail)
+    with pytest.warns(UserWarning, match="dropout stays on, because .*--dropout 0"):
+        assert str(set_dropout(model, None, digits)) == "0.5 (1)"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from bn_insert.training.preparation import prepared_network
 from support.commands import AS_STORED, forked_ranks, run
 from support.digits import copy_labelled_digits, open_digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
 BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003, batchnorm="renorm", dropout=0.0)
 

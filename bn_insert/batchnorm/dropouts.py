@@ -1,0 +1,67 @@
+"""The dropouts whose values a BatchNorm normalizes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..graph.operators import Role, has_role
+from ..graph.trace import Trace
+from .modes import uses_batch_statistics
+
+
+def dropouts_before_batchnorm(model: nn.Module, example: Any) -> list[str]:
+    """Return the names of the active dropout layers whose values a BatchNorm normalizes.
+
+    In train mode a dropout makes the variance of what follows larger than in eval mode. A BatchNorm downstream of it
+    then learns statistics that are wrong in eval mode, and normalizes by noise in train mode. Switch these dropouts off
+    (`model.get_submodule(name).p = 0`); BatchNorm regularizes by itself.
+
+    A dropout counts if a path leads from it to a BatchNorm with no other normalization on it, whatever layers,
+    activations and poolings are on that path. A BatchNorm in mode "freeze" or "freeze-statistics" normalizes by fixed
+    statistics and does not count, nor does a dropout with p = 0. Calls of `F.dropout` have no module to name.
+
+    Args:
+        model: The model; it is not changed.
+        example: One batch, as for `insert_batchnorm`; only its shape matters.
+
+    Raises:
+        GraphError: The model cannot be traced.
+
+    Source: Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance
+    Shift", 2019, arXiv:1801.05134.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2))
+        >>> import torch
+        >>> dropouts_before_batchnorm(model, torch.zeros(1, 4))
+        ['0']
+    """
+    return dropouts_upstream(Trace.of(model, example))
+
+
+def dropouts_upstream(trace: Trace, anchors: Collection[str] = ()) -> list[str]:
+    """Return what `dropouts_before_batchnorm` returns, for a model that is already traced.
+
+    Args:
+        trace: The model.
+        anchors: Names of modules that a BatchNorm is about to be inserted behind.
+    """
+
+    def normalizes_by_batch(node: fx.Node) -> bool:
+        owner = trace.owner(node)
+        norm = has_role(node, Role.NORMALIZATION) and owner in trace.modules
+        return owner in anchors or (norm and uses_batch_statistics(trace.modules[owner]))
+
+    def passes(node: fx.Node) -> bool:
+        return trace.owner(node) not in anchors and not has_role(node, Role.NORMALIZATION)
+
+    found = dict.fromkeys(
+        trace.owner(node)
+        for node in trace.nodes
+        if has_role(node, Role.DROPOUT) and any(map(normalizes_by_batch, trace.downstream(node, passes)))
+    )
+    return [name for name in found if isinstance(module := trace.modules.get(name), _DropoutNd) and module.p > 0]

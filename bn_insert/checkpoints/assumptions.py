@@ -1,0 +1,33 @@
+"""What is assumed of a VGG that is rebuilt from its state dict, which does not store modules without tensors."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def vgg_assumptions(network: nn.Module) -> str:
+    """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not store it.
+
+    Args:
+        network: A VGG that was built from its state dict alone.
+
+    Returns:
+        A sentence or two with the names of the modules; empty for a network with no `features` in sequence.
+
+    Examples:
+        >>> from bn_insert import load_checkpoint
+        >>> from bn_insert.demo import network_path
+        >>> vgg_assumptions(load_checkpoint(network_path()))[:47]
+        'Assumed, because a state dict does not store it'
+    """
+    features = getattr(network, "features", None)
+    if not isinstance(features, nn.Sequential):
+        return ""
+    pools = [f"features.{name}" for name, module in features.named_children() if isinstance(module, nn.MaxPool2d)]
+    dropouts = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout)]
+    dropout = f", dropout at {', '.join(dropouts)}" if dropouts else ""
+    return (
+        "Assumed, because a state dict does not store it: stride 1 and ReLU for every conv, 2 x 2 max pooling at "
+        f"{', '.join(pools)}{dropout}. For anything else, such as LeakyReLU, average pooling or dropout between convs, "
+        "pass --model."
+    )

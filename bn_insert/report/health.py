@@ -1,0 +1,91 @@
+"""Whether a training run learned, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .verdicts import Verdict
+
+_LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
+_FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
+
+
+def run_health(
+    epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], data: Mapping[str, Any]
+) -> list[Verdict]:
+    """Return what is wrong with a run, or one verdict that nothing is.
+
+    Args:
+        epochs: The metrics of each completed epoch.
+        settings: The training settings.
+        data: `classes`, the number of classes, and `largest_class`, the share of validation images in the largest one;
+            what depends on a missing one is not checked.
+    """
+    if not epochs:
+        return [Verdict("bad", "Epochs", "No epoch was completed.")]
+    found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
+    classes = data.get("classes", 0)
+    if classes > 1:
+        found += _loss(epochs, classes)
+    return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
+
+
+def worst(verdicts: Sequence[Verdict]) -> Literal["good", "check", "bad"]:
+    """Return the worst state of several verdicts."""
+    states = {verdict.state for verdict in verdicts}
+    return "bad" if "bad" in states else "check" if "check" in states else "good"
+
+
+def _incomplete(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
+    planned, patience = settings.get("epochs", len(epochs)), settings.get("patience")
+    since_best = len(epochs) - _best(epochs)["epoch"]
+    if len(epochs) >= planned or (patience is not None and since_best >= patience):
+        return []
+    text = f"{len(epochs)} of {planned} epochs were completed: the run is in progress, was stopped, or diverged."
+    return [Verdict("check", "Epochs", text)]
+
+
+def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Verdict]:
+    share, accuracy = data.get("largest_class"), _best(epochs)["val_accuracy"]
+    if share is None or accuracy > share:
+        return []
+    text = (
+        f"The best validation accuracy, {accuracy:.1%}, is not above {share:.1%}, the share of the largest class: "
+        "a network that always answers with this class is as good."
+    )
+    return [Verdict("bad", "Accuracy", text)]
+
+
+def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
+    guessing, last = math.log(classes), epochs[-1]
+    lowest = min(epoch["val_loss"] for epoch in epochs)
+    found = []
+    guess = f"{guessing:.3g} = ln({classes}), that of guessing"
+    if lowest > guessing:
+        text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. Try a lower learning rate (--lr)."
+        found.append(Verdict("bad", "Loss", text))
+    elif last["val_loss"] > guessing:
+        text = (
+            f"The validation loss rose from {lowest:.3g} to {last['val_loss']:.3g}, above {guess}: training diverged. "
+            "Try a lower learning rate (--lr)."
+        )
+        found.append(Verdict("bad", "Loss", text))
+    elif lowest > _LITTLE * guessing:
+        text = f"The validation loss, {lowest:.3g} at its lowest, is little below {guess}."
+        found.append(Verdict("check", "Loss", text))
+    if len(epochs) > 1:
+        before = epochs[-2]["val_loss"]
+        fall = before - last["val_loss"]
+        if last["val_loss"] == lowest and fall > max(_FALLING[0] * last["val_loss"], _FALLING[1] * guessing):
+            text = (
+                f"The validation loss was still falling, from {before:.3g} to {last['val_loss']:.3g} in the last "
+                "epoch: more epochs (--epochs) may help."
+            )
+            found.append(Verdict("check", "Length", text))
+    return found
+
+
+def _best(epochs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(epochs, key=lambda epoch: epoch["val_accuracy"])

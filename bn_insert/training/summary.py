@@ -1,0 +1,91 @@
+"""What a run is about to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..images.class_folders import ClassFolders
+from ..surgery.output_layer import output_layer
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run is about to do.
+
+    Args:
+        classes: Numbers of training and of validation images of each class, by its name.
+        preprocessing: The preprocessing of the images, as of `Transform.to_dict`.
+        device: Where the network is trained.
+        parameters: Number of parameters of the network.
+        trained_parameters: Number of parameters that are trained.
+        batchnorms: Number of BatchNorm layers.
+        dropout: Which dropout layers are on, and which were switched off, in words.
+        output: What became of the output layer, in words.
+        epochs: Epochs of the run.
+        steps: Steps per epoch.
+    """
+
+    classes: Mapping[str, tuple[int, int]]
+    preprocessing: Mapping[str, Any]
+    device: str
+    parameters: int
+    trained_parameters: int
+    batchnorms: int
+    dropout: str
+    output: str
+    epochs: int
+    steps: int
+
+
+def summarize(
+    model: nn.Module,
+    network: nn.Module,
+    images: ClassFolders,
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    dropout: str,
+    steps: int,
+) -> RunSummary:
+    """Return the summary of a run.
+
+    Args:
+        model: The model as it was given.
+        network: The network as it is trained.
+        images: The images.
+        settings: The settings.
+        device: Where the network is.
+        dropout: The dropout in effect, in words.
+        steps: Steps per epoch.
+    """
+    counts = [Counter(image.label for image in part) for part in (images.train, images.val)]
+    parameters = list(network.parameters())
+    return RunSummary(
+        {name: (counts[0][label], counts[1][label]) for label, name in enumerate(images.classes)},
+        images.transform.to_dict(),
+        str(device),
+        sum(parameter.numel() for parameter in parameters),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        sum(isinstance(module, _BatchNorm) for module in network.modules()),
+        dropout,
+        _output(model, settings, len(images.classes)),
+        settings.epochs,
+        steps,
+    )
+
+
+def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
+    name, layer = output_layer(model)
+    if settings.head is not None:
+        return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
+    if layer.out_features == classes:
+        return f"{name} kept, {classes} classes"
+    return f"{name} replaced, {layer.out_features} to {classes} classes"

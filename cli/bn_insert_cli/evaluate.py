@@ -1,0 +1,117 @@
+"""`bn-insert evaluate`: accuracy of a checkpoint on labelled images, by class, and its confusion matrix."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .console import image_progress, print_json, print_note, print_result, print_table
+from .inputs import ImageOptions, input_channels, note_unreadable, open_classifier, open_device
+from .interruption import signals
+from .tables import class_table
+
+CHECK_FAILED = 1
+
+
+def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
+    checkpoint: opt.Checkpoint,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder with one folder of images per class (CLASS/IMAGE), or with such a folder val/, as for "
+            "finetune.",
+            show_default=False,
+        ),
+    ],
+    model: opt.Model = None,
+    key: opt.Key = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png|FILE.svg|FILE.pdf", help="Write the confusion matrix as a picture.", show_default=False
+        ),
+    ] = None,
+    force: opt.Force = False,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of images, sampled at random (--seed). [default: all]",
+            rich_help_panel=opt.PIXELS,
+        ),
+    ] = None,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = 2,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    strict: opt.Strict = False,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure the accuracy of a checkpoint on labelled images, also of each class.
+
+    The folders of DATA are matched by name with the classes that the checkpoint stores, as those that `finetune`
+    writes do. If it stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is
+    1 if outputs are not finite.
+
+    Example: `bn-insert evaluate run/best.pth flowers/ --confusion confusion.png`
+
+    Other architectures: `bn-insert evaluate run/best.pth flowers/ --model torchvision.models:alexnet`
+    """
+    import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
+    from bn_insert.images import open_labelled_batches  # noqa: PLC0415
+    from bn_insert.report import check_confusion_matrix, write_confusion_matrix  # noqa: PLC0415
+
+    picture = f"the confusion matrix {confusion}"
+    signals.begin(*([picture] if confusion else []))
+    if confusion:
+        check_confusion_matrix(confusion, overwrite=force)
+    image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict)
+    target = open_device(device)
+    network, transform, classes, _ = open_classifier(
+        checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
+    )
+    batches = open_labelled_batches(
+        data,
+        transform,
+        classes=classes,
+        images=images,
+        seed=seed,
+        batch_size=batch_size,
+        channels=input_channels(network),
+        workers=workers,
+        strict=strict,
+    )
+    print_note(f"Images: {batches.images:,} from {batches.folder}.")
+    if not classes:
+        print_note(
+            f"The checkpoint stores no names of classes: its outputs are taken as the {len(batches.classes)} folders, "
+            "sorted by name."
+        )
+    with image_progress("evaluating", batches.images) as progress:
+        evaluation = bn_insert.evaluate(network.to(target), batches, classes=batches.classes, progress=progress)
+    note_unreadable(batches.unreadable)
+    if confusion:
+        with signals.saving(picture):
+            write_confusion_matrix(confusion, evaluation.classes, evaluation.confusion, overwrite=force)
+    finite = isfinite(evaluation.loss)
+    if as_json:
+        facts = {"device": str(target), "folder": str(batches.folder), "skipped": len(batches.unreadable)}
+        print_json(facts | {"classes_stored": bool(classes)} | asdict(evaluation))
+        raise typer.Exit(0 if finite else CHECK_FAILED)
+    print_table(class_table(evaluation))
+    found = f"Accuracy {evaluation.accuracy:.2%} on {evaluation.images:,} images, loss {evaluation.loss:.4f}."
+    if not finite:
+        print_result(f"{found} Outputs are not finite, and neither figure means anything.", good=False)
+        raise typer.Exit(CHECK_FAILED)
+    print_result(found + (f" Wrote {confusion}." if confusion else ""))

@@ -1,0 +1,68 @@
+"""The forms in which people have their checkpoints are read, or named with a way out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bn_insert import load_checkpoint
+from support.checkpoint_forms import FORMS, outcome, state
+from support.networks import images, small_vgg
+
+# What the message names, for each form that is not loaded.
+REFUSED = {
+    "state dict, pickle protocol 4": "has a newer pickle protocol than PyTorch reads without running code",
+    "under best_model": "name its key, as in key='state_dict' (--key); its keys are epoch (int), best_model (dict)",
+    "under generator, with another key": "has no dict under the key 'g'; its keys are generator (dict)",
+    "beside a function": "contains code or objects other than tensors (functools.partial)",
+    "beside a module": "contains code or objects other than tensors (torch.nn.modules.activation.ReLU)",
+    "whole module": "contains code or objects other than tensors (torchvision.models.vgg.VGG)",
+    "TorchScript": "is a TorchScript program, not a state dict",
+    "list of tensors": "contains a list, not a state dict",
+    "one tensor": "contains a Tensor, not a state dict",
+    "total_ops of a profiler": "the key 'total_ops' is not features.N or classifier.N",
+    "weights of the loss, with model": "loss_fn.weight is not in the model; pass the architecture that it was saved "
+    "from, or leave these tensors out (--ignore-unexpected)",
+    "another network": "this is not a VGG in torchvision's layout",
+    "the model lacks a layer": "classifier.6.weight is not in the file",
+    "part 1 of 2": "is part 1 of 2 of a checkpoint; merge the parts into one file first",
+    "index of parts": "is the index of a checkpoint in parts; merge the parts into one file first",
+    "index of parts, torch": "is the index of a checkpoint in parts; merge the parts into one file first",
+    ".npz": "is an .npz file of NumPy arrays; convert it",
+    "plain pickle of NumPy arrays": "is a pickle that torch.save did not write",
+    "plain pickle of numbers": "is a pickle that torch.save did not write",
+    "HDF5": "it is an HDF5 file, as Keras writes",
+    "Git LFS pointer": "it is a Git LFS pointer",
+    "text": "it is a text file",
+    "empty": "it is empty",
+    "folder": "is a folder, not a checkpoint file",
+    "truncated": "is damaged, or was not written by torch.save or safetensors",
+    "absent": "there is no file",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_is_loaded_or_named_with_a_way_out(name: str, tmp_path: Path) -> None:
+    found = outcome(name, tmp_path)
+    assert REFUSED[name] in found if name in REFUSED else found == "loaded"
+
+
+@pytest.mark.parametrize(
+    "name", ["prefix timm_model.", "features.module.N (DataParallel around the features)", "under params_ema"]
+)
+def test_the_network_of_each_form_has_the_weights_of_the_file(name: str, tmp_path: Path) -> None:
+    FORMS[name].write(tmp_path / "a.pth")
+    loaded, x = load_checkpoint(tmp_path / "a.pth"), images(2, 16)
+    assert torch.equal(loaded(x), small_vgg()(x))
+    assert loaded.state_dict().keys() == state().keys()
+
+
+def test_harmless_objects_beside_the_weights_are_not_made(tmp_path: Path) -> None:
+    class Recorded:
+        def __reduce__(self) -> tuple[object, ...]:
+            import pathlib  # noqa: PLC0415
+
+            return pathlib.PosixPath, ("/etc", ["anything", {"deep": 1}])
+
+    torch.save({"model": state(), "args": Recorded()}, tmp_path / "a.pth")
+    load_checkpoint(tmp_path / "a.pth")  # PosixPath itself would raise a TypeError

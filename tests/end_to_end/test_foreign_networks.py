@@ -1,0 +1,274 @@
+"""Networks with a structure that a tool for networks meets seldom, and mistakes in what it is given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bn_insert import (
+    CalibrationError,
+    GraphError,
+    calibrate,
+    compare_outputs,
+    find_edges,
+    find_sites,
+    fold,
+    insert,
+    insert_batchnorm,
+    load_checkpoint,
+    replace_output,
+    save_checkpoint,
+    survey,
+)
+from bn_insert.graph.copies import check_module
+from support.idioms import (
+    CollectsByHooks,
+    DecidesByValues,
+    FusedYolo,
+    InContext,
+    OwnCall,
+    ReadsAttributes,
+    ReadsByNumber,
+    extracted,
+    traced_by_fx,
+)
+from support.networks import images, randomised, sequential, small_vgg
+
+Unchecked = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def names(model: nn.Module, x: Tensor) -> list[str]:
+    return [site.name for site in find_sites(model, x)]
+
+
+def test_every_batch_counts_for_a_class_with_its_own_call() -> None:
+    model, batches = randomised(OwnCall()), [images(4, 16, seed=seed) for seed in range(4)]
+    moments = insert(model, batches).moments
+    with torch.no_grad():
+        expected = F.relu(model.first(torch.cat(batches)))
+        second = model.second(expected).double()
+    assert {name: found.count for name, found in moments.items()} == {"first": 16 * 14 * 14, "second": 16 * 12 * 12}
+    torch.testing.assert_close(moments["second"].mean, second.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_some_batches_do_not_call_is_an_error() -> None:
+    class BySize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.conv = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 8, 3)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.conv(self.large(x) if x.shape[-1] > 10 else x)))
+
+    model = randomised(BySize())
+    sites = find_sites(model, images(2, 12))
+    with pytest.raises(CalibrationError, match="the layer large was called for 1 of 2 batches"):
+        calibrate(model, sites, [images(2, 12), images(2, 8)])
+
+
+def test_attributes_of_a_layer_are_those_of_the_pair_that_replaces_it(tmp_path: Path) -> None:
+    model, x = randomised(ReadsAttributes()), images(4, 16)
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    assert result.conv2.kernel_size == (3, 3) and result.conv2.weight is result.conv2[0].weight
+    assert not hasattr(result.conv2, "in_features")
+    assert [key for key in result.state_dict() if key.startswith("conv1.")][:3] == [
+        "conv1.0.weight",
+        "conv1.0.bias",
+        "conv1.1.weight",
+    ]
+    save_checkpoint(result, tmp_path / "a.pth")
+    loaded = load_checkpoint(tmp_path / "a.pth", model=ReadsAttributes)
+    assert compare_outputs(model, loaded, [x]).bit_identical
+    torch.save(result, tmp_path / "whole.pt")
+    assert compare_outputs(model, torch.load(tmp_path / "whole.pt", weights_only=False), [x]).bit_identical
+
+
+def test_children_that_a_forward_reads_by_number_keep_their_numbers(tmp_path: Path) -> None:
+    model, x = randomised(ReadsByNumber()), images(4, 16)
+    insertion = insert(model, [x])
+    assert compare_outputs(model, insertion.model, [x]).bit_identical
+    assert [type(child).__name__ for child in insertion.model.features] == [
+        *("NormalizedLayer", "ReLU", "NormalizedLayer", "ReLU", "Conv2d")
+    ]
+    assert not any(site.in_sequence for site in insertion.sites)
+    save_checkpoint(insertion.model, tmp_path / "a.pth")
+    assert compare_outputs(model, load_checkpoint(tmp_path / "a.pth", model=ReadsByNumber), [x]).bit_identical
+
+
+def test_a_result_that_cannot_run_is_an_error_and_not_a_result() -> None:
+    class ChecksClass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not isinstance(self.conv, nn.Conv2d):
+                raise TypeError("conv must be a Conv2d")
+            return self.head(F.relu(self.conv(x)))
+
+    with pytest.raises(GraphError, match="ChecksClass with BatchNorm inserted cannot run: conv must be a Conv2d"):
+        insert_batchnorm(randomised(ChecksClass()), [images(4, 8)])
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "autocast"]
+)
+def test_layers_in_a_context_are_seen_and_folded(context: Callable[[], Any]) -> None:
+    model, x = randomised(InContext(context)), images(4, 16)
+    assert names(model, x) == ["features.0", "features.2"]
+    assert find_edges(model, x, find_sites(model, x))[0].consumers[0].name == "features.2"
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    assert fold(result, x).folded == ("features.1", "features.4")
+
+
+def test_layers_of_blocks_whose_forward_is_an_attribute_are_seen_and_folded() -> None:
+    model, x = randomised(FusedYolo()), images(4, 16)
+    assert names(model, x) == ["stem.conv", "model.0.conv", "model.1.conv"]
+    result = fold(insert_batchnorm(model, [x]), x)
+    assert not result.left
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_weight_that_a_function_uses_is_not_taken_for_a_call_of_its_layer() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(F.conv2d(x, self.conv.weight, self.conv.bias)))
+
+    model = randomised(Functional())
+    assert [(layer.name, layer.reason) for layer in survey(model, images(2, 8))] == [
+        ("head", "output layer"),
+        ("conv", "never called in a forward pass"),
+    ]
+    with pytest.warns(UserWarning, match=r"not modules of torch.nn, .*: the model \(Functional\)"):
+        insert_batchnorm(model, [images(2, 8)])
+
+
+def test_batchnorms_of_a_graph_module_are_folded() -> None:
+    model, x = traced_by_fx().eval(), images(4, 16)
+    result = fold(insert_batchnorm(model, [x]), x)
+    assert result.folded and not result.left
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_network_of_create_feature_extractor_keeps_its_mode() -> None:
+    model, x = randomised(extracted()), images(4, 16)
+    result = insert_batchnorm(model, [x])
+    before = {key: value.clone() for key, value in result.state_dict().items()}
+    assert not any(module.training for module in result.modules())
+    result(x)
+    assert all(torch.equal(value, before[key]) for key, value in result.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "reasons"),
+    [
+        (lambda: insert_batchnorm(small_vgg(), [images(4, 16)]), "already followed by a normalization: features.0"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).eval(), "output layer: 1"),
+        (nn.ReLU, "it has no conv or dense layer"),
+    ],
+    ids=["inserted before", "one layer", "no layer"],
+)
+def test_nothing_to_insert_is_a_warning_with_the_reasons(model: Callable[[], nn.Module], reasons: str) -> None:
+    with pytest.warns(UserWarning, match=f"^no BatchNorm was inserted: {reasons}"):
+        insert_batchnorm(model(), [images(4, 16)])
+
+
+def test_a_network_that_decides_by_values_is_inserted_into_but_neither_equalized_nor_folded() -> None:
+    model, x = randomised(DecidesByValues()), images(4, 16)
+    insertion = insert(model, [x, images(4, 16, seed=3)], equalize=True)
+    assert [site.name for site in insertion.sites] == ["conv1", "conv2"]
+    assert all(moments.count == 8 * size**2 for moments, size in zip(insertion.moments.values(), (14, 12), strict=True))
+    assert all(edge.reason == "what reads its values depends on the values of the input" for edge in insertion.edges)
+    assert compare_outputs(model, insertion.model, [x]).bit_identical
+    with pytest.raises(GraphError, match="cannot trace DecidesByValues"):
+        fold(insertion.model, x)
+
+
+def test_a_trace_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    find_sites(randomised(DecidesByValues()), images(2, 16))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_hooks_that_refer_to_the_model_leave_no_fake_tensor_in_it() -> None:
+    class Taps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.last, self.all = None, []
+            self.conv.register_forward_hook(lambda _module, _inputs, output: self.keep(output))
+
+        def keep(self, output: Any) -> None:
+            self.last = output
+            self.all.append(output)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.conv(x)))
+
+    model = randomised(Taps())
+    find_sites(model, images(2, 8))
+    assert model.last is None and model.all == []
+    insert_batchnorm(model, [images(2, 8)])
+    assert not any(isinstance(each, FakeTensor) for each in (model.last, *model.all))
+
+
+def test_outputs_that_a_module_collects_by_its_hooks_do_not_hinder_a_trace() -> None:
+    model, x = randomised(CollectsByHooks()), images(4, 16)
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    assert any(isinstance(module, _BatchNorm) for module in result.modules())
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("vgg16.pth", r"the model is a path, 'vgg16.pth'; load the network first: load_checkpoint\(path\)"),
+        (Path("vgg16.pth"), "the model is a path"),
+        ({"0.weight": torch.zeros(1)}, "the model is a dict, perhaps a state dict, which has weights and no forward"),
+        (nn.ReLU, r"the model is ReLU, which is not a torch.nn.Module; if it builds one, call it: ReLU\(\)"),
+        (5, "the model is a int, not a torch.nn.Module"),
+    ],
+    ids=["name", "path", "state dict", "class", "number"],
+)
+def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        check_module(model)
+
+
+def test_a_torchscript_program_is_refused_with_the_way_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), images(1, 8))
+    with pytest.raises(GraphError, match="the model is a TorchScript program, whose modules cannot be changed"):
+        insert_batchnorm(program, [images(2, 8)])
+
+
+def test_a_number_of_classes_that_is_no_number_is_refused(unchecked: Unchecked) -> None:
+    from bn_insert import TrainingError  # noqa: PLC0415
+
+    with pytest.raises(TrainingError, match="the number of classes is '5', not a whole number"):
+        unchecked(replace_output)(small_vgg(), "5")
+
+
+def test_a_dataset_in_place_of_a_loader_is_refused_with_the_way_out() -> None:
+    dataset = list(torch.utils.data.TensorDataset(images(4, 8), torch.zeros(4)))
+    with pytest.raises(GraphError, match=r"one image without a batch axis; .* DataLoader\(dataset, batch_size=32\)"):
+        insert_batchnorm(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), dataset)

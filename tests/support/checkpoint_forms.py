@@ -1,0 +1,226 @@
+"""Forms in which people have their checkpoints, each written small.
+
+`python -m benchmarks.checkpoint_forms` prints what becomes of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .networks import small_vgg
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of checkpoint: a function that writes it to a path, the file's name, and arguments of load_checkpoint."""
+
+    write: Callable[[Path], object]
+    name: str = "network.pth"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class OwnLoading(nn.Module):
+    """An architecture whose load_state_dict has other parameters than PyTorch's and returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_vgg()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def load_state_dict(self, state_dict: Any) -> None:  # type: ignore[override]
+        super().load_state_dict(state_dict)
+
+
+def state() -> dict[str, Tensor]:
+    return dict(small_vgg().state_dict())
+
+
+def _saved(content: Callable[[], Any], **options: Any) -> Callable[[Path], object]:
+    return lambda path: torch.save(content(), path, **options)
+
+
+def _prefixed(prefix: str) -> Form:
+    return Form(_saved(lambda: {prefix + key: value for key, value in state().items()}))
+
+
+def _wrapped(key: str) -> Form:
+    return Form(_saved(lambda: {"epoch": 3, key: state()}))
+
+
+def _beside(value: Any) -> Form:
+    return Form(_saved(lambda: {"model": state(), "args": value}))
+
+
+def _parallel_features() -> dict[str, Tensor]:
+    return {key.replace("features.", "features.module."): value for key, value in state().items()}
+
+
+def _training_state() -> dict[str, Any]:
+    model = small_vgg()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.zeros(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+        "epoch": 3,
+        "args": argparse.Namespace(data_path=pathlib.PurePosixPath("/data"), lr=0.1, model="vgg16"),
+        "scaler": {"scale": 65536.0, "growth_tracker": 0},
+    }
+
+
+def _lightning() -> dict[str, Any]:
+    return {
+        "epoch": 1,
+        "global_step": 20,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": {f"model.{key}": value for key, value in state().items()},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "dirpath": "/runs"}},
+        "hyper_parameters": {"lr": np.float64(0.1), "root": pathlib.PurePosixPath("/data")},
+    }
+
+
+def _pickled(content: Callable[[], Any]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(pickle.dumps(content()))
+
+
+def _npz(path: Path) -> None:
+    np.savez(path.open("wb"), **{key: value.numpy() for key, value in state().items()})
+
+
+def _traced(path: Path) -> None:
+    torch.jit.trace(small_vgg(), torch.zeros(1, 3, 16, 16)).save(path)
+
+
+def _with(**extra: Tensor) -> dict[str, Tensor]:
+    return state() | {key.replace("__", "."): value for key, value in extra.items()}
+
+
+def _in_parts(path: Path) -> None:
+    tensors = state()
+    first = dict(list(tensors.items())[:4])
+    safetensors.torch.save_file(first, path)
+
+
+def _index(path: Path) -> None:
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "model-00001-of-00002.safetensors")}))
+
+
+_ZERO = torch.zeros(1)
+_IGNORE = {"ignore_unexpected": True}
+
+FORMS: Mapping[str, Form] = {
+    "state dict": Form(_saved(state)),
+    "state dict, OrderedDict with metadata": Form(_saved(lambda: small_vgg().state_dict())),
+    "state dict, format before PyTorch 1.6": Form(_saved(state, _use_new_zipfile_serialization=False)),
+    "state dict, pickle protocol 4": Form(_saved(state, pickle_protocol=4)),
+    "state dict, suffix .bin": Form(_saved(state), "pytorch_model.bin"),
+    "state dict, suffix .pkl": Form(_saved(state), "network.pkl"),
+    "state dict of parameters": Form(_saved(lambda: OrderedDict(small_vgg().named_parameters()))),
+    "safetensors": Form(lambda path: safetensors.torch.save_file(state(), path), "network.safetensors"),
+    "safetensors named .pth": Form(lambda path: safetensors.torch.save_file(state(), path)),
+    "float16": Form(_saved(lambda: {key: value.half() for key, value in state().items()})),
+    "bfloat16": Form(_saved(lambda: {key: value.bfloat16() for key, value in state().items()})),
+    **{
+        f"prefix {prefix}": _prefixed(prefix)
+        for prefix in (
+            *("module.", "model.", "_orig_mod.", "module._orig_mod.", "net.", "backbone.", "vgg.", "encoder."),
+            *("timm_model.", "model.backbone.", "network.", "module.vgg."),
+        )
+    },
+    "features.module.N (DataParallel around the features)": Form(_saved(_parallel_features)),
+    "AveragedModel": Form(_saved(lambda: AveragedModel(small_vgg()).state_dict())),
+    **{
+        f"under {key}": _wrapped(key)
+        for key in (
+            *("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema", "net", "params"),
+            *("params_ema", "weights", "ema", "network"),
+        )
+    },
+    "under best_model": _wrapped("best_model"),
+    "under best_model, with key": Form(_saved(lambda: {"best_model": state()}), options={"key": "best_model"}),
+    "under generator, with another key": Form(_saved(lambda: {"generator": state()}), options={"key": "g"}),
+    "two levels: state_dict in model": Form(_saved(lambda: {"model": {"state_dict": state()}})),
+    "beside argparse.Namespace": _beside(argparse.Namespace(lr=0.1, layers=[1, 2])),
+    "beside a path": _beside(pathlib.PurePosixPath("/data/train")),
+    "beside a NumPy number": _beside(np.float64(0.75)),
+    "beside a NumPy array": _beside(np.arange(3.0)),
+    "beside a datetime": _beside(datetime.datetime(2024, 5, 1, 12, 0)),
+    "beside a timedelta": _beside(datetime.timedelta(hours=3)),
+    "beside a function": _beside(partial(print, "x")),
+    "beside a module": _beside(nn.ReLU()),
+    "training state of torchvision's references": Form(_saved(_training_state)),
+    "training state of Lightning": Form(_saved(_lightning)),
+    "whole module": Form(_saved(small_vgg)),
+    "TorchScript": Form(_traced, "network.pt"),
+    "list of tensors": Form(_saved(lambda: list(state().values()))),
+    "one tensor": Form(_saved(lambda: _ZERO)),
+    "total_ops of a profiler": Form(_saved(lambda: _with(total_ops=_ZERO, features__0__total_ops=_ZERO))),
+    "total_ops of a profiler, ignored": Form(
+        _saved(lambda: _with(total_ops=_ZERO, features__0__total_ops=_ZERO)), options=_IGNORE
+    ),
+    "weights of the loss, with model": Form(_saved(lambda: _with(loss_fn__weight=_ZERO)), options={"model": small_vgg}),
+    "weights of the loss, ignored, with model": Form(
+        _saved(lambda: _with(loss_fn__weight=_ZERO)), options={"model": small_vgg} | _IGNORE
+    ),
+    "another network": Form(_saved(lambda: dict(nn.Sequential(nn.Conv2d(3, 8, 3)).state_dict()))),
+    "prefix net., with model": Form(
+        _saved(lambda: {f"net.{key}": value for key, value in state().items()}), options={"model": small_vgg}
+    ),
+    "prefix that the model itself has": Form(_saved(lambda: OwnLoading().state_dict()), options={"model": OwnLoading}),
+    "the model lacks a layer": Form(
+        _saved(lambda: {key: value for key, value in state().items() if "6" not in key}), options={"model": small_vgg}
+    ),
+    "part 1 of 2": Form(_in_parts, "model-00001-of-00002.safetensors"),
+    "part 1 of 1": Form(lambda path: safetensors.torch.save_file(state(), path), "model-00001-of-00001.safetensors"),
+    "index of parts": Form(_index, "model.safetensors.index.json"),
+    "index of parts, torch": Form(_index, "pytorch_model.bin.index.json"),
+    ".npz": Form(_npz, "network.npz"),
+    "plain pickle of NumPy arrays": Form(_pickled(lambda: {key: value.numpy() for key, value in state().items()})),
+    "plain pickle of numbers": Form(_pickled(lambda: {"a": 1})),
+    "HDF5": Form(lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), "network.h5"),
+    "Git LFS pointer": Form(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x\n")),
+    "text": Form(lambda path: path.write_text("<html>404</html>")),
+    "empty": Form(lambda path: path.write_bytes(b"")),
+    "folder": Form(lambda path: path.mkdir()),
+    "truncated": Form(lambda path: (torch.save(state(), path), path.write_bytes(path.read_bytes()[:-4000]))),
+    "absent": Form(lambda path: path),
+}
+
+
+def outcome(name: str, folder: Path) -> str:
+    """Return "loaded", or the message of the error without the folder."""
+    import warnings  # noqa: PLC0415
+
+    from bn_insert import CheckpointError, load_checkpoint  # noqa: PLC0415
+
+    form = FORMS[name]
+    path = folder / form.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit, and of pickles
+        form.write(path)
+    try:
+        load_checkpoint(path, **form.options)
+    except CheckpointError as error:
+        return str(error).replace(f"{folder}/", "")
+    return "loaded"
