@@ -50,7 +50,7 @@ def ways() -> Iterator[Way]:
             yield Way(images, layers=layers)
     for images in (32, 8):
         for caution in (0.0, 0.5, 2.0):
-            yield Way(images, caution, "conv")
+            yield Way(images, caution)
     for layers in ("first 2", "first 4"):
         yield Way(512, layers=layers)
     yield Way(512, batch=128)

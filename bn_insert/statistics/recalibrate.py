@@ -228,7 +228,8 @@ def _set_statistics(
         )
     mean, var = moments.mean, moments.var if unbiased and moments.count > 1 else moments.m2 / moments.count
     if prior is not None:
-        mean, var = prior.shrunk(mean, var, images)
+        # A single value has no variance.
+        mean, var = prior.shrunk(mean, var if moments.count > 1 else prior.var.to(var), images)
     old = _statistics(norm)[0]
     mean, var = mean.to(old.device, old.dtype), var.to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):

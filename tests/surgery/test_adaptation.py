@@ -115,9 +115,12 @@ def test_with_many_images_shrinkage_does_not_change_what_is_measured_but_with_fe
 
 
 def test_one_target_image_is_enough() -> None:
-    found = adapt(small_vgg(), source().split(16), [shifted(source())[:1]])
+    model = small_vgg()
+    found = adapt(model, source().split(16), [shifted(source())[:1]], keep_batchnorm=True)
     assert found.target_images == 1
-    assert all(parameter.isfinite().all() for parameter in found.model.parameters())
+    assert all(value.isfinite().all() for value in found.model.state_dict().values())
+    dense = insert_batchnorm(model, source().split(16)).classifier[1].running_var
+    assert torch.equal(found.model.classifier[1].running_var, dense), "a single value has no variance"
 
 
 def test_keep_batchnorm_leaves_the_layers_in_to_train_on() -> None:
