@@ -177,7 +177,7 @@ def undisturbed(arguments: Sequence[str], folder: Path) -> tuple[float, int]:
 
 
 def _messages(folder: Path) -> str:
-    return (folder.parent / "messages").read_text(errors="replace").strip()[-500:]
+    return (folder.parent / "messages").read_text(errors="replace").strip()[-5000:]  # an abort of PyTorch prints much
 
 
 def digest_of(path: Path) -> str:
