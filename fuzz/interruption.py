@@ -139,6 +139,9 @@ def _run(
     arguments: Sequence[str], folder: Path, writer: int, at_end: Callable[[], object], messages: str = "messages"
 ) -> None:
     """Run a command in this process and end it."""
+    # PyTorch renews its thread pool at the first use after a fork, without a lock: here, before the first backward pass
+    # starts a thread that would use it at the same time ("Invalid thread pool!").
+    torch.set_num_threads(1)
     signals.install()
     os.chdir(folder)
     printed = os.open(folder.parent / messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
