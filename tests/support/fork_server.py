@@ -69,8 +69,8 @@ def start(request: dict[str, object], output: int, errors: int, status: int) -> 
 def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     """Run a program as if Python had been started with it, in a session of its own."""
     os.setsid()
-    # PyTorch renews its thread pool at the first use after a fork, without a lock: here, before a backward pass starts a
-    # thread that would use it at the same time ("Invalid thread pool!").
+    # PyTorch renews its thread pool at the first use after a fork, without a lock: here, before a backward pass starts
+    # a thread that would use it at the same time ("Invalid thread pool!").
     torch.set_num_threads(1)
     os.chdir(folder)
     os.environ.clear()
