@@ -31,6 +31,7 @@ class Classifier:
         classes: Number of logits per image.
         device: Where the network is.
         amp: Run under bfloat16 autocast.
+        memory_format: That of images and conv weights.
     """
 
     network: nn.Module
@@ -38,17 +39,38 @@ class Classifier:
     classes: int
     device: torch.device
     amp: bool
+    memory_format: torch.memory_format = torch.channels_last
 
     @classmethod
-    def of(cls, network: nn.Module, classes: int, device: torch.device, ranks: Ranks, *, amp: bool) -> Classifier:
-        """Return a network that is on its device as a classifier."""
+    def of(
+        cls,
+        network: nn.Module,
+        classes: int,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        amp: bool,
+        example: Float[Tensor, "n c h w"] | None = None,
+    ) -> Classifier:
+        """Return a network that is on its device as a classifier.
+
+        Args:
+            network: The network; its conv weights get the memory format.
+            classes: Number of logits per image.
+            device: Where the network is.
+            ranks: The processes that train it.
+            amp: Run under bfloat16 autocast.
+            example: Images to find out which memory format the network takes.
+        """
+        memory_format = torch.channels_last if example is None else _memory_format(network, example.to(device))
+        network.to(memory_format=memory_format)
         parallel = network if ranks.count == 1 else _data_parallel(network, device)
-        return cls(network, parallel, classes, device, amp)
+        return cls(network, parallel, classes, device, amp, memory_format)
 
     def inputs(self, batch: LabelledBatch) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
-        """Return the images, in the network's dtype and channels_last, and the labels of a batch, on the device."""
+        """Return the images, in the network's dtype and memory format, and the labels of a batch, on the device."""
         dtype = next(self.network.parameters()).dtype
-        images = batch.images.to(self.device, dtype, memory_format=torch.channels_last)
+        images = batch.images.to(self.device, dtype, memory_format=self.memory_format)
         return images, batch.labels.to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -83,6 +105,17 @@ class Classifier:
                 f"{self.classes} classes; only classifiers can be fine-tuned"
             )
         return logits
+
+
+def _memory_format(network: nn.Module, images: Float[Tensor, "n c h w"]) -> torch.memory_format:
+    """Return channels_last, which is faster, unless the forward takes contiguous activations alone, as x.view does."""
+    images = images.to(next(network.parameters()).dtype, memory_format=torch.channels_last)
+    try:
+        with evaluating(network), torch.inference_mode():
+            network(images)
+    except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 @contextmanager

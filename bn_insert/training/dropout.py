@@ -1,4 +1,4 @@
-"""The dropout of a run: off in front of a BatchNorm, unless the settings ask for it."""
+"""The dropout of a run: off before a BatchNorm, unless the settings ask for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..batchnorm.dropouts import dropouts_before_batchnorm
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import GraphError, TrainingError
 from ..graph.copies import unwrapped
-from ..images.class_folders import ClassFolders
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Dropout:
 
     Args:
         active: Probability of each layer that drops values, by its name.
-        switched_off: Former probability of each layer that was switched off in front of a BatchNorm, by its name.
+        switched_off: Former probability of each layer that was switched off before a BatchNorm, by its name.
     """
 
     active: Mapping[str, float] = field(default_factory=dict)
@@ -34,13 +33,13 @@ class Dropout:
         return f"{text}; switched off before BatchNorm: {_listed(self.switched_off)}" if self.switched_off else text
 
 
-def set_dropout(network: nn.Module, probability: float | None, images: ClassFolders) -> Dropout:
+def set_dropout(network: nn.Module, probability: float | None, example: Tensor | None) -> Dropout:
     """Set the dropout layers of a network for training, in place.
 
     Args:
         network: The network.
         probability: Of every layer; None keeps each one's, and switches off those in front of a BatchNorm.
-        images: Images that the network takes.
+        example: Images that the network takes; None if none can be read.
 
     Returns:
         What drops values now.
@@ -54,19 +53,16 @@ def set_dropout(network: nn.Module, probability: float | None, images: ClassFold
         raise TrainingError(
             f"{type(network).__name__} has no dropout layer to set to {probability}; leave out dropout (--dropout)"
         )
-    before_batchnorm = _before_batchnorm(network, images) if probability is None and _any_active(layers) else ()
+    before_batchnorm = _before_batchnorm(network, example) if probability is None and _any_active(layers) else ()
     switched_off = {name: layers[name].p for name in before_batchnorm}
     for name, layer in layers.items():
         layer.p = 0.0 if name in switched_off else layer.p if probability is None else probability
     return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off)
 
 
-def _before_batchnorm(network: nn.Module, images: ClassFolders) -> list[str]:
-    if not any(map(uses_batch_statistics, network.modules())):
+def _before_batchnorm(network: nn.Module, example: Tensor | None) -> list[str]:
+    if example is None or not any(map(uses_batch_statistics, network.modules())):
         return []
-    example = _example(images)
-    if example is None:
-        return []  # the first step tells why no image can be read
     try:
         return dropouts_before_batchnorm(network, example)
     except GraphError as error:
@@ -76,14 +72,6 @@ def _before_batchnorm(network: nn.Module, images: ClassFolders) -> list[str]:
             stacklevel=2,
         )
         return []
-
-
-def _example(images: ClassFolders) -> Tensor | None:
-    """Return a batch of the first training image that can be read."""
-    for image in images.train:
-        for batch in images.batches((image,), 1):
-            return batch.images
-    return None
 
 
 def _any_active(layers: Mapping[str, _DropoutNd]) -> bool:

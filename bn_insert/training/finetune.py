@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError
 from ..images.class_folders import ClassFolders
@@ -73,7 +73,7 @@ def finetune(
     be resumed, and the report of the run, report.html, with its data, report.json.
 
     The copy has float32 in place of half precision, the memory format channels_last, and a new output layer if the
-    model's does not have one output per class. Dropout in front of a BatchNorm is switched off unless
+    model's does not have one output per class. Dropout before a BatchNorm is switched off unless
     `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is left out if it is a single
     image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
 
@@ -119,8 +119,9 @@ def finetune(
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         network = prepared_network(model, settings, len(images.classes), device, ranks)
-        dropout = set_dropout(network, settings.dropout, images)
-        classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp)
+        example = _example(images)
+        dropout = set_dropout(network, settings.dropout, example)
+        classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, network, settings, ranks)
         optimizer = make_optimizer(network, settings)
         data = run_data(network, images, ranks)
@@ -177,6 +178,14 @@ def finetune(
                 ) from error
     health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
+
+
+def _example(images: ClassFolders) -> Tensor | None:
+    """Return a batch of the first training image that can be read; None if none can, which the first step reports."""
+    for image in images.train:
+        for batch in images.batches((image,), 1):
+            return batch.images
+    return None
 
 
 def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:

@@ -22,8 +22,8 @@ def prepared_network(
 ) -> nn.Module:
     """Return a copy of a model on its device, with what the settings freeze or change.
 
-    It has float32 in place of half precision, the memory format channels_last, and the new head of the settings, or a
-    new output layer if the model's does not have one output per class.
+    It has float32 in place of half precision, and the new head of the settings, or a new output layer if the model's
+    does not have one output per class.
 
     Raises:
         TrainingError: For settings that the model cannot take.
@@ -32,7 +32,7 @@ def prepared_network(
     if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
         network.float()  # small steps would be rounded away
     head = _head(network, settings, classes)
-    network.to(device).to(memory_format=torch.channels_last)
+    network.to(device)
     renorm = settings.batchnorm == "renorm"
     if settings.sync_bn and not renorm:
         if device.type != "cuda":

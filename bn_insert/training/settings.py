@@ -57,7 +57,7 @@ class TrainingSettings:
             output layer alone if the number of classes differs. BatchNorm in a new head is trained even where
             `batchnorm` freezes the others.
         freeze_features: Train only `model.classifier`.
-        dropout: Probability of every dropout layer; None switches off those in front of a BatchNorm that normalizes by
+        dropout: Probability of every dropout layer; None switches off those before a BatchNorm that normalizes by
             the batch, and leaves the others unchanged.
         recalibrate: Re-estimate running statistics on training images before each validation.
         recalibration_images: Number of training images for it.

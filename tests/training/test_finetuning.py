@@ -404,15 +404,35 @@ def test_dropout_before_a_batchnorm_is_off_by_default_and_the_report_says_so(
     ],
 )
 def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
-    network: nn.Module, digits: ClassFolders, changes: dict[str, Any], expected: str
+    network: nn.Module, changes: dict[str, Any], expected: str
 ) -> None:
     settings = replace(BRIEF, **changes)
     prepared = prepared_network(network, settings, 10, torch.device("cpu"), Ranks())
-    assert str(set_dropout(prepared, settings.dropout, digits)) == expected
+    assert str(set_dropout(prepared, settings.dropout, torch.rand(1, 3, 32, 32))) == expected
+
+
+class FlattenedByView(nn.Module):
+    """Takes contiguous activations alone, as many networks written by hand do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 8 * 8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x)).relu()
+        return self.fc(x.view(len(x), -1))
+
+
+def test_a_network_that_flattens_by_view_is_fine_tuned(digits: ClassFolders, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="view"):
+        FlattenedByView()(torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert finetune(FlattenedByView(), digits, tmp_path, BRIEF).best is not None
 
 
 def test_dropout_of_a_network_that_cannot_be_traced_stays_on_with_a_warning(
-    digits: ClassFolders, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_arguments: object) -> list[str]:
         raise GraphError("torch.export cannot trace Sequential")
@@ -420,7 +440,7 @@ def test_dropout_of_a_network_that_cannot_be_traced_stays_on_with_a_warning(
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8))
     monkeypatch.setattr("bn_insert.training.dropout.dropouts_before_batchnorm", fail)
     with pytest.warns(UserWarning, match="dropout stays on, because .*--dropout 0"):
-        assert str(set_dropout(model, None, digits)) == "0.5 (1)"
+        assert str(set_dropout(model, None, torch.rand(1, 3, 32, 32))) == "0.5 (1)"
 
 
 @pytest.mark.parametrize(
