@@ -397,7 +397,7 @@ def signal_once(case: Case, folder: Path, generator: random.Random) -> str:
     if code == 0 and "new" not in left:
         raise WrongError(f"it ended with 0, and the output is {left}: {said}")
     if code and not tuning:
-        written = f"interrupted; {case.output} is written and whole" in said
+        written = f"interrupted; {case.output} is written and complete" in said
         if written != (left == "new") or written == ("interrupted; nothing was written" in said):
             raise WrongError(f"the output is {left}, and it said: {said}")
     if code and tuning and "nothing was written" in said and left not in ("absent", "old run, still to be resumed"):
