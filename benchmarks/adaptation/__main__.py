@@ -199,7 +199,7 @@ def figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
         values = [row[column] for row in rows.values()]
         axes.scatter(values, range(len(rows)), color=color, marker=marker, s=36, label=label, zorder=2)
     axes.set_yticks(range(len(rows)), [*rows])
-    axes.set_xlabel("accuracy, %, mean over five severities")
+    axes.set_xlabel("accuracy, %, mean over the severities")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False)
     return result
