@@ -34,5 +34,5 @@ def _cropped(images: Float32[Tensor, "n c h w"], seed: int, scale: float) -> Flo
     height, width = images.shape[2:]
     crop = v2.RandomResizedCrop((height, width), scale=(scale, 1.0), ratio=_RATIO, antialias=True)
     with torch.random.fork_rng(devices=()):  # torchvision draws from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         return torch.stack([crop(image) for image in images])

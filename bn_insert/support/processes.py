@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 from typing import TypeVar
 
 import torch
@@ -20,7 +19,6 @@ from ..errors import BNInsertError, CalibrationError
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(minutes=2)  # ranks that work together start within seconds
-_meetings = count()
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,15 @@ class Ranks:
         if self.count == 1:
             return
         store = dist.distributed_c10d._get_default_store()
-        meeting = f"bn_insert/{function}/{next(_meetings)}"
-        arrived = store.add(meeting, 1)
-        if arrived == self.count:
-            store.set(f"{meeting}/complete", "")
+        place = f"bn_insert/{function}"
+        meeting, waiting = divmod(store.add(place, 1) - 1, self.count)  # each meeting takes as many as there are ranks
+        if waiting == self.count - 1:
+            store.set(f"{place}/{meeting}", "")
         try:
-            store.wait([f"{meeting}/complete"], _LONGEST_WAIT)
+            store.wait([f"{place}/{meeting}"], _LONGEST_WAIT)
         except RuntimeError as error:  # of a subclass that differs between stores
-            arrived = store.add(meeting, 0)
+            arrived = store.add(place, 0) - meeting * self.count
+            store.add(place, -1)  # a later call meets anew
             raise CalibrationError(
                 f"{function} was called on {arrived} of {self.count} ranks (this is rank {self.rank}), and waited "
                 f"{_LONGEST_WAIT.total_seconds():.0f} s for the others. Call it on every rank of the process group, "

@@ -66,7 +66,6 @@ _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|decimal\.Decimal|uuid\.UUID|fractions\.Fraction"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.(datetime|date|time|timedelta|timezone)"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|dtypes\.\w+|(bool|u?int|float)\w*)"
-    r"|(pytorch_lightning|lightning_fabric|lightning)\.(\w+\.)*AttributeDict|easydict\.EasyDict|addict\.(\w+\.)*Dict"
 )
 # Positions in the description of a storage: ("storage", class, key, device, number of elements).
 _KEY, _NUMEL = 2, 4

@@ -173,6 +173,8 @@ def adapt_inserted(
         GraphError: As for `adapt_statistics`.
         CalibrationError: As for `adapt_statistics`.
     """
+    if insertion is not None and insertion.fault:
+        raise GraphError(insertion.fault)
     inserted = insertion.model if insertion else model
     norms = with_statistics(inserted)
     if not norms:

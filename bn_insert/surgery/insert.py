@@ -115,7 +115,10 @@ def insert(
         example, first, batches = peek.example, peek.first, peek.batches
         trace = Trace.of(model, example)
         if trace.obstacle:
-            example = next((batch for batch in Ranks.current().gathered(first) if batch is not None), example)
+            device = reference_tensor(model).device
+            own = None if first is None else first.mapped(lambda tensor: tensor.cpu())  # others have other devices
+            found_first = next((batch for batch in Ranks.current().gathered(own) if batch is not None), example)
+            example = found_first.mapped(lambda tensor: tensor.to(device))
             trace = Trace.of(model, example)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
@@ -165,7 +168,7 @@ _LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU a
 
 def _fault(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
     """Return what is wrong with the result on the first images of any rank, for a message; empty if nothing is."""
-    faults = Ranks.current().gathered("" if batch is None else _fault_here(model, result, batch))
+    faults = on_every_rank(lambda: "" if batch is None else _fault_here(model, result, batch))
     return next(filter(None, faults), "")
 
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import DivergenceError, TrainingError
+from ..graph.copies import working_copy
 from ..images.class_folders import LabelledBatch
+from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
 from ..support.text import first_line
 
@@ -109,10 +111,11 @@ class Classifier:
 
 def _memory_format(network: nn.Module, images: Float[Tensor, "n c h w"]) -> torch.memory_format:
     """Return channels_last, which is faster, unless the forward takes contiguous activations alone, as x.view does."""
-    images = images.to(next(network.parameters()).dtype, memory_format=torch.channels_last)
+    # Two images, as some views are of several images alone; a copy, as a forward may keep tensors.
+    images = images[:1].expand(2, -1, -1, -1).to(next(network.parameters()).dtype, memory_format=torch.channels_last)
     try:
-        with evaluating(network), torch.inference_mode():
-            network(images)
+        with preserved_random_state(), torch.inference_mode():
+            working_copy(network)(images)
     except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
         return torch.contiguous_format
     return torch.channels_last

@@ -22,7 +22,7 @@ from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 2"
+_FORMAT = "bn-insert training state 3"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 

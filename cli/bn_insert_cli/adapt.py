@@ -157,15 +157,16 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         moments = adaptation.insertion.moments
         note_calibration(moments, adaptation.source_images, tolerance, -(-adaptation.source_images // batch_size))
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
-    findings = _findings(
-        adaptation, comparisons, *_predictions(network, adaptation.model, target, target_folder, place)
-    )
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
         with signals.saving(str(output)):
             save_checkpoint(adaptation.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
+    # After the checkpoint: nothing that goes wrong from here on loses it.
+    with saying_what_is_written(output if accepted else None):
+        findings = _findings(
+            adaptation, comparisons, *_predictions(network, adaptation.model, target, target_folder, place)
+        )
     if report:
-        # After the checkpoint: nothing that goes wrong here loses it.
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
         facts: dict[str, Any] = {
             name: folder and {"source": str(folder), "images": count, "skipped": len(files)}

@@ -41,12 +41,12 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
 
 @contextmanager
 def saying_what_is_written(output: Path | None) -> Iterator[None]:
-    """Add to the message of a report that fails what is written already."""
-    from bn_insert import CheckpointError  # noqa: PLC0415
+    """Add what is written already to the message of what fails after it."""
+    from bn_insert import BNInsertError, CheckpointError  # noqa: PLC0415
 
     try:
         yield
-    except CheckpointError as error:
+    except BNInsertError as error:
         written = f"{output} is written and complete" if output else "nothing was written"
         raise CheckpointError(f"{error}; {written}") from error
 

@@ -195,3 +195,20 @@ def test_an_error_names_the_fact(arguments: Any, error: Any, message: str) -> No
 def test_a_network_without_a_place_for_batchnorm_is_refused() -> None:
     with pytest.raises(GraphError, match=r"nothing to adapt in Sequential: .*output layer"):
         adapt_statistics(sequential(nn.Flatten(), nn.Linear(12, 3)), [torch.rand(4, 3, 2, 2)], [torch.rand(4, 3, 2, 2)])
+
+
+class CountsItsModules(nn.Module):
+    """Returns other values once there are more modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) * len(list(self.modules()))
+
+
+def test_a_network_whose_outputs_an_insertion_would_change_is_not_adapted() -> None:
+    batches = torch.rand(16, 3, 8, 8).split(8)
+    with pytest.raises(GraphError, match="returns other outputs than without"):
+        adapt_statistics(CountsItsModules().eval(), batches, batches)
