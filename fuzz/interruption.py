@@ -240,7 +240,9 @@ def look_at_run(case: Case, folder: Path, *, stopped: bool = False) -> str:
         raise WrongError(f"{CLASSES} is not whole")
     if (run / STATE).exists():
         state = load_state(run / STATE)
-        if missing := {LAST, BEST, METRICS, CURVES, CLASSES} - {path.name for path in run.iterdir()}:
+        # One that was stopped in its first epoch has no figures yet, and no best epoch.
+        described = {LAST, CLASSES} | ({BEST, METRICS, CURVES} if state.progress.history else set())
+        if missing := described - {path.name for path in run.iterdir()}:
             raise WrongError(f"{STATE} tells of files that are not there: {missing}")
         if case.before and str(state.settings["lr"]) == case.before[-1]:
             return "old run, still to be resumed"
