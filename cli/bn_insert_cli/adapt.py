@@ -153,6 +153,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if not ranks.first:
         return  # one process checks and writes
     note_unreadable([file for files in skipped for file in files])
+    if adaptation.insertion and adaptation.insertion.nothing:
+        print_note(f"No BatchNorm was inserted, and SOURCE was not needed: {adaptation.insertion.nothing}.")
     if adaptation.insertion:
         moments = adaptation.insertion.moments
         note_calibration(moments, adaptation.source_images, tolerance, -(-adaptation.source_images // batch_size))

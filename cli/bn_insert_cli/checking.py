@@ -24,6 +24,8 @@ CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared
 
 def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: float | None, batches: int) -> None:
     """Print the number of images, and with a tolerance whether it was reached."""
+    if not moments:
+        return  # nothing was inserted: a network may be adapted by the BatchNorms that it has
     errors = [each.error_of(0.99) for each in moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""

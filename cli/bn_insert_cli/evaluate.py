@@ -58,10 +58,9 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     device: opt.Device = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the accuracy of a checkpoint on labelled images, also of each class.
+    """Measure the accuracy of a checkpoint on labelled images, overall and for each class.
 
-    The folders of DATA are matched by name with the classes that the checkpoint stores, as those that `finetune`
-    writes do. If it stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is
+    The folders of DATA are matched by name with the class names in the checkpoint, which `finetune` stores. If it stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is
     1 if outputs are not finite.
 
     Example: `bn-insert evaluate run/best.pth flowers/ --confusion confusion.png`

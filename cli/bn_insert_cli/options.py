@@ -29,12 +29,10 @@ Model = Annotated[
 ]
 Key = Annotated[
     str | None,
-    typer.Option(
-        "--key", metavar="NAME", help="Key of the dict in CHECKPOINT that has the state dict.", show_default=False
-    ),
+    typer.Option("--key", metavar="NAME", help="Key of the state dict in CHECKPOINT.", show_default=False),
 ]
 IgnoreUnexpected = Annotated[
-    bool, typer.Option("--ignore-unexpected", help="Pass over tensors in CHECKPOINT that the network does not have.")
+    bool, typer.Option("--ignore-unexpected", help="Ignore tensors in CHECKPOINT that the network does not have.")
 ]
 Calibration = Annotated[
     Path,

@@ -72,6 +72,13 @@ def test_a_checkpoint_with_batchnorm_needs_no_source(run: Run) -> None:
     assert torch.load("out.pth").keys() == torch.load("bn.pth").keys()
 
 
+def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: Run, digits: Path, dark: Path) -> None:
+    assert run("insert", network_path(), digits, "-o", "bn.pth", *AS_STORED).exit_code == 0
+    result = run("adapt", "bn.pth", digits, dark, "-o", "out.pth")
+    assert result.exit_code == 0, result.output
+    assert "No BatchNorm was inserted, and SOURCE was not needed" in text_of(result.stderr)
+
+
 def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
     result = run("adapt", network_path(), digits, digits, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
