@@ -60,8 +60,9 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Measure the accuracy of a checkpoint on labelled images, overall and for each class.
 
-    The folders of DATA are matched by name with the class names in the checkpoint, which `finetune` stores. If it stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is
-    1 if outputs are not finite.
+    The folders of DATA are matched by name with the class names in the checkpoint, which `finetune` stores. If it
+    stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is 1 if outputs
+    are not finite.
 
     Example: `bn-insert evaluate run/best.pth flowers/ --confusion confusion.png`
 
