@@ -61,10 +61,12 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
 def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
     guessing, last = math.log(classes), epochs[-1]
     lowest = min(epoch["val_loss"] for epoch in epochs)
+    falling = _still_falling(epochs, lowest, guessing)
     found = []
-    guess = f"{guessing:.3g} = ln({classes}), that of guessing"
+    guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. Try a lower learning rate (--lr)."
+        way_out = "Train for more epochs (--epochs)." if falling else "Try a lower learning rate (--lr)."
+        text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
         text = (
@@ -75,16 +77,19 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
     elif lowest > _LITTLE * guessing:
         text = f"The validation loss, {lowest:.3g} at its lowest, is little below {guess}."
         found.append(Verdict("check", "Loss", text))
-    if len(epochs) > 1:
-        before = epochs[-2]["val_loss"]
-        fall = before - last["val_loss"]
-        if last["val_loss"] == lowest and fall > max(_FALLING[0] * last["val_loss"], _FALLING[1] * guessing):
-            text = (
-                f"The validation loss was still falling, from {before:.3g} to {last['val_loss']:.3g} in the last "
-                "epoch: more epochs (--epochs) may help."
-            )
-            found.append(Verdict("check", "Length", text))
+    if falling:
+        text = (
+            f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "
+            "the last epoch: more epochs (--epochs) may help."
+        )
+        found.append(Verdict("check", "Length", text))
     return found
+
+
+def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:
+    if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest:
+        return False
+    return bool(epochs[-2]["val_loss"] - lowest > max(_FALLING[0] * lowest, _FALLING[1] * guessing))
 
 
 def _best(epochs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

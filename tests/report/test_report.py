@@ -325,8 +325,19 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
     [
         ((0.9, 0.3, 0.3), (0.6, 0.9, 0.9), "good", "No sign of trouble"),
         ((1.0, 0.9, 0.9), (0.5, 0.5, 0.4), "bad", "50.0%, is not above 50.0%, the share of the largest class"),
-        ((1.9, 1.5, 1.5), (0.6, 0.7, 0.7), "bad", "1.5 at its lowest, is above 1.39 = ln(4), that of guessing"),
-        ((0.9, 0.5, 9.0), (0.6, 0.7, 0.6), "bad", "rose from 0.5 to 9, above 1.39 = ln(4), that of guessing: training"),
+        (
+            (1.9, 1.5, 1.5),
+            (0.6, 0.7, 0.7),
+            "bad",
+            "1.5 at its lowest, is above 1.39 = ln(4), the loss of guessing. Try a lower",
+        ),
+        ((3.0, 2.0, 1.5), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Train for more epochs"),
+        (
+            (0.9, 0.5, 9.0),
+            (0.6, 0.7, 0.6),
+            "bad",
+            "rose from 0.5 to 9, above 1.39 = ln(4), the loss of guessing: training",
+        ),
         ((1.3, 1.2, 1.2), (0.6, 0.7, 0.7), "check", "is little below 1.39"),
         ((0.9, 0.8, 0.6), (0.6, 0.7, 0.8), "check", "still falling, from 0.8 to 0.6 in the last epoch"),
         ((0.9, 0.3), (0.6, 0.9), "check", "2 of 3 epochs were completed"),
