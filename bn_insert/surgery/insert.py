@@ -112,28 +112,21 @@ def insert(
 
     with preserved_random_state():
         peek = peeked(model, batches, "insert_batchnorm")
-        example, first, batches = peek.example, peek.first, peek.batches
-        trace = Trace.of(model, example)
-        if trace.obstacle:
-            device = reference_tensor(model).device
-            own = None if first is None else first.mapped(lambda tensor: tensor.cpu())  # others have other devices
-            found_first = next((batch for batch in Ranks.current().gathered(own) if batch is not None), example)
-            example = found_first.mapped(lambda tensor: tensor.to(device))
-            trace = Trace.of(model, example)
+        trace = _trace(model, peek)
         found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
-            model, sites, batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
+            model, sites, peek.batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
         )
     edges = edges_in(trace, sites) if equalize else []
     dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
     # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
-    fault = _fault(model, result, first) if sites else ""
+    fault = _fault(model, result, peek.first) if sites else ""
     if fault and any(site.in_sequence for site in sites):
         sites = [replace(site, in_sequence=False) for site in sites]
         result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-        fault = _fault(model, result, first)
+        fault = _fault(model, result, peek.first)
         by_name = {site.name: site for site in sites}
         found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
     if fault:
@@ -159,6 +152,17 @@ def insert(
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=fault,
     )
+
+
+def _trace(model: nn.Module, peek: Peek) -> Trace:
+    """Return the trace of a model; if its forward depends on values, with those of the first batch of all ranks."""
+    trace = Trace.of(model, peek.example)
+    if not trace.obstacle:
+        return trace
+    on_cpu = None if peek.first is None else peek.first.mapped(lambda tensor: tensor.cpu())  # ranks have own devices
+    batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
+    device = reference_tensor(model).device
+    return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))
 
 
 _CANNOT_RUN = "cannot run: "

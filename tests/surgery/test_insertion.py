@@ -23,6 +23,7 @@ from bn_insert import (
 )
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
+from support.idioms import DecidesByValues
 from support.networks import (
     AWKWARD,
     DEPTHS,
@@ -644,3 +645,15 @@ def test_an_insertion_has_the_model_and_all_that_was_measured_on_the_way(equaliz
     assert list(insertion.norms) == [site.name for site in sites]
     assert all(norm in modules for norm in insertion.norms.values())
     assert_same_outputs(insertion.model, insert_batchnorm(model, batches, equalize=equalized), batches[0])
+
+
+def test_a_forward_that_depends_on_values_is_calibrated_where_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def calibrate_on(*arguments: Any, device: object, **options: Any) -> Any:
+        devices.append(device)
+        return calibrate(*arguments, device=device, **options)
+
+    monkeypatch.setattr("bn_insert.surgery.insert.calibrate", calibrate_on)
+    insert(DecidesByValues(), [torch.rand(4, 3, 12, 12)])
+    assert devices == [None]
