@@ -48,7 +48,7 @@ def dropouts_upstream(trace: Trace, anchors: Collection[str] = ()) -> list[str]:
 
     Args:
         trace: The model.
-        anchors: Names of modules that a BatchNorm is about to be inserted behind.
+        anchors: Names of modules that a BatchNorm is about to be inserted after.
     """
 
     def normalizes_by_batch(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CheckpointError
+from ..support.text import listed
 from ..surgery.history import History
 
 FORMAT = "bn-insert"
@@ -26,6 +27,7 @@ _FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architectu
 _FIELDS_OF_2 = {"classes"}
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
 _MAX_FLOAT = sys.float_info.max
+_NAMES_SHOWN = 3
 _MAX_CLASSES = 100_000  # of ImageNet there are 21,841
 _MAX_CLASS_NAME = 1000  # characters; the name of a folder has at most 255
 
@@ -180,13 +182,11 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
 def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> None:
     unknown, unnamed = sorted(set(stored) - set(present)), sorted(set(present) - set(stored))
     if unknown:
-        raise CheckpointError(f"the settings name {_listed(unknown)}, but the network has no {kind} there")
+        raise CheckpointError(f"the settings name {listed(unknown, _NAMES_SHOWN)}, but the network has no {kind} there")
     if unnamed and stored:
-        raise CheckpointError(f"the settings do not name the {kind} layers {_listed(unnamed)} of the network")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise CheckpointError(
+            f"the settings do not name the {kind} layers {listed(unnamed, _NAMES_SHOWN)} of the network"
+        )
 
 
 def _batchnorm_settings(values: object, place: str) -> BatchNormSettings:

@@ -16,18 +16,19 @@ from ..support.text import printable
 from ..support.torch_file import MAX_TENSORS
 
 WRAPPERS = (
-    *("state_dict", "model", "model_state_dict", "model_ema"),
-    *(
-        "state_dict_ema",
-        "ema_state_dict",
-        "net",
-        "params",
-        "params_ema",
-        "weights",
-        "ema",
-        "network",
-        "network_weights",
-    ),
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_ema",
+    "state_dict_ema",
+    "ema_state_dict",
+    "net",
+    "params",
+    "params_ema",
+    "weights",
+    "ema",
+    "network",
+    "network_weights",
 )
 """Keys under which a larger dict may have the state dict; of several, the first."""
 
@@ -35,6 +36,9 @@ WRAPPERS = (
 # nothing is known of the architecture.
 _PREFIX = re.compile(r"(module|model|_orig_mod|net|network|backbone|vgg|encoder|timm_model|base_model|cnn|student)\.")
 _PARALLEL = re.compile(r"(features|classifier)\.module\.")  # DataParallel around the features, as in PyTorch's examples
+
+_NEXT_NAME = re.compile(r"[^.]+\.(?=.*\.)")  # of a module, not of a tensor
+_KEYS_SHOWN = 12
 
 METADATA_KEY = "bn_insert"
 """Where `_metadata[""]` of a state dict has the settings, as JSON text."""
@@ -152,7 +156,7 @@ def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()
     keys = [key for key in tensors if key != "n_averaged"]
     common = ""
     while keys and not any(key.removeprefix(common) in wanted for key in tensors):
-        found = _PREFIX.match(keys[0], len(common)) if not wanted else _next_name(keys[0], len(common))
+        found = _PREFIX.match(keys[0], len(common)) if not wanted else _NEXT_NAME.match(keys[0], len(common))
         if found is None or not all(key.startswith(keys[0][: found.end()]) for key in keys):
             break
         common = keys[0][: found.end()]
@@ -164,10 +168,6 @@ def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()
     return common, stripped
 
 
-def _next_name(key: str, start: int) -> re.Match[str] | None:
-    return re.compile(r"[^.]+\.(?=.*\.)").match(key, start)
-
-
 def _keys_of(content: object) -> str:
     """Return for a message which keys a dict has, and the types of their values."""
     if not isinstance(content, dict):
@@ -177,9 +177,6 @@ def _keys_of(content: object) -> str:
     ]
     more = ", ..." if dict.__len__(content) > _KEYS_SHOWN else ""
     return f"; its keys are {', '.join(shown)}{more}"
-
-
-_KEYS_SHOWN = 12
 
 
 def _has_tensors(value: object) -> bool:

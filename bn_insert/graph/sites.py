@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphError
+from ..support.text import listed
 from .layers import Kind, layer_kind
 from .operators import is_layer
 from .trace import Trace
@@ -142,7 +143,7 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
         by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name or "the model")
-    found = [f"{reason}: {_some(names)}" for reason, names in by_reason.items()]
+    found = [f"{reason}: {listed(names, _NAMES_SHOWN)}" for reason, names in by_reason.items()]
     modules = {id(node): trace.owner(node) for node in trace.nodes if is_layer(node)}
     known = {id(node) for _, node in trace.layer_nodes()}
     if others := list(dict.fromkeys(name for node, name in modules.items() if node not in known)):
@@ -151,15 +152,9 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
         ]
         found.append(
             "conv and dense operations that are not modules of torch.nn, after which no BatchNorm can be inserted: "
-            f"{_some(described) or 'functions'}"
+            f"{listed(described, _NAMES_SHOWN) or 'functions'}"
         )
     return "; ".join(found) or "it has no conv or dense layer"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (
-        f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ..errors import ImageError
+from ..support.text import listed
 from .batches import Unreadable
 from .files import find_images
 from .image_batches import ImageBatches, image_batches
@@ -139,8 +140,8 @@ def open_class_folders(
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")
     if unknown := [name for name in in_val if name not in classes]:
         raise ImageError(
-            f"{folder / 'val'} has classes that {folder / 'train'} does not have: {_listed(unknown)}; use the same "
-            "folder names in both"
+            f"{folder / 'val'} has classes that {folder / 'train'} does not have: {listed(unknown, _NAMES_SHOWN)}; use "
+            "the same folder names in both"
         )
     train, val = (
         tuple(
@@ -229,8 +230,8 @@ def open_labelled_batches(
         raise ImageError(f"{folder} has no class folders; {_LABELLED_LAYOUT}")
     if unknown := [name for name in folders if classes and name not in classes]:
         raise ImageError(
-            f"{folder} has folders that are not classes of the network: {_listed(unknown)}; its classes are "
-            f"{_listed(classes)}: rename the folders, or remove those of other classes"
+            f"{folder} has folders that are not classes of the network: {listed(unknown, _NAMES_SHOWN)}; its classes "
+            f"are {listed(classes, _NAMES_SHOWN)}: rename the folders, or remove those of other classes"
         )
     names = tuple(classes or folders)
     numbers = {name: number for number, name in enumerate(names)}
@@ -239,12 +240,6 @@ def open_labelled_batches(
         list(labels), transform, batch_size=batch_size, workers=workers, channels=channels, strict=strict
     )
     return LabelledBatches(folder, names, files if images is None else files.sample(images, seed), labels)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 def class_names(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from .verdicts import Verdict
 FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations
-# Of the entropy of a guess among all classes. The CIFAR network of the benchmark stays below on corrupted images.
+# Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
 
 

@@ -75,7 +75,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = ranked(runs)
     health = [_health(run) for run in runs]
     warnings = [
-        (run["name"], verdict)
+        verdict._replace(subject=run["name"])
         for run, found in zip(runs, health, strict=True)
         for verdict in found
         if verdict.state != "good"

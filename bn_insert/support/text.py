@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: object) -> str:
     """Return text with control characters replaced by "?": those from an untrusted file could control the terminal."""
@@ -11,6 +13,12 @@ def printable(text: object) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which takes an s unless the number is one."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first names, at most `most`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def first_line(error: BaseException) -> str:

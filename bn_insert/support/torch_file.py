@@ -91,14 +91,6 @@ class Ignored:
     def __setstate__(self, _: object) -> None:
         """Keep nothing."""
 
-    def __setitem__(self, _key: object, _value: object) -> None:
-        """Keep nothing."""
-
-    def extend(self, _: object) -> None:
-        """Keep nothing."""
-
-    append = extend
-
 
 class RefusedError(ValueError):
     """The file requests more memory or time than its size can justify."""

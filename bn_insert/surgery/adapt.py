@@ -300,8 +300,7 @@ def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> Gra
             f"{name} has no BatchNorm: pass images of the kind that it was trained on as source, so that BatchNorm can "
             "be inserted"
         )
-    reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in insertion.layers)
-    return GraphError(f"nothing to adapt in {name}: no layer can get a BatchNorm ({reasons or 'it has no layers'})")
+    return GraphError(f"nothing to adapt in {name}: no layer can get a BatchNorm ({insertion.nothing})")
 
 
 def _layers_of(norms: Mapping[str, nn.Module], insertion: Insertion[Any] | None) -> dict[str, str]:

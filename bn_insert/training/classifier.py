@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +118,6 @@ def _memory_format(network: nn.Module, images: Float[Tensor, "n c h w"]) -> torc
     except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
         return torch.contiguous_format
     return torch.channels_last
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and restore the training flag of every module afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def cross_entropy(

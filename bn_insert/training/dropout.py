@@ -38,7 +38,7 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
 
     Args:
         network: The network.
-        probability: Of every layer; None keeps each one's, and switches off those in front of a BatchNorm.
+        probability: Of every layer; None keeps each one's, and switches off those before a BatchNorm.
         example: Images that the network takes; None if none can be read.
 
     Returns:

@@ -72,10 +72,10 @@ def finetune(
     last.pth, best.pth if its validation accuracy is the highest so far, classes.txt, state.pth, from which the run can
     be resumed, and the report of the run, report.html, with its data, report.json.
 
-    The copy has float32 in place of half precision, the memory format channels_last, and a new output layer if the
-    model's does not have one output per class. Dropout before a BatchNorm is switched off unless
-    `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is left out if it is a single
-    image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
+    The copy has float32 in place of half precision, the memory format channels_last unless its forward takes contiguous
+    tensors alone, and a new output layer if the model's does not have one output per class. Dropout before a BatchNorm
+    is switched off unless `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is
+    left out if it is a single image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
 
     In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
     DistributedDataParallel, and only the first rank writes.

@@ -305,7 +305,7 @@ class _Display:
         _print_summary(summary)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Advance the bar, and tell once how long the run will take."""
+        """Advance the bar, and print the estimated time once it is known."""
         if metrics.seconds_left is not None and not self._estimated:
             self._estimated = True
             print_note(f"Estimated time: {_duration(metrics.seconds_left)}.")
