@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import asdict
-from datetime import datetime
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +16,7 @@ from .checking import (
     CHECK_IMAGES,
     compare_on_devices,
     note_calibration,
+    report_facts,
     saying_what_is_written,
 )
 from .console import image_progress, print_note, print_result, print_table, print_warning
@@ -28,9 +26,10 @@ from .inputs import (
     layer_kinds,
     note_unreadable,
     open_calibration,
-    open_classifier,
+    open_checkpoint,
     open_device,
     print_preprocessing,
+    share_of,
 )
 from .interruption import signals
 from .tables import accuracy_table, comparison_table, shift_table
@@ -117,7 +116,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    network, transform, classes, origin = open_classifier(
+    network, transform, classes, origin = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
@@ -127,7 +126,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, target_folder)
-        shares = [each and _share(each, ranks, place) for each in (source, target)]
+        shares = [each and share_of(each, ranks, place) for each in (source, target)]
         total = sum(share.images for share in shares if share)
         with image_progress("adapting", total, shown=ranks.first) as progress:
             adaptation = adapt_network(
@@ -216,14 +215,9 @@ def _findings(
 
 
 def _write_report(path: Path, data: dict[str, Any], checkpoint: str, output: Path | None, *, force: bool) -> None:
-    from bn_insert.report import file_facts, write_report  # noqa: PLC0415
+    from bn_insert.report import write_report  # noqa: PLC0415
 
-    data |= {
-        "checkpoint": file_facts(checkpoint),
-        "output": file_facts(output) if output else None,
-        "command": shlex.join(["bn-insert", *sys.argv[1:]]),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
+    data |= report_facts(checkpoint, output)
     with signals.saving(f"the report {path}"):
         write_report(path, data, overwrite=force)
     print_note(f"Wrote {path}.")
@@ -237,11 +231,6 @@ def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path]:
             param_hint="SOURCE TARGET",
         )
     return (folders[0] if len(folders) == 2 else None), folders[-1]
-
-
-def _share(batches: Batches, ranks: Any, device: torch.device) -> Batches:
-    share = batches.part(ranks.rank, ranks.count)
-    return share.with_pinned_memory() if device.type == "cuda" else share
 
 
 def _predictions(

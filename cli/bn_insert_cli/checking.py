@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +42,18 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
+
+
+def report_facts(checkpoint: str, output: Path | None) -> dict[str, object]:
+    """Return what every report on a changed network begins with: files, command and date."""
+    from bn_insert.report import file_facts  # noqa: PLC0415
+
+    return {
+        "checkpoint": file_facts(checkpoint),
+        "output": file_facts(output) if output else None,
+        "command": shlex.join(["bn-insert", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
 
 
 @contextmanager

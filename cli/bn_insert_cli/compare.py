@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .checking import CHECK_FAILED
 from .console import image_progress, print_json, print_result, print_table
 from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table
-
-CHECK_FAILED = 1
 
 
 def compare(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -59,8 +58,8 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
-    reference, _ = open_checkpoint(a, image_options, model_a)
-    candidate, transform = open_checkpoint(b, image_options, model_b, images=images_from)
+    reference, *_ = open_checkpoint(a, image_options, model_a)
+    candidate, transform, *_ = open_checkpoint(b, image_options, model_b, images=images_from)
     reference, candidate = reference.to(target), candidate.to(target)
     batches = open_calibration(images_from, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:

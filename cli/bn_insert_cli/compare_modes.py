@@ -55,7 +55,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     wanted = batch_sizes(sizes or DEFAULT_SIZES)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform = open_checkpoint(
+    network, transform, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_calibration(images_from, network, transform, image_options)

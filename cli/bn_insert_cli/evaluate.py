@@ -10,12 +10,11 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .checking import CHECK_FAILED
 from .console import image_progress, print_json, print_note, print_result, print_table
-from .inputs import ImageOptions, input_channels, note_unreadable, open_classifier, open_device
+from .inputs import ImageOptions, input_channels, note_unreadable, open_checkpoint, open_device
 from .interruption import signals
 from .tables import class_table
-
-CHECK_FAILED = 1
 
 
 def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -78,7 +77,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         check_confusion_matrix(confusion, overwrite=force)
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform, classes, _ = open_classifier(
+    network, transform, classes, _ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_labelled_batches(

@@ -247,7 +247,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         patience=patience,
     )
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    network, transform = open_checkpoint(
+    network, transform, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)

@@ -8,14 +8,11 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .checking import CHECK_FAILED, CHECK_IMAGES
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, input_channels, open_calibration, open_classifier
+from .inputs import DEFAULT_SIDE, ImageOptions, input_channels, open_calibration, open_checkpoint
 from .interruption import signals
 from .tables import comparison_table
-
-CHECK_FAILED = 1
-CHECK_IMAGES = 8
-DEFAULT_SIDE = 224
 
 
 def fold(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -61,7 +58,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    network, transform, classes, _ = open_classifier(
+    network, transform, classes, _ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     if images_from is None:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Checkpoint
+    from bn_insert import Checkpoint, Ranks
     from bn_insert.images import Batches, Transform, Unreadable
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
+DEFAULT_SIDE = 224  # of images, where nothing says it
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,6 @@ def open_checkpoint(
     images: Path | None = None,
     key: str | None = None,
     ignore_unexpected: bool = False,
-) -> tuple[nn.Module, Transform]:
-    """Return the network and the preprocessing of a checkpoint; see `open_classifier`."""
-    opened = open_classifier(checkpoint, options, function, images=images, key=key, ignore_unexpected=ignore_unexpected)
-    return opened.network, opened.transform
-
-
-def open_classifier(
-    checkpoint: str,
-    options: ImageOptions,
-    function: str | None = None,
-    *,
-    images: Path | None = None,
-    key: str | None = None,
-    ignore_unexpected: bool = False,
 ) -> Opened:
     """Return what a checkpoint file contains, or the weights of a network in torchvision.
 
@@ -94,12 +81,8 @@ def open_classifier(
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
     if images is not None:
         print_preprocessing(transform, origin, images)
-    return Opened(network, transform, class_names(content), origin)
-
-
-def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the classes that a checkpoint stores, empty if it stores none."""
-    return checkpoint.settings.classes if checkpoint.settings else ()
+    classes = content.settings.classes if content.settings else ()
+    return Opened(network, transform, classes, origin)
 
 
 def read_named_checkpoint(
@@ -259,6 +242,12 @@ def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
     if unreadable:
         first = unreadable[0]
         print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
+
+
+def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:
+    """Return the batches of a rank, in page-locked memory where there is a GPU."""
+    share = batches.part(ranks.rank, ranks.count)
+    return share.with_pinned_memory() if device.type == "cuda" else share
 
 
 def input_channels(model: nn.Module) -> int:

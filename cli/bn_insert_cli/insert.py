@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +16,7 @@ from .checking import (
     CHECK_IMAGES,
     compare_on_devices,
     note_calibration,
+    report_facts,
     saying_what_is_written,
 )
 from .console import image_progress, print_note, print_result, print_table
@@ -28,10 +26,11 @@ from .inputs import (
     layer_kinds,
     note_unreadable,
     open_calibration,
-    open_classifier,
+    open_checkpoint,
     open_device,
     print_assumptions,
     print_preprocessing,
+    share_of,
 )
 from .interruption import signals
 from .tables import comparison_table, edge_table, site_table
@@ -109,7 +108,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    network, transform, classes, origin = open_classifier(
+    network, transform, classes, origin = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_calibration(calibration, network, transform, image_options)
@@ -119,9 +118,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
             print_assumptions(network, checkpoint, model)
-        share = batches.part(ranks.rank, ranks.count)
-        if target.type == "cuda":
-            share = share.with_pinned_memory()
+        share = share_of(batches, ranks, target)
         with image_progress("calibrating", share.images, shown=ranks.first) as progress:
             insertion = insert(
                 network,
@@ -159,11 +156,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {
-            "checkpoint": str(checkpoint),
             "calibration": {"source": str(calibration), "images": insertion.images, "skipped": len(unreadable)}
             | {"batches": number_of_batches},
             "preprocessing": {"origin": origin, "tensors": is_tensor_file(calibration)} | transform.to_dict(),
-            "output": str(output) if accepted else None,
             "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {
                 "placement": opt.placement(placement),
@@ -176,6 +171,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             | {"amp": amp, "device": str(target), "transform": transform.to_dict()},
         }
         with saying_what_is_written(output if accepted else None):
+            facts |= report_facts(checkpoint, output if accepted else None)
             train_images = batches.head(TRAIN_MODE_IMAGES)
             _write_report(
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
@@ -216,7 +212,7 @@ def _write_report(
     force: bool,
 ) -> None:
     """Measure train mode and write the report; `started` is the time at which the command started."""
-    from bn_insert.report import file_facts, insertion_report, write_report  # noqa: PLC0415
+    from bn_insert.report import insertion_report, write_report  # noqa: PLC0415
 
     report_started = time.monotonic()
     print_note(f"Measuring train mode for the report (at most {2 * REPORT_SECONDS:.0f} s).")
@@ -229,16 +225,10 @@ def _write_report(
         renorm=[asdict(agreement) for agreement in train_mode.renorm],
         reading=train_mode.reading,
     )
-    files = {name: file_facts(str(facts[name])) if facts[name] else None for name in ("checkpoint", "output")}
     now = time.monotonic()
-    facts |= {
-        "command": shlex.join(["bn-insert", *sys.argv[1:]]),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seconds": now - started,
-        "report_seconds": now - report_started,
-    }
+    facts |= {"seconds": now - started, "report_seconds": now - report_started}
     with signals.saving(f"the report {path}"):
-        write_report(path, facts | files | findings, overwrite=force)
+        write_report(path, facts | findings, overwrite=force)
     print_note(f"Wrote {path}: the report took {time.monotonic() - report_started:.0f} s.")
 
 

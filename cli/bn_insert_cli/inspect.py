@@ -10,7 +10,7 @@ import typer
 
 from . import options as opt
 from .console import plain, print_json, print_line, print_result, print_table, table
-from .inputs import input_channels, layer_kinds, print_assumptions, read_named_checkpoint
+from .inputs import DEFAULT_SIDE, input_channels, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 _CLASSES_SHOWN = 10
-DEFAULT_SIDE = 224
 
 
 def inspect(  # noqa: PLR0917 - options are keyword-only on the command line

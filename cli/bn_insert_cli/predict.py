@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .checking import CHECK_FAILED
 from .console import image_progress, print_error, print_json, print_line, print_note
-from .inputs import ImageOptions, input_channels, note_unreadable, open_classifier, open_device
-
-CHECK_FAILED = 1
+from .inputs import ImageOptions, input_channels, note_unreadable, open_checkpoint, open_device
 
 
 def predict(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -54,7 +53,7 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
 
     image_options = ImageOptions(1, 0, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform, classes, _ = open_classifier(
+    network, transform, classes, _ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_batches(
