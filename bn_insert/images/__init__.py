@@ -1,10 +1,10 @@
 """Folders of images and tensor files, read as batches; knows nothing of networks."""
 
 from .batches import Batch, Batches, Unreadable, sample
-from .class_folders import ClassFolders, LabelledBatches, open_class_folders, open_labelled_batches
+from .class_folders import ClassFolders, open_class_folders
 from .files import IMAGE_SUFFIXES, find_images
 from .image_batches import ImageBatches, image_batches, open_batches
-from .labels import folder_classes, with_labels
+from .labelled_batches import LabelledBatches, folder_classes, open_labelled_batches, with_labels
 from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
 from .transform import Transform
 

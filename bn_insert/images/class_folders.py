@@ -1,9 +1,9 @@
-"""Labelled images: one folder per class, by themselves or in `train/` and `val/`, read in batches."""
+"""Labelled images for training: `train/` and `val/` with one folder per class, read in batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,11 @@ from ..errors import ImageError
 from ..support.text import listed
 from .batches import Unreadable
 from .files import find_images
-from .image_batches import ImageBatches, image_batches
 from .reader import ImageReader
 from .transform import Transform
 
 _LAYOUT = "the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"
-_LABELLED_LAYOUT = "the layout is CLASS/IMAGE, or val/CLASS/IMAGE"
-_NAMES_SHOWN = 5
+NAMES_SHOWN = 5
 
 
 class LabelledImage(NamedTuple):
@@ -140,7 +138,7 @@ def open_class_folders(
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")
     if unknown := [name for name in in_val if name not in classes]:
         raise ImageError(
-            f"{folder / 'val'} has classes that {folder / 'train'} does not have: {listed(unknown, _NAMES_SHOWN)}; use "
+            f"{folder / 'val'} has classes that {folder / 'train'} does not have: {listed(unknown, NAMES_SHOWN)}; use "
             "the same folder names in both"
         )
     train, val = (
@@ -153,93 +151,6 @@ def open_class_folders(
         for part, present in (("train", classes), ("val", in_val))
     )
     return ClassFolders(folder, tuple(classes), train, val, reader)
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledBatches:
-    """The images of class folders in batches; created by `open_labelled_batches`.
-
-    Args:
-        folder: The folder that contains the class folders.
-        classes: Names of all classes; the position of a name is the label of its images.
-        files: The image files.
-        labels: The label of each file.
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
-    files: ImageBatches
-    labels: Mapping[Path, int] = field(repr=False)
-
-    @property
-    def images(self) -> int:
-        """Number of images, including those that turn out to be unreadable."""
-        return self.files.images
-
-    @property
-    def unreadable(self) -> list[Unreadable]:
-        """Files that were skipped in the passes so far, each listed once."""
-        return self.files.unreadable
-
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        """Yield the batches; raises ImageError as `ImageBatches` does."""
-        for images, paths in self.files:
-            yield LabelledBatch(images, torch.tensor([self.labels[path] for path in paths]))
-
-
-def open_labelled_batches(
-    folder: str | Path,
-    transform: Transform,
-    *,
-    classes: Sequence[str] = (),
-    images: int | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    channels: int = 3,
-    workers: int = 0,
-    strict: bool = False,
-) -> LabelledBatches:
-    """Return the labelled images of a folder with one folder per class, or of `val/` in it, as batches.
-
-    `val/` is used if it is a folder and not the name of a class. Hidden folders are ignored.
-
-    Args:
-        folder: The folder that contains the class folders, or contains `val/`, which contains them.
-        transform: Preprocessing of each image.
-        classes: Names of the classes of a network, in the order of its outputs: folders are matched by name, and some
-            classes may have none. By default, the names of the folders, sorted.
-        images: Maximum number of images, sampled at random; None uses all of them.
-        seed: Seed of the sample.
-        batch_size: Images per batch.
-        channels: Channels that the network takes, 1 or 3.
-        workers: Processes that decode; 0 decodes in this process.
-        strict: Raise an error for the first unreadable file instead of skipping it.
-
-    Raises:
-        ImageError: When there is no such folder, when there are no class folders, when one of them is none of
-            `classes`, when a class folder contains no image, and for options out of range.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {fault}; {_LABELLED_LAYOUT}")
-    if "val" not in classes and (folder / "val").is_dir():
-        folder /= "val"
-    folders = class_names(folder)
-    if not folders:
-        raise ImageError(f"{folder} has no class folders; {_LABELLED_LAYOUT}")
-    if unknown := [name for name in folders if classes and name not in classes]:
-        raise ImageError(
-            f"{folder} has folders that are not classes of the network: {listed(unknown, _NAMES_SHOWN)}; its classes "
-            f"are {listed(classes, _NAMES_SHOWN)}: rename the folders, or remove those of other classes"
-        )
-    names = tuple(classes or folders)
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = {path: numbers[name] for name in folders for path in find_images(folder / name)}
-    files = image_batches(
-        list(labels), transform, batch_size=batch_size, workers=workers, channels=channels, strict=strict
-    )
-    return LabelledBatches(folder, names, files if images is None else files.sample(images, seed), labels)
 
 
 def class_names(folder: Path) -> list[str]:
