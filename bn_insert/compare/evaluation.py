@@ -255,22 +255,29 @@ def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> F
 
 
 def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
-    values = list(batch.value.values()) if isinstance(batch.value, Mapping) else batch.value
-    labels = values[1] if isinstance(values, tuple | list) and len(values) > 1 else None
-    if (
-        not isinstance(labels, Tensor)
-        or labels.shape != (len(batch.inputs),)
-        or labels.is_floating_point()
-        or labels.dtype == torch.bool
-    ):
+    labels = labels_in(list(batch.value.values()) if isinstance(batch.value, Mapping) else batch.value, batch)
+    if labels is None:
         raise CalibrationError(
             f"{batch} has no labels; pass a tuple (images, labels), where labels is an integer tensor with the index "
             "of each image's class"
         )
-    labels = labels.cpu().long()
     if wrong := labels[(labels < 0) | (labels >= classes)].tolist():
         raise CalibrationError(f"{batch} has the label {wrong[0]}, but the model's classes are 0 to {classes - 1}")
     return labels
+
+
+def labels_in(values: object, batch: Batch) -> Int64[Tensor, " images"] | None:
+    """Return the labels of a batch on the CPU, or None unless the second of its values is one integer per image.
+
+    Args:
+        values: What may be a tuple or list.
+        batch: The batch that they are of.
+    """
+    labels = values[1] if isinstance(values, tuple | list) and len(values) > 1 else None
+    if not isinstance(labels, Tensor) or labels.shape != (len(batch.inputs),):
+        return None
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return labels.cpu().long() if whole else None
 
 
 def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, ...]:

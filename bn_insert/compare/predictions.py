@@ -14,6 +14,7 @@ from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+from .evaluation import labels_in
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compare_predictions(
             inputs = Inputs.of(batch.value, batch.number, network)
             with failures_named(f"the {role} ({type(network).__name__})", batch):
                 logits.append(next(leaf for leaf in tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)))
-        totals.add(logits[0].cpu().double(), logits[1].cpu().double(), _labels(batch.value, len(batch.inputs)))
+        totals.add(logits[0].cpu().double(), logits[1].cpu().double(), labels_in(batch.value, batch))
 
     images = for_each_batch(original, batches, run, progress=progress)
     if images == 0:
@@ -154,11 +155,3 @@ class _Totals:
             ClassAccuracy(label, int((labels == label).sum()), *correct[:, labels == label].mean(1).tolist())
             for label in labels.unique().tolist()
         ]
-
-
-def _labels(batch: Any, images: int) -> Tensor | None:
-    """Return the labels of a batch, or None if its second value is not one integer per image."""
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(labels := batch[1], Tensor):
-        return None
-    whole = labels.shape == (images,) and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.cpu() if whole else None

@@ -16,7 +16,7 @@ from ..graph.inputs import reference_tensor
 from ..graph.sites import Site
 from .micro_batches import run_in_micro_batches
 from .moments import Moments
-from .passes import ForwardDone, Progress, run_through
+from .passes import ForwardDone, Progress
 from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
 
 
@@ -61,14 +61,7 @@ def calibrate(
     def measure() -> tuple[int, Statistics]:
         network = working_copy(model, device)
         with _recording_outputs(sites, network, recorder):
-            images = run_through(
-                network,
-                batches,
-                recorder,
-                autocast=autocast,
-                progress=progress,
-                enough=lambda: recorder.precise_enough(tolerance),
-            )
+            images = recorder.run(network, batches, autocast=autocast, tolerance=tolerance, progress=progress)
         recorder.check_complete()
         return images, recorder.statistics()
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
 from .moments import Moments
-from .passes import Progress, run_through
+from .passes import Progress
 from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
 from .shrinkage import Prior
 
@@ -143,14 +143,7 @@ def reestimate(
     def measure() -> tuple[int, Statistics]:
         few = inf if single_batch else _FEW_IMAGES
         with _recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few):
-            images = run_through(
-                network,
-                batches,
-                recorder,
-                autocast=autocast,
-                progress=progress,
-                enough=lambda: recorder.precise_enough(tolerance),
-            )
+            images = recorder.run(network, batches, autocast=autocast, tolerance=tolerance, progress=progress)
         return images, recorder.statistics()
 
     images, statistics = pooled_over_ranks(function, measure)

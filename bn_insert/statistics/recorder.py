@@ -6,13 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..support.processes import Ranks, on_every_rank
 from .moments import Moments, merge, moments_of
-from .passes import NotFiniteError, no_batches
+from .passes import NotFiniteError, Progress, no_batches, run_through
 from .sampling_error import batch_spread, relative_standard_error
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
@@ -120,6 +122,22 @@ class Recorder:
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values recorded at a place, including those of the current pass."""
         return merge([*self._moments[name], *self._uncommitted[name]])
+
+    def run(
+        self,
+        network: nn.Module,
+        batches: Iterable[Any],
+        *,
+        autocast: torch.dtype | None = None,
+        tolerance: float | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Run batches through a network whose hooks record here, and return the number of images; see `run_through`.
+
+        With a tolerance, the pass ends once `precise_enough` says so.
+        """
+        enough = lambda: self.precise_enough(tolerance)  # noqa: E731
+        return run_through(network, batches, self, autocast=autocast, progress=progress, enough=enough)
 
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""

@@ -35,10 +35,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
         >>> model[-1]
         Linear(in_features=4, out_features=10, bias=True)
     """
-    if isinstance(classes, bool) or not isinstance(classes, int):
-        raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
-    if classes < 2:
-        raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
+    _check_classes(classes)
     name, output = _replaceable_output(model)
     new = nn.Linear(
         output.in_features,
@@ -47,9 +44,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
         device=output.weight.device,
         dtype=output.weight.dtype,
     )
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.zero_()
+    _zero(new)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(output.training))
     History.of(model).with_change(ReplacedOutput(name, classes)).keep_with(model)
@@ -81,8 +76,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
         >>> [type(module).__name__ for module in model]
         ['Flatten', 'Linear', 'BatchNorm1d', 'ReLU', 'Linear']
     """
-    if classes < 2:
-        raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
+    _check_classes(classes)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
     last, output = _replaceable_output(model)
@@ -101,14 +95,25 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
                 )
     old = model.get_submodule(first)
     modules = new_head(cast(nn.Linear, old), width, classes)
-    with torch.no_grad():
-        for parameter in modules[-1].parameters():
-            parameter.zero_()
+    _zero(modules[-1])
     for module in modules:
         module.train(output.training)
     replaced = splice_over(model, first, last, modules)
     History.of(model).with_change(ReplacedHead(first, last, width, classes)).keep_with(model)
     return replaced
+
+
+def _check_classes(classes: object) -> None:
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
+    if classes < 2:
+        raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
+
+
+@torch.no_grad()
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.zero_()
 
 
 def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear]:
