@@ -20,7 +20,8 @@ from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
 from .fold import fold
-from .insert import Insertion, insert, peeked
+from .insert import Insertion, insert
+from .peek import peeked
 
 
 @dataclass(frozen=True, eq=False)

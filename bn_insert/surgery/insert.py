@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from typing import Any, Generic, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.dropouts import dropouts_upstream
 from ..batchnorm.identity import check_eps, identity_batchnorm
 from ..errors import CalibrationError, GraphError
-from ..graph.copies import AnyModule, check_module, deep_copy, unchanged_attributes, unwrapped, working_copy
-from ..graph.inputs import Inputs, reference_tensor
+from ..graph.copies import AnyModule, deep_copy, unwrapped
+from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
 from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
-from ..statistics.passes import Progress, checked, no_batches, preserved_random_state
-from ..support.processes import Ranks, on_every_rank
-from ..support.text import first_line
+from ..statistics.passes import Progress, preserved_random_state
+from ..support.processes import Ranks
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
+from .faults import fault_of
 from .history import History, InsertedBatchNorms
 from .layer_statistics import layer_statistics
+from .peek import Peek, peeked
 from .splice import splice_after
 
 
@@ -122,20 +121,21 @@ def insert(
     dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
     # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
-    fault = _fault(model, result, peek.first) if sites else ""
+    fault = fault_of(model, result, peek.first) if sites else None
     if fault and any(site.in_sequence for site in sites):
         sites = [replace(site, in_sequence=False) for site in sites]
         result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-        fault = _fault(model, result, peek.first)
+        fault = fault_of(model, result, peek.first)
         by_name = {site.name: site for site in sites}
         found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
+    message = ""
     if fault:
-        fault = (
-            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault}. Its forward depends on how its layers "
-            "are held; leave out the layers that it refers to (skip), or let it call them alone"
+        message = (
+            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward depends on how its "
+            "layers are held; leave out the layers that it refers to (skip), or let it call them alone"
         )
-    if _CANNOT_RUN in fault:
-        raise GraphError(fault)
+        if not fault.runs:
+            raise GraphError(message)
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
     if not dropout_before_batchnorm:
@@ -150,7 +150,7 @@ def insert(
         images=sum(Ranks.current().gathered(images)),
         dropouts_before_batchnorm=tuple(renamed[name][0] for name in dropouts),
         nothing="" if sites else reasons_without_sites(found, trace),
-        fault=fault,
+        fault=message,
     )
 
 
@@ -163,49 +163,6 @@ def _trace(model: nn.Module, peek: Peek) -> Trace:
     batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
     device = reference_tensor(model).device
     return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))
-
-
-_CANNOT_RUN = "cannot run: "
-_CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
-_LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
-
-
-def _fault(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
-    """Return what is wrong with the result on the first images of any rank, for a message; empty if nothing is."""
-    faults = on_every_rank(lambda: "" if batch is None else _fault_here(model, result, batch))
-    return next(filter(None, faults), "")
-
-
-def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> str:
-    for part in (batch.rows(0, _CHECKED_ROWS), batch):
-        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
-            seed = torch.initial_seed()
-            try:
-                torch.manual_seed(seed)
-                expected = part.run(working_copy(model))
-            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
-                continue
-            try:
-                torch.manual_seed(seed)
-                actual = part.run(working_copy(result))
-            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-                return f"{_CANNOT_RUN}{first_line(error)}"
-        return "" if _same_outputs(expected, actual) else "returns other outputs than without"
-    return ""
-
-
-def _same_outputs(expected: Any, actual: Any) -> bool:
-    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
-    if len(pairs[0]) != len(pairs[1]):
-        return False
-    for first, second in zip(*pairs, strict=True):
-        if first.shape != second.shape:
-            return False
-        if first.is_floating_point() and first.numel() and first.isfinite().all():
-            scale = first.double().abs().max()
-            if not (second.double() - first.double()).abs().max() <= _LARGEST_DIFFERENCE * scale:
-                return False
-    return True
 
 
 def insert_batchnorm(
@@ -353,65 +310,3 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
     return norm.to(weight.device).train(layer.training)
-
-
-@dataclass(frozen=True)
-class _TensorSpec:
-    """Shape and dtype of one input tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Peek:
-    """What the first batches of every rank show.
-
-    Attributes:
-        example: An example input of zeros; a rank without batches gets the shapes from the others.
-        first: The first batch of this rank; None without batches.
-        batches: All batches of this rank.
-        read: How many batches were read on all ranks together.
-    """
-
-    example: Inputs
-    first: Inputs | None
-    batches: Iterator[Any]
-    read: int
-
-
-def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1) -> Peek:
-    """Read the first batches of every rank.
-
-    Args:
-        model: What the batches are for.
-        batches: Those of this rank.
-        function: Name of the function that every rank has called, for messages.
-        most: How many batches to read.
-    """
-    check_module(model)
-    Ranks.current().meet(function)
-    iterator: Iterator[Any] = iter(())
-    first: list[Any] = []
-    inputs: list[Inputs] = []
-
-    def read() -> tuple[Inputs | None, int]:
-        nonlocal iterator
-        iterator = iter(checked(batches))
-        first.extend(islice(iterator, most))
-        if not first:
-            return None, 0
-        inputs.append(Inputs.of(first[0], 0, model))
-        return inputs[0].mapped(lambda tensor: _TensorSpec(tuple(tensor.shape), tensor.dtype)), len(first)
-
-    found = on_every_rank(read)
-    specs = next((each for each, _ in found if each is not None), None)
-    if specs is None:
-        raise no_batches()
-    device = reference_tensor(model).device
-    zeros = tree_map_only(
-        _TensorSpec,
-        lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
-        (specs.args, dict(specs.kwargs)),
-    )
-    return Peek(Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator), sum(count for _, count in found))

@@ -1,0 +1,75 @@
+"""Whether a changed model still runs, and computes the same, on the first images."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..graph.copies import unchanged_attributes, unwrapped, working_copy
+from ..graph.inputs import Inputs
+from ..statistics.passes import preserved_random_state
+from ..support.processes import on_every_rank
+from ..support.text import first_line
+
+_CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
+_LARGEST_DIFFERENCE = 1e-3  # relative; on a CPU nothing differs, and on a GPU about 1e-6 does
+
+
+class Fault(NamedTuple):
+    """What is wrong with a changed model.
+
+    Attributes:
+        text: The predicate of a sentence about the model.
+        runs: Whether its forward runs at all.
+    """
+
+    text: str
+    runs: bool
+
+
+def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None) -> Fault | None:
+    """Return what is wrong with a changed model on the first images of any rank; None if its outputs are the same.
+
+    Args:
+        model: The model before the change.
+        result: The model after it.
+        batch: The first batch of this rank, if it has one.
+    """
+    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch))
+    return next(filter(None, faults), None)
+
+
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> Fault | None:
+    for part in (batch.rows(0, _CHECKED_ROWS), batch):
+        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+            seed = torch.initial_seed()
+            try:
+                torch.manual_seed(seed)
+                expected = part.run(working_copy(model))
+            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
+                continue
+            try:
+                torch.manual_seed(seed)
+                actual = part.run(working_copy(result))
+            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+                return Fault(f"cannot run: {first_line(error)}", runs=False)
+        same = _same_outputs(expected, actual)
+        return None if same else Fault("returns other outputs than without", runs=True)
+    return None
+
+
+def _same_outputs(expected: Any, actual: Any) -> bool:
+    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for first, second in zip(*pairs, strict=True):
+        if first.shape != second.shape:
+            return False
+        if first.is_floating_point() and first.numel() and first.isfinite().all():
+            scale = first.double().abs().max()
+            if not (second.double() - first.double()).abs().max() <= _LARGEST_DIFFERENCE * scale:
+                return False
+    return True
