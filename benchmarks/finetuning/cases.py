@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -134,49 +134,52 @@ def _shifted(change: Callable[[Part, int], Part]) -> Callable[[Places, int], Spl
     return images
 
 
+_NOISE = Case(
+    "CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2)",
+    cifar_vgg,
+    _shifted(lambda part, seed: noisy(part, 0.2, seed)),
+    cifar_range,
+    100,
+    16,
+    SHIFTED,
+    knows_classes=True,
+    source=lambda places: cifar(places.cifar).train,
+)
+_PHOTOGRAPHS = Case(
+    "real VGG16 with its own dense head, photographs of clothing, 48 px",
+    vgg16_dense_head,
+    lambda places, _: clothing(places.clothing, 48),
+    unit_range,
+    100,
+    16,
+    DENSE_HEAD,
+    mirror=True,
+)
+_SMALL_PHOTOGRAPHS = Case(
+    "CIFAR network, new output layer, 2,848 photographs of clothing, 32 px",
+    cifar_vgg_new_output,
+    lambda places, _: clothing(places.clothing, 32),
+    cifar_range,
+    200,
+    32,
+    EVERY,
+    mirror=True,
+)
 CASES = {
-    "noise": Case(
-        "CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2)",
-        cifar_vgg,
-        _shifted(lambda part, seed: noisy(part, 0.2, seed)),
-        cifar_range,
-        100,
-        16,
-        SHIFTED,
-        knows_classes=True,
-        source=lambda places: cifar(places.cifar).train,
+    "noise": _NOISE,
+    "noise, small batches": replace(
+        _NOISE,
+        title="CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2), batches of 4",
+        batch=4,
     ),
-    "noise, small batches": Case(
-        "CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2), batches of 4",
-        cifar_vgg,
-        _shifted(lambda part, seed: noisy(part, 0.2, seed)),
-        cifar_range,
-        100,
-        4,
-        SHIFTED,
-        knows_classes=True,
-        source=lambda places: cifar(places.cifar).train,
+    "10 a class": replace(
+        _SMALL_PHOTOGRAPHS,
+        title="CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
+        images=_few(10),
+        steps=100,
+        batch=16,
     ),
-    "10 a class": Case(
-        "CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
-        cifar_vgg_new_output,
-        _few(10),
-        cifar_range,
-        100,
-        16,
-        EVERY,
-        mirror=True,
-    ),
-    "photographs": Case(
-        "real VGG16 with its own dense head, photographs of clothing, 48 px",
-        vgg16_dense_head,
-        lambda places, _: clothing(places.clothing, 48),
-        unit_range,
-        100,
-        16,
-        DENSE_HEAD,
-        mirror=True,
-    ),
+    "photographs": _PHOTOGRAPHS,
     "own images": Case(
         "CIFAR network, its own output layer, CIFAR-10 images that it was trained on",
         cifar_vgg,
@@ -188,74 +191,42 @@ CASES = {
         mirror=True,
         knows_classes=True,
     ),
-    "contrast": Case(
-        "CIFAR network, its own output layer, CIFAR-10 at a fifth of the contrast",
-        cifar_vgg,
-        _shifted(lambda part, _: low_contrast(part, 0.2)),
-        cifar_range,
-        100,
-        16,
-        SHIFTED,
-        knows_classes=True,
-        source=lambda places: cifar(places.cifar).train,
+    "contrast": replace(
+        _NOISE,
+        title="CIFAR network, its own output layer, CIFAR-10 at a fifth of the contrast",
+        images=_shifted(lambda part, _: low_contrast(part, 0.2)),
     ),
-    "50 a class": Case(
-        "CIFAR network, new output layer, 50 photographs of each kind of clothing, 32 px",
-        cifar_vgg_new_output,
-        _few(50),
-        cifar_range,
-        150,
-        16,
-        EVERY,
-        mirror=True,
+    "50 a class": replace(
+        _SMALL_PHOTOGRAPHS,
+        title="CIFAR network, new output layer, 50 photographs of each kind of clothing, 32 px",
+        images=_few(50),
+        steps=150,
+        batch=16,
     ),
-    "all photographs": Case(
-        "CIFAR network, new output layer, 2,848 photographs of clothing, 32 px",
-        cifar_vgg_new_output,
-        lambda places, _: clothing(places.clothing, 32),
-        cifar_range,
-        200,
-        32,
-        EVERY,
-        mirror=True,
+    "all photographs": _SMALL_PHOTOGRAPHS,
+    "bare head": replace(
+        _PHOTOGRAPHS,
+        title="real VGG16's conv layers in their own preprocessing, output layer on pooled features, clothing, 48 px",
+        load=vgg16_bare_head,
+        preprocess=keras_range,
+        ways=(*PLAIN, "fresh", "identity", "identity AdamW", "renorm"),
     ),
-    "bare head": Case(
-        "real VGG16's conv layers in their own preprocessing, output layer on pooled features, clothing, 48 px",
-        vgg16_bare_head,
-        lambda places, _: clothing(places.clothing, 48),
-        keras_range,
-        100,
-        16,
-        (*PLAIN, "fresh", "identity", "identity AdamW", "renorm"),
-        mirror=True,
+    "wrong scale": replace(
+        _SMALL_PHOTOGRAPHS,
+        title="CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
+        preprocess=unit_range,
+        ways=(*PLAIN, "fresh", "identity", "identity AdamW"),
     ),
-    "wrong scale": Case(
-        "CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
-        cifar_vgg_new_output,
-        lambda places, _: clothing(places.clothing, 32),
-        unit_range,
-        200,
-        32,
-        (*PLAIN, "fresh", "identity", "identity AdamW"),
-        mirror=True,
+    "digits": replace(
+        _PHOTOGRAPHS,
+        title="real VGG16 with its own dense head, 300 digits, 48 px",
+        images=lambda _, __: digits(48),
+        mirror=False,
     ),
-    "digits": Case(
-        "real VGG16 with its own dense head, 300 digits, 48 px",
-        vgg16_dense_head,
-        lambda _, __: digits(48),
-        unit_range,
-        100,
-        16,
-        DENSE_HEAD,
-    ),
-    "long": Case(
-        "as before, 10 epochs",
-        cifar_vgg_new_output,
-        lambda places, _: clothing(places.clothing, 32),
-        cifar_range,
-        890,
-        32,
-        (*PLAIN, "identity", "fresh"),
-        mirror=True,
+    "long": replace(
+        _SMALL_PHOTOGRAPHS,
+        title="CIFAR network, new output layer, 2,848 photographs of clothing, 32 px, 10 epochs",
+        steps=890,
+        ways=(*PLAIN, "identity", "fresh"),
     ),
 }
