@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from bn_insert import calibrate, find_sites
 
 from ..machine import machine
 from .commands import around_calibration, end_to_end, processes, start_up
-from .ways import OTHER_TOOLS, WAYS, error, reference
+from .small_networks import SMALL_NETWORKS
+from .ways import OTHER_TOOLS, WAYS, error, plain, reference
 
 MIB = 2**20
 
@@ -168,6 +170,33 @@ def _layer_names(network: nn.Module) -> list[str]:
     return names[:-1]
 
 
+def small_networks(options: argparse.Namespace) -> Iterator[str]:
+    """Time of a calibration of small networks, as a ratio to the plain loop over the same batches."""
+    images, batch_sizes = 2048, (4, 32, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield from (
+        f"One thread, {images:,} images, median of {options.repeats} rounds: time of `calibrate`, relative to a plain",
+        "forward loop over the same batches.",
+        "",
+        f"| network | {' | '.join(f'batches of {size}' for size in batch_sizes)} |",
+        f"|---|{'---|' * len(batch_sizes)}",
+    )
+    for name, network in SMALL_NETWORKS.items():
+        torch.manual_seed(0)
+        model = network.make().eval().to(options.device)
+        sites = find_sites(model, torch.zeros(1, *network.shape, device=options.device))
+        pixels = torch.rand(images, *network.shape, device=options.device)
+        ratios = []
+        for size in batch_sizes:
+            batches = list(pixels.split(size))
+            works = (partial(calibrate, model, sites, batches), partial(plain, model, [], batches, None))
+            rounds = [[seconds_of(work, options.device) for work in works] for _ in range(options.repeats + 1)]
+            ratios.append(statistics.median(ours / loop for ours, loop in rounds[1:]))  # the first warms up
+        yield f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
+    torch.set_num_threads(threads)
+
+
 def growth(options: argparse.Namespace) -> Iterator[str]:
     """Time and peak memory of a calibration over more and more images, VGG16, made as they are read."""
     yield from ("| images | seconds | images per second | peak memory, MiB |", "|---|---|---|---|")
@@ -213,6 +242,7 @@ def profile(options: argparse.Namespace) -> Iterator[str]:
 
 TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
     "ways": ("Calibration compared with a plain loop and with other implementations", against_plain_loop),
+    "small-networks": ("Small networks compared with a plain loop", small_networks),
     "profile": ("Where the time goes", profile),
     "growth": ("Time and memory by number of images", growth),
     "end-to-end": ("1,000 JPEGs of 500 x 375, end to end", end_to_end),

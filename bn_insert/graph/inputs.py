@@ -39,18 +39,12 @@ class Inputs:
         Raises:
             CalibrationError: If the batch does not contain what the forward takes.
         """
-        if isinstance(batch, Inputs):
-            return batch
-        target = reference_tensor(model)
-        inputs = _read(batch, batch, number, _Signature.of(model))
-        return inputs.mapped(
-            lambda tensor: tensor.to(
-                target.device, target.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True
-            )
-        )
+        return InputReader(model).inputs(batch, number)
 
     def mapped(self, change: Callable[[Tensor], Any]) -> Inputs:
         """Return the inputs with `change` applied to every tensor."""
+        if (tensor := self.only_tensor) is not None:
+            return Inputs((change(tensor),))
         return Inputs(*tree_map_only(Tensor, change, (self.args, dict(self.kwargs))))
 
     def rows(self, start: int, stop: int) -> Inputs:
@@ -68,8 +62,16 @@ class Inputs:
             return model(*copies.args, **copies.kwargs)
 
     @property
+    def only_tensor(self) -> Tensor | None:
+        """The tensor that is the forward's only argument, as it is for most models; None if there is more."""
+        alone = len(self.args) == 1 and not self.kwargs
+        return self.args[0] if alone and isinstance(self.args[0], Tensor) else None
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the forward's parameters."""
+        if (tensor := self.only_tensor) is not None:
+            return [tensor]
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     @property
@@ -80,6 +82,25 @@ class Inputs:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.tensors[0])
+
+
+class InputReader:
+    """Takes from batches what a model's forward takes, after looking at the model once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the forward's parameters, and at the device and dtype of the model."""
+        self._signature = _Signature.of(model)
+        self._target = reference_tensor(model)
+
+    def inputs(self, batch: Any, number: int) -> Inputs:
+        """Return what `Inputs.of` returns for the model."""
+        if isinstance(batch, Inputs):
+            return batch
+        return _read(batch, batch, number, self._signature).mapped(self._moved)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        dtype = self._target.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self._target.device, dtype, non_blocking=True)
 
 
 def reference_tensor(model: nn.Module) -> Tensor:

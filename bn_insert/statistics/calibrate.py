@@ -61,7 +61,14 @@ def calibrate(
     def measure() -> tuple[int, Statistics]:
         network = working_copy(model, device)
         with _recording_outputs(sites, network, recorder):
-            images = recorder.run(network, batches, autocast=autocast, tolerance=tolerance, progress=progress)
+            images = recorder.run(
+                network,
+                batches,
+                gather=all(site.calls for site in sites),  # else the path of a batch depends on its values
+                autocast=autocast,
+                tolerance=tolerance,
+                progress=progress,
+            )
         recorder.check_complete()
         return images, recorder.statistics()
 
@@ -78,7 +85,7 @@ class _PassRecorder(Recorder):
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self._passes = 0
+        self._passes_so_far = 0
         self._passes_of = Counter({site.name: 0 for site in sites if site.calls})
 
     def discard(self) -> None:
@@ -86,19 +93,20 @@ class _PassRecorder(Recorder):
         super().discard()
         self.calls.clear()
 
-    def commit(self) -> None:
+    def commit(self, batches: int = 1) -> None:
         """Keep what was recorded during a forward pass, and count for which sites something was."""
-        super().commit()
-        self._passes += 1
+        super().commit(batches)
+        self._passes_so_far += 1
         self._passes_of.update(name for name in self._passes_of if self.calls[name])
 
     def check_complete(self) -> None:
         """Raise CalibrationError if a site that every pass should call has the values of some passes alone."""
         for name, passes in self._passes_of.items():
-            if 0 < passes < self._passes:
+            if 0 < passes < self._passes_so_far:
                 raise CalibrationError(
-                    f"the layer {name} was called for {passes} of {self._passes} batches, so its statistics would not "
-                    "be those of all images; pass batches that take the same path through the network, or skip it"
+                    f"the layer {name} was called for {passes} of {self._passes_so_far} batches, so its statistics "
+                    "would not be those of all images; pass batches that take the same path through the network, or "
+                    "skip it"
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,6 +107,8 @@ def merge(parts: Iterable[Moments]) -> Moments:
     present = list(parts)
     if not present:
         raise ValueError("merge needs at least one set of moments")
+    if len(present) == 1:
+        return present[0]
     return _GroupMoments(
         torch.tensor([part.count for part in present], dtype=torch.float64),
         torch.stack([part.mean for part in present]),
@@ -143,9 +146,9 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
 
 def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
     """Say for each channel whether float32 is not enough for its values: a mean far from 0, tiny values, overflow."""
-    near_zero = moments.mean.square() * moments.count <= _LARGEST_MEAN_IN_STDS**2 * moments.m2
-    tiny = (moments.m2 > 0) & (moments.m2 < _SMALLEST_VARIANCE * moments.count)
-    return ~(near_zero & moments.m2.isfinite()) | tiny
+    near_zero = moments.mean.square() * (moments.count / _LARGEST_MEAN_IN_STDS**2) <= moments.m2
+    large = (moments.m2 >= _SMALLEST_VARIANCE * moments.count) & (moments.m2 < math.inf)
+    return ~(near_zero & (large | (moments.m2 == 0)))
 
 
 def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Float[Tensor, "rows columns"]]:
@@ -188,15 +191,20 @@ class _GroupMoments:
         """Return the moments of all groups in the slices, by a function that returns mean and biased variance."""
         means, variances = zip(*(column_moments(each) for each in slices), strict=True)
         device = means[0].device if means[0].device.type in _WITH_FLOAT64 else torch.device("cpu")
-        rows = torch.tensor([len(each) for each in slices], dtype=torch.float64, device=device)
-        groups_per_slice = torch.tensor([each.shape[1] // channels for each in slices], device=device)
-        counts = rows.repeat_interleave(groups_per_slice)
-        variance = torch.cat(variances).reshape(-1, channels).to(device, torch.float64)
-        mean = torch.cat(means).reshape(-1, channels).to(device, torch.float64)
-        return cls(counts, mean, variance.mul_(counts[:, None]))
+        variance, mean = (
+            (each[0] if len(each) == 1 else torch.cat(each)).reshape(-1, channels).to(device, torch.float64)
+            for each in (variances, means)
+        )
+        rows: list[float] = []
+        for each in slices:
+            rows += [float(len(each))] * (each.shape[1] // channels)
+        counts = torch.tensor(rows, dtype=torch.float64, device=device)
+        return cls(counts, mean, variance * counts[:, None])
 
     def pooled(self) -> Moments:
         """Return the moments of all groups together."""
+        if len(self.means) == 1:
+            return Moments(int(self.counts), self.means[0], self.m2[0])
         counts = self.counts.to(self.means.device)[:, None]
         total = counts.sum()
         origin = self.means[0]  # subtracted first, so that equal means pool to exactly that mean

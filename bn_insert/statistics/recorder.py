@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CalibrationError
 from ..support.processes import Ranks, on_every_rank
 from .moments import Moments, merge, moments_of
-from .passes import NotFiniteError, Progress, no_batches, run_through
+from .passes import NotFiniteError, Progress, no_batches
+from .recorded_passes import run_through
 from .sampling_error import batch_spread, relative_standard_error
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
@@ -28,12 +30,14 @@ class Statistics:
 
     Attributes:
         pooled: Moments of all values.
-        spread: Moments over batches of what `batch_spread` returns for each batch.
+        spread: Moments over batches of what `batch_spread` returns for each forward pass.
+        passes: How many forward passes values were recorded in, each of them over one batch or several.
         calls: How many times values were recorded.
     """
 
     pooled: Mapping[str, Moments]
     spread: Mapping[str, Moments]
+    passes: Mapping[str, int]
     calls: Mapping[str, int]
 
     @classmethod
@@ -41,18 +45,22 @@ class Statistics:
         """Return the statistics of all parts together."""
         pooled: defaultdict[str, list[Moments]] = defaultdict(list)
         spread: defaultdict[str, list[Moments]] = defaultdict(list)
+        passes: Counter[str] = Counter()
         calls: Counter[str] = Counter()
         for part in parts:
+            passes.update(part.passes)
             calls.update(part.calls)
             for name, moments in part.pooled.items():
                 pooled[name].append(moments)
                 spread[name].append(part.spread[name])
-        return cls(_merged(pooled), _merged(spread), calls)
+        return cls(_merged(pooled), _merged(spread), passes, calls)
 
     def moments(self) -> dict[str, Moments]:
         """Return the moments with their standard errors."""
         return {
-            name: replace(moments, standard_error=relative_standard_error(moments, self.spread[name]))
+            name: replace(
+                moments, standard_error=relative_standard_error(moments, self.spread[name], self.passes[name])
+            )
             for name, moments in self.pooled.items()
         }
 
@@ -90,6 +98,7 @@ class Recorder:
         self._uncommitted: defaultdict[str, list[Moments]] = defaultdict(list)
         self._moments: defaultdict[str, list[Moments]] = defaultdict(list)
         self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self._batches = 0
 
@@ -99,20 +108,26 @@ class Recorder:
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
-        moments = moments_of(values)
-        if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+        with _disable_current_modes():  # such as `protected_parameters`, which would look at each operation
+            moments = moments_of(values)
+            finite = bool((moments.mean + moments.m2).isfinite().all())
+        if not finite:
             raise NotFiniteError(name, _first_bad_row(values), values.dtype)
         self._uncommitted[name].append(moments)
         return moments
 
-    def commit(self) -> None:
-        """Keep what was recorded during a forward pass."""
-        for name, moments in self._uncommitted.items():
-            self._calls[name] += len(moments)
-            of_batch = merge(moments)
-            _append(self._moments[name], of_batch)
-            _append(self._spreads[name], batch_spread(of_batch))
-        self._batches += 1
+    def uncommitted(self) -> Mapping[str, Moments]:
+        """Return the moments of what was recorded during a forward pass and not yet kept or discarded."""
+        return _merged(self._uncommitted)
+
+    def commit(self, batches: int = 1) -> None:
+        """Keep what was recorded during a forward pass over this many batches."""
+        for name, of_pass in self.uncommitted().items():
+            self._calls[name] += len(self._uncommitted[name])
+            self._passes[name] += 1
+            _append(self._moments[name], of_pass)
+            _append(self._spreads[name], batch_spread(of_pass, batches))
+        self._batches += batches
         self._uncommitted.clear()
 
     def discard(self) -> None:
@@ -128,22 +143,26 @@ class Recorder:
         network: nn.Module,
         batches: Iterable[Any],
         *,
+        gather: bool = False,
         autocast: torch.dtype | None = None,
         tolerance: float | None = None,
         progress: Progress | None = None,
     ) -> int:
         """Run batches through a network whose hooks record here, and return the number of images; see `run_through`.
 
-        With a tolerance, the pass ends once `precise_enough` says so.
+        With a tolerance, the pass ends once `precise_enough` says so; it is asked after each batch, so that none are
+        gathered.
         """
+        gather = gather and tolerance is None
         enough = lambda: self.precise_enough(tolerance)  # noqa: E731
-        return run_through(network, batches, self, autocast=autocast, progress=progress, enough=enough)
+        return run_through(network, batches, self, gather=gather, autocast=autocast, progress=progress, enough=enough)
 
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""
         return Statistics(
             {name: moments.cpu() for name, moments in _merged(self._moments).items()},
             {name: spread.cpu() for name, spread in _merged(self._spreads).items()},
+            Counter(self._passes),
             Counter(self._calls),
         )
 

@@ -9,43 +9,46 @@ from torch import Tensor
 from .moments import Moments
 
 
-def batch_spread(moments: Moments) -> Moments:
-    """Return one batch's contribution to the spread between batches.
+def batch_spread(moments: Moments, batches: int = 1) -> Moments:
+    """Return what the pass over a batch, or over several at once, contributes to the spread between batches.
 
     For each channel of a batch there are three numbers: mean m, mean square e, and m + e. Values within a batch, above
     all the pixels of one image, are not independent, so that only the spread between batches measures the error. The
     third number yields the covariance of the other two: 2 cov(m, e) = var(m + e) - var(m) - var(e).
 
     Args:
-        moments: Of the batch's values.
+        moments: Of all values of the pass.
+        batches: The number of batches. A mean over several counts as often as there are, and varies less accordingly.
 
     Returns:
-        Moments of the three numbers with a count of 1, one after the other. Merged over batches, they are the moments
-        of these numbers over batches.
+        Moments of the three numbers with a count of `batches`, one after the other. Merged over passes, they are the
+        moments of these numbers over batches.
     """
     square = moments.m2 / moments.count + moments.mean.square()
     numbers = torch.cat([moments.mean, square, moments.mean + square])
-    return Moments(1, numbers, torch.zeros_like(numbers))
+    return Moments(batches, numbers, torch.zeros_like(numbers))
 
 
-def relative_standard_error(moments: Moments, spread: Moments) -> Float64[Tensor, " channels"] | None:
+def relative_standard_error(moments: Moments, spread: Moments, passes: int) -> Float64[Tensor, " channels"] | None:
     """Return the standard error of each channel's mean and std (the larger of the two), relative to its std.
 
-    For K batches, let m_k be the mean of batch k, and v_k its mean squared deviation from the pooled mean. Then
-    se(mean)^2 = var(m_k) / K, se(var)^2 = var(v_k) / K, and se(std) = se(var) / (2 std): the standard error of a mean
-    of clusters, and the delta method (Cochran, "Sampling Techniques", 1977, chapter 9).
+    For K batches of equal size, let m_k be the mean of batch k, and v_k its mean squared deviation from the pooled
+    mean. Then se(mean)^2 = var(m_k) / K, se(var)^2 = var(v_k) / K, and se(std) = se(var) / (2 std): the standard error
+    of a mean of clusters, and the delta method (Cochran, "Sampling Techniques", 1977, chapter 9).
 
     Args:
         moments: Of all values.
-        spread: `batch_spread` of all batches, merged.
+        spread: `batch_spread` of all passes, merged.
+        passes: Their number. The mean over the batches of a pass varies less than that of one batch, and counts more:
+            each pass but one is expected to contribute the variance of one batch to the sum of squares.
 
     Returns:
-        The standard errors, 0 for constant channels; None for fewer than two batches.
+        The standard errors, 0 for constant channels; None for fewer than two passes.
     """
     batches = spread.count
-    if batches < 2:
+    if passes < 2:
         return None
-    var_mean, var_square, var_sum = (spread.m2 / (batches - 1)).reshape(3, -1)
+    var_mean, var_square, var_sum = (spread.m2 / (passes - 1)).reshape(3, -1)
     covariance = (var_sum - var_mean - var_square) / 2
     # v_k = e_k - 2 mean m_k + mean^2; rounding can make a variance of zero negative.
     var_of_var = (var_square + 4 * moments.mean.square() * var_mean - 4 * moments.mean * covariance).clamp_min(0)
