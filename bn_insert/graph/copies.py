@@ -22,6 +22,8 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 def unwrapped(model: AnyModule) -> AnyModule:
     """Return the module inside a DataParallel, DistributedDataParallel or compiled model, else the model itself.
 
+    Of a model that Lightning Fabric has set up, this is the module that was passed to it.
+
     Raises:
         GraphError: It is not a module that can be changed; the message has the way out.
     """
@@ -32,6 +34,8 @@ def unwrapped(model: AnyModule) -> AnyModule:
             inner = inner.module
         elif "_orig_mod" in inner._modules:  # torch.compile
             inner = inner.get_submodule("_orig_mod")
+        elif "_original_module" in inner._modules:  # Lightning Fabric's setup
+            inner = inner.get_submodule("_original_module")
         else:
             return cast(AnyModule, inner)
 

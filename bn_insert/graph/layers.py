@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 Kind = Literal["conv", "dense"]
 
 
 def layer_kind(module: nn.Module) -> Kind | None:
     """Return "conv" for a convolution of any kind, "dense" for nn.Linear, and None for any other module."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, _ConvNd):
         return "conv"
     return "dense" if isinstance(module, nn.Linear) else None
+
+
+def outputs_of(layer: nn.Linear | _ConvNd) -> int:
+    """Return the number of channels that a layer computes."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 class NormalizedLayer(nn.Sequential):

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import GraphError
-from ..support.text import first_line
+from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, layer_kind
@@ -27,6 +27,8 @@ from .operators import Role, has_role, is_activation, is_layer, operation
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
+
+_CHILDREN_SHOWN = 5
 
 _EXPORTING = threading.RLock()  # torch.export keeps global state
 
@@ -315,6 +317,11 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
         with torch.random.fork_rng(devices=()), torch.inference_mode():
             inputs.run(working_copy(model))
     except Exception as own:  # noqa: BLE001 - usually the same cause, in clearer words than torch.export's
+        if isinstance(own, NotImplementedError) and 'required "forward"' in str(own):
+            inside = [f"model.{child} ({type(module).__name__})" for child, module in model.named_children()]
+            return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (
+                f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
+            )
         return (
             f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. Pass inputs of "
             "the shape that it expects"

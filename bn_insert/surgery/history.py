@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..batchnorm.identity import BATCHNORMS
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
-from ..graph.layers import Kind, layer_kind
+from ..graph.layers import Kind, layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.text import counted
 from .splice import splice_after, splice_out, splice_over
@@ -86,8 +86,8 @@ class FoldedBatchNorms:
             if layer_kind(layer) is None:
                 raise CheckpointError(f"{name} is a {type(layer).__name__}, not a conv or dense layer")
             weight = next(layer.parameters())
-            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            layer.bias = nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=weight.device))  # type: ignore[arg-type]
+            channels = outputs_of(cast(nn.Linear, layer))
+            layer.bias = nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=weight.device))
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
                 raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
@@ -118,12 +118,10 @@ class ReplacedOutput:
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network; new tensors are on the meta device."""
         old = _submodule(network, self.layer)
-        if not isinstance(old, nn.Linear) or not self.layer:
-            raise CheckpointError(f"{self.layer} is a {type(old).__name__}, not a dense layer")
-        bias, dtype = old.bias is not None, old.weight.dtype
+        if not isinstance(old, nn.Linear | nn.Conv2d) or not self.layer:
+            raise CheckpointError(f"{self.layer} is a {type(old).__name__}, not a dense layer or a Conv2d")
         parent, _, child = self.layer.rpartition(".")
-        new = nn.Linear(old.in_features, self.classes, bias=bias, device="meta", dtype=dtype)
-        setattr(network.get_submodule(parent), child, new)
+        setattr(network.get_submodule(parent), child, new_output(old, self.classes, device="meta"))
         return network
 
     def to_document(self) -> dict[str, Any]:
@@ -171,6 +169,31 @@ class ReplacedHead:
 
 
 Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput | ReplacedHead
+
+
+def new_output(old: nn.Linear | nn.Conv2d, classes: int, device: torch.device | str | None = None) -> nn.Module:
+    """Return a layer like an output layer, with its dtype, for another number of classes.
+
+    Args:
+        old: The output layer.
+        classes: Number of outputs.
+        device: Device of the parameters; by default that of the output layer.
+    """
+    place: dict[str, Any] = {"device": device or old.weight.device, "dtype": old.weight.dtype}
+    bias = old.bias is not None
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, classes, bias=bias, **place)
+    return nn.Conv2d(
+        old.in_channels,
+        classes,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        old.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=old.padding_mode,
+        **place,
+    )
 
 
 def new_head(first: nn.Linear, width: int, classes: int, device: torch.device | str | None = None) -> list[nn.Module]:

@@ -10,24 +10,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from ..graph.layers import layer_kind
-from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head
+from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import splice_over
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
     """Replace a network's output layer, in place, by one for another number of classes.
 
-    The output layer is the last nn.Linear. The new one has zero weights and bias, and the device and dtype of the old
-    one. With zeros, training starts at a loss of log(classes) whatever the scale of the layer's input; the layers
-    before it get their first gradient in the second step.
+    The output layer is the last nn.Linear, or the last nn.Conv2d of a network without dense layers, such as SqueezeNet.
+    The new one has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at a
+    loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
+    the second step. A conv, after which there may be a ReLU that passes no gradient at zero, gets normal weights with a
+    std of 0.01 and zero bias, as in torchvision's SqueezeNet.
 
     Args:
         model: The network to change.
         classes: Number of classes, 2 or more.
 
     Raises:
-        TrainingError: If there are fewer than 2 classes, the network has no dense layer, or there is a BatchNorm after
-            the last one.
+        TrainingError: If there are fewer than 2 classes, the network has neither a dense layer nor a conv, or there is
+            a BatchNorm after the output layer.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1000))
@@ -37,14 +39,8 @@ def replace_output(model: nn.Module, classes: int) -> None:
     """
     _check_classes(classes)
     name, output = _replaceable_output(model)
-    new = nn.Linear(
-        output.in_features,
-        classes,
-        bias=output.bias is not None,
-        device=output.weight.device,
-        dtype=output.weight.dtype,
-    )
-    _zero(new)
+    new = new_output(output, classes)
+    _initialize(new)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(output.training))
     History.of(model).with_change(ReplacedOutput(name, classes)).keep_with(model)
@@ -66,8 +62,8 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
         The qualified names of the new modules.
 
     Raises:
-        TrainingError: As for `replace_output`, for a width out of range, and for a conv layer between the dense
-            layers.
+        TrainingError: As for `replace_output`, for a width out of range, for a conv layer between the dense layers, and
+            for a network without dense layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))
@@ -80,6 +76,11 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
     last, output = _replaceable_output(model)
+    if not isinstance(output, nn.Linear):
+        raise TrainingError(
+            f"the output layer {last} is a {type(output).__name__}, and a new head takes the place of dense layers; "
+            "keep the head (--head keep)"
+        )
     parent = last.rpartition(".")[0]
     container = model.get_submodule(parent)
     first = last
@@ -95,7 +96,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
                 )
     old = model.get_submodule(first)
     modules = new_head(cast(nn.Linear, old), width, classes)
-    _zero(modules[-1])
+    _initialize(modules[-1])
     for module in modules:
         module.train(output.training)
     replaced = splice_over(model, first, last, modules)
@@ -111,12 +112,16 @@ def _check_classes(classes: object) -> None:
 
 
 @torch.no_grad()
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        parameter.zero_()
+def _initialize(layer: nn.Module) -> None:
+    """Give an output layer the values that `replace_output` describes."""
+    for name, parameter in layer.named_parameters():
+        if isinstance(layer, nn.Conv2d) and name == "weight":
+            nn.init.normal_(parameter, std=0.01)
+        else:
+            parameter.zero_()
 
 
-def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear]:
+def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Return the output layer; raise TrainingError if a BatchNorm comes after it."""
     modules = list(model.named_modules())
     name, output = output_layer(model)
@@ -129,13 +134,17 @@ def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear]:
     return name, output
 
 
-def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Return the qualified name of the last dense layer, and the layer.
+def output_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Return the last dense layer and its qualified name, or the last Conv2d of a network without dense layers.
 
     Raises:
-        TrainingError: If the network has no dense layer.
+        TrainingError: If the network has neither.
     """
-    dense = [(name, module) for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
-    if not dense:
-        raise TrainingError(f"{type(model).__name__} has no dense layer to use as the output layer")
-    return dense[-1]
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    dense = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    convs = [(name, module) for name, module in modules if isinstance(module, nn.Conv2d) and module.groups == 1]
+    if dense:
+        return dense[-1]
+    if convs:
+        return convs[-1]
+    raise TrainingError(f"{type(model).__name__} has no dense layer and no conv to use as the output layer")

@@ -97,7 +97,8 @@ class Classifier:
         except RuntimeError as error:
             raise TrainingError(
                 f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; its last dense "
-                "layer is assumed to be the output layer, and all images must have one size (--crop)"
+                "layer (without one, its last conv) is assumed to be the output layer, and all images must have one "
+                "size (--crop)"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.modes import set_batchnorm_mode
 from ..errors import TrainingError
+from ..graph.layers import outputs_of
 from ..support.processes import Ranks
 from ..surgery.output_layer import output_layer, replace_head, replace_output
 from .parameter_groups import parameter_groups
@@ -60,7 +61,7 @@ def _head(network: nn.Module, settings: TrainingSettings, classes: int) -> list[
     """Give a network its head, in place, and return the names of the head's modules."""
     if settings.head is not None:
         return replace_head(network, settings.head, classes)
-    if output_layer(network)[1].out_features != classes:
+    if outputs_of(output_layer(network)[1]) != classes:
         replace_output(network, classes)
     return [output_layer(network)[0]]
 

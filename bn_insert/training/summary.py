@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..surgery.output_layer import output_layer
 from .settings import TrainingSettings
@@ -86,6 +87,6 @@ def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
     name, layer = output_layer(model)
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
-    if layer.out_features == classes:
+    if outputs_of(layer) == classes:
         return f"{name} kept, {classes} classes"
-    return f"{name} replaced, {layer.out_features} to {classes} classes"
+    return f"{name} replaced, {outputs_of(layer)} to {classes} classes"

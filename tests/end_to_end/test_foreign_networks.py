@@ -261,6 +261,38 @@ def test_a_torchscript_program_is_refused_with_the_way_out() -> None:
         insert_batchnorm(program, [images(2, 8)])
 
 
+class OnlyTrains(nn.Module):
+    """What a Lightning module without a forward looks like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.loss = nn.CrossEntropyLoss()
+
+
+def test_a_module_that_only_trains_a_network_is_refused_with_the_name_of_that_network() -> None:
+    with pytest.raises(GraphError, match=r"OnlyTrains has no forward, .*pass that network: model.net \(Sequential\)"):
+        insert_batchnorm(OnlyTrains(), [images(2, 8)])
+
+
+class SetUpByFabric(nn.Module):
+    """What Lightning Fabric's setup returns: the module around which a strategy is wrapped, and that module itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = nn.Sequential(module)
+        self._original_module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self._forward_module(x)
+
+
+def test_the_module_that_lightning_fabric_set_up_is_unwrapped() -> None:
+    network = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    result = insert_batchnorm(SetUpByFabric(network), [images(4, 8)])
+    assert list(result.state_dict())[:2] == ["0.weight", "0.bias"]
+
+
 def test_a_number_of_classes_that_is_no_number_is_refused(unchecked: Unchecked) -> None:
     from bn_insert import TrainingError  # noqa: PLC0415
 

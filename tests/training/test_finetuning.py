@@ -24,7 +24,7 @@ from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support.processes import Ranks
-from bn_insert.surgery.output_layer import replace_output
+from bn_insert.surgery.output_layer import replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
 from bn_insert.training.preparation import prepared_network
 from bn_insert.training.schedule import learning_rate
@@ -364,9 +364,28 @@ def test_a_new_output_layer_begins_at_the_loss_of_guessing_and_keeps_dtype_and_n
     assert loss.item() == pytest.approx(math.log(3))
 
 
+def network_with_conv_output() -> nn.Sequential:
+    """Return a network whose logits come from a conv, as SqueezeNet's do."""
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU())
+    return nn.Sequential(features, nn.Conv2d(8, 1000, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_a_conv_that_returns_the_logits_is_replaced_and_learns(tmp_path: Path) -> None:
+    four = open_digits(copy_labelled_digits(tmp_path / "four", train=6, classes=4))
+    images = [torch.rand(8, 3, 32, 32)]
+    model = insert_batchnorm(network_with_conv_output(), images, skip="1")
+    finetune(model, four, tmp_path / "run", BRIEF)
+    trained: Any = load_checkpoint(tmp_path / "run" / "best.pth", model=network_with_conv_output)
+    assert (trained[1].out_channels, trained(images[0]).shape) == (4, (8, 4))
+    assert trained[1].bias.any()  # zeros in front of a ReLU would have stayed zeros
+
+
 def test_networks_whose_output_cannot_be_replaced_are_refused() -> None:
-    with pytest.raises(TrainingError, match="Sequential has no dense layer"):
-        replace_output(nn.Sequential(nn.Conv2d(3, 4, 1)), 3)
+    with pytest.raises(TrainingError, match="Sequential has no dense layer and no conv"):
+        replace_output(nn.Sequential(nn.ReLU()), 3)
+    with pytest.raises(TrainingError, match="0 is a Conv2d, and a new head takes the place of dense layers"):
+        replace_head(nn.Sequential(nn.Conv2d(3, 4, 1)), 8, 3)
     with pytest.raises(TrainingError, match="BatchNorm 1 comes after the output layer 0"):
         replace_output(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
     with pytest.raises(TrainingError, match="2 or more"):
