@@ -240,6 +240,8 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
         return "skipped by pattern"
     if not options.include_output and any(map(trace.reaches_output, calls)):
         return "output layer"
+    if all(map(trace.is_gate, calls)):
+        return "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
     shape = tuple(calls[-1].meta["val"].shape)
     if len(shape) < 2 or (kind == "dense" and len(shape) != 2):
         return f"its output {shape} is not batch x channels: BatchNorm1d would normalize the wrong axis"

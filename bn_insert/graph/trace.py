@@ -144,6 +144,21 @@ class Trace:
                 return self.owner(node) or operation(node)
         return None
 
+    def is_gate(self, start: fx.Node) -> bool:
+        """Return whether one value per channel of each image, computed from a node, multiplies values at all positions.
+
+        That is so for the layers of a squeeze-and-excite block (Hu et al. 2018, arXiv:1709.01507).
+        """
+
+        def has_one_position(node: fx.Node) -> bool:
+            value = node.meta.get("val")
+            return isinstance(value, torch.Tensor) and all(extent == 1 for extent in value.shape[2:])
+
+        reached = self.downstream(start, has_one_position)
+        return has_one_position(start) and any(
+            operation(node) in {"mul", "expand", "expand_as"} and not has_one_position(node) for node in reached
+        )
+
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
         """Yield start and every node that its values reach, continuing past a node only if `passes` allows it."""
         seen: set[fx.Node] = set()

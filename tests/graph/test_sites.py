@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bn_insert import GraphError, Layer, Site, find_sites, survey
 from bn_insert.graph.sites import layers_in
 from bn_insert.graph.trace import Trace
+from support.idioms import SqueezeExcite
 from support.networks import (
     CalledFromTwoSequentials,
     CalledTwice,
@@ -29,6 +30,7 @@ from support.networks import (
 
 Unchecked = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+GATE = "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
 VGG_LAYERS = ["features.0", "features.3", "classifier.0", "classifier.3", "classifier.6"]
 
 
@@ -417,6 +419,25 @@ def test_a_model_in_train_mode_has_the_same_sites_and_stays_in_train_mode() -> N
 @pytest.mark.parametrize("batch", [1, 5])
 def test_sites_do_not_depend_on_the_batch_size(batch: int) -> None:
     assert find_sites(small_vgg(), images(batch, 16)) == find_sites(small_vgg(), images(2, 16))
+
+
+class DenseGate(nn.Module):
+    """Channels weighted by dense layers, whose result is expanded to all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        weights = torch.sigmoid(self.gate(x.mean((2, 3)))).view(-1, 8, 1, 1).expand_as(x)
+        return self.head((x * weights).mean((2, 3)).relu())  # type: ignore[no-any-return]
+
+
+def test_layers_that_compute_a_gate_have_no_site_and_those_whose_output_is_gated_do() -> None:
+    assert reasons(survey(DenseGate(), images(2, 8))) == {"stem": "", "gate": GATE, "head": "output layer"}
+    found = reasons(survey(SqueezeExcite(), images(2, 8)))
+    assert found == {"stem": "", "reduce": GATE, "expand": GATE, "head": "output layer"}
 
 
 def test_every_layer_of_squeezenet_is_a_site() -> None:
