@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..errors import as_passed
+
 
 def vgg_assumptions(network: nn.Module) -> str:
     """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not store it.
@@ -29,5 +31,5 @@ def vgg_assumptions(network: nn.Module) -> str:
     return (
         "Assumed, because a state dict does not store it: stride 1 and ReLU for every conv, 2 x 2 max pooling at "
         f"{', '.join(pools)}{dropout}. For anything else, such as LeakyReLU, average pooling or dropout between convs, "
-        "pass --model."
+        f"pass {as_passed('model')}."
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
 from ..graph.inputs import reference_tensor
 from ..support.files import StrPath
 from ..support.text import printable
@@ -141,7 +141,7 @@ def _check_needs_no_function(history: History) -> None:
     if name := history.function:
         raise CheckpointError(
             f"its settings name the function that builds its network, {name}, and code is imported only on request: "
-            f"if you trust that code, pass model={name!r} (--model {name})"
+            f"if you trust that code, pass {as_passed('model', name)}"
         )
 
 
@@ -180,7 +180,8 @@ def _filled(
     if not ignore_unexpected:
         mismatches += [f"{key} is not in the model" for key in unexpected]
     unexpected_alone = bool(unexpected) and not missing
-    _check_fit(described, mismatches, "or leave these tensors out (--ignore-unexpected)" if unexpected_alone else "")
+    ignoring = as_passed("ignore_unexpected", True)
+    _check_fit(described, mismatches, f"or leave these tensors out ({ignoring})" if unexpected_alone else "")
     return network, changes, prefix
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
 from ..support.text import printable
 from ..support.torch_file import MAX_TENSORS
 
@@ -99,7 +99,8 @@ def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; if the state dict "
-                f"is inside a larger dict, name its key, as in key='state_dict' (--key){_keys_of(content)}"
+                f"is inside a larger dict, name its key, as in {as_passed('key', 'state_dict')}"
+                f"{_keys_of(content)}"
             )
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value) or value.device.type != "cpu":
             raise CheckpointError(

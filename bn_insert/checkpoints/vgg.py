@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
 from .settings import Settings
 from .state_dict import is_plain
 
@@ -121,7 +121,7 @@ class _Block:
 def _refuse(reason: str) -> NoReturn:
     raise CheckpointError(
         f"this is not a VGG in torchvision's layout: {reason}; for other architectures pass "
-        "load_checkpoint(path, model=...) (--model package.module:function)"
+        f"{as_passed('model', option='--model package.module:function')}"
     )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ImageError
+from ..errors import ImageError, as_passed
 from .batches import Unreadable, check_at_least
 from .files import MODES, read_pixels
 from .tensor_batches import TENSOR_SUFFIXES
@@ -83,13 +83,13 @@ class ImageReader:
                 if self.strict and chunk.unreadable:
                     path, reason = chunk.unreadable[0]
                     raise ImageError(
-                        f"cannot read {path}: {reason}; repair or remove the file, or leave out strict (--strict) to "
-                        "skip unreadable files"
+                        f"cannot read {path}: {reason}; repair or remove the file, or leave out "
+                        f"{as_passed('strict')} to skip unreadable files"
                     )
                 if chunk.differing:
                     raise ImageError(
-                        f"pictures in one batch differ in size: {chunk.differing}; set a crop (--crop), or use a "
-                        "batch size of 1"
+                        f"pictures in one batch differ in size: {chunk.differing}; set a crop "
+                        f"({as_passed('crop')}), or use a batch size of 1"
                     )
                 for path, reason in chunk.unreadable:
                     skipped.setdefault(path, reason)
@@ -151,7 +151,8 @@ def _decode(
         yield from decoded
     except RuntimeError as error:
         raise ImageError(
-            f"a process that decodes images ended early, perhaps out of memory ({error}); use fewer workers (--workers)"
+            f"a process that decodes images ended early, perhaps out of memory ({error}); use fewer workers "
+            f"({as_passed('workers')})"
         ) from error
 
 

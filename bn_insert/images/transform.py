@@ -12,7 +12,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ImageError
+from ..errors import ImageError, as_passed
 
 # Pillow's limit against decompression bombs applies to the size in the file, these to the size after resizing and
 # padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
@@ -97,11 +97,12 @@ class Transform:
 
     def check_channels(self, channels: int) -> None:
         """Raise ImageError unless mean and std each have one value, or one per channel."""
+        needed = "1 value" if channels == 1 else f"1 or {channels} values"
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ImageError(
                     f"{name} has {len(values)} values, but the network takes {channels} channel"
-                    f"{'s' * (channels > 1)}; use 1{f' or {channels}' * (channels > 1)} (--{name})"
+                    f"{'s' * (channels > 1)}; pass {needed} as {as_passed(name)}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Transform:
             if values[name] is not None and values[name] > _LONGEST_STORED_SIDE:
                 raise ImageError(
                     f"{name} of a transform is {values[name]}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at "
-                    f"most; if the size is meant, pass it explicitly (--{name})"
+                    f"most; if the size is meant, pass {as_passed(name)}"
                 )
         for name in ("mean", "std"):
             if not isinstance(values[name], Sequence) or not all(map(_is_number, values[name])):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ..errors import as_passed
 from .verdicts import Verdict
 
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
@@ -65,13 +66,13 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
     found = []
     guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        way_out = "Train for more epochs (--epochs)." if falling else "Try a lower learning rate (--lr)."
+        way_out = f"Train for more epochs ({as_passed('epochs')})." if falling else _lower_rate()
         text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
         text = (
             f"The validation loss rose from {lowest:.3g} to {last['val_loss']:.3g}, above {guess}: training diverged. "
-            "Try a lower learning rate (--lr)."
+            f"{_lower_rate()}"
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
@@ -80,10 +81,14 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
     if falling:
         text = (
             f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "
-            "the last epoch: more epochs (--epochs) may help."
+            f"the last epoch: more epochs ({as_passed('epochs')}) may help."
         )
         found.append(Verdict("check", "Length", text))
     return found
+
+
+def _lower_rate() -> str:
+    return f"Try a lower learning rate ({as_passed('lr')})."
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
 from ..support.text import printable
 from .health import run_health
@@ -89,9 +89,7 @@ def read_run(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {error}; run finetune again, with --resume to rewrite the reports"
-        ) from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}; {_rewriting()}") from error
     runs = data.get("runs") if isinstance(data, dict) and data.get("format") == FORMAT else None
     if not isinstance(runs, list) or len(runs) != 1:
         raise CheckpointError(f"{path} is not the report of one training run; {_ADVICE}")
@@ -99,7 +97,9 @@ def read_run(path: Path) -> dict[str, Any]:
         checked(runs[0], _Run)
         check_depth(runs[0])
     except SchemaError as error:
-        raise CheckpointError(
-            f"{path} is damaged: {printable(error)}; run finetune again, with --resume to rewrite the reports"
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {printable(error)}; {_rewriting()}") from error
     return cast("dict[str, Any]", runs[0])
+
+
+def _rewriting() -> str:
+    return f"run finetune again, with {as_passed('resume', True)} to rewrite the reports"

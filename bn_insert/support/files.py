@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
 from .text import first_line
 
 try:
@@ -265,7 +265,9 @@ def _publish_as_new(staged: Path, target: Path) -> None:
 
 
 def _exists(path: StrPath) -> CheckpointError:
-    return CheckpointError(f"{path} already exists: choose another name, or replace it with overwrite=True (--force)")
+    return CheckpointError(
+        f"{path} already exists: choose another name, or replace it with {as_passed('overwrite', True, '--force')}"
+    )
 
 
 def _cannot_write(path: StrPath, error: BaseException) -> CheckpointError:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..errors import GraphError
+from ..errors import GraphError, as_passed
 from ..graph.layers import layer_kind
 from ..graph.operators import (
     Role,
@@ -107,7 +107,8 @@ def _fold(trace: Trace, layers: Mapping[fx.Node, str], name: str, calls: Sequenc
         except _NotExactError as downstream:
             raise _NotExactError(
                 f"neither into the layer upstream ({upstream}) nor into the layers downstream ({downstream}). Leave "
-                "the model unfolded, or insert BatchNorm with placement='before_activation'"
+                "the model unfolded, or insert BatchNorm with "
+                f"{as_passed('placement', 'before_activation', '--placement before-activation')}"
             ) from None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import TrainingError
+from ..errors import TrainingError, as_passed
 from ..graph.layers import layer_kind
 from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import splice_over
@@ -92,7 +92,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
             if any(layer_kind(module) == "conv" for module in container.get_submodule(name).modules()):
                 raise TrainingError(
                     f"{name} of {parent or type(model).__name__} has a conv layer between the dense layers, so that "
-                    "they cannot be replaced by a new head; keep them (--head keep)"
+                    f"they cannot be replaced by a new head; keep them ({as_passed('head', None, '--head keep')})"
                 )
     old = model.get_submodule(first)
     modules = new_head(cast(nn.Linear, old), width, classes)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import DivergenceError, TrainingError
+from ..errors import DivergenceError, TrainingError, as_passed
 from ..graph.copies import working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
@@ -98,7 +98,7 @@ class Classifier:
             raise TrainingError(
                 f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; its last dense "
                 "layer (without one, its last conv) is assumed to be the output layer, and all images must have one "
-                "size (--crop)"
+                f"size ({as_passed('crop')})"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropouts import dropouts_before_batchnorm
 from ..batchnorm.modes import uses_batch_statistics
-from ..errors import GraphError, TrainingError
+from ..errors import GraphError, TrainingError, as_passed
 from ..graph.copies import unwrapped
 
 
@@ -51,7 +51,7 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
     layers = {name: module for name, module in modules if isinstance(module, _DropoutNd)}
     if probability is not None and not layers:
         raise TrainingError(
-            f"{type(network).__name__} has no dropout layer to set to {probability}; leave out dropout (--dropout)"
+            f"{type(network).__name__} has no dropout layer to set to {probability}; leave out {as_passed('dropout')}"
         )
     before_batchnorm = _before_batchnorm(network, example) if probability is None and _any_active(layers) else ()
     switched_off = {name: layers[name].p for name in before_batchnorm}
@@ -68,7 +68,7 @@ def _before_batchnorm(network: nn.Module, example: Tensor | None) -> list[str]:
     except GraphError as error:
         warnings.warn(
             f"dropout stays on, because it is unknown which dropout layers a BatchNorm follows: {error}. If one does, "
-            "switch dropout off with dropout=0 (--dropout 0)",
+            f"switch dropout off with {as_passed('dropout', 0)}",
             stacklevel=2,
         )
         return []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DivergenceError, TrainingError
+from ..errors import DivergenceError, TrainingError, as_passed
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..statistics.passes import preserved_random_state
@@ -173,8 +173,9 @@ def finetune(
                 progress = loop.run(progress)
             except DivergenceError as error:
                 raise DivergenceError(
-                    f"{error}: training diverged. Try a lower learning rate (--lr), a warm-up (--lr-warmup-epochs 1), "
-                    f"or a network with BatchNorm (bn-insert insert); {results.kept}"
+                    f"{error}: training diverged. Try a lower learning rate ({as_passed('lr')}), a warm-up "
+                    f"({as_passed('lr_warmup_epochs', 1)}), or a network with BatchNorm "
+                    f"(bn-insert insert); {results.kept}"
                 ) from error
     health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
@@ -191,11 +192,13 @@ def _example(images: ClassFolders) -> Tensor | None:
 def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:
     if existing and not (resume or overwrite):
         raise TrainingError(
-            f"{folder} already contains results ({existing[0]}): continue with resume=True (--resume), replace them "
-            "with overwrite=True (--force), or choose another output folder"
+            f"{folder} already contains results ({existing[0]}): continue with {as_passed('resume', True)}, "
+            f"replace them with {as_passed('overwrite', True, '--force')}, or choose another output folder"
         )
     if resume and existing and STATE not in existing:
-        raise TrainingError(f"{folder} has no {STATE} to resume from; start again with overwrite=True (--force)")
+        raise TrainingError(
+            f"{folder} has no {STATE} to resume from; start again with {as_passed('overwrite', True, '--force')}"
+        )
 
 
 def _on_first_rank(work: Callable[[], None], ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.modes import set_batchnorm_mode
-from ..errors import TrainingError
+from ..errors import TrainingError, as_passed
 from ..graph.layers import outputs_of
 from ..support.processes import Ranks
 from ..surgery.output_layer import output_layer, replace_head, replace_output
@@ -38,8 +38,8 @@ def prepared_network(
     if settings.sync_bn and not renorm:
         if device.type != "cuda":
             raise TrainingError(
-                "sync_bn (--sync-bn) works on GPUs only; leave it out, or use it with batchnorm renorm "
-                "(--batchnorm renorm)"
+                f"{as_passed('sync_bn')} works on GPUs only; leave it out, or use it with "
+                f"{as_passed('batchnorm', 'renorm')}"
             )
         if ranks.count > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -73,8 +73,8 @@ def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> No
     if trained == "batchnorm":
         if not norms:
             raise TrainingError(
-                f"{type(network).__name__} has no BatchNorm to train; insert it first (bn-insert insert), or use train "
-                "head (--train head)"
+                f"{type(network).__name__} has no BatchNorm to train; insert it first (bn-insert insert), or use "
+                f"{as_passed('train', 'head')}"
             )
         kept |= {id(parameter) for norm in norms.values() for parameter in norm.parameters()}
     else:
@@ -97,7 +97,7 @@ def _part(network: nn.Module, name: str) -> nn.Module:
     part = getattr(network, name, None)
     if not isinstance(part, nn.Module):
         raise TrainingError(
-            f"freeze_features (--freeze-features) needs a network with the modules features and classifier, and "
-            f"{type(network).__name__} has no {name}"
+            f"{as_passed('freeze_features')} needs a network with the modules features and "
+            f"classifier, and {type(network).__name__} has no {name}"
         )
     return part

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from ..batchnorm.limits import ConstantLimits, RenormLimits
 from ..batchnorm.modes import BatchNormMode
-from ..errors import TrainingError
+from ..errors import TrainingError, as_passed
 from ..surgery.history import WIDEST_HEAD
 
 Optimizer = Literal["sgd", "adamw"]
@@ -106,24 +106,27 @@ class TrainingSettings:
         """Check each value before anything is read."""
         self._check_counts()
         if not 0 < self.crop_scale <= 1:
-            raise TrainingError(f"crop_scale is {self.crop_scale}; use a fraction of the area above 0, up to 1")
+            raise TrainingError(
+                f"{as_passed('crop_scale')} is {self.crop_scale}; use a fraction of the area above 0, up to 1"
+            )
         if not 0 <= self.seed < 1 << 32:
-            raise TrainingError(f"seed is {self.seed}; use 0 to {(1 << 32) - 1}")
+            raise TrainingError(f"{as_passed('seed')} is {self.seed}; use 0 to {(1 << 32) - 1}")
         if not 0 < self.lr < math.inf:
-            raise TrainingError(f"lr is {self.lr}; use a learning rate above 0")
+            raise TrainingError(f"{as_passed('lr')} is {self.lr}; use a learning rate above 0")
         for name in ("weight_decay", "norm_weight_decay", "lr_gamma", "momentum"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise TrainingError(f"{name} is {getattr(self, name)}; use 0 or more")
+                raise TrainingError(f"{as_passed(name)} is {getattr(self, name)}; use 0 or more")
         for name, value in (
             ("label_smoothing", self.label_smoothing),
             ("dropout", self.dropout),
             ("hflip", self.hflip),
         ):
             if value is not None and not 0 <= value <= 1:
-                raise TrainingError(f"{name} is {value}; use 0 to 1")
+                raise TrainingError(f"{as_passed(name)} is {value}; use 0 to 1")
         if not 0 <= self.lr_warmup_epochs <= self.epochs:
             raise TrainingError(
-                f"lr_warmup_epochs is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of epochs"
+                f"{as_passed('lr_warmup_epochs')} is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of "
+                "epochs"
             )
         for name, choices in (
             ("opt", Optimizer),
@@ -132,7 +135,9 @@ class TrainingSettings:
             ("train", Trained),
         ):
             if getattr(self, name) not in get_args(choices):
-                raise TrainingError(f"{name} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+                raise TrainingError(
+                    f"{as_passed(name)} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}"
+                )
         self._check_renorm()
         self._check_trained()
 
@@ -140,31 +145,31 @@ class TrainingSettings:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise TrainingError(f"{name} is {value}; use {least} or more")
+                raise TrainingError(f"{as_passed(name)} is {value}; use {least} or more")
         if self.head is not None and self.head > WIDEST_HEAD:
-            raise TrainingError(f"head is {self.head}; use at most {WIDEST_HEAD}")
+            raise TrainingError(f"{as_passed('head')} is {self.head}; use at most {WIDEST_HEAD}")
 
     def _check_renorm(self) -> None:
         for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):
             limit = getattr(self, name)
             if limit is not None and self.batchnorm != "renorm":
                 raise TrainingError(
-                    f"{name} is a limit of Batch Renormalization; leave it out, or use it with batchnorm renorm "
-                    "(--batchnorm renorm)"
+                    f"{as_passed(name)} is a limit of Batch Renormalization; leave it out, or use it with "
+                    f"{as_passed('batchnorm', 'renorm')}"
                 )
             if limit is not None and not limit >= least:
-                raise TrainingError(f"{name} is {limit}; use {least} or more")
+                raise TrainingError(f"{as_passed(name)} is {limit}; use {least} or more")
 
     def _check_trained(self) -> None:
         if self.train != "all" and self.freeze_features:
             raise TrainingError(
-                f"freeze_features (--freeze-features) and train {self.train} (--train {self.train}) both say what is "
-                "trained; leave out one of them"
+                f"{as_passed('freeze_features')} and {as_passed('train', self.train)} both say what is trained; leave "
+                "out one of them"
             )
         if self.train == "batchnorm" and self.batchnorm == "freeze":
             raise TrainingError(
-                "train batchnorm (--train batchnorm) trains gamma and beta, and batchnorm freeze (--batchnorm freeze) "
-                "does not; use train head (--train head), or another mode"
+                f"{as_passed('train', 'batchnorm')} trains gamma and beta, and {as_passed('batchnorm', 'freeze')} "
+                f"does not; use {as_passed('train', 'head')}, or another mode"
             )
 
     @property

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError, TrainingError, as_passed
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.schema import Count, Finite, SchemaError, checked
@@ -149,7 +149,8 @@ def load_state(path: Path) -> TrainingState:
             loaded = load_torch_file(file)
     except Exception as error:  # parsers raise anything for a damaged file
         raise CheckpointError(
-            f"{path} cannot be read: {printable(first_line(error))[:300]}; start again with overwrite=True (--force)"
+            f"{path} cannot be read: {printable(first_line(error))[:300]}; start again with "
+            f"{as_passed('overwrite', True, '--force')}"
         ) from error
     if not isinstance(loaded, dict) or dict.get(loaded, "format") != _FORMAT:
         raise CheckpointError(
@@ -169,7 +170,9 @@ def load_state(path: Path) -> TrainingState:
 
 
 def _damaged(path: Path, error: SchemaError) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {printable(error)[:300]}; start again with overwrite=True (--force)")
+    return CheckpointError(
+        f"{path} is damaged: {printable(error)[:300]}; start again with {as_passed('overwrite', True, '--force')}"
+    )
 
 
 def _check_progress(content: _Content) -> None:

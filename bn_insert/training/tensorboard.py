@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingError
+from ..errors import TrainingError, as_passed
 from .metrics import EpochMetrics
 
 
@@ -17,7 +17,7 @@ def check_tensorboard() -> None:
     if find_spec("tensorboard") is None:
         raise TrainingError(
             "TensorBoard is not installed; install it with pip install 'bn-insert[tensorboard]', or leave out "
-            "tensorboard (--tensorboard)"
+            f"{as_passed('tensorboard')}"
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..batchnorm.modes import needs_several_values
-from ..errors import TrainingError
+from ..errors import TrainingError, as_passed
 from ..images.augmentation import augmented
 from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
@@ -52,7 +52,8 @@ class TrainingSet:
             if size == 1 or share < 2:
                 raise TrainingError(
                     f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
-                    f"size {size}); use a batch size of 2 or more, or --batchnorm renorm"
+                    f"size {size}); use a batch size of 2 or more, or "
+                    f"{as_passed('batchnorm', 'renorm')}"
                 )
             left_out = int(share % size == 1)
         return cls(images, ranks, settings, share - left_out)

@@ -41,6 +41,13 @@ class Command(TyperCommand):
             previous = word
         return super().parse_args(ctx, parsed)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; messages of the library name its options."""
+        from bn_insert.errors import messages_name_options  # noqa: PLC0415 - imports torch: not for --help
+
+        with messages_name_options():
+            return super().invoke(ctx)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters as the help page shows them: the general options last, in a panel of their own."""
         params = _readable(super().get_params(ctx))

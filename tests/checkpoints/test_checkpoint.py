@@ -584,7 +584,7 @@ def test_an_existing_file_is_replaced_only_when_asked(name: str, tmp_path: Path)
     save_checkpoint(old, tmp_path / name)
     before = contents(tmp_path)
     message = refusal_of(lambda: save_checkpoint(new, tmp_path / name))
-    assert "already exists: choose another name, or replace it with overwrite=True (--force)" in message
+    assert "already exists: choose another name, or replace it with overwrite=True" in message
     assert contents(tmp_path) == before
     save_checkpoint(new, tmp_path / name, overwrite=True)
     assert_same(load_checkpoint(tmp_path / name), new)

@@ -12,7 +12,7 @@ from support.networks import images, small_vgg
 # What the message names, for each form that is not loaded.
 REFUSED = {
     "state dict, pickle protocol 4": "has a newer pickle protocol than PyTorch reads without running code",
-    "under best_model": "name its key, as in key='state_dict' (--key); its keys are epoch (int), best_model (dict)",
+    "under best_model": "name its key, as in key='state_dict'; its keys are epoch (int), best_model (dict)",
     "under generator, with another key": "has no dict under the key 'g'; its keys are generator (dict)",
     "beside a function": "contains code or objects other than tensors (functools.partial)",
     "beside a module": "contains code or objects other than tensors (torch.nn.modules.activation.ReLU)",
@@ -22,7 +22,7 @@ REFUSED = {
     "one tensor": "contains a Tensor, not a state dict",
     "total_ops of a profiler": "the key 'total_ops' is not features.N or classifier.N",
     "weights of the loss, with model": "loss_fn.weight is not in the model; pass the architecture that it was saved "
-    "from, or leave these tensors out (--ignore-unexpected)",
+    "from, or leave these tensors out (ignore_unexpected=True)",
     "another network": "this is not a VGG in torchvision's layout",
     "the model lacks a layer": "classifier.6.weight is not in the file",
     "part 1 of 2": "is part 1 of 2 of a checkpoint; merge the parts into one file first",

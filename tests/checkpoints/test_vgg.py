@@ -328,9 +328,7 @@ def test_a_state_dict_that_makes_no_vgg_is_refused_with_key_reason_and_way_out(
         vgg_from_state_dict(change(dict(vgg_of().state_dict())))
     message = str(refusal.value)
     assert message.startswith("this is not a VGG in torchvision's layout: ")
-    assert message.endswith(
-        "; for other architectures pass load_checkpoint(path, model=...) (--model package.module:function)"
-    )
+    assert message.endswith("; for other architectures pass model")
     assert [fragment for fragment in fragments if fragment not in message] == [], message
 
 

@@ -120,16 +120,16 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
     [
         (("nowhere",), "nowhere does not exist; the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"),
         (("DIGITS", "--lr", "-1"), "lr is -1.0; use a learning rate above 0"),
-        (("DIGITS", "--lr-warmup-epochs", "99"), "lr_warmup_epochs is 99.0"),
-        (("DIGITS", "--sync-bn"), "sync_bn (--sync-bn) works on GPUs only"),
+        (("DIGITS", "--lr-warmup-epochs", "99"), "--lr-warmup-epochs is 99.0"),
+        (("DIGITS", "--sync-bn"), "--sync-bn works on GPUs only; leave it out, or use it with --batchnorm renorm"),
         (
             ("DIGITS", "--renorm-r-max", "2"),
-            "renorm_r_max is a limit of Batch Renormalization; leave it out, or use it",
+            "--renorm-r-max is a limit of Batch Renormalization; leave it out, or use it",
         ),
         (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
         (("DIGITS", "--head", "wide"), "'wide' is neither keep nor a width, such as 512"),
         (("DIGITS", "--train", "batchnorm"), "has no BatchNorm to train; insert it first (bn-insert insert)"),
-        (("DIGITS", "--crop-scale", "0"), "crop_scale is 0.0; use a fraction of the area"),
+        (("DIGITS", "--crop-scale", "0"), "--crop-scale is 0.0; use a fraction of the area"),
         (("DIGITS/train",), "has no folder train/"),
     ],
 )

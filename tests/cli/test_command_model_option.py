@@ -133,7 +133,7 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
         ("finetune", "bn.pth", digits, "--output-dir", "out"),
         ("compare", network_path(), "bn.pth", digits / "val"),
     ):
-        assert_refused(run(*command), "bn.pth: its settings name the function", "(--model my_nets:make)")
+        assert_refused(run(*command), "bn.pth: its settings name the function", "pass --model my_nets:make")
     assert "my_nets" not in sys.modules
     assert not list(Path().glob("out*"))
 
@@ -182,7 +182,7 @@ def test_a_function_that_gives_no_network_for_the_checkpoint_is_one_message(
 
 
 def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run) -> None:
-    assert_refused(run("inspect", "net.pth"), "this is not a VGG", "(--model package.module:function)")
+    assert_refused(run("inspect", "net.pth"), "this is not a VGG", "pass --model package.module:function")
 
 
 @pytest.mark.parametrize(

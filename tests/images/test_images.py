@@ -390,7 +390,7 @@ def test_pictures_of_several_sizes_in_one_batch_without_a_crop_are_named_with_th
         picture(number, size).save(tmp_path / f"{number}.png")
     uncropped = Transform(None, None)
     message = (
-        r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; set a crop \(--crop\), or use a batch size of"
+        r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; set a crop \(crop\), or use a batch size of"
     )
     with pytest.raises(ImageError, match=message):
         list(image_batches(tmp_path, uncropped, batch_size=3, workers=workers))

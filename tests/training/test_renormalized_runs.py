@@ -108,7 +108,7 @@ def test_batches_of_one_image_are_trained_on_and_none_is_left_out(
     assert result.epochs[-1].train_accuracy > 0.9
     result = finetune(network, digits, tmp_path / "last", replace(BRIEF, epochs=1, batch_size=13, lr=1e-4))
     assert result.epochs[-1].step == 4
-    with pytest.raises(TrainingError, match="or --batchnorm renorm"):
+    with pytest.raises(TrainingError, match="or batchnorm='renorm'"):
         finetune(network, digits, tmp_path / "plain", replace(BRIEF, batch_size=1, batchnorm="train"))
 
 
