@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..support.files import StrPath, real_path
+from ..support.near_names import did_you_mean
 from ..support.text import printable
 from ..support.torch_file import RefusedError, check_expansion, check_same_file, load_torch_file
 from .legacy_sidecar import read_sidecar, sidecar_path
@@ -139,7 +140,7 @@ def _open(path: Path) -> BufferedReader:
             raise CheckpointError(f"{path} is a folder, not a checkpoint file; name a file in it")
         file = open(path, "rb", opener=opener)  # noqa: SIM115 - Path.open has no opener; the caller closes it
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path}") from error
+        raise CheckpointError(f"there is no file {path}{did_you_mean(path)}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ..errors import ImageError
+from ..support.near_names import missing_folder
 from ..support.text import listed
 from .batches import Unreadable
 from .files import find_images
@@ -125,8 +126,7 @@ def open_class_folders(
     folder = Path(folder)
     reader = ImageReader(transform, channels, workers)
     if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {fault}; {_LAYOUT}")
+        raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
     for name in ("train", "val"):
         if not (folder / name).is_dir():
             raise ImageError(f"{folder} has no folder {name}/; {_LAYOUT}")

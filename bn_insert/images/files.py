@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError
+from ..support.near_names import missing_folder
 from .batches import Unreadable
 from .transform import Transform
 
@@ -53,8 +54,7 @@ def find_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {fault}; pass a folder of images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ImageError(f"{missing_folder(folder)}; pass a folder of images ({', '.join(IMAGE_SUFFIXES)})")
     files = list(_visible_files(folder))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ImageError
+from ..support.near_names import did_you_mean
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .files import IMAGE_SUFFIXES, find_images
 from .reader import ImageReader
@@ -51,7 +52,7 @@ def open_batches(
     known = f"tensor files ({', '.join(TENSOR_SUFFIXES)}) and images ({', '.join(IMAGE_SUFFIXES)})"
     check_at_least(1, images=images)
     if not source.exists():
-        raise ImageError(f"{source} does not exist; pass a folder of images, or a file: {known}")
+        raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
     if source.is_file() and suffix in TENSOR_SUFFIXES:
         tensors = tensor_batches(source, batch_size=batch_size, channels=channels, pin_memory=pin_memory)
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ImageError
+from ..support.near_names import missing_folder
 from ..support.text import listed
 from .batches import Batch, Unreadable
 from .class_folders import NAMES_SHOWN, LabelledBatch, class_names
@@ -82,8 +83,7 @@ def open_labelled_batches(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {fault}; {_LAYOUT}")
+        raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
     if "val" not in classes and (folder / "val").is_dir():
         folder /= "val"
     folders = class_names(folder)

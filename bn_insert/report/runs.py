@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 
 from ..errors import CheckpointError, as_passed
+from ..support.near_names import did_you_mean
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
 from ..support.text import printable
 from .health import run_health
@@ -87,7 +88,7 @@ def read_run(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has more than {_MAX_BYTES:,} bytes; {_ADVICE}")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ADVICE}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{did_you_mean(path)}; {_ADVICE}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; {_rewriting()}") from error
     runs = data.get("runs") if isinstance(data, dict) and data.get("format") == FORMAT else None

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import CheckpointError, as_passed
+from .near_names import did_you_mean
 from .text import first_line
 
 try:
@@ -80,7 +81,9 @@ def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
         raise _exists(path)
     folder = target.parent
     if not folder.is_dir():
-        raise CheckpointError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+        raise CheckpointError(
+            f"cannot write {path}: the folder {folder} does not exist{did_you_mean(folder)}; create it first"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {path}: no permission to write in the folder {folder}; choose another one")
 

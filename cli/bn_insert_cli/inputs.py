@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
+_CLOSE_NAME = 0.8  # of difflib's ratio: one of five characters wrong
 DEFAULT_SIDE = 224  # of images, where nothing says it
 
 
@@ -96,7 +98,7 @@ def read_named_checkpoint(
         mmap: Leave the values in the file until they are used.
         key: --key.
     """
-    from bn_insert import read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
+    from bn_insert import CheckpointError, read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
 
     if is_torchvision_name(checkpoint):
         if function is not None:
@@ -106,10 +108,14 @@ def read_named_checkpoint(
                 param_hint="--model",
             )
         return torchvision_checkpoint(checkpoint)
-    _check_name(checkpoint)
     if function is not None and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)  # as python -m does; the function may import more when it is called
-    return read_checkpoint(checkpoint, mmap=mmap, key=key)
+    try:
+        return read_checkpoint(checkpoint, mmap=mmap, key=key)
+    except CheckpointError as error:
+        if _is_name(checkpoint):
+            raise CheckpointError(f"{error}, and {_names_that_work(checkpoint)}") from error
+        raise
 
 
 def print_assumptions(network: nn.Module, checkpoint: str, function: str | None) -> None:
@@ -125,15 +131,18 @@ def is_torchvision_name(checkpoint: str) -> bool:
     return checkpoint in TORCHVISION_NAMES and not Path(checkpoint).exists()
 
 
-def _check_name(checkpoint: str) -> None:
-    """Raise CheckpointError with the names that work for what can only be the name of a network."""
-    from bn_insert import CheckpointError  # noqa: PLC0415
+def _is_name(checkpoint: str) -> bool:
+    """Return whether an argument looks like the name of a network, and is no file."""
+    path = Path(checkpoint)
+    return not path.suffix and len(path.parts) == 1 and not path.exists()
 
-    if Path(checkpoint).suffix or len(Path(checkpoint).parts) != 1 or Path(checkpoint).exists():
-        return
+
+def _names_that_work(checkpoint: str) -> str:
+    """Return in words which names of networks work in place of another one."""
     name = checkpoint.lower()
-    if name in TORCHVISION_NAMES:
-        way_out = f"did you mean {name}?"
+    if close := get_close_matches(name, TORCHVISION_NAMES, cutoff=_CLOSE_NAME):
+        swapped = [each for each in close if sorted(each) == sorted(name)]  # VGG16, vgg61
+        way_out = f"did you mean {' or '.join(swapped or close)}?"
     elif name.removesuffix("_bn") in TORCHVISION_NAMES:
         way_out = f"torchvision's {name} has BatchNorm already; to insert it, use {name.removesuffix('_bn')}"
     else:
@@ -141,10 +150,7 @@ def _check_name(checkpoint: str) -> None:
             "for another architecture, save its weights to a file, and pass the file with --model, such as --model "
             "torchvision.models:alexnet"
         )
-    raise CheckpointError(
-        f"there is no file {checkpoint}, and it is not one of the networks whose weights can be downloaded "
-        f"({', '.join(TORCHVISION_NAMES)}); {way_out}"
-    )
+    return f"it is not one of the networks whose weights can be downloaded ({', '.join(TORCHVISION_NAMES)}); {way_out}"
 
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:

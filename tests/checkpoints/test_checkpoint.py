@@ -887,6 +887,14 @@ def test_a_file_that_is_no_checkpoint_is_told(content: bytes, fragment: str, nam
     assert fragment in message
 
 
+@pytest.mark.parametrize("name", ["modle.pth", "model", "Model.PTH", "model.safetensors"])
+def test_a_mistyped_path_is_told_with_what_it_may_mean(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "best.pth").touch()
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name))
+    assert message == f"there is no file {tmp_path / name} (did you mean {tmp_path / 'model.pth'}?)"
+
+
 def test_a_path_without_a_readable_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is a folder, not a checkpoint file" in refusal_of(lambda: load_checkpoint(tmp_path))
     assert refusal_of(lambda: load_checkpoint(tmp_path / "none.pth")) == f"there is no file {tmp_path / 'none.pth'}"

@@ -72,6 +72,8 @@ def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, 
     ("name", "wording"),
     [
         ("VGG16", "did you mean vgg16?"),
+        ("vgg61", "did you mean vgg16?"),
+        ("vgg7", "pass the file with --model, such as --model torchvision.models:alexnet"),
         ("vgg16_bn", "torchvision's vgg16_bn has BatchNorm already; to insert it, use vgg16"),
         ("resnet50", "pass the file with --model, such as --model torchvision.models:alexnet"),
     ],

@@ -18,7 +18,16 @@ from PIL import Image, ImageOps
 from torchvision.models import VGG16_Weights
 
 from bn_insert.errors import ImageError
-from bn_insert.images import Batches, Transform, find_images, image_batches, open_batches, sample
+from bn_insert.images import (
+    Batches,
+    Transform,
+    find_images,
+    image_batches,
+    open_batches,
+    open_class_folders,
+    open_labelled_batches,
+    sample,
+)
 from bn_insert.images.batches import Unreadable
 from bn_insert.images.files import read_image, read_pixels
 from support.photographs import photograph
@@ -83,6 +92,15 @@ def test_a_link_into_nowhere_is_found_and_then_unreadable_but_a_pipe_is_not_wait
     assert len(all_images(batches)) == 10
     assert [path.name for path, _ in batches.unreadable] == ["gone.png", "me.png"]
     assert batches.unreadable[0].reason == "No such file or directory"
+
+
+def test_a_mistyped_folder_is_told_with_what_it_may_mean(tmp_path: Path) -> None:
+    (tmp_path / "photographs" / "train").mkdir(parents=True)
+    mistyped, meant = (tmp_path / name / "train" for name in ("photograhps", "photographs"))
+    for opener in (find_images, open_batches, open_class_folders, open_labelled_batches):
+        with pytest.raises(ImageError) as refusal:
+            opener(mistyped, PLAIN) if opener is not find_images else opener(mistyped)
+        assert str(refusal.value).startswith(f"{mistyped} does not exist (did you mean {meant}?); ")
 
 
 @pytest.mark.parametrize("opener", [find_images, lambda folder: image_batches(folder, PLAIN)])
