@@ -51,7 +51,7 @@ def test_a_batch_size_with_a_single_batch_is_left_out(run: Run, digits: Path) ->
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, "--report", "r.json")
     found = json.loads(Path("r.json").read_text())["train_mode"]
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
-    assert "Left out, with a single batch each: batch sizes 16." in text_of(result.stderr)
+    assert "Batch sizes left out of train mode: 16, 32 (20 images are fewer than 2 batches)." in text_of(result.stderr)
 
 
 def test_train_mode_is_measured_within_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,10 @@ def test_train_mode_is_measured_within_a_time(run: Run, monkeypatch: pytest.Monk
     result = run(*words, "-o", "out.pth", "--report", "r.json")
     found = json.loads(Path("r.json").read_text())["train_mode"]
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
-    assert "Measuring train mode for the report" in result.stderr
+    message = text_of(result.stderr)
+    assert "on 64 images, or as many as can be done in 0 s (at least 2 batches of 8)." in message
+    assert "Batch sizes left out of train mode: 16, 32 (its time was up)." in message
+    assert "fewer" not in message
 
 
 def test_the_report_has_its_time_and_its_command(run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
