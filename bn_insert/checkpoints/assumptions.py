@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import as_passed
+from .settings import Settings
 
 
-def vgg_assumptions(network: nn.Module) -> str:
+def vgg_assumptions(network: nn.Module, settings: Settings | None = None) -> str:
     """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not store it.
 
     Args:
-        network: A VGG that was built from its state dict alone.
+        network: A VGG that was built from its state dict, without its architecture.
+        settings: Those of its checkpoint. What they store is not assumed.
 
     Returns:
         A sentence or two with the names of the modules; empty for a network with no `features` in sequence.
@@ -26,8 +28,10 @@ def vgg_assumptions(network: nn.Module) -> str:
     if not isinstance(features, nn.Sequential):
         return ""
     pools = [f"features.{name}" for name, module in features.named_children() if isinstance(module, nn.MaxPool2d)]
-    dropouts = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout)]
-    dropout = f", dropout at {', '.join(dropouts)}" if dropouts else ""
+    stored = settings.dropout if settings else {}
+    modules = network.named_modules()
+    dropouts = [name for name, module in modules if isinstance(module, nn.Dropout) and name not in stored]
+    dropout = f", dropout with p 0.5 at {', '.join(dropouts)}" if dropouts else ""
     return (
         "Assumed, because a state dict does not store it: stride 1 and ReLU for every conv, 2 x 2 max pooling at "
         f"{', '.join(pools)}{dropout}. For anything else, such as LeakyReLU, average pooling or dropout between convs, "

@@ -6,9 +6,10 @@ __all__ = ["images_path", "network_path"]
 
 
 def network_path() -> Path:
-    """Return the path of the demo network, a float32 state dict in torchvision's VGG layout.
+    """Return the path of the demo network, a checkpoint in torchvision's VGG layout.
 
-    The network takes 32x32 RGB images with values in [0, 1].
+    The network takes 32x32 RGB images with values in [0, 1]. Its checkpoint stores this preprocessing, which the
+    commands use, and the names of its classes, "0" to "9".
     """
     return Path(__file__).parent / "network.pth"
 

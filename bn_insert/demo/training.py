@@ -22,7 +22,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.models.vgg import VGG, make_layers
 from torchvision.transforms import ToTensor
 
+from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.errors import BNInsertError
+from bn_insert.images import Transform
 
 __all__ = ["Digits", "demo_network", "load_digits", "main", "measure_accuracy", "render", "split", "train"]
 
@@ -177,7 +179,7 @@ def train(digits: Digits, held_out: Digits) -> VGG:
 
 
 def write(folder: Path, network: VGG, digits: Digits) -> None:
-    """Write network.pth, a plain state dict, and images/<digit>/<number>.png, replacing those of earlier runs."""
+    """Write network.pth and images/<digit>/<number>.png, replacing those of earlier runs."""
     images = folder / "images"
     for stale in images.glob("[0-9]/*.png"):
         stale.unlink()
@@ -187,8 +189,9 @@ def write(folder: Path, network: VGG, digits: Digits) -> None:
         path = images / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, optimize=True)
-    # state_dict() returns an OrderedDict with metadata; the file should contain a plain dict of tensors.
-    torch.save(dict(network.state_dict()), folder / "network.pth")
+    as_stored = Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,))
+    names = [str(digit) for digit in range(CLASSES)]
+    save_checkpoint(network, folder / "network.pth", transform=as_stored.to_dict(), classes=names, overwrite=True)
 
 
 def measure_accuracy(folder: Path) -> float:

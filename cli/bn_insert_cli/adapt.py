@@ -116,7 +116,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    network, transform, classes, origin = open_checkpoint(
+    network, transform, classes, origin, _ = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None

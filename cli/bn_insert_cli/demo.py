@@ -31,8 +31,7 @@ def demo(
         signals.keep(lambda: "nothing was written")
     with tempfile.TemporaryDirectory() as folder, signals.cleaning(lambda: shutil.rmtree(folder, ignore_errors=True)):
         target = output or Path(folder) / "digits-bn.pth"
-        command = f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}"
-        print_note(f"{command} --resize 0 --crop 0 --mean 0 --std 1")
-        insert(str(network_path()), images_path(), target, resize=0, crop=0, mean="0", std="1")
+        print_note(f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}")
+        insert(str(network_path()), images_path(), target)
     if output is None:
         print_note("The result was discarded; to keep it, pass --output digits-bn.pth")

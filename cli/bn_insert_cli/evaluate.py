@@ -77,7 +77,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         check_confusion_matrix(confusion, overwrite=force)
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform, classes, _ = open_checkpoint(
+    network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_labelled_batches(

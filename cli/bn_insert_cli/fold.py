@@ -58,7 +58,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
-    network, transform, classes, _ = open_checkpoint(
+    network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     if images_from is None:

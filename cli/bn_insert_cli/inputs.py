@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Checkpoint, Ranks
+    from bn_insert import Checkpoint, Ranks, Settings
     from bn_insert.images import Batches, Transform, Unreadable
 
 LayerKind = Literal["conv", "dense"]
@@ -49,12 +49,14 @@ class Opened(NamedTuple):
         transform: Its preprocessing.
         classes: The names of its classes; empty if it stores none.
         origin: Where the preprocessing comes from, in words.
+        settings: What the checkpoint stores besides its tensors.
     """
 
     network: nn.Module
     transform: Transform
     classes: tuple[str, ...]
     origin: str
+    settings: Settings | None
 
 
 def open_checkpoint(
@@ -84,7 +86,7 @@ def open_checkpoint(
     if images is not None:
         print_preprocessing(transform, origin, images)
     classes = content.settings.classes if content.settings else ()
-    return Opened(network, transform, classes, origin)
+    return Opened(network, transform, classes, origin, content.settings)
 
 
 def read_named_checkpoint(
@@ -118,11 +120,11 @@ def read_named_checkpoint(
         raise
 
 
-def print_assumptions(network: nn.Module, checkpoint: str, function: str | None) -> None:
+def print_assumptions(network: nn.Module, settings: Settings | None, checkpoint: str, function: str | None) -> None:
     """Print what was assumed of a network that was built from the keys of its checkpoint file alone."""
     from bn_insert import vgg_assumptions  # noqa: PLC0415
 
-    if function is None and not is_torchvision_name(checkpoint) and (assumed := vgg_assumptions(network)):
+    if function is None and not is_torchvision_name(checkpoint) and (assumed := vgg_assumptions(network, settings)):
         print_note(assumed)
 
 

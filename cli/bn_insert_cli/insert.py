@@ -108,7 +108,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if report:
         check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
-    network, transform, classes, origin = open_checkpoint(
+    network, transform, classes, origin, settings = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_calibration(calibration, network, transform, image_options)
@@ -117,7 +117,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
-            print_assumptions(network, checkpoint, model)
+            print_assumptions(network, settings, checkpoint, model)
         share = share_of(batches, ranks, target)
         with image_progress("calibrating", share.images, shown=ranks.first) as progress:
             insertion = insert(

@@ -74,7 +74,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         )
         return
     print_table(layer_table(found, weights))
-    print_assumptions(network, checkpoint, model)
+    print_assumptions(network, content.settings, checkpoint, model)
     if content.settings is None:
         print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")
     else:

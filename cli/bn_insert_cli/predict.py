@@ -53,7 +53,7 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
 
     image_options = ImageOptions(1, 0, batch_size, workers, resize, crop, mean, std, strict)
     target = open_device(device)
-    network, transform, classes, _ = open_checkpoint(
+    network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_batches(

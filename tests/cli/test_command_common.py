@@ -16,6 +16,7 @@ from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli import console
 from support.commands import AS_STORED, Run, assert_refused, run_forked, run_process, text_of
+from support.digits import save_plain_network
 
 COMMANDS = (
     "insert",
@@ -102,7 +103,8 @@ def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digi
 
 
 def test_the_default_preprocessing_is_called_one(run: Run, digits: Path) -> None:
-    result = run("compare", network_path(), network_path(), digits, "--images", 2, "-j", 0)
+    plain = save_plain_network(Path("plain.pth"))
+    result = run("compare", plain, plain, digits, "--images", 2, "-j", 0)
     line = "resize 256; crop 224; mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225 (ImageNet's, the default"
     assert line in text_of(result.stderr)
 

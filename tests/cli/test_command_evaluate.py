@@ -14,7 +14,7 @@ from torchvision.models import VGG
 from bn_insert import load_checkpoint, read_checkpoint, save_checkpoint
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
-from support.digits import IDENTITY_TRANSFORM
+from support.digits import IDENTITY_TRANSFORM, save_plain_network
 
 DIGITS = tuple("0123456789")
 
@@ -67,7 +67,8 @@ def test_class_names_survive_insert_and_fold_and_inspect_prints_them(run: Run, d
 def test_folders_are_matched_with_stored_classes_by_name(run: Run, digits: Path) -> None:
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     save([str(digit) for digit in order], network=shuffled_network(order))
-    plain = json.loads(run("evaluate", network_path(), digits, *AS_STORED, "--json").stdout)
+    without = save_plain_network(Path("plain.pth"))
+    plain = json.loads(run("evaluate", without, digits, *AS_STORED, "--json").stdout)
     found = json.loads(run("evaluate", "net.pth", digits, "--json").stdout)
     assert (plain["classes_stored"], found["classes_stored"]) == (False, True)
     assert found["accuracy"] == plain["accuracy"] > 0.9
@@ -89,7 +90,7 @@ def test_a_part_of_the_classes_is_enough_if_their_names_are_stored(run: Run, dig
     found = json.loads(run("evaluate", "net.pth", digits, "--json").stdout)
     assert (found["images"], found["class_accuracy"][0], len(found["class_accuracy"])) == (6, None, 10)
     # Without names, nothing tells which outputs these folders are.
-    refused = run("evaluate", network_path(), digits, *AS_STORED)
+    refused = run("evaluate", save_plain_network(Path("plain.pth")), digits, *AS_STORED)
     assert_refused(refused, "VGG returns 10 logits for each image, but 3 classes are named")
     assert "The checkpoint stores no names of classes: its outputs are taken as the 3 folders" in text_of(
         refused.stderr
@@ -203,7 +204,7 @@ def test_predict_takes_one_image_and_prints_as_many_classes_as_asked_for(run: Ru
 
 def test_without_stored_names_classes_are_numbers_and_the_command_says_so(run: Run) -> None:
     torch.save(torch.rand(3, 3, 32, 32), "x.pt")
-    result = run("predict", network_path(), "x.pt")
+    result = run("predict", save_plain_network(Path("plain.pth")), "x.pt")
     assert result.exit_code == 0, result.output
     assert "they are numbered from 0" in text_of(result.stderr)
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["x.pt[0]", "x.pt[1]", "x.pt[2]"]

@@ -33,7 +33,7 @@ def test_inspect_prints_what_is_assumed_of_a_vgg_and_takes_the_key_of_its_state_
     assert "its keys are best (OrderedDict), epoch (int)" in text_of(refused.output)
     result = run("inspect", "network.pth", "--key", "best", "--ignore-unexpected", "--size", "16")
     assert result.exit_code == 0, result.output
-    words = "ReLU for every conv, 2 x 2 max pooling at features.2, features.5, dropout at classifier.2, classifier.5"
+    words = "ReLU for every conv, 2 x 2 max pooling at features.2, features.5, dropout with p 0.5 at classifier.2, "
     assert words in text_of(result.output)
     with_model = run("inspect", "network.pth", "--key", "best", "--model", "support.networks:small_vgg")
     assert "total_ops is not in the model" in text_of(with_model.output)

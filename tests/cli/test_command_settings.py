@@ -14,6 +14,7 @@ from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.images import Transform
 from support.commands import AS_STORED, Run, assert_refused, text_of
+from support.digits import save_plain_network
 
 FEW = (*AS_STORED, "--images", "16")
 
@@ -24,9 +25,15 @@ def digits() -> Path:
 
 
 def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digits: Path) -> None:
-    assert "The file stores no settings" in run("inspect", network_path()).stdout
-    run("insert", network_path(), digits, "-o", "out.pth", *FEW, "--eps", 0.25, "--layers", "conv")
-    shown = text_of(run("inspect", "out.pth").stdout)
+    plain = save_plain_network(Path("plain.pth"))
+    result = run("inspect", plain)
+    assert "The file stores no settings" in result.stdout
+    assert "dropout with p 0.5 at classifier.2, classifier.5" in text_of(result.stderr)
+    run("insert", plain, digits, "-o", "out.pth", *FEW, "--eps", 0.25, "--layers", "conv")
+    result = run("inspect", "out.pth")
+    assert "Assumed" in result.stderr
+    assert "dropout with" not in text_of(result.stderr)
+    shown = text_of(result.stdout)
     assert "stored in its metadata" in shown
     assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
     assert "dropout p 0.5 (2 layers)" in shown

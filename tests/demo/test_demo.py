@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG
 
+from bn_insert import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network, load_digits, main, split
 
@@ -34,13 +35,19 @@ def test_the_shipped_network_classifies_at_least_97_percent_of_the_shipped_image
     assert (predicted == labels).double().mean() >= 0.97
 
 
-def test_the_network_is_a_plain_float32_state_dict_in_the_layout_of_torchvision() -> None:
+def test_the_network_is_a_float32_state_dict_in_the_layout_of_torchvision() -> None:
     state = torch.load(network_path(), weights_only=True)
-    assert type(state) is dict
     layers = ["features.0", "features.3", "features.6", "features.8", "features.11", "features.13"]
     layers += ["classifier.0", "classifier.3", "classifier.6"]
     assert list(state) == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_the_network_stores_how_its_images_are_preprocessed_and_the_names_of_its_classes() -> None:
+    settings = read_checkpoint(network_path()).settings
+    assert settings is not None
+    assert settings.transform == {"resize": None, "crop": None, "mean": [0.0], "std": [1.0]}
+    assert settings.classes == tuple("0123456789")
 
 
 def test_in_every_layer_at_least_nine_of_ten_channels_fire_on_some_image(network: VGG, batch: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bn_insert.demo import images_path
+from bn_insert.demo import images_path, network_path
 from bn_insert.images.class_folders import ClassFolders, open_class_folders
 from bn_insert.images.transform import Transform
 
@@ -31,6 +31,12 @@ def copy_labelled_digits(folder: Path, train: int = 4, val: int = 2, classes: in
     copy_digits(folder / "train", train, classes=classes)
     copy_digits(folder / "val", val, start=train, classes=classes)
     return folder
+
+
+def save_plain_network(path: Path) -> Path:
+    """Write the demo's network as a plain state dict, without settings, and return the path."""
+    torch.save(dict(torch.load(network_path(), weights_only=True)), path)
+    return path
 
 
 def open_digits(folder: Path) -> ClassFolders:
