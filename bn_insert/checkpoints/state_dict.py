@@ -50,12 +50,13 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     Args:
         path: The file, for messages.
         content: What it contains.
-        key: The key that has the state dict; by default one of WRAPPERS, if it is there.
+        key: The key that has the state dict; by default one of WRAPPERS, if it is there. A dict of nothing but tensors
+            is the state dict itself, whatever the key.
 
     Raises:
         CheckpointError: The content is not a dict, or has no dict under that key.
     """
-    if key is not None:
+    if key is not None and not _is_state_dict(content):
         found = dict.get(content, key) if isinstance(content, dict) else None
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}")
@@ -178,6 +179,10 @@ def _keys_of(content: object) -> str:
     ]
     more = ", ..." if dict.__len__(content) > _KEYS_SHOWN else ""
     return f"; its keys are {', '.join(shown)}{more}"
+
+
+def _is_state_dict(content: object) -> bool:
+    return isinstance(content, dict) and all(isinstance(value, Tensor) for value in dict.values(content))
 
 
 def _has_tensors(value: object) -> bool:

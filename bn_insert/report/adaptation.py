@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from ..errors import as_passed
 from .provenance import versions
 from .verdicts import Verdict
 
 FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations
+_HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
 
@@ -67,7 +69,7 @@ def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
     if predictions["classes"]:
         found.append(_certainty(predictions))
     if predictions["per_class"]:
-        found.append(_accuracy(predictions["per_class"]))
+        found.append(_accuracy(predictions["per_class"], predictions["classes"]))
     return found
 
 
@@ -93,18 +95,29 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
     if after > _UNDECIDED * math.log(predictions["classes"]):
         text += (
             f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
-            f"{math.log(predictions['classes']):.2g}): the target looks like another task. Check that its images show "
-            "the network's classes, and their preprocessing."
+            f"{math.log(predictions['classes']):.2g}): the target looks like another task, or like images preprocessed "
+            f"in another way than the network's. Check that they show its classes, and {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
     return Verdict("good", "Predictions", text)
 
 
-def _accuracy(per_class: Sequence[Mapping[str, Any]]) -> Verdict:
+def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
     images = sum(each["images"] for each in per_class)
     before, after = (sum(each[name] * each["images"] for each in per_class) / images for name in ("before", "after"))
     text = f"{before:.1%} before and {after:.1%} after, on {images:,} labelled target images."
+    guess = 1 / classes
+    if max(before, after) < _HARDLY_ABOVE_GUESSING * guess:
+        text += (
+            f" Neither is much above a guess among {classes} classes ({guess:.1%}). Check {_preprocessing()}, "
+            "and that the folders are the network's classes."
+        )
+        return Verdict("bad", "Accuracy", text)
     if after < before - 0.01:
         text += " Adapting made it worse: keep the original, or use more target images."
         return Verdict("bad", "Accuracy", text)
     return Verdict("good" if after > before else "check", "Accuracy", text)
+
+
+def _preprocessing() -> str:
+    return f"the preprocessing ({', '.join(map(as_passed, ('resize', 'crop', 'mean', 'std')))})"

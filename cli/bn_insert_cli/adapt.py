@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import nan
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 # Two networks run on them: enough for an entropy and an agreement. Labelled images are all used.
 UNLABELLED_IMAGES = 256
+_NAMES_SHOWN = 5
 
 
 def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -53,7 +55,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
             metavar="SOURCE TARGET",
             help="SOURCE: images of the kind that the network was trained on; left out for a checkpoint with "
             "BatchNorm. TARGET: the images to adapt to. Each is a folder, searched recursively, or a tensor file (.pt, "
-            ".npy, .safetensors). Class folders in TARGET are used to measure the accuracy, not to adapt.",
+            ".npy, .safetensors). Class folders in TARGET are used to measure the accuracy, not to adapt; they are "
+            "matched by name with the class names in the checkpoint, if it stores any.",
             show_default=False,
         ),
     ],
@@ -121,7 +124,6 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
     target = open_calibration(target_folder, network, transform, image_options)
-    kinds = layer_kinds(layers)
     with process_group(open_device(device)) as place:
         ranks = Ranks.current()
         if ranks.first:
@@ -133,7 +135,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
                 network,
                 shares[0],
                 shares[1] or (),
-                layers=kinds,
+                layers=layer_kinds(layers),
                 include_output=include_output,
                 skip=skip or (),
                 placement=opt.placement(placement),
@@ -164,9 +166,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
             save_checkpoint(adaptation.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
-        findings = _findings(
-            adaptation, comparisons, *_predictions(network, adaptation.model, target, target_folder, place)
-        )
+        predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)
+        findings = _findings(adaptation, comparisons, *predictions, stored=bool(classes))
     if report:
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
         facts: dict[str, Any] = {
@@ -175,7 +176,12 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         }
         facts |= {
             "preprocessing": {"origin": origin, "tensors": is_tensor_file(target_folder)} | transform.to_dict(),
-            "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
+            "options": {
+                "model": model,
+                "layers": layer_kinds(layers),
+                "include_output": include_output,
+                "skip": skip or [],
+            }
             | {"placement": opt.placement(placement), "keep_batchnorm": keep_batchnorm, "shrink": shrink}
             | {"eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
             | {"amp": amp, "device": str(place), "transform": transform.to_dict()},
@@ -194,14 +200,16 @@ def _findings(
     adaptation: Adaptation[Any],
     comparisons: dict[str, Comparison],
     predictions: PredictionComparison,
-    classes: list[str],
+    classes: Sequence[str],
+    *,
+    stored: bool,
 ) -> dict[str, Any]:
     """Print what adapting changed, and return the data of the report."""
     from bn_insert.report import adaptation_report  # noqa: PLC0415
 
     print_table(shift_table(adaptation.shifts))
     if predictions.per_class:
-        print_table(accuracy_table(predictions, classes))
+        print_table(accuracy_table(predictions, classes, stored=stored))
     findings = adaptation_report(
         [shift.to_dict() for shift in adaptation.shifts],
         asdict(predictions),
@@ -234,33 +242,76 @@ def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path]:
 
 
 def _predictions(
-    network: nn.Module, adapted: nn.Module, target: Batches, folder: Path, device: torch.device
-) -> tuple[PredictionComparison, list[str]]:
-    """Compare the predictions on the target: on all images if their class folders are the network's classes."""
+    network: nn.Module,
+    adapted: nn.Module,
+    target: Batches,
+    folder: Path,
+    device: torch.device,
+    *,
+    stored: Sequence[str],
+) -> tuple[PredictionComparison, Sequence[str]]:
+    """Compare the predictions on the target: on all images if their class folders are the network's classes.
+
+    Returns the comparison, and the names of the classes if the accuracy was measured.
+    """
     from bn_insert import PredictionComparison, compare_predictions, finite_part  # noqa: PLC0415
-    from bn_insert.images import folder_classes, with_labels  # noqa: PLC0415
+    from bn_insert.images import with_labels  # noqa: PLC0415
 
     if finite_part(network)[1]:
         print_note("The classifier contains NaN or Inf, so predictions are not compared.")
         return PredictionComparison(0, 0, nan, nan, nan), []
     networks = network.to(device), adapted.to(device)
-    names = folder_classes(folder)
     head = target.head(UNLABELLED_IMAGES)
     try:
         outputs = compare_predictions(*networks, head.head(1))
-        if names and outputs.classes == len(names):
+        if names := _target_classes(folder, stored, outputs.classes):
             with image_progress("measuring the accuracy", target.images) as progress:
                 return compare_predictions(*networks, with_labels(target, folder, names), progress=progress), names
-        if names and outputs.classes:
-            print_note(
-                f"The accuracy was not measured: {folder} has {len(names)} folders, and the network "
-                f"{outputs.classes} classes."
-            )
         with image_progress("comparing predictions", head.images) as progress:
             return compare_predictions(*networks, head, progress=progress), []
     finally:
         for each in networks:
             each.cpu()
+
+
+def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequence[str]:
+    """Return the names of the classes that the folders of TARGET are labels of; none if that is not certain.
+
+    Args:
+        folder: TARGET.
+        stored: Names of the classes in the checkpoint, with which the folders are matched. Without them, the folders,
+            sorted by name, are the classes if there are as many.
+        outputs: Number of classes of the network.
+    """
+    from bn_insert.images import folder_classes  # noqa: PLC0415
+
+    folders = folder_classes(folder)
+    if not folders or not outputs:
+        return ()
+    classes = stored or folders
+    unknown = [name for name in folders if name not in classes]
+    reason = ""
+    if len(classes) != outputs:
+        source = "the checkpoint stores {} names of classes" if stored else f"{folder} has {{}} folders"
+        reason = f"{source.format(len(classes))}, and the network has {outputs} classes"
+    elif len(unknown) == len(folders):
+        reason = (
+            f"the folders of {folder} ({_some(folders)}) are not named for the classes that the checkpoint stores "
+            f"({_some(classes)})"
+        )
+    if reason:
+        print_note(f"The accuracy was not measured: {reason}.")
+        return ()
+    if unknown:
+        print_warning(
+            f"Folders of {folder} that are not classes of the checkpoint ({_some(classes)}) do not count in the "
+            f"accuracy: {_some(unknown)}."
+        )
+    return classes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _check(

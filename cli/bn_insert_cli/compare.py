@@ -28,6 +28,18 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
             show_default=False,
         ),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="NAME",
+            help="Key of the state dict in A and B. A file that is a state dict itself needs none.",
+            show_default=False,
+        ),
+    ] = None,
+    ignore_unexpected: Annotated[
+        bool, typer.Option("--ignore-unexpected", help="Ignore tensors in A and B that the networks do not have.")
+    ] = False,
     images: opt.Images = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
@@ -58,8 +70,10 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
-    reference, *_ = open_checkpoint(a, image_options, model_a)
-    candidate, transform, *_ = open_checkpoint(b, image_options, model_b, images=images_from)
+    reference, *_ = open_checkpoint(a, image_options, model_a, key=key, ignore_unexpected=ignore_unexpected)
+    candidate, transform, *_ = open_checkpoint(
+        b, image_options, model_b, images=images_from, key=key, ignore_unexpected=ignore_unexpected
+    )
     reference, candidate = reference.to(target), candidate.to(target)
     batches = open_calibration(images_from, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:

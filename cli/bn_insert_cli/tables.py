@@ -117,8 +117,14 @@ def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
     return result
 
 
-def accuracy_table(predictions: PredictionComparison, classes: Sequence[str]) -> Table:
-    """Return the accuracy before and after, for each class if there are not too many, and for all images."""
+def accuracy_table(predictions: PredictionComparison, classes: Sequence[str], *, stored: bool) -> Table:
+    """Return the accuracy before and after, for each class if there are not too many, and for all images.
+
+    Args:
+        predictions: With labels.
+        classes: Names of the classes.
+        stored: Whether the names come from the checkpoint, and not from the folders.
+    """
     numbers = ("images", "before", "after")
     result = table("Accuracy on the target", "class", *numbers, right=numbers)
     per_class = predictions.per_class if len(predictions.per_class) <= _MOST_CLASSES else ()
@@ -126,7 +132,10 @@ def accuracy_table(predictions: PredictionComparison, classes: Sequence[str]) ->
         result.add_row(classes[each.label], f"{each.images:,}", f"{each.before:.1%}", f"{each.after:.1%}")
     before, after = predictions.accuracy_before, predictions.accuracy_after
     result.add_row("all", f"{predictions.labelled:,}", f"{before:.1%}", f"{after:.1%}")
-    result.caption = "the folders of TARGET, sorted by name, are taken as the classes of the network, in their order"
+    if not stored:
+        result.caption = (
+            "the checkpoint stores no names of classes: the folders of TARGET, sorted by name, are taken as its outputs"
+        )
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torchvision.models import VGG
 from bn_insert import insert_batchnorm, load_checkpoint, save_checkpoint
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
-from support.digits import copy_digits
+from support.digits import IDENTITY_TRANSFORM, copy_digits, save_plain_network
 from support.networks import images, small_vgg
 
 
@@ -90,10 +91,41 @@ def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run:
         for file in (dark / name).iterdir():
             file.rename(dark / "0" / f"{name}-{file.name}")
         (dark / name).rmdir()
-    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
+    plain = save_plain_network(Path("plain.pth"))
+    result = run("adapt", plain, digits, dark, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
-    assert "dark has 3 folders, and the network 10 classes" in text_of(result.stderr)
+    assert "dark has 3 folders, and the network has 10 classes" in text_of(result.stderr)
     assert "Accuracy" not in result.stdout
+
+
+def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run, digits: Path, dark: Path) -> None:
+    names = [f"digit {number}" for number in reversed(range(10))]  # sorted, in the wrong order
+    names[9] = "zero"  # the network's class 9 is nobody's folder
+    model = load_checkpoint(network_path())
+    model.classifier[-1].weight.data = model.classifier[-1].weight.data.flip(0)
+    model.classifier[-1].bias.data = model.classifier[-1].bias.data.flip(0)
+    save_checkpoint(model, "net.pth", transform=IDENTITY_TRANSFORM.to_dict(), classes=names)
+    for folder in list(digits.iterdir()):
+        folder.rename(digits / f"digit {folder.name}")
+    result = run("adapt", "net.pth", digits, digits, "-o", "out.pth", "-j", 0)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ *digit 9 +2 +100.0% +100.0%", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^ *all +18 +100.0%", result.stdout, re.MULTILINE), result.stdout
+    assert "do not count in the accuracy: digit 0." in text_of(result.stderr)
+    other = run("adapt", "net.pth", digits, dark, "-o", "other.pth", "-j", 0)
+    assert other.exit_code == 0, other.output
+    message = "dark (0, 1, 2, 3, 4, ...) are not named for the classes that the checkpoint stores (digit 9, digit 8, "
+    assert message in text_of(other.stderr)
+    assert "Accuracy" not in other.stdout
+
+
+def test_preprocessing_is_suspected_where_the_network_only_guesses(run: Run, digits: Path) -> None:
+    result = run("adapt", network_path(), digits, digits, "-o", "out.pth", "-j", 0, "--mean", 30, "--std", 9)
+    assert result.exit_code == 0, result.output
+    message = (
+        "Neither is much above a guess among 10 classes (10.0%). Check the preprocessing (--resize, --crop, --mean"
+    )
+    assert message in text_of(result.stderr)
 
 
 def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, digits: Path, dark: Path) -> None:

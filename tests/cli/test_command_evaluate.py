@@ -237,10 +237,12 @@ def test_commands_that_use_a_network_take_the_key_of_its_state_dict(run: Run, di
     for words in (
         ("predict", "network.pth", digits),
         ("evaluate", "network.pth", digits),
+        ("compare", "network.pth", save_plain_network(Path("plain.pth")), digits),  # which needs no key
+        ("compare", "network.pth", "network.pth", digits),
         ("compare-modes", "network.pth", digits),  # refused later: no BatchNorm
         ("finetune", "network.pth", digits, "--output-dir", "runs"),  # refused later: no train/
     ):
         refused, accepted = run(*words, *AS_STORED), run(*words, *found, *AS_STORED)
         assert "its keys are best" in text_of(refused.output)
         assert "its keys are" not in text_of(accepted.output)
-        assert accepted.exit_code == (0 if words[0] in ("predict", "evaluate") else 2), accepted.output
+        assert accepted.exit_code == (0 if words[0] in ("predict", "evaluate", "compare") else 2), accepted.output
