@@ -39,6 +39,7 @@ from .training.summary import RunSummary
 
 # Fold
 from .surgery.fold import FoldResult, fold, fold_batchnorm
+from .surgery.inserted import inserted_batchnorms
 
 # Insert step by step
 from .batchnorm.identity import identity_batchnorm
@@ -119,6 +120,7 @@ __all__ = [
     "fold_batchnorm",
     "fold",
     "FoldResult",
+    "inserted_batchnorms",
     # Insert step by step
     "find_sites",
     "survey",

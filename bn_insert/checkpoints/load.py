@@ -94,6 +94,7 @@ def build_network(
             prefix, tensors = without_prefix(_unshared(checkpoint))
             network: nn.Module = vgg_from_state_dict(layer_tensors(tensors) if ignore_unexpected else tensors)
             history = History() if prefix else settings.history
+            history.mark_inserted(network)
         else:
             network, changes, prefix = _filled(
                 given, checkpoint.tensors, settings.history, ignore_unexpected=ignore_unexpected

@@ -77,7 +77,8 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
     Args:
         model: As for `fold_batchnorm`.
         example: As for `fold_batchnorm`.
-        names: Qualified names of the BatchNorms to fold, if not all of them; the others are left in place.
+        names: Qualified names of the BatchNorms to fold, if not all of them, such as `inserted_batchnorms(model)`; the
+            others are left in place.
 
     Raises:
         GraphError: As for `fold_batchnorm`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeGuard, cast, get_args
 
@@ -21,6 +22,7 @@ from ..graph.copies import unwrapped
 from ..graph.layers import Kind, layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.text import counted
+from .inserted import marked, marked_modules
 from .splice import splice_after, splice_out, splice_over
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -29,6 +31,7 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
 _MAX_EXTENT = 2**31
+_MOST_CHILDREN = 512  # of a VGG's features: VGG19 with BatchNorm after every conv has 53
 WIDEST_HEAD = 1 << 16
 """Maximum number of hidden channels of a new head."""
 
@@ -54,8 +57,12 @@ class InsertedBatchNorms:
             if weight is None or layer_kind(layer) is None:
                 raise CheckpointError(f"{site.name} is a {type(layer).__name__}, not a conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
+            norms[site] = marked(BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype))
         return splice_after(network, norms)
+
+    def outline(self, network: nn.Module) -> None:
+        """Make the change, in place, to a network whose layers are placeholders."""
+        splice_after(network, {site: marked(nn.Identity()) for site in self.sites})
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
@@ -93,6 +100,10 @@ class FoldedBatchNorms:
                 raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
         return splice_out(network, self.norms)
 
+    def outline(self, network: nn.Module) -> None:
+        """Make the change, in place, to a network whose layers are placeholders."""
+        splice_out(network, self.norms)
+
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
         return {"fold": dict(self.norms), "new_biases": list(self.biases)}
@@ -123,6 +134,9 @@ class ReplacedOutput:
         parent, _, child = self.layer.rpartition(".")
         setattr(network.get_submodule(parent), child, new_output(old, self.classes, device="meta"))
         return network
+
+    def outline(self, network: nn.Module) -> None:
+        """Make the change, in place, to a network whose layers are placeholders: nothing moves."""
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
@@ -162,6 +176,11 @@ class ReplacedHead:
         head = new_head(old, self.width, self.classes, device="meta")
         splice_over(network, self.first, self.last, head)
         return network
+
+    def outline(self, network: nn.Module) -> None:
+        """Make the change, in place, to a network whose layers are placeholders."""
+        head = [nn.Identity(), marked(nn.Identity()), nn.Identity(), nn.Identity()]
+        splice_over(network, self.first, self.last, head)
 
     def to_document(self) -> dict[str, Any]:
         """Return the change as JSON-ready data."""
@@ -207,7 +226,7 @@ def new_head(first: nn.Linear, width: int, classes: int, device: torch.device | 
     """
     place: dict[str, Any] = {"device": device or first.weight.device, "dtype": first.weight.dtype}
     hidden = nn.Linear(first.in_features, width, **place)
-    return [hidden, nn.BatchNorm1d(width, **place), nn.ReLU(inplace=True), nn.Linear(width, classes, **place)]
+    return [hidden, marked(nn.BatchNorm1d(width, **place)), nn.ReLU(inplace=True), nn.Linear(width, classes, **place)]
 
 
 @dataclass(frozen=True)
@@ -235,6 +254,26 @@ class History:
     def with_change(self, change: Change) -> History:
         """Return the history with one more change."""
         return History(self.function, (*self.changes, change))
+
+    def mark_inserted(self, network: nn.Module) -> None:
+        """Mark the BatchNorms that these changes inserted in a network that was rebuilt with them, not by replaying.
+
+        The changes are made to placeholders for the children of each nn.Sequential of the network, as in a VGG. Where
+        they do not fit, nothing is marked.
+        """
+        if not self.changes:
+            return
+        outline = nn.Module()
+        for name, child in network.named_children():
+            if isinstance(child, nn.Sequential):
+                # More than there were at any time: placeholders behind the last layer change no names before them.
+                outline.add_module(name, nn.Sequential(*(nn.Identity() for _ in range(_MOST_CHILDREN))))
+        with suppress(AttributeError, ValueError):  # names of layers that are not there
+            for change in self.changes:
+                change.outline(outline)
+            for name in marked_modules(outline):
+                if isinstance(norm := network.get_submodule(name), _BatchNorm):
+                    marked(norm)
 
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the changes to an original network, in place.

@@ -27,6 +27,7 @@ from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .faults import fault_of
 from .history import History, InsertedBatchNorms
+from .inserted import marked
 from .layer_statistics import layer_statistics
 from .peek import Peek, peeked
 from .splice import splice_after
@@ -309,4 +310,4 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
-    return norm.to(weight.device).train(layer.training)
+    return marked(norm.to(weight.device).train(layer.training))

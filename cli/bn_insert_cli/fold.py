@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from .console import print_note, print_result, print_table
 from .inputs import DEFAULT_SIDE, ImageOptions, input_channels, open_calibration, open_checkpoint
 from .interruption import signals
 from .tables import comparison_table
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def fold(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -26,6 +29,12 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
             show_default=False,
         ),
     ] = None,
+    inserted_only: Annotated[
+        bool,
+        typer.Option(
+            "--inserted-only", help="Fold only what bn-insert inserted, and leave BatchNorms that were there before."
+        ),
+    ] = False,
     model: opt.Model = None,
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
@@ -48,6 +57,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
 
+    A network that had some BatchNorm before: `bn-insert fold net-bn.pth -o net-folded.pth --inserted-only`
+
     Other architectures: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
@@ -68,7 +79,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
     else:
         inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
-    result = fold_network(network, inputs[0])
+    result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)
     if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
     comparison = compare_outputs(network, result.model, inputs)
@@ -80,3 +91,15 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         save_checkpoint(result.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {len(result.folded)} BatchNorm layers folded{kept}.")
+
+
+def _inserted(network: nn.Module, checkpoint: str) -> list[str]:
+    """Return the names of the inserted BatchNorms; raise GraphError if the history knows none."""
+    from bn_insert import GraphError, inserted_batchnorms  # noqa: PLC0415
+
+    if names := inserted_batchnorms(network):
+        return names
+    raise GraphError(
+        f"the history of changes that {checkpoint} stores knows of no BatchNorm that bn-insert inserted (see bn-insert "
+        "inspect); without --inserted-only, all are folded; nothing was written"
+    )

@@ -7,6 +7,7 @@ from io import BufferedReader
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import bn_insert.checkpoints.read
@@ -15,6 +16,7 @@ from bn_insert.demo import images_path, network_path
 from bn_insert.images import Transform
 from support.commands import AS_STORED, Run, assert_refused, text_of
 from support.digits import save_plain_network
+from support.vgg_specs import Conv, Spec, vgg_of
 
 FEW = (*AS_STORED, "--images", "16")
 
@@ -70,6 +72,18 @@ def test_a_command_reads_its_checkpoint_once(run: Run, digits: Path, monkeypatch
     run("fold", "out.pth", "-o", "folded.pth")
     run("inspect", "folded.pth")
     assert read == ["net.pth", "out.pth", "folded.pth"]
+
+
+def test_what_was_inserted_is_folded_alone_on_request(run: Run) -> None:
+    save_checkpoint(vgg_of(Spec((Conv(norm="before"), Conv(5)), ())), "net.pth")
+    torch.save(torch.rand(8, 3, 8, 8), "x.pt")
+    assert run("insert", "net.pth", "x.pt", "-o", "bn.pth").exit_code == 0
+    result = run("fold", "bn.pth", "x.pt", "-o", "folded.pth", "--inserted-only")
+    assert result.exit_code == 0, result.output
+    assert "Wrote folded.pth: 1 BatchNorm layers folded, 1 left in place." in result.stdout
+    assert torch.load("folded.pth").keys() == torch.load("net.pth").keys()
+    refused = run("fold", "net.pth", "x.pt", "-o", "all.pth", "--inserted-only")
+    assert_refused(refused, "net.pth stores knows of no BatchNorm that bn-insert inserted", "without --inserted-only")
 
 
 def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, digits: Path) -> None:

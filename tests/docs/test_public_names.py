@@ -109,6 +109,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "finite_part": ({"model": REQUIRED}, {}),
     "fold": ({"model": REQUIRED, "example": REQUIRED}, {}),
+    "inserted_batchnorms": ({"model": REQUIRED}, {}),
     "insert": ({"model": REQUIRED, "batches": REQUIRED}, INSERT_OPTIONS),
     "process_group": ({"device": REQUIRED}, {}),
     "read_checkpoint": ({"path": REQUIRED}, {"mmap": False, "key": None}),

@@ -13,7 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_insert import GraphError, compare_outputs, fold_batchnorm, insert, insert_batchnorm, recalibrate
+from bn_insert import (
+    GraphError,
+    compare_outputs,
+    fold_batchnorm,
+    insert,
+    insert_batchnorm,
+    inserted_batchnorms,
+    recalibrate,
+)
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.surgery.fold import fold
@@ -527,6 +535,20 @@ def test_a_result_has_the_names_of_what_was_folded_and_what_was_left() -> None:
     assert (result.folded, result.left) == (("stem.1",), ("norm",))
     assert bits(result.model) == bits(fold_batchnorm(model, x))
     assert (fold(result.model, x).folded, fold(small_vgg(), x).left) == ((), ())
+
+
+def test_what_was_inserted_is_folded_alone_and_what_was_there_before_stays() -> None:
+    model, x = (
+        randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))).eval(),
+        images(4, 12),
+    )
+    inserted = fine_tuned(insert_batchnorm(model, [x], include_output=True))
+    assert inserted_batchnorms(model) == []
+    assert inserted_batchnorms(inserted) == ["4"]
+    result = fold(inserted, x, names=inserted_batchnorms(inserted))
+    assert (result.folded, result.left) == (("4",), ("1",))
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+    assert inserted_batchnorms(result.model) == []
 
 
 class PreActivation(nn.Module):

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import (
     CheckpointError,
+    fold,
     fold_batchnorm,
     insert_batchnorm,
+    inserted_batchnorms,
     load_checkpoint,
     replace_head,
     replace_output,
@@ -22,6 +25,7 @@ from bn_insert import (
 )
 from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedHead, ReplacedOutput
 from support.networks import AWKWARD, HeldAsAttributes, images, randomised, small_vgg
+from support.vgg_specs import Conv, Dense, Spec, vgg_of
 
 BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.safetensors"])
 
@@ -44,6 +48,7 @@ def read_back(network: nn.Module, path: Path, make: Callable[[], nn.Module]) -> 
     save_checkpoint(network, path, overwrite=True)
     result = load_checkpoint(path, model=make)
     assert repr(result) == repr(network)
+    assert inserted_batchnorms(result) == inserted_batchnorms(network)
     expected, actual = network.state_dict(), result.state_dict()
     assert list(actual) == list(expected)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
@@ -128,6 +133,28 @@ def test_a_vgg_is_still_read_without_a_function_and_keeps_what_was_done(tmp_path
     both = insert_batchnorm(load_checkpoint(path), [x], layers="dense")
     save_checkpoint(both, path, overwrite=True)
     assert torch.equal(load_checkpoint(path)(x), load_checkpoint(path, model=small_vgg)(x))
+
+
+def test_what_was_inserted_in_a_vgg_with_some_batchnorm_is_known_after_every_change(tmp_path: Path) -> None:
+    path, x = tmp_path / "vgg.pth", images(6, size=16)
+    vgg = vgg_of(Spec((Conv(norm="before"), Conv(5, pool=True), Conv(6)), (Dense(), Dense(7, norm="before"))))
+    own = [name for name, module in vgg.named_modules() if isinstance(module, _BatchNorm)]
+    assert inserted_batchnorms(vgg) == []
+    network: nn.Module = vgg
+    for change in (
+        lambda network: insert_batchnorm(network, [x], layers="dense"),
+        lambda network: fold(network, x, names=own[:1]).model,
+        lambda network: insert_batchnorm(network, [x], layers="conv"),
+        replaced_head,
+    ):
+        network = change(network)
+        save_checkpoint(network, path, overwrite=True)
+        assert inserted_batchnorms(load_checkpoint(path)) == inserted_batchnorms(network) != []
+
+
+def replaced_head(network: nn.Module) -> nn.Module:
+    replace_head(network, 4, 3)
+    return network
 
 
 def test_mismatches_are_listed_after_the_changes(tmp_path: Path) -> None:
