@@ -69,6 +69,16 @@ class Trace:
         """
         model = unwrapped(model)
         inputs = Inputs.of(example, 0, model)
+        if len(inputs) == 1:
+            # Some networks take a batch of one for no batch, as with squeeze(): two images show what it does to many.
+            try:
+                return cls._of(model, inputs.mapped(lambda tensor: torch.cat([tensor, tensor])))
+            except GraphError:
+                return cls._of(model, inputs)
+        return cls._of(model, inputs)
+
+    @classmethod
+    def _of(cls, model: nn.Module, inputs: Inputs) -> Trace:
         obstacle, called = "", set[str]()
         with _EXPORTING, _quiet_export(), unchanged_attributes(model):
             try:

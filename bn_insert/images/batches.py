@@ -25,7 +25,7 @@ class Batch(NamedTuple):
         paths: One path per image; a row of a tensor file is written FILE[row].
     """
 
-    images: Float32[Tensor, "images channels height width"]
+    images: Float32[Tensor, "images channels *size"]
     paths: tuple[Path, ...]
 
 

@@ -25,6 +25,7 @@ def open_batches(
     batch_size: int = 32,
     workers: int = 0,
     channels: int = 3,
+    dims: int = 2,
     strict: bool = False,
     pin_memory: bool = False,
     shuffle: bool = True,
@@ -39,6 +40,7 @@ def open_batches(
         batch_size: Images per batch.
         workers: Processes that decode image files; 0 decodes in this process.
         channels: Channels that the network takes.
+        dims: Dimensions of an image; other than 2, the source must be a tensor file, as for `tensor_batches`.
         strict: Raise an error for the first unreadable image file instead of skipping it.
         pin_memory: Put batches into page-locked memory where there is a GPU.
         shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
@@ -54,8 +56,13 @@ def open_batches(
     if not source.exists():
         raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
     if source.is_file() and suffix in TENSOR_SUFFIXES:
-        tensors = tensor_batches(source, batch_size=batch_size, channels=channels, pin_memory=pin_memory)
+        tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
+    if dims != 2:
+        raise ImageError(
+            f"{source} is no tensor file, and the network takes inputs with {dims} dimensions behind the channels, not "
+            f"images; save them as one tensor ({', '.join(TENSOR_SUFFIXES)})"
+        )
     if not source.is_dir() and not (source.is_file() and suffix in IMAGE_SUFFIXES):
         raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")
     files = image_batches(

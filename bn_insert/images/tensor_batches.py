@@ -20,11 +20,17 @@ from ..support.text import printable
 from ..support.torch_file import load_torch_file
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
+_LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 
 
 def tensor_batches(
-    path: str | Path, *, batch_size: int = 32, channels: int | None = None, pin_memory: bool = False
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    channels: int | None = None,
+    dims: int = 2,
+    pin_memory: bool = False,
 ) -> TensorBatches:
     """Return the images of a tensor file, N x C x H x W, as batches; their values are used unchanged.
 
@@ -36,6 +42,7 @@ def tensor_batches(
             .npy file without pickles; or a .safetensors file with one tensor.
         batch_size: Images per batch.
         channels: Channels that the network takes; None accepts any number.
+        dims: Dimensions of an image: 1 for N x C x L, 3 for N x C x D x H x W.
         pin_memory: Put batches into page-locked memory where there is a GPU.
 
     Raises:
@@ -44,7 +51,7 @@ def tensor_batches(
     """
     check_at_least(1, batch_size=batch_size)
     values = read_tensor(Path(path))
-    _check_shape(Path(path), values, channels)
+    _check_shape(Path(path), values, channels, _LAYOUTS[dims])
     return TensorBatches(Path(path), values, range(len(values)), batch_size, pin_memory)
 
 
@@ -61,7 +68,7 @@ class TensorBatches(Batches):
     """
 
     path: Path
-    values: Shaped[Tensor, "rows channels height width"] = field(repr=False)
+    values: Shaped[Tensor, rows * shape] = field(repr=False)
     rows: Sequence[int] = field(repr=False)
     batch_size: int
     pin_memory: bool
@@ -108,7 +115,7 @@ class TensorBatches(Batches):
         """Return `count` images (None: all) drawn as by the function `sample`, as a new set."""
         return replace(self, rows=sample(self.rows, count, seed))
 
-    def _check_finite(self, images: Float32[Tensor, "rows channels height width"], rows: Sequence[int]) -> None:
+    def _check_finite(self, images: Float32[Tensor, rows * shape], rows: Sequence[int]) -> None:
         finite = images.isfinite()
         if finite.all():
             return
@@ -208,16 +215,17 @@ def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
     return ImageError(f"{path} contains {len(names)} tensors{found}; save only the one with the images")
 
 
-def _check_shape(path: Path, values: Tensor, channels: int | None) -> None:
-    found = f"{path} has the shape {_shape(values)}"
-    if values.ndim != 4:
-        way_out = "; save one image as image[None]" if values.ndim == 3 else ""
-        raise ImageError(f"{found}, but N x C x H x W is expected{way_out}")
+def _check_shape(path: Path, values: Tensor, channels: int | None, layout: str) -> None:
+    found, dimensions = f"{path} has the shape {_shape(values)}", len(layout.split(" x "))
+    if values.ndim != dimensions:
+        way_out = "; save one image as image[None]" if values.ndim == dimensions - 1 else ""
+        raise ImageError(f"{found}, but {layout} is expected{way_out}")
     if values.numel() == 0:
         raise ImageError(f"{found}: it contains no images")
     if channels is not None and values.shape[1] != channels:
-        way_out = "; save tensor.permute(0, 3, 1, 2)" if values.shape[3] == channels else ""
-        raise ImageError(f"{found}, N x C x H x W, but the network takes C = {channels}{way_out}")
+        last_first = ", ".join(map(str, (0, dimensions - 1, *range(1, dimensions - 1))))
+        way_out = f"; save tensor.permute({last_first})" if values.shape[-1] == channels else ""
+        raise ImageError(f"{found}, {layout}, but the network takes C = {channels}{way_out}")
 
 
 def _shape(values: Tensor) -> str:

@@ -107,7 +107,14 @@ class Recorder:
 
         Raises:
             NotFiniteError: If there are values that are not finite.
+            CalibrationError: If there is no batch dimension.
         """
+        if values.ndim < 2:
+            raise CalibrationError(
+                f"the outputs of layer {name} have no batch dimension, only the shape {tuple(values.shape)}: squeeze() "
+                "in the forward removes that of a batch of one. Use batches of two images or more, the last one "
+                "included, or flatten(1) in place of squeeze()"
+            )
         with _disable_current_modes():  # such as `protected_parameters`, which would look at each operation
             moments = moments_of(values)
             finite = bool((moments.mean + moments.m2).isfinite().all())

@@ -185,7 +185,7 @@ def _example(images: ClassFolders) -> Tensor | None:
     """Return a batch of the first training image that can be read; None if none can, which the first step reports."""
     for image in images.train:
         for batch in images.batches((image,), 1):
-            return batch.images
+            return batch.images.repeat(2, 1, 1, 1)  # a BatchNorm cannot normalize a batch of one
     return None
 
 

@@ -263,7 +263,7 @@ def _predictions(
     networks = network.to(device), adapted.to(device)
     head = target.head(UNLABELLED_IMAGES)
     try:
-        outputs = compare_predictions(*networks, head.head(1))
+        outputs = compare_predictions(*networks, head.head(2))
         if names := _target_classes(folder, stored, outputs.classes):
             with image_progress("measuring the accuracy", target.images) as progress:
                 return compare_predictions(*networks, with_labels(target, folder, names), progress=progress), names

@@ -10,7 +10,7 @@ import typer
 from . import options as opt
 from .checking import CHECK_FAILED, CHECK_IMAGES
 from .console import print_note, print_result, print_table
-from .inputs import DEFAULT_SIDE, ImageOptions, input_channels, open_calibration, open_checkpoint
+from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
 from .interruption import signals
 from .tables import comparison_table
 
@@ -73,10 +73,12 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     if images_from is None:
-        side = transform.crop or transform.resize or DEFAULT_SIDE
+        shape = input_shape(network, transform.crop or transform.resize)
         generator = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(CHECK_IMAGES, input_channels(network), side, side, generator=generator)]
-        print_note(f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {side} x {side}.")
+        inputs = [torch.randn(CHECK_IMAGES, *shape, generator=generator)]
+        print_note(
+            f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {' x '.join(map(str, shape))}."
+        )
     else:
         inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -16,6 +18,7 @@ from .console import print_note, print_warning
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.nn.modules.conv import _ConvNd
 
     from bn_insert import Checkpoint, Ranks, Settings
     from bn_insert.images import Batches, Transform, Unreadable
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 _CLOSE_NAME = 0.8  # of difflib's ratio: one of five characters wrong
-DEFAULT_SIDE = 224  # of images, where nothing says it
+_COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def open_checkpoint(
     content = read_named_checkpoint(checkpoint, function, key=key)
     transform, origin = preprocessing(content, options)
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
+    check_one_input(network)
     if images is not None:
         print_preprocessing(transform, origin, images)
     classes = content.settings.classes if content.settings else ()
@@ -241,6 +245,7 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         batch_size=options.batch_size,
         workers=options.workers,
         channels=input_channels(model),
+        dims=input_dims(model),
         strict=options.strict,
     )
 
@@ -260,9 +265,55 @@ def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:
 
 def input_channels(model: nn.Module) -> int:
     """Return the number of input channels of a network, which is that of its first conv layer."""
+    return conv.in_channels if (conv := _first_conv(model)) else 3
+
+
+def input_dims(model: nn.Module) -> int:
+    """Return the number of dimensions of an image behind the channels, which is that of the first conv layer."""
+    return len(conv.kernel_size) if (conv := _first_conv(model)) else 2
+
+
+def _first_conv(model: nn.Module) -> _ConvNd | None:
     from torch.nn.modules.conv import _ConvNd  # noqa: PLC0415
 
-    return next((module.in_channels for module in model.modules() if isinstance(module, _ConvNd)), 3)
+    return next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
+
+
+def input_shape(model: nn.Module, side: int | None) -> tuple[int, ...]:
+    """Return the shape of one input of a network, without images that show it.
+
+    Args:
+        model: The network.
+        side: Its height and width if they are known. Otherwise they are those of a common size that it runs on.
+    """
+    import torch  # noqa: PLC0415
+
+    channels, dims = input_channels(model), input_dims(model)
+    state = {name: value.to("meta") for name, value in model.state_dict().items()}
+    sides = (side,) if side else _COMMON_SIDES if dims < 3 else sorted(_COMMON_SIDES)
+    for each in sides:
+        shape = (channels, *[each] * dims)
+        with suppress(Exception), torch.no_grad():  # without memory: only shapes are computed
+            torch.func.functional_call(model, state, (torch.empty(2, *shape, device="meta"),))
+            return shape
+    return (channels, *[sides[0]] * dims)
+
+
+def check_one_input(model: nn.Module) -> None:
+    """Raise GraphError for a network whose forward takes several inputs: a command has only images."""
+    from bn_insert import GraphError  # noqa: PLC0415
+
+    parameters = signature(model.forward).parameters.values()
+    required = [
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise GraphError(
+            f"{type(model).__name__} takes several inputs ({', '.join(required)}), and the command line passes images "
+            "alone: use the Python API (insert_batchnorm, fold_batchnorm), whose batches may be tuples or dicts"
+        )
 
 
 def open_device(name: str | None) -> torch.device:

@@ -10,7 +10,7 @@ import typer
 
 from . import options as opt
 from .console import plain, print_json, print_line, print_result, print_table, table
-from .inputs import DEFAULT_SIDE, input_channels, layer_kinds, print_assumptions, read_named_checkpoint
+from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of the input images, which determines output shapes. [default: the checkpoint's, or 224]"
+            min=1,
+            help="Side of the input images, which determines output shapes. [default: the checkpoint's, or 224 if the "
+            "network runs on it]",
         ),
     ] = None,
     as_json: opt.Json = False,
@@ -52,9 +54,9 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     content = read_named_checkpoint(checkpoint, model, mmap=True, key=key)
     network = build_network(content, model, ignore_unexpected=ignore_unexpected)
     transform = (content.settings.transform if content.settings else None) or {}
-    stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), DEFAULT_SIDE)
-    side = size or stored
-    example = torch.zeros(2, input_channels(network), side, side)
+    stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), None)
+    check_one_input(network)
+    example = torch.zeros(2, *input_shape(network, size or stored))
     found = survey(
         network,
         example,

@@ -11,7 +11,7 @@ import typer
 from . import options as opt
 from .checking import CHECK_FAILED
 from .console import image_progress, print_error, print_json, print_line, print_note
-from .inputs import ImageOptions, input_channels, note_unreadable, open_checkpoint, open_device
+from .inputs import ImageOptions, input_channels, input_dims, note_unreadable, open_checkpoint, open_device
 
 
 def predict(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -62,6 +62,7 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         batch_size=batch_size,
         workers=workers,
         channels=input_channels(network),
+        dims=input_dims(network),
         strict=strict,
         shuffle=False,
     )

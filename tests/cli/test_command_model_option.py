@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +204,104 @@ def test_features_of_an_own_network_can_be_frozen(run: Run, digits: Path) -> Non
     command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)
     result = run(*command, "--freeze-features", "--device", "cpu")
     assert result.exit_code == 0, result.output
+
+
+NETS_OF_OTHER_SHAPES = """
+from torch import nn
+
+
+def tail(dims, last):
+    pool = {1: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool3d}[dims]
+    return [nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(last, 5), nn.ReLU(), nn.Linear(5, 2)]
+
+
+def signals():
+    return nn.Sequential(nn.Conv1d(2, 4, 3), *tail(1, 4))
+
+
+def volumes():
+    return nn.Sequential(nn.Conv3d(1, 4, 3), *tail(3, 4))
+
+
+def of_32_pixels():
+    return nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 14 * 14, 10))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(4, 2)
+
+    def forward(self, left, right):
+        return self.dense(left + right)
+
+
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden, self.output = nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.output(self.hidden(self.conv(x).mean((2, 3), keepdim=True).squeeze()).relu())
+"""
+
+
+@pytest.fixture
+def shapes(run: Run) -> Run:
+    """Run commands in a folder with functions that build networks of other inputs, and their checkpoints."""
+    Path("nets_of_other_shapes.py").write_text(NETS_OF_OTHER_SHAPES)
+    namespace: dict[str, Any] = {}
+    exec(NETS_OF_OTHER_SHAPES, namespace)
+    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "Squeezed"):
+        torch.save(namespace[name]().state_dict(), f"{name}.pth")
+    return run
+
+
+def of_other_shapes(name: str) -> tuple[str, str]:
+    return "--model", f"nets_of_other_shapes:{name}"
+
+
+@pytest.mark.parametrize(("name", "shape"), [("signals", (6, 2, 20)), ("volumes", (6, 1, 6, 6, 6))])
+def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: str, shape: tuple[int, ...]) -> None:
+    torch.save(torch.rand(shape), "x.pt")
+    for words in (
+        ("insert", f"{name}.pth", "x.pt", "-o", "bn.pth"),
+        ("compare", f"{name}.pth", "bn.pth", "x.pt"),
+        ("inspect", "bn.pth"),
+        ("fold", "bn.pth", "-o", "folded.pth"),
+        ("predict", "folded.pth", "x.pt"),
+    ):
+        result = shapes(*words, *of_other_shapes(name))
+        assert result.exit_code == 0, result.output
+    Path("empty").mkdir()
+    refused = shapes("insert", f"{name}.pth", "empty", "-o", "other.pth", *of_other_shapes(name))
+    assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions behind the channels, not images; save them")
+
+
+def test_a_size_that_nothing_tells_is_one_that_the_network_runs_on(shapes: Run) -> None:
+    torch.save(torch.rand(6, 3, 32, 32), "x.pt")
+    model = of_other_shapes("of_32_pixels")
+    assert "4x28x28" in shapes("inspect", "of_32_pixels.pth", *model).stdout
+    assert (
+        shapes("insert", "of_32_pixels.pth", "x.pt", "-o", "bn.pth", "--resize", 0, "--crop", 0, *model).exit_code == 0
+    )
+    result = shapes("fold", "bn.pth", "-o", "folded.pth", *model)
+    assert result.exit_code == 0, result.output
+    assert "checked on 8 random inputs of 3 x 32 x 32" in text_of(result.stderr)
+
+
+def test_a_network_with_two_inputs_is_refused_with_the_way_out(shapes: Run) -> None:
+    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    for words in (("insert", "TwoInputs.pth", "x.pt", "-o", "out.pth"), ("inspect", "TwoInputs.pth")):
+        refused = shapes(*words, *of_other_shapes("TwoInputs"))
+        assert_refused(refused, "TwoInputs takes several inputs (left, right)", "use the Python API (insert_batchnorm")
+
+
+def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes: Run) -> None:
+    torch.save(torch.rand(1, 3, 8, 8), "one.pt")
+    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    words = ("insert", "Squeezed.pth", "one.pt", "-o", "out.pth", *of_other_shapes("Squeezed"))
+    assert_refused(shapes(*words), "the outputs of layer hidden have no batch dimension", "flatten(1)")
+    assert shapes("insert", "Squeezed.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("Squeezed")).exit_code == 0
+    folded = shapes("fold", "bn.pth", "x.pt", "-o", "folded.pth", *of_other_shapes("Squeezed"))
+    assert "2 BatchNorm layers folded" in folded.stdout

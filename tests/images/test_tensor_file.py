@@ -62,6 +62,18 @@ def test_every_real_dtype_becomes_float32_without_scaling(dtype: torch.dtype, tm
         assert torch.equal(batch.images, values.to(torch.float32))
 
 
+def test_inputs_may_have_one_or_three_dimensions_behind_the_channels(tmp_path: Path) -> None:
+    for dims, shape, layout in ((1, (2, 3, 9), "N x C x L"), (3, (2, 3, 4, 5, 6), "N x C x D x H x W")):
+        torch.save(torch.ones(shape), tmp_path / "x.pt")
+        (batch,) = tensor_batches(tmp_path / "x.pt", channels=3, dims=dims)
+        assert batch.images.shape == shape
+        with pytest.raises(ImageError, match="but N x C x H x W is expected"):
+            tensor_batches(tmp_path / "x.pt", channels=3)
+        torch.save(VALUES, tmp_path / "x.pt")
+        with pytest.raises(ImageError, match=f"has the shape 7 x 3 x 5 x 4, but {layout} is expected"):
+            tensor_batches(tmp_path / "x.pt", channels=3, dims=dims)
+
+
 def test_a_batch_names_the_rows_it_holds(saved: Path) -> None:
     first, *_ = tensor_batches(saved, batch_size=2)
     assert first.paths == (Path(f"{saved}[0]"), Path(f"{saved}[1]"))
