@@ -52,7 +52,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     images_from: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE TARGET",
+            metavar="[SOURCE] TARGET",
             help="SOURCE: images of the kind that the network was trained on; left out for a checkpoint with "
             "BatchNorm. TARGET: the images to adapt to. Each is a folder, searched recursively, or a tensor file (.pt, "
             ".npy, .safetensors). Class folders in TARGET are used to measure the accuracy, not to adapt; they are "
@@ -236,7 +236,7 @@ def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path]:
         raise typer.BadParameter(
             f"{len(folders)} folders were given; pass SOURCE and TARGET, or TARGET alone for a checkpoint with "
             "BatchNorm",
-            param_hint="SOURCE TARGET",
+            param_hint="[SOURCE] TARGET",
         )
     return (folders[0] if len(folders) == 2 else None), folders[-1]
 

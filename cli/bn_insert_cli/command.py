@@ -12,6 +12,7 @@ from .console import set_quiet
 
 _TRACEBACK = "bn_insert.traceback"
 _PANEL = "General"
+_VALUES = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT", "path": "FILE"}
 
 
 def wants_traceback(ctx: typer.Context) -> bool:
@@ -48,9 +49,14 @@ class Command(TyperCommand):
         with messages_name_options():
             return super().invoke(ctx)
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words of the usage line; arguments without the braces that newer versions of typer add."""
+        pieces = [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.removesuffix("...") if " " in piece else piece for piece in pieces]
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters as the help page shows them: the general options last, in a panel of their own."""
-        params = _readable(super().get_params(ctx))
+        params = _readable(super().get_params(ctx), ctx)
         params[-1].rich_help_panel = _PANEL  # --help
         return params
 
@@ -65,7 +71,7 @@ class CommandGroup(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters as the help page shows them."""
-        params = _readable(super().get_params(ctx))
+        params = _readable(super().get_params(ctx), ctx)
         for param in params:
             param.rich_help_panel = None  # one panel is enough here
         return params
@@ -118,8 +124,14 @@ def _has_choices(param: Any) -> bool:
     return any(getattr(getattr(param, place, None), "choices", None) for place in ("type_descriptor", "type"))
 
 
-def _readable(params: list[Any]) -> list[Any]:
+def _readable(params: list[Any], ctx: Any) -> list[Any]:
+    """Let a help page name values as N, X, TEXT or FILE, and flags and arguments by their names alone."""
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""  # a flag takes no value, so there is no type to name
+        elif param.param_type_name == "argument":
+            param.display_type_rich = lambda **_: None  # its name and its help say what it is
+        elif param.metavar is None and hasattr(param, "display_type"):
+            kind = (param.display_type(ctx) or "").strip("<>")
+            param.metavar = next((name for start, name in _VALUES.items() if kind.startswith(start)), kind)
     return params

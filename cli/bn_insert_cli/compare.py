@@ -23,7 +23,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
         str | None,
         typer.Option(
             "--model-b",
-            metavar="PACKAGE.MODULE:FUNCTION",
+            metavar="MODULE:FUNCTION",
             help="Like --model, for B only, if its architecture differs from that of A.",
             show_default=False,
         ),

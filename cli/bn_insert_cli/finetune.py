@@ -352,7 +352,7 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
 
 def _print_summary(summary: RunSummary) -> None:
     train, val = (sum(counts[part] for counts in summary.classes.values()) for part in (0, 1))
-    print_note(f"Images: {train:,} to train on, {val:,} to validate with, {len(summary.classes)} classes.")
+    print_note(f"Images: {train:,} for training and {val:,} for validation, {len(summary.classes)} classes.")
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     more = f", and {len(names) - _CLASSES_SHOWN} more" if len(names) > _CLASSES_SHOWN else ""
     print_note(f"Classes (training/validation): {', '.join(names[:_CLASSES_SHOWN])}{more}.")

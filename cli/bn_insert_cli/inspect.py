@@ -81,7 +81,8 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")
     else:
         print_table(_settings_table(content.settings, content.settings_place))
-    print_result(f"{len(found)} layers, {parameters:,} parameters, room for {sites} BatchNorm layers.")
+    insertable = f"BatchNorm can be inserted after {sites}" if sites else "no BatchNorm can be inserted"
+    print_result(f"{_count(len(found), 'conv or dense layer')}, {parameters:,} parameters; {insertable}.")
 
 
 def _settings_table(settings: Settings, place: str) -> Table:

@@ -21,7 +21,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        metavar="PACKAGE.MODULE:FUNCTION",
+        metavar="MODULE:FUNCTION",
         help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
         "is searched too.",
         show_default=False,

@@ -61,6 +61,15 @@ def test_values_are_accepted_with_hyphens_and_with_underscores(run: Run, place: 
     assert json.loads(result.stdout)["layers"][0]["batchnorm_after"] == "features.1"
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_names_values_in_words(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (*COMMANDS, "adapt"):
+        page = run(command, "--help").stdout
+        assert not re.search(r"[{}]|<[a-z]", page), page
+    assert "adapt [OPTIONS] CHECKPOINT [SOURCE] TARGET\n" in re.sub(" +\n", "\n", run("adapt", "--help").stdout)
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, before: bool) -> None:
     words = ["inspect", "missing.pth"]

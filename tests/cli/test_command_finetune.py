@@ -50,7 +50,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert len(re.findall(r"^epoch [12] of 2: lr .* accuracy .*%; .* s$", trained.stdout, re.MULTILINE)) == 2
     assert "Wrote run: best validation accuracy" in trained.stdout
     shown = text_of(trained.stderr)
-    assert "40 to train on, 20 to validate with, 10 classes" in shown
+    assert "40 for training and 20 for validation, 10 classes" in shown
     assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
     assert "classifier.8 kept, 10 classes" in shown
     assert "Estimated time: " in trained.stderr
