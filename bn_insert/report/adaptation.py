@@ -116,7 +116,7 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
     if after < before - 0.01:
         text += " Adapting made it worse: keep the original, or use more target images."
         return Verdict("bad", "Accuracy", text)
-    return Verdict("good" if after > before else "check", "Accuracy", text)
+    return Verdict("good" if after > before or after == 1 else "check", "Accuracy", text)
 
 
 def _preprocessing() -> str:

@@ -35,6 +35,8 @@ def did_you_mean(path: Path) -> str:
 
 def _near(missing: Path) -> list[str]:
     by_key = {entry.name.lower(): entry.name for entry in islice(missing.parent.iterdir(), _MOST_ENTRIES)}
-    found = get_close_matches(missing.name.lower(), by_key, _MOST_NAMES, _CLOSE)
+    name = missing.name.lower()
+    found = [key for key in by_key if sorted(key) == sorted(name)]  # "fwe" for "few": too short for difflib
+    found += [key for key in get_close_matches(name, by_key, _MOST_NAMES, _CLOSE) if key not in found]
     found += sorted(key for key in by_key if Path(key).stem == missing.stem.lower() and key not in found)
     return [by_key[key] for key in found[:_MOST_NAMES]]

@@ -887,7 +887,7 @@ def test_a_file_that_is_no_checkpoint_is_told(content: bytes, fragment: str, nam
     assert fragment in message
 
 
-@pytest.mark.parametrize("name", ["modle.pth", "model", "Model.PTH", "model.safetensors"])
+@pytest.mark.parametrize("name", ["modle.pth", "model", "Model.PTH", "model.safetensors", "lemod.pth"])
 def test_a_mistyped_path_is_told_with_what_it_may_mean(name: str, tmp_path: Path) -> None:
     (tmp_path / "model.pth").touch()
     (tmp_path / "best.pth").touch()
