@@ -79,7 +79,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     if not isinstance(output, nn.Linear):
         raise TrainingError(
             f"the output layer {last} is a {type(output).__name__}, and a new head takes the place of dense layers; "
-            "keep the head (--head keep)"
+            f"keep the head ({as_passed('head', None, '--head keep')})"
         )
     parent = last.rpartition(".")[0]
     container = model.get_submodule(parent)
