@@ -1,150 +1,30 @@
 """Insert BatchNorm into a pretrained network without changing its outputs.
 
-The public names, grouped by what they are for. Reading images is in `bn_insert.images`, writing reports in
+The public names are those of `_public.py`. Reading images is in `bn_insert.images`, writing reports in
 `bn_insert.report`, and the network that ships with the package in `bn_insert.demo`.
 """
-# ruff: noqa: I001, RUF022 - grouped, everyday names first
 
-# Load, insert, check, save
-from .checkpoints.load import build_network, load_checkpoint
-from .checkpoints.read import Checkpoint, read_checkpoint
-from .checkpoints.settings import Settings
-from .checkpoints.save import check_output, save_checkpoint
-from .checkpoints.torchvision_weights import torchvision_checkpoint
-from .checkpoints.assumptions import vgg_assumptions
-from .compare.outputs import Comparison, compare_outputs, finite_part
-from .surgery.insert import Insertion, insert, insert_batchnorm
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Adapt to new images
-from .compare.predictions import ClassAccuracy, PredictionComparison, compare_predictions
-from .surgery.adapt import Adaptation, StatisticsShift, adapt, adapt_statistics
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403 - it has __all__
+    from ._public import __all__ as __all__
+else:
 
-# Evaluate a classifier
-from .compare.evaluation import Evaluation, Prediction, evaluate, predict
+    def __getattr__(name: str) -> Any:
+        """Import all public names, and torch with them, at the first use of one.
 
-# In a training script
-from .batchnorm.dropouts import dropouts_before_batchnorm
-from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
-from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
-from .statistics.recalibrate import recalibrate
-from .surgery.output_layer import replace_head, replace_output
-from .training.parameter_groups import parameter_groups
-
-# Fine-tune on class folders
-from .training.finetune import FineTuning, finetune
-from .training.metrics import EpochMetrics, StepMetrics
-from .training.settings import TrainingSettings
-from .training.summary import RunSummary
-
-# Fold
-from .surgery.fold import FoldResult, fold, fold_batchnorm
-
-# Insert step by step
-from .batchnorm.identity import identity_batchnorm
-from .graph.sites import Layer, Site, find_sites, survey
-from .statistics.calibrate import calibrate
-from .statistics.moments import Moments
-from .surgery.edges import Edge, find_edges
-from .surgery.equalize import equalize
-from .surgery.insert import insert_at
-
-# Several processes
-from .support.processes import Ranks, process_group
-
-# Errors
-from .errors import (
-    BNInsertError,
-    CalibrationError,
-    CheckpointError,
-    DivergenceError,
-    GraphError,
-    ImageError,
-    TrainingError,
-)
-
-__all__ = [
-    # Load, insert, check, save
-    "check_output",
-    "read_checkpoint",
-    "Checkpoint",
-    "Settings",
-    "build_network",
-    "load_checkpoint",
-    "save_checkpoint",
-    "torchvision_checkpoint",
-    "vgg_assumptions",
-    "insert_batchnorm",
-    "insert",
-    "Insertion",
-    "compare_outputs",
-    "Comparison",
-    "finite_part",
-    # Adapt to new images
-    "adapt_statistics",
-    "adapt",
-    "Adaptation",
-    "StatisticsShift",
-    "compare_predictions",
-    "PredictionComparison",
-    "ClassAccuracy",
-    # Evaluate a classifier
-    "evaluate",
-    "Evaluation",
-    "predict",
-    "Prediction",
-    # In a training script
-    "replace_output",
-    "replace_head",
-    "parameter_groups",
-    "dropouts_before_batchnorm",
-    "set_batchnorm_mode",
-    "freeze_batchnorm",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "recalibrate",
-    "train_mode_agreement",
-    "TrainModeAgreement",
-    "smallest_agreeing",
-    "agreement_reading",
-    # Fine-tune on class folders
-    "finetune",
-    "TrainingSettings",
-    "FineTuning",
-    "RunSummary",
-    "StepMetrics",
-    "EpochMetrics",
-    # Fold
-    "fold_batchnorm",
-    "fold",
-    "FoldResult",
-    # Insert step by step
-    "find_sites",
-    "survey",
-    "Site",
-    "Layer",
-    "calibrate",
-    "Moments",
-    "identity_batchnorm",
-    "find_edges",
-    "Edge",
-    "equalize",
-    "insert_at",
-    # Several processes
-    "Ranks",
-    "process_group",
-    # Errors
-    "BNInsertError",
-    "CalibrationError",
-    "CheckpointError",
-    "DivergenceError",
-    "GraphError",
-    "ImageError",
-    "TrainingError",
-]
+        Python imports this package before it runs `__main__.py`, which handles signals, and errors such as too little
+        memory for torch.
+        """
+        public = import_module("._public", __name__)
+        globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
     """Return the public names alone, for completion in an interactive session."""
-    return sorted(__all__)
+    return sorted(import_module("._public", __name__).__all__)
