@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
 
 @pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("make", "name"), [(insert, "out.pth"), (fold, "out.safetensors"), (finetune, "run")])
-def test_a_read_only_folder_is_one_message(
+def test_a_read_only_folder_is_one_message_before_the_work(
     make: Callable[[Path], Command], name: str, inputs: Path, tmp_path: Path
 ) -> None:
     assert run(*make(inputs)(tmp_path / name)).exit_code == 0  # also imports all, from where only root may read
@@ -110,9 +110,24 @@ def test_a_read_only_folder_is_one_message(
         Path(folder).chmod(0o555)
         with no_privileges():
             result = run(*make(inputs)(Path(folder, name)))
-        assert_refused(result, "cannot write")
+        assert_refused(result, "cannot write", "ermission")
+        assert not {"Calibrated", "epoch"} & set(text_of(result.output).split())
         assert list(Path(folder).iterdir()) == []
         Path(folder).chmod(0o755)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_longest_name_of_a_file_is_written_and_a_longer_one_is_refused_before_the_work(
+    suffix: str, inputs: Path, tmp_path: Path
+) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    for length in (longest - 1, longest):
+        output = tmp_path / ("x" * (length - len(suffix)) + suffix)
+        assert run(*insert(inputs)(output)).exit_code == 0
+        assert run("inspect", output).exit_code == 0
+    result = run(*insert(inputs)(output.with_name("x" + output.name)))
+    assert_refused(result, "cannot write", "File name too long")
+    assert "Calibrated" not in result.stderr
 
 
 @pytest.mark.usefixtures("no_charts")
