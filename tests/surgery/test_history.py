@@ -255,7 +255,10 @@ SITE = {
         ({"changes": [{"insert": [SITE | {"channels": 2**30}]}]}, "stem.1.weight is not in the file"),
         ({"changes": [{"fold": {"stem": True}}]}, "stem is a Conv2d, not a BatchNorm"),
         ({"changes": [{"fold": {}, "new_biases": ["blocks"]}]}, "blocks is a ModuleList, not a conv or dense layer"),
-        ({"changes": [{"new_output": "stem", "classes": 3}]}, "stem is a Conv2d, not a dense layer"),
+        (
+            {"changes": [{"new_output": "blocks", "classes": 3}]},
+            "blocks is a ModuleList, not a dense layer or a Conv2d",
+        ),
         ({"changes": [{"new_output": "heads.logits", "classes": 2**30}]}, "heads.logits.weight is not in the file"),
     ],
 )
