@@ -2,149 +2,199 @@
 
 The public names, grouped by what they are for. Reading images is in `bn_insert.images`, writing reports in
 `bn_insert.report`, and the network that ships with the package in `bn_insert.demo`.
+
+A name, and torch with it, is imported at its first use: Python imports this package before it runs `__main__.py`, which
+handles signals, and errors such as too little memory for torch.
 """
-# ruff: noqa: I001, RUF022 - grouped, everyday names first
+# ruff: noqa: I001 - grouped, everyday names first; `as` marks what is public for type checkers
 
-# Load, insert, check, save
-from .checkpoints.load import build_network, load_checkpoint
-from .checkpoints.read import Checkpoint, read_checkpoint
-from .checkpoints.settings import Settings
-from .checkpoints.save import check_output, save_checkpoint
-from .checkpoints.torchvision_weights import torchvision_checkpoint
-from .checkpoints.assumptions import vgg_assumptions
-from .compare.outputs import Comparison, compare_outputs, finite_part
-from .surgery.insert import Insertion, insert, insert_batchnorm
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Adapt to new images
-from .compare.predictions import ClassAccuracy, PredictionComparison, compare_predictions
-from .surgery.adapt import Adaptation, StatisticsShift, adapt, adapt_statistics
-
-# Evaluate a classifier
-from .compare.evaluation import Evaluation, Prediction, evaluate, predict
-
-# In a training script
-from .batchnorm.dropouts import dropouts_before_batchnorm
-from .batchnorm.modes import freeze_batchnorm, set_batchnorm_mode
-from .batchnorm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from .compare.train_mode import TrainModeAgreement, agreement_reading, smallest_agreeing, train_mode_agreement
-from .statistics.recalibrate import recalibrate
-from .surgery.output_layer import replace_head, replace_output
-from .training.parameter_groups import parameter_groups
-
-# Fine-tune on class folders
-from .training.finetune import FineTuning, finetune
-from .training.metrics import EpochMetrics, StepMetrics
-from .training.settings import TrainingSettings
-from .training.summary import RunSummary
-
-# Fold
-from .surgery.fold import FoldResult, fold, fold_batchnorm
-from .surgery.inserted import inserted_batchnorms
-
-# Insert step by step
-from .batchnorm.identity import identity_batchnorm
-from .graph.sites import Layer, Site, find_sites, survey
-from .statistics.calibrate import calibrate
-from .statistics.moments import Moments
-from .surgery.edges import Edge, find_edges
-from .surgery.equalize import equalize
-from .surgery.insert import insert_at
-
-# Several processes
-from .support.processes import Ranks, process_group
-
-# Errors
-from .errors import (
-    BNInsertError,
-    CalibrationError,
-    CheckpointError,
-    DivergenceError,
-    GraphError,
-    ImageError,
-    TrainingError,
-)
-
-__all__ = [
+if TYPE_CHECKING:
     # Load, insert, check, save
-    "check_output",
-    "read_checkpoint",
-    "Checkpoint",
-    "Settings",
-    "build_network",
-    "load_checkpoint",
-    "save_checkpoint",
-    "torchvision_checkpoint",
-    "vgg_assumptions",
-    "insert_batchnorm",
-    "insert",
-    "Insertion",
-    "compare_outputs",
-    "Comparison",
-    "finite_part",
+    from .checkpoints.load import build_network as build_network, load_checkpoint as load_checkpoint
+    from .checkpoints.read import Checkpoint as Checkpoint, read_checkpoint as read_checkpoint
+    from .checkpoints.settings import Settings as Settings
+    from .checkpoints.save import check_output as check_output, save_checkpoint as save_checkpoint
+    from .checkpoints.torchvision_weights import torchvision_checkpoint as torchvision_checkpoint
+    from .checkpoints.assumptions import vgg_assumptions as vgg_assumptions
+    from .compare.outputs import (
+        Comparison as Comparison,
+        compare_outputs as compare_outputs,
+        finite_part as finite_part,
+    )
+    from .surgery.insert import Insertion as Insertion, insert as insert, insert_batchnorm as insert_batchnorm
+
     # Adapt to new images
-    "adapt_statistics",
-    "adapt",
-    "Adaptation",
-    "StatisticsShift",
-    "compare_predictions",
-    "PredictionComparison",
-    "ClassAccuracy",
+    from .compare.predictions import (
+        ClassAccuracy as ClassAccuracy,
+        PredictionComparison as PredictionComparison,
+        compare_predictions as compare_predictions,
+    )
+    from .surgery.adapt import (
+        Adaptation as Adaptation,
+        StatisticsShift as StatisticsShift,
+        adapt as adapt,
+        adapt_statistics as adapt_statistics,
+    )
+
     # Evaluate a classifier
-    "evaluate",
-    "Evaluation",
-    "predict",
-    "Prediction",
+    from .compare.evaluation import (
+        Evaluation as Evaluation,
+        Prediction as Prediction,
+        evaluate as evaluate,
+        predict as predict,
+    )
+
     # In a training script
-    "replace_output",
-    "replace_head",
-    "parameter_groups",
-    "dropouts_before_batchnorm",
-    "set_batchnorm_mode",
-    "freeze_batchnorm",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "recalibrate",
-    "train_mode_agreement",
-    "TrainModeAgreement",
-    "smallest_agreeing",
-    "agreement_reading",
+    from .batchnorm.dropouts import dropouts_before_batchnorm as dropouts_before_batchnorm
+    from .batchnorm.modes import freeze_batchnorm as freeze_batchnorm, set_batchnorm_mode as set_batchnorm_mode
+    from .batchnorm.renorm import (
+        BatchRenorm1d as BatchRenorm1d,
+        BatchRenorm2d as BatchRenorm2d,
+        BatchRenorm3d as BatchRenorm3d,
+    )
+    from .compare.train_mode import (
+        TrainModeAgreement as TrainModeAgreement,
+        agreement_reading as agreement_reading,
+        smallest_agreeing as smallest_agreeing,
+        train_mode_agreement as train_mode_agreement,
+    )
+    from .statistics.recalibrate import recalibrate as recalibrate
+    from .surgery.output_layer import replace_head as replace_head, replace_output as replace_output
+    from .training.parameter_groups import parameter_groups as parameter_groups
+
     # Fine-tune on class folders
-    "finetune",
-    "TrainingSettings",
-    "FineTuning",
-    "RunSummary",
-    "StepMetrics",
-    "EpochMetrics",
+    from .training.finetune import FineTuning as FineTuning, finetune as finetune
+    from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
+    from .training.settings import TrainingSettings as TrainingSettings
+    from .training.summary import RunSummary as RunSummary
+
     # Fold
-    "fold_batchnorm",
-    "fold",
-    "FoldResult",
-    "inserted_batchnorms",
+    from .surgery.fold import FoldResult as FoldResult, fold as fold, fold_batchnorm as fold_batchnorm
+    from .surgery.inserted import inserted_batchnorms as inserted_batchnorms
+
     # Insert step by step
-    "find_sites",
-    "survey",
-    "Site",
-    "Layer",
-    "calibrate",
-    "Moments",
-    "identity_batchnorm",
-    "find_edges",
-    "Edge",
-    "equalize",
-    "insert_at",
+    from .batchnorm.identity import identity_batchnorm as identity_batchnorm
+    from .graph.sites import Layer as Layer, Site as Site, find_sites as find_sites, survey as survey
+    from .statistics.calibrate import calibrate as calibrate
+    from .statistics.moments import Moments as Moments
+    from .surgery.edges import Edge as Edge, find_edges as find_edges
+    from .surgery.equalize import equalize as equalize
+    from .surgery.insert import insert_at as insert_at
+
     # Several processes
-    "Ranks",
-    "process_group",
+    from .support.processes import Ranks as Ranks, process_group as process_group
+
     # Errors
-    "BNInsertError",
-    "CalibrationError",
-    "CheckpointError",
-    "DivergenceError",
-    "GraphError",
-    "ImageError",
-    "TrainingError",
-]
+    from .errors import (
+        BNInsertError as BNInsertError,
+        CalibrationError as CalibrationError,
+        CheckpointError as CheckpointError,
+        DivergenceError as DivergenceError,
+        GraphError as GraphError,
+        ImageError as ImageError,
+        TrainingError as TrainingError,
+    )
+
+_MODULES = {
+    # Load, insert, check, save
+    "check_output": "checkpoints.save",
+    "read_checkpoint": "checkpoints.read",
+    "Checkpoint": "checkpoints.read",
+    "Settings": "checkpoints.settings",
+    "build_network": "checkpoints.load",
+    "load_checkpoint": "checkpoints.load",
+    "save_checkpoint": "checkpoints.save",
+    "torchvision_checkpoint": "checkpoints.torchvision_weights",
+    "vgg_assumptions": "checkpoints.assumptions",
+    "insert_batchnorm": "surgery.insert",
+    "insert": "surgery.insert",
+    "Insertion": "surgery.insert",
+    "compare_outputs": "compare.outputs",
+    "Comparison": "compare.outputs",
+    "finite_part": "compare.outputs",
+    # Adapt to new images
+    "adapt_statistics": "surgery.adapt",
+    "adapt": "surgery.adapt",
+    "Adaptation": "surgery.adapt",
+    "StatisticsShift": "surgery.adapt",
+    "compare_predictions": "compare.predictions",
+    "PredictionComparison": "compare.predictions",
+    "ClassAccuracy": "compare.predictions",
+    # Evaluate a classifier
+    "evaluate": "compare.evaluation",
+    "Evaluation": "compare.evaluation",
+    "predict": "compare.evaluation",
+    "Prediction": "compare.evaluation",
+    # In a training script
+    "replace_output": "surgery.output_layer",
+    "replace_head": "surgery.output_layer",
+    "parameter_groups": "training.parameter_groups",
+    "dropouts_before_batchnorm": "batchnorm.dropouts",
+    "set_batchnorm_mode": "batchnorm.modes",
+    "freeze_batchnorm": "batchnorm.modes",
+    "BatchRenorm1d": "batchnorm.renorm",
+    "BatchRenorm2d": "batchnorm.renorm",
+    "BatchRenorm3d": "batchnorm.renorm",
+    "recalibrate": "statistics.recalibrate",
+    "train_mode_agreement": "compare.train_mode",
+    "TrainModeAgreement": "compare.train_mode",
+    "smallest_agreeing": "compare.train_mode",
+    "agreement_reading": "compare.train_mode",
+    # Fine-tune on class folders
+    "finetune": "training.finetune",
+    "TrainingSettings": "training.settings",
+    "FineTuning": "training.finetune",
+    "RunSummary": "training.summary",
+    "StepMetrics": "training.metrics",
+    "EpochMetrics": "training.metrics",
+    # Fold
+    "fold_batchnorm": "surgery.fold",
+    "fold": "surgery.fold",
+    "FoldResult": "surgery.fold",
+    "inserted_batchnorms": "surgery.inserted",
+    # Insert step by step
+    "find_sites": "graph.sites",
+    "survey": "graph.sites",
+    "Site": "graph.sites",
+    "Layer": "graph.sites",
+    "calibrate": "statistics.calibrate",
+    "Moments": "statistics.moments",
+    "identity_batchnorm": "batchnorm.identity",
+    "find_edges": "surgery.edges",
+    "Edge": "surgery.edges",
+    "equalize": "surgery.equalize",
+    "insert_at": "surgery.insert",
+    # Several processes
+    "Ranks": "support.processes",
+    "process_group": "support.processes",
+    # Errors
+    "BNInsertError": "errors",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "DivergenceError": "errors",
+    "GraphError": "errors",
+    "ImageError": "errors",
+    "TrainingError": "errors",
+}
+"""The public names with the modules that define them."""
+
+__all__ = [*_MODULES]  # noqa: PLE0604 - they are strings
+
+_PACKAGES = ("demo", "errors", "images", "report")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or one of the packages named above, at its first use."""
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

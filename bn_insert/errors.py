@@ -5,9 +5,12 @@ What to do is often to pass another argument, which users of the command line kn
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 
 _names_options = ContextVar("names_options", default=False)
 
@@ -43,6 +46,12 @@ def as_passed(argument: str, value: object = ..., option: str = "") -> str:
     return option or f"--{argument.replace('_', '-')}{shown}"
 
 
+_OUT_OF_MEMORY = re.compile(
+    r".*(allocate memory|out of memory|bad_alloc|failed to map segment|unable to mmap|can't start new thread).*",
+    re.IGNORECASE,
+)
+
+
 class BNInsertError(Exception):
     """Base class of all errors that a user can cause."""
 
@@ -69,3 +78,25 @@ class TrainingError(BNInsertError):
 
 class DivergenceError(TrainingError):
     """The loss, or the input of a BatchNorm, is no longer finite."""
+
+
+def out_of_memory(error: Exception) -> str:
+    """Return the reason if an error of Python, PyTorch or the dynamic linker says that memory or address space ran out.
+
+    For any other error the result is empty.
+    """
+    if isinstance(error, RuntimeError | ImportError | OSError) and (found := _OUT_OF_MEMORY.search(str(error))):
+        return found[0]
+    is_lost = isinstance(error, SystemError) and "without" in str(error) and _address_space_is_limited()
+    if is_lost or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ""
+
+
+def _address_space_is_limited() -> bool:
+    """Return whether a limit is set, under which code in C may fail without saying why ("error without exception")."""
+    try:
+        resource = import_module("resource")  # POSIX alone has it
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY

@@ -12,13 +12,22 @@ from __future__ import annotations
 import hashlib
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from ..errors import CheckpointError
 from ..support.files import real_path
+from ..support.schema import SchemaError, checked
 from ..support.text import printable
 from .settings import FORMAT, Settings, parse_document
 
 _MAX_BYTES = 1 << 24  # the settings of thousands of layers are smaller; a larger file contains something else
+
+
+class _Replaced(msgspec.Struct):
+    sha256: str = ""
+    settings: dict[str, Any] | None = None
 
 
 def sidecar_path(checkpoint: Path) -> Path:
@@ -42,15 +51,13 @@ def read_sidecar(checkpoint: BufferedReader) -> Settings | None:
         document = parse_document(path.read_bytes())
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             return None
-        replaced = document.pop("replaces", {})
-        if not isinstance(replaced, dict) or not isinstance(replaced.get("settings"), dict | None):
-            raise CheckpointError('the field "replaces" has a value that bn-insert never wrote')
-        if "sha256" in replaced and replaced["sha256"] == _sha256(checkpoint):
-            document = replaced.get("settings")
+        replaced: _Replaced = checked(document.pop("replaces", {}), _Replaced, "replaces")
+        if replaced.sha256 and replaced.sha256 == _sha256(checkpoint):
+            document = replaced.settings
         return None if document is None else Settings.from_document(document)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
-    except CheckpointError as error:
+    except (CheckpointError, SchemaError) as error:
         raise CheckpointError(
             f"{path}: {printable(error)}; correct the file, or delete it to read {Path(checkpoint.name).name} with "
             "PyTorch's defaults"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, out_of_memory
 from ..support.files import StrPath, real_path
 from ..support.near_names import did_you_mean
 from ..support.text import printable
@@ -89,6 +89,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         except CheckpointError:
             raise
         except Exception as error:  # parsers raise anything for a damaged file
+            if out_of_memory(error):
+                raise
             raise _unreadable(path, error) from error
         tensors = checked_tensors(path, content)
         try:

@@ -7,37 +7,54 @@ refuse the rest by its version. Version 2 added the names of classes.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CheckpointError
+from ..support.schema import Finite, Fraction, NotNegative, SchemaError, checked
 from ..support.text import listed
 from ..surgery.history import History
 
 FORMAT = "bn-insert"
-VERSION = 2
-_FIELDS = {"format", "version", "batchnorm", "dropout", "transform", "architecture"}
-_FIELDS_OF_2 = {"classes"}
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
-_MAX_FLOAT = sys.float_info.max
 _NAMES_SHOWN = 3
-_MAX_CLASSES = 100_000  # of ImageNet there are 21,841
-_MAX_CLASS_NAME = 1000  # characters; the name of a folder has at most 255
 
 
-@dataclass(frozen=True)
-class BatchNormSettings:
+class BatchNormSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of one BatchNorm layer; momentum None means a cumulative average, as in PyTorch."""
 
-    eps: float = 1e-5
-    momentum: float | None = 0.1
+    eps: NotNegative = 1e-5
+    momentum: Finite | None = 0.1
+
+
+# The name of a folder has at most 255 characters; of ImageNet there are 21,841 classes.
+_ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
+_ClassNames = Annotated[tuple[_ClassName, ...], msgspec.Meta(max_length=100_000)]
+
+
+class _Version1(msgspec.Struct, forbid_unknown_fields=True):
+    """A document; what names layers is converted layer by layer, so that errors name the layer."""
+
+    format: str
+    version: int
+    batchnorm: dict[str, Any] = {}
+    dropout: dict[str, Any] = {}
+    transform: dict[str, Any] | None = None
+    architecture: dict[str, Any] = {}
+
+
+class _Version2(_Version1):
+    classes: _ClassNames = ()
+
+
+_VERSIONS = {1: _Version1, 2: _Version2}
 
 
 @dataclass(frozen=True)
@@ -76,43 +93,38 @@ class Settings:
                 f"{len(text):,} characters of settings are more than the limit of {_MAX_CHARACTERS:,}"
             )
         document = parse_document(text)
-        return cls.from_document(_object(document, "the text"))
+        if not isinstance(document, dict):
+            raise CheckpointError("the text is not a JSON object")
+        return cls.from_document(document)
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Settings:
         """Return the settings in a JSON object; raises CheckpointError naming the wrong field."""
         if document.get("format") != FORMAT:
             raise CheckpointError(f'the field "format" is {document.get("format")!r:.40}, not "{FORMAT}"')
-        if (version := document.get("version")) not in (1, VERSION) or isinstance(version, bool):
+        if type(version := document.get("version")) is not int or version not in _VERSIONS:
             raise CheckpointError(
-                f'the field "version" is {version!r:.40}, and this version of bn-insert reads versions 1 and {VERSION}'
+                f'the field "version" is {version!r:.40}, and this version of bn-insert reads versions '
+                + " and ".join(map(str, _VERSIONS))
             )
-        if unknown := sorted(document.keys() - _FIELDS - (_FIELDS_OF_2 if version == VERSION else set())):
-            raise CheckpointError(f"unknown field {unknown[0]!r:.40}")
-        batchnorm = {
-            name: _batchnorm_settings(values, f"batchnorm.{name}")
-            for name, values in _object(document.get("batchnorm", {}), "batchnorm").items()
-        }
-        dropout = {
-            name: _number(value, f"dropout.{name}", 0.0, 1.0)
-            for name, value in _object(document.get("dropout", {}), "dropout").items()
-        }
-        transform = document.get("transform")
-        history = _object(document.get("architecture", {}), "architecture")
-        return cls(
-            batchnorm,
-            dropout,
-            None if transform is None else _object(transform, "transform"),
-            History.from_document(history),
-            _class_names(document.get("classes", [])),
-        )
+        try:
+            content = checked(document, _VERSIONS[version])
+            return cls(
+                _each(content.batchnorm, BatchNormSettings, "batchnorm"),
+                _each(content.dropout, Fraction, "dropout"),
+                content.transform,
+                History.from_document(content.architecture),
+                _class_names(content.classes) if version > 1 else (),
+            )
+        except SchemaError as error:
+            raise CheckpointError(f"{error!s:.300}") from error
 
     def to_document(self) -> dict[str, Any]:
         """Return the settings as the JSON object that `from_document` reads."""
         document: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION if self.classes else 1,
-            "batchnorm": {name: {"eps": norm.eps, "momentum": norm.momentum} for name, norm in self.batchnorm.items()},
+            "version": 2 if self.classes else 1,
+            "batchnorm": {name: msgspec.to_builtins(norm) for name, norm in self.batchnorm.items()},
             "dropout": dict(self.dropout),
         }
         if self.transform is not None:
@@ -189,61 +201,18 @@ def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> No
         )
 
 
-def _batchnorm_settings(values: object, place: str) -> BatchNormSettings:
-    fields = _object(values, place)
-    if unknown := sorted(set(fields) - {"eps", "momentum"}):
-        raise CheckpointError(f"unknown field {place}.{unknown[0]:.40}")
-    default = BatchNormSettings()
-    eps = _number(fields.get("eps", default.eps), f"{place}.eps", 0.0, _MAX_FLOAT)
-    momentum = fields.get("momentum", default.momentum)
-    if momentum is not None:
-        momentum = _number(momentum, f"{place}.momentum", -_MAX_FLOAT, _MAX_FLOAT)
-    return BatchNormSettings(eps, momentum)
+def _each(values: Mapping[str, Any], schema: Any, field: str) -> dict[str, Any]:
+    return {name: checked(value, schema, f"{field}.{name}") for name, value in values.items()}
 
 
-def _class_names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise CheckpointError(f"classes is {_kind(value)}, not a list")
-    if len(value) > _MAX_CLASSES:
-        raise CheckpointError(f"classes has {len(value):,} names, more than the limit of {_MAX_CLASSES:,}")
-    for number, name in enumerate(value):
-        if not isinstance(name, str):
-            raise CheckpointError(f"classes.{number} is {_kind(name)}, not a string")
-        if fault := _fault_of_class_name(name):
-            raise CheckpointError(f"classes.{number}, {name!a:.40}, {fault}")
-    if len(set(value)) < len(value):
-        twice = next(name for name, count in Counter(value).items() if count > 1)
-        raise CheckpointError(f"classes names {twice!a:.40} twice")
-    return tuple(value)
-
-
-def _fault_of_class_name(name: str) -> str:
-    """Return what is wrong with the name of a class, which is the name of a folder and a line of a table."""
-    if len(name) > _MAX_CLASS_NAME:
-        return f"is longer than {_MAX_CLASS_NAME:,} characters"
-    if name.splitlines() != [name]:
-        return "contains a line break" if name else "is empty"
-    return "is not valid Unicode" if any("\ud800" <= character <= "\udfff" for character in name) else ""
-
-
-def _object(value: object, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{place} is {_kind(value)}, not an object")
-    return value
-
-
-def _number(value: object, place: str, low: float, high: float) -> float:
-    # bool is an int to Python; the comparison is false for NaN.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{place} is {_kind(value)}, not a number")
-    if not low <= value <= high:
-        wanted = (
-            "finite" if low < 0 else "finite and not negative" if high == _MAX_FLOAT else f"from {low:g} to {high:g}"
-        )
-        raise CheckpointError(f"{place} is {value!r:.40}, and must be {wanted}")
-    return float(value)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of classes, which are names of folders and lines of tables; raises SchemaError for any other."""
+    for number, name in enumerate(names):
+        if name.splitlines() != [name]:
+            raise SchemaError(f"the field classes[{number}], {name!a:.40}, contains a line break")
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise SchemaError(f"the field classes[{number}], {name!a:.40}, is not valid Unicode")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise SchemaError(f"the field classes names {name!a:.40} twice")
+    return names

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphError
+from ..support.schema import Count, Extent
 from ..support.text import listed
 from .layers import Kind, layer_kind
 from .operators import is_layer
@@ -38,9 +40,9 @@ class Site:
     name: str
     kind: Kind
     anchor: str
-    channels: int
-    dims: int
-    calls: int
+    channels: Extent
+    dims: Annotated[int, msgspec.Meta(ge=1, le=3)]
+    calls: Count
     in_sequence: bool
 
 

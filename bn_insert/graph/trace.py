@@ -18,7 +18,7 @@ import torch._functorch.config as functorch_config
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import GraphError
+from ..errors import GraphError, out_of_memory
 from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
@@ -83,7 +83,9 @@ class Trace:
         with _EXPORTING, _quiet_export(), unchanged_attributes(model):
             try:
                 program = _exported(working_copy(model), inputs, called)
-            except Exception as error:  # noqa: BLE001 - the user's forward and torch.export may raise anything
+            except Exception as error:  # the user's forward and torch.export may raise anything
+                if out_of_memory(error):
+                    raise
                 obstacle = _why_not_traced(model, inputs, error)
                 called.clear()
                 try:  # with values, some of which the forward may change: not those of the model
@@ -341,7 +343,9 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode():
             inputs.run(working_copy(model))
-    except Exception as own:  # noqa: BLE001 - usually the same cause, in clearer words than torch.export's
+    except Exception as own:  # usually the same cause, in clearer words than torch.export's
+        if out_of_memory(own):
+            raise
         if isinstance(own, NotImplementedError) and 'required "forward"' in str(own):
             inside = [f"model.{child} ({type(module).__name__})" for child, module in model.named_children()]
             return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (

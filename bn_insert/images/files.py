@@ -69,14 +69,28 @@ def read_pixels(
     """Return the pixels of an image file, resized and cropped; if that fails in any way, the reason.
 
     Nothing is printed and no warning is emitted; a warning of a decompression bomb makes the file unreadable.
+
+    Raises:
+        MemoryError: When there is less memory than the largest picture needs; no picture is left out for that.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return transform.pixels(read_image(path, channels))
+    except MemoryError:
+        _check_memory()
+        return Unreadable(path, "decoding it takes more memory than any picture within the limits")
     except Exception as error:  # noqa: BLE001 - on a damaged file the codecs may raise anything
         return Unreadable(path, _reason(error))
+
+
+def _check_memory() -> None:
+    """Raise MemoryError unless the largest picture could be read, decoded and converted."""
+    try:
+        np.empty(3 * _MAX_BYTES, np.uint8)
+    except MemoryError:  # of NumPy, which another process could not pass on
+        raise MemoryError("a picture cannot be decoded") from None
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
@@ -92,9 +106,10 @@ def read_image(path: Path, channels: int) -> Image.Image:
     """
     # Read at once: Pillow then decodes a JPEG of 80 kB in 0.8 of the time, and no file stays open.
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
             raise ImageError(f"the file has more than {_MAX_BYTES:,} bytes")
-        content = file.read(_MAX_BYTES + 1)
+        content = file.read(size)  # Python takes memory for as much as it may read
     if not content:
         raise ImageError("the file is empty")
     Image.init()

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import ImageError
+from ..errors import ImageError, out_of_memory
 from ..support.text import printable
 from ..support.torch_file import load_torch_file
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
@@ -149,6 +149,8 @@ def read_tensor(path: Path) -> Tensor:
             "save only the tensor, with torch.save(tensor, path)"
         ) from error
     except Exception as error:  # on a damaged file the readers may raise anything
+        if out_of_memory(error):
+            raise
         # The text of a KeyError is the bare key, which explains nothing.
         text = str(error) if " " in str(error) else type(error).__name__
         reason = printable(" ".join(text.splitlines()[0].split()))[:200]

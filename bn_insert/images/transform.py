@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ImageError, as_passed
+from ..support.schema import Finite, SchemaError, checked
 
 # Pillow's limit against decompression bombs applies to the size in the file, these to the size after resizing and
 # padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
@@ -116,21 +117,26 @@ class Transform:
         Raises:
             ImageError: For anything else.
         """
-        if not isinstance(values, Mapping) or set(values) != {"resize", "crop", "mean", "std"}:
-            raise ImageError(f"a transform has the keys resize, crop, mean and std, but this has {_keys(values)}")
-        for name in ("resize", "crop"):
-            if values[name] is not None and type(values[name]) is not int:
-                raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a whole number or null")
-            if values[name] is not None and values[name] > _LONGEST_STORED_SIDE:
+        try:
+            stored: _Stored = checked(values, _Stored)
+        except SchemaError as error:
+            raise ImageError(f"a transform has the fields resize, crop, mean and std; {error}") from error
+        for name, size in (("resize", stored.resize), ("crop", stored.crop)):
+            if size is not None and size > _LONGEST_STORED_SIDE:
                 raise ImageError(
-                    f"{name} of a transform is {values[name]}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at "
-                    f"most; if the size is meant, pass {as_passed(name)}"
+                    f"{name} of a transform is {size}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at most; "
+                    f"if the size is meant, pass {as_passed(name)}"
                 )
-        for name in ("mean", "std"):
-            if not isinstance(values[name], Sequence) or not all(map(_is_number, values[name])):
-                raise ImageError(f"{name} of a transform is {values[name]!r}; it must be a list of numbers")
-        mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
-        return cls(values["resize"], values["crop"], mean, std)
+        return cls(stored.resize, stored.crop, stored.mean, stored.std)
+
+
+class _Stored(msgspec.Struct, forbid_unknown_fields=True):
+    """A transform in a file."""
+
+    resize: int | None
+    crop: int | None
+    mean: tuple[Finite, ...]
+    std: tuple[Finite, ...]
 
 
 def _resized(image: Image.Image, shorter: int) -> Image.Image:
@@ -147,12 +153,3 @@ def _resized(image: Image.Image, shorter: int) -> Image.Image:
 def _offset(side: int, crop: int) -> int:
     """Return where a center crop starts; torchvision rounds differently where it pads."""
     return -((crop - side) // 2) if crop > side else round((side - crop) / 2)
-
-
-def _keys(values: Any) -> str:
-    return ", ".join(sorted(map(str, values))) or "none" if isinstance(values, Mapping) else type(values).__name__
-
-
-def _is_number(value: Any) -> bool:
-    # JSON allows integers that no float can hold.
-    return type(value) is float or (type(value) is int and abs(value) < 1 << 64)

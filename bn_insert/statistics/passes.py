@@ -94,15 +94,15 @@ class ForwardDone(Exception):  # noqa: N818 - a signal, not an error
 
 
 class NotFiniteError(CalibrationError):
-    """Activations that are NaN or Inf.
+    """Activations or their statistics are NaN or Inf.
 
     Attributes:
         row: The first image of the batch with such an activation.
     """
 
-    def __init__(self, layer: str, row: int, dtype: torch.dtype) -> None:
-        """Name the layer and the dtype in which it computed."""
-        super().__init__(f"the activations of {layer} are not finite in {dtype}")
+    def __init__(self, message: str, row: int = 0) -> None:
+        """Take the message, and the row if it is known."""
+        super().__init__(message)
         self.row = row
 
 

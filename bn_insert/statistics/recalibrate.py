@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
 from .moments import Moments
-from .passes import Progress
+from .passes import NotFiniteError, Progress
 from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
 from .shrinkage import Prior
 
@@ -226,5 +226,5 @@ def _set_statistics(
     old = _statistics(norm)[0]
     mean, var = mean.to(old.device, old.dtype), var.to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):
-        raise CalibrationError(f"mean or variance of the input of BatchNorm {name} is not finite in {old.dtype}")
+        raise NotFiniteError(f"mean or variance of the input of BatchNorm {name} is not finite in {old.dtype}")
     norm.running_mean, norm.running_var = mean, var

@@ -64,7 +64,7 @@ def run_through(
         try:
             passes.run(batch.inputs)
         except NotFiniteError as error:
-            raise CalibrationError(f"{error}{_cause(network, batch, error)}") from None
+            raise NotFiniteError(f"{error}{_cause(network, batch, error)}") from None
 
     def rehearse(inputs: Inputs) -> Mapping[str, Moments]:
         rehearsal = _Rehearsal(record)

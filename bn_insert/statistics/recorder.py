@@ -119,7 +119,8 @@ class Recorder:
             moments = moments_of(values)
             finite = bool((moments.mean + moments.m2).isfinite().all())
         if not finite:
-            raise NotFiniteError(name, _first_bad_row(values), values.dtype)
+            message = f"the activations of {name} are not finite in {values.dtype}"
+            raise NotFiniteError(message, _first_bad_row(values))
         self._uncommitted[name].append(moments)
         return moments
 

@@ -121,19 +121,20 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
         work: Its result is pickled and sent to all ranks, so it should be small.
 
     Raises:
-        CalibrationError: If `work` fails on another rank; the message quotes its error. On that rank itself, the error
-            is raised as it is.
+        CalibrationError: If `work` fails on another rank; the message quotes its error, and a subclass is that of the
+            error. On that rank itself, the error is raised as it is.
     """
     ranks = Ranks.current()
     if ranks.count == 1:
         return [work()]
     result, error = _attempt(work)
-    outcomes = ranks.gathered((result, None if error is None else _message(error)))
+    kind = type(error) if isinstance(error, CalibrationError) else CalibrationError
+    outcomes = ranks.gathered((result, None if error is None else (kind, _message(error))))
     if error is not None:
         raise error
-    for rank, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise CalibrationError(f"rank {rank} failed: {message}")
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise failure[0](f"rank {rank} failed: {failure[1]}")
     return [found for found, _ in outcomes]  # type: ignore[misc]  # without a message there is a result
 
 

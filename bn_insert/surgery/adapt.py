@@ -15,6 +15,7 @@ from ..errors import CalibrationError, GraphError
 from ..graph.copies import AnyModule, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement
+from ..graph.trace import Trace
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
@@ -118,6 +119,8 @@ def adapt(
     model = unwrapped(model)
     insertion = None
     if source is not None:
+        if not keep_batchnorm:
+            source = _checked_to_fold(model, source)
         insertion = insert(
             model,
             source,
@@ -292,6 +295,15 @@ def adapt_statistics(
         tolerance=tolerance,
         progress=progress,
     ).model
+
+
+def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
+    """Return the batches, after checking that BatchNorms in this model can be folded: not after both passes."""
+    with preserved_random_state():
+        peek = peeked(model, source, "adapt_statistics")
+    if obstacle := Trace.of(model, peek.example).obstacle:
+        raise GraphError(f"{obstacle}. Or keep the BatchNorms (keep_batchnorm)")
+    return peek.batches
 
 
 def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> GraphError | CalibrationError:

@@ -7,11 +7,12 @@ saved in its checkpoint. On load the changes are replayed on a freshly built net
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeGuard, cast, get_args
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, cast
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..batchnorm.identity import BATCHNORMS
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
-from ..graph.layers import Kind, layer_kind, outputs_of
+from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
+from ..support.schema import Extent, SchemaError, checked
 from ..support.text import counted
 from .inserted import marked, marked_modules
 from .splice import splice_after, splice_out, splice_over
@@ -30,14 +32,16 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
-_MAX_EXTENT = 2**31
 _MOST_CHILDREN = 512  # of a VGG's features: VGG19 with BatchNorm after every conv has 53
 WIDEST_HEAD = 1 << 16
 """Maximum number of hidden channels of a new head."""
 
 
-@dataclass(frozen=True)
-class InsertedBatchNorms:
+class _Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A change to the modules of a network, and the schema of the JSON object that describes it."""
+
+
+class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
     """BatchNorm layers were inserted at these sites."""
 
     sites: tuple[Site, ...]
@@ -64,13 +68,8 @@ class InsertedBatchNorms:
         """Make the change, in place, to a network whose layers are placeholders."""
         splice_after(network, {site: marked(nn.Identity()) for site in self.sites})
 
-    def to_document(self) -> dict[str, Any]:
-        """Return the change as JSON-ready data."""
-        return {"insert": [asdict(site) for site in self.sites]}
 
-
-@dataclass(frozen=True)
-class FoldedBatchNorms:
+class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": "new_biases"}):
     """BatchNorm layers were folded into the layers before them, and layers without a bias got one.
 
     Attributes:
@@ -78,7 +77,7 @@ class FoldedBatchNorms:
         biases: Names of the layers that got a bias.
     """
 
-    norms: Mapping[str, bool]
+    norms: dict[str, bool]
     biases: tuple[str, ...] = ()
 
     @property
@@ -104,13 +103,8 @@ class FoldedBatchNorms:
         """Make the change, in place, to a network whose layers are placeholders."""
         splice_out(network, self.norms)
 
-    def to_document(self) -> dict[str, Any]:
-        """Return the change as JSON-ready data."""
-        return {"fold": dict(self.norms), "new_biases": list(self.biases)}
 
-
-@dataclass(frozen=True)
-class ReplacedOutput:
+class ReplacedOutput(_Change, frozen=True, rename={"layer": "new_output"}):
     """The output layer was replaced by a new one.
 
     Attributes:
@@ -119,7 +113,7 @@ class ReplacedOutput:
     """
 
     layer: str
-    classes: int
+    classes: Extent
 
     @property
     def description(self) -> str:
@@ -138,56 +132,58 @@ class ReplacedOutput:
     def outline(self, network: nn.Module) -> None:
         """Make the change, in place, to a network whose layers are placeholders: nothing moves."""
 
-    def to_document(self) -> dict[str, Any]:
-        """Return the change as JSON-ready data."""
-        return {"new_output": self.layer, "classes": self.classes}
 
-
-@dataclass(frozen=True)
-class ReplacedHead:
+class ReplacedHead(_Change, frozen=True, rename={"layers": "new_head"}):
     """The dense layers of the head were replaced by new ones with a BatchNorm between them.
 
     Attributes:
-        first: Qualified name of the first module that was replaced.
-        last: Qualified name of the last one, the output layer; in the same nn.Sequential as the first.
+        layers: Qualified names of the first module that was replaced and of the last one, the output layer; both are
+            in one nn.Sequential.
         width: Number of hidden channels of the new head.
         classes: Number of its outputs.
     """
 
-    first: str
-    last: str
-    width: int
-    classes: int
+    layers: tuple[str, str]
+    width: Annotated[int, msgspec.Meta(ge=1, le=WIDEST_HEAD)]
+    classes: Extent
 
     @property
     def description(self) -> str:
         """What was done, in a few words."""
-        return f"new head in place of {self.first} to {self.last}: {self.width} channels, {self.classes} classes"
+        first, last = self.layers
+        return f"new head in place of {first} to {last}: {self.width} channels, {self.classes} classes"
 
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network; new tensors are on the meta device."""
-        old = _submodule(network, self.first)
-        if (
-            not isinstance(old, nn.Linear)
-            or not self.first
-            or not isinstance(_submodule(network, self.last), nn.Linear)
-        ):
-            raise CheckpointError(f"{self.first} and {self.last} are not both dense layers")
+        first, last = self.layers
+        old = _submodule(network, first)
+        if not isinstance(old, nn.Linear) or not first or not isinstance(_submodule(network, last), nn.Linear):
+            raise CheckpointError(f"{first} and {last} are not both dense layers")
         head = new_head(old, self.width, self.classes, device="meta")
-        splice_over(network, self.first, self.last, head)
+        splice_over(network, first, last, head)
         return network
 
     def outline(self, network: nn.Module) -> None:
         """Make the change, in place, to a network whose layers are placeholders."""
         head = [nn.Identity(), marked(nn.Identity()), nn.Identity(), nn.Identity()]
-        splice_over(network, self.first, self.last, head)
-
-    def to_document(self) -> dict[str, Any]:
-        """Return the change as JSON-ready data."""
-        return {"new_head": [self.first, self.last], "width": self.width, "classes": self.classes}
+        splice_over(network, *self.layers, head)
 
 
 Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput | ReplacedHead
+
+_KINDS: dict[str, type[Change]] = {
+    "insert": InsertedBatchNorms,
+    "fold": FoldedBatchNorms,
+    "new_output": ReplacedOutput,
+    "new_head": ReplacedHead,
+}
+
+
+class _Document(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON object that describes a history."""
+
+    function: str | None = None
+    changes: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=_MAX_CHANGES)] = []
 
 
 def new_output(old: nn.Linear | nn.Conv2d, classes: int, device: torch.device | str | None = None) -> nn.Module:
@@ -294,19 +290,18 @@ class History:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> History:
-        """Return the history that `to_document` wrote; raises CheckpointError naming the wrong field."""
-        _check_fields(document, {"function", "changes"}, "architecture")
-        function = document.get("function")
-        if function is not None and not (isinstance(function, str) and FUNCTION.fullmatch(function)):
-            raise CheckpointError(f"architecture.function is {function!r:.60}, not package.module:function")
-        changes = document.get("changes", [])
-        if not isinstance(changes, list) or len(changes) > _MAX_CHANGES:
-            raise CheckpointError(f"architecture.changes is not a list of at most {_MAX_CHANGES} changes")
-        return cls(function, tuple(_change(each, f"architecture.changes[{n}]") for n, each in enumerate(changes)))
+        """Return the history that `to_document` wrote; raises SchemaError naming the wrong field."""
+        content: _Document = checked(document, _Document, "architecture")
+        if content.function is not None and not FUNCTION.fullmatch(content.function):
+            raise SchemaError(f"architecture.function is {content.function!r:.60}, not package.module:function")
+        return cls(
+            content.function,
+            tuple(_change(each, f"architecture.changes[{n}]") for n, each in enumerate(content.changes)),
+        )
 
     def to_document(self) -> dict[str, Any]:
         """Return the history as JSON-ready data."""
-        return {"function": self.function, "changes": [change.to_document() for change in self.changes]}
+        return {"function": self.function, "changes": [msgspec.to_builtins(change) for change in self.changes]}
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module:
@@ -316,68 +311,17 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
         raise CheckpointError(f"there is no layer {name!r:.80}") from None
 
 
-def _change(document: object, place: str) -> Change:
-    if isinstance(document, dict) and "insert" in document:
-        _check_fields(document, {"insert"}, place)
-        sites = tuple(_site(each, f"{place}.insert[{n}]") for n, each in enumerate(_list(document["insert"], place)))
-        if len({site.anchor for site in sites}) < len(sites):
-            raise CheckpointError(f"{place} inserts two BatchNorms at one place")
-        return InsertedBatchNorms(sites)
-    if isinstance(document, dict) and "fold" in document:
-        _check_fields(document, {"fold", "new_biases"}, place)
-        norms, biases = document["fold"], _list(document.get("new_biases", []), f"{place}.new_biases")
-        if not isinstance(norms, dict) or not all(isinstance(flag, bool) for flag in norms.values()):
-            raise CheckpointError(f"{place}.fold is not an object with true or false for each name")
-        if not all(isinstance(name, str) for name in biases):
-            raise CheckpointError(f"{place}.new_biases is not a list of names")
-        return FoldedBatchNorms(norms, tuple(biases))
-    if isinstance(document, dict) and "new_output" in document:
-        _check_fields(document, {"new_output", "classes"}, place)
-        layer, classes = document["new_output"], document.get("classes")
-        if not isinstance(layer, str) or not _is_extent(classes):
-            raise CheckpointError(f"{place} needs a layer name and a number of classes")
-        return ReplacedOutput(layer, classes)
-    if isinstance(document, dict) and "new_head" in document:
-        _check_fields(document, {"new_head", "width", "classes"}, place)
-        names, sizes = document["new_head"], (document.get("width"), document.get("classes"))
-        if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"{place}.new_head is not a list of two names")
-        if names[0].rpartition(".")[0] != names[1].rpartition(".")[0]:
-            raise CheckpointError(f"{place}.new_head names layers of two modules")
-        width, classes = sizes
-        if not _is_extent(width) or not _is_extent(classes) or width > WIDEST_HEAD:
-            raise CheckpointError(f"{place} needs a width of at most {WIDEST_HEAD} and a number of classes")
-        return ReplacedHead(names[0], names[1], width, classes)
-    raise CheckpointError(f"{place} is not a change that this version of bn-insert knows: {document!r:.60}")
-
-
-def _site(document: object, place: str) -> Site:
-    kinds = {"int": int, "bool": bool}  # all other fields are strings
-    wanted = {field.name: kinds.get(str(field.type), str) for field in fields(Site)}
-    if not isinstance(document, dict) or document.keys() != wanted.keys():
-        raise CheckpointError(f"{place} needs exactly the fields {', '.join(wanted)}")
-    for name, kind in wanted.items():
-        if type(document[name]) is not kind:
-            raise CheckpointError(f"{place}.{name} is {document[name]!r:.40}, not of type {kind.__name__}")
-    if (
-        document["dims"] not in BATCHNORMS
-        or document["kind"] not in get_args(Kind)
-        or not _is_extent(document["channels"])
-    ):
-        raise CheckpointError(f"{place} is not a place where a BatchNorm can go: {document!r:.200}")
-    return Site(**document)
-
-
-def _check_fields(document: Mapping[str, Any], known: set[str], place: str) -> None:
-    if unknown := sorted(document.keys() - known):
-        raise CheckpointError(f"unknown field {place}.{unknown[0]:.40}")
-
-
-def _list(value: object, place: str) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise CheckpointError(f"{place} is {value!r:.40}, not a list")
-    return value
-
-
-def _is_extent(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _MAX_EXTENT
+def _change(document: dict[str, Any], place: str) -> Change:
+    kind = next((kind for name, kind in _KINDS.items() if name in document), None)
+    if kind is None:
+        raise SchemaError(f"{place} is not a change that this version of bn-insert knows: {document!r:.60}")
+    change: Change = checked(document, kind, place)
+    if isinstance(change, InsertedBatchNorms):
+        for number, site in enumerate(change.sites):
+            if unknown := document["insert"][number].keys() - asdict(site).keys():  # msgspec drops those of dataclasses
+                raise SchemaError(f"unknown field {place}.insert[{number}].{min(unknown):.60}")
+        if len({site.anchor for site in change.sites}) < len(change.sites):
+            raise SchemaError(f"{place} inserts two BatchNorms at one place")
+    if isinstance(change, ReplacedHead) and len({name.rpartition(".")[0] for name in change.layers}) > 1:
+        raise SchemaError(f"{place}.new_head names layers of two modules")
+    return change

@@ -100,7 +100,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     for module in modules:
         module.train(output.training)
     replaced = splice_over(model, first, last, modules)
-    History.of(model).with_change(ReplacedHead(first, last, width, classes)).keep_with(model)
+    History.of(model).with_change(ReplacedHead((first, last), width, classes)).keep_with(model)
     return replaced
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import DivergenceError, TrainingError, as_passed
+from ..errors import DivergenceError, TrainingError, as_passed, out_of_memory
 from ..graph.copies import working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
@@ -92,9 +92,11 @@ class Classifier:
         try:
             with self.autocast():
                 logits = self.parallel(images)
-        except (torch.OutOfMemoryError, DivergenceError):
+        except DivergenceError:
             raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise TrainingError(
                 f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; its last dense "
                 "layer (without one, its last conv) is assumed to be the output layer, and all images must have one "

@@ -112,7 +112,7 @@ def finetune(
     settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
     folder = Path(output_dir)
     if tensorboard:
-        check_tensorboard()
+        check_tensorboard(folder / TENSORBOARD)
     existing = results_in(folder)
     _check_may_write(folder, existing, resume=resume, overwrite=overwrite)
     with preserved_random_state():

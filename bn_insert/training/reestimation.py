@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from ..batchnorm.modes import uses_batch_statistics
-from ..errors import CalibrationError, DivergenceError
+from ..errors import DivergenceError
 from ..images.class_folders import LabelledBatch
+from ..statistics.passes import NotFiniteError
 from ..statistics.recalibrate import reestimate
 from .classifier import Classifier
 from .stopping import StopCheck
@@ -27,6 +28,7 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
 
     Raises:
         DivergenceError: When the statistics are not finite.
+        CalibrationError: When they cannot be computed for another reason, such as a failure on another rank.
         StoppedError: When the run was asked to stop.
     """
     network = classifier.network
@@ -48,7 +50,7 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
             progress=lambda _images: stop.check(),
             function="finetune",
         ).model
-    except CalibrationError as error:
+    except NotFiniteError as error:
         raise DivergenceError(f"the running statistics could not be estimated: {error}") from error
     with torch.no_grad():
         for name, buffer in result.named_buffers():

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TrainingError, as_passed
+from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.schema import Count, Finite, SchemaError, checked
@@ -148,6 +148,8 @@ def load_state(path: Path) -> TrainingState:
         with path.open("rb") as file:
             loaded = load_torch_file(file)
     except Exception as error:  # parsers raise anything for a damaged file
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} cannot be read: {printable(first_line(error))[:300]}; start again with "
             f"{as_passed('overwrite', True, '--force')}"

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError, as_passed
+from ..support.files import check_writable
 from .metrics import EpochMetrics
 
 
-def check_tensorboard() -> None:
-    """Raise TrainingError unless the package tensorboard is installed."""
+def check_tensorboard(folder: Path) -> None:
+    """Raise TrainingError unless the package tensorboard is installed and can write into a folder.
+
+    Raises:
+        CheckpointError: The folder is there and not writable.
+    """
     if find_spec("tensorboard") is None:
         raise TrainingError(
             "TensorBoard is not installed; install it with pip install 'bn-insert[tensorboard]', or leave out "
             f"{as_passed('tensorboard')}"
+        )
+    if folder.is_dir():
+        check_writable(folder / "any file")
+    elif folder.exists() or folder.is_symlink():
+        raise TrainingError(
+            f"cannot write {folder}: it is not a folder; move it away, or leave out {as_passed('tensorboard')}"
         )
 
 
 @dataclass
 class TensorBoard:
     """Writes the metrics of each epoch as scalars; nothing before the first epoch is complete.
+
+    When they cannot be written, as on a full disk, there is one warning, and training continues without them.
 
     Args:
         folder: Receives a file of events, in place of those of a run that is replaced or resumed.
@@ -33,9 +48,25 @@ class TensorBoard:
     folder: Path
     history: Sequence[EpochMetrics]
     _writer: Any = field(default=None, init=False)
+    _failed: bool = field(default=False, init=False)
 
     def write(self, metrics: EpochMetrics) -> None:
         """Write the metrics of an epoch."""
+        if self._failed:
+            return
+        try:
+            self._write(metrics)
+        except OSError as error:  # the run itself is saved, and worth more
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._failed = True
+        warnings.warn(
+            f"cannot write {self.folder}: {error.strerror or error}; all else is saved, and training continues",
+            stacklevel=2,
+        )
+
+    def _write(self, metrics: EpochMetrics) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - imports tensorboard
 
@@ -50,7 +81,8 @@ class TensorBoard:
     def close(self) -> None:
         """Close the file."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # the last epoch was flushed, or has failed to be
+                self._writer.close()
 
     def _add(self, metrics: EpochMetrics) -> None:
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):

@@ -46,6 +46,8 @@ def validate(
         progress=lambda _images: stop.check(),
     )
     if outcomes.images == 0:
-        path, reason = images.unreadable[-1]
+        # A rank without a share has skipped nothing.
+        lasts = ranks.gathered(images.unreadable[-1] if share else None)
+        path, reason = next(filter(None, lasts))
         raise TrainingError(f"no validation image can be read; one of them is {path}: {reason}")
     return Validation(outcomes.loss, outcomes.accuracy)

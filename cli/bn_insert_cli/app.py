@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+
+from bn_insert.errors import BNInsertError, out_of_memory
 
 from .adapt import adapt
 from .command import Command, CommandGroup, wants_traceback
@@ -26,6 +27,8 @@ from .report import report
 
 BAD_INPUT = 2
 
+_reserve = bytearray(1 << 22)  # for the message that there is no memory left
+
 
 class _Commands(CommandGroup):
     """Runs a command. A BNInsertError becomes one message on stderr and exit code 2, Ctrl-C exit code 130."""
@@ -37,9 +40,9 @@ class _Commands(CommandGroup):
             try:
                 return super().invoke(ctx)
             except Exception as error:
-                if not _is_expected(error) or wants_traceback(ctx):
+                if wants_traceback(ctx) or not (message := _message(error)):
                     raise
-                print_error(str(error))
+                print_error(message)
                 raise typer.Exit(BAD_INPUT) from None
             finally:
                 signals.finish()  # so that no signal comes between the outcome and the exit
@@ -48,9 +51,17 @@ class _Commands(CommandGroup):
             raise typer.Exit(signals.exit_code()) from None
 
 
-def _is_expected(error: Exception) -> bool:
-    errors = sys.modules.get("bn_insert.errors")  # not imported: --help raises an exception too, and should stay fast
-    return isinstance(error, OSError) or (errors is not None and isinstance(error, errors.BNInsertError))
+def _message(error: Exception) -> str:
+    """Return the message of an error that a user can cause; empty for any other."""
+    if isinstance(error, BNInsertError):
+        return str(error)
+    if reason := out_of_memory(error):
+        _reserve.clear()
+        return (
+            f"not enough memory ({reason.rstrip('.')}); free some, or raise the limit (ulimit -v); smaller batches and "
+            "fewer workers need less"
+        )
+    return str(error) if isinstance(error, OSError) else ""
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from .console import set_quiet
+from .console import plain, set_quiet
 
 _TRACEBACK = "bn_insert.traceback"
 _PANEL = "General"
 _VALUES = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT", "path": "FILE"}
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 
 
 def wants_traceback(ctx: typer.Context) -> bool:
@@ -69,12 +72,32 @@ class CommandGroup(TyperGroup):
         super().__init__(*args, **settings)
         self.params += _general_options()
 
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        """Parse the options before the command."""
+        with _plain_usage_errors():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the words of the command, and run it."""
+        with _plain_usage_errors():
+            return super().invoke(ctx)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters as the help page shows them."""
         params = _readable(super().get_params(ctx), ctx)
         for param in params:
             param.rich_help_panel = None  # one panel is enough here
         return params
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    """Replace control characters in usage errors, which typer itself prints: they quote what the user typed."""
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = plain(error.message).plain
+        raise
 
 
 def _general_options() -> list[Any]:

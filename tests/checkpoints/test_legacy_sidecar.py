@@ -113,10 +113,16 @@ def test_killed_after_the_checkpoint_was_replaced_its_new_settings_hold(
     ("changes", "fragment"),
     [
         ({"version": 3}, 'the field "version" is 3, and this version of bn-insert reads versions 1 and 2'),
-        ({"batchnorm": {"features.1": {"eps": -1e-5}}}, "batchnorm.features.1.eps is -1e-05, and must be finite"),
-        ({"batch_norm": {}}, "unknown field 'batch_norm'"),
-        ({"replaces": 3}, 'the field "replaces" has a value that bn-insert never wrote'),
-        ({"replaces": {"sha256": "", "settings": 3}}, 'the field "replaces" has a value that bn-insert never wrote'),
+        (
+            {"batchnorm": {"features.1": {"eps": -1e-5}}},
+            "batchnorm.features.1.eps is wrong: expected float >= 0.0, got -1e-05",
+        ),
+        ({"batch_norm": {}}, "unknown field batch_norm"),
+        ({"replaces": 3}, "the field replaces is wrong: expected object, got int"),
+        (
+            {"replaces": {"sha256": "", "settings": 3}},
+            "the field replaces.settings is wrong: expected object | null, got int",
+        ),
     ],
 )
 def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ except SystemExit:
 def test_every_error_of_ours_is_one_class() -> None:
     import bn_insert  # noqa: PLC0415
 
-    errors = [value for name, value in vars(bn_insert).items() if name.endswith("Error")]
+    errors = [getattr(bn_insert, name) for name in bn_insert.__all__ if name.endswith("Error")]
     assert len(errors) > 3
     assert all(issubclass(error, BNInsertError) for error in errors)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, assert_refused, run, run_forked, start_forked, text_of
+from support.commands import AS_STORED, assert_refused, run, run_forked, run_process, start_forked, text_of
 from support.digits import copy_labelled_digits
 from support.full_disk import file_size_limit
 
@@ -98,7 +102,7 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
 
 @pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("make", "name"), [(insert, "out.pth"), (fold, "out.safetensors"), (finetune, "run")])
-def test_a_read_only_folder_is_one_message(
+def test_a_read_only_folder_is_one_message_before_the_work(
     make: Callable[[Path], Command], name: str, inputs: Path, tmp_path: Path
 ) -> None:
     assert run(*make(inputs)(tmp_path / name)).exit_code == 0  # also imports all, from where only root may read
@@ -106,9 +110,24 @@ def test_a_read_only_folder_is_one_message(
         Path(folder).chmod(0o555)
         with no_privileges():
             result = run(*make(inputs)(Path(folder, name)))
-        assert_refused(result, "cannot write")
+        assert_refused(result, "cannot write", "ermission")
+        assert not {"Calibrated", "epoch"} & set(text_of(result.output).split())
         assert list(Path(folder).iterdir()) == []
         Path(folder).chmod(0o755)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_longest_name_of_a_file_is_written_and_a_longer_one_is_refused_before_the_work(
+    suffix: str, inputs: Path, tmp_path: Path
+) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    for length in (longest - 1, longest):
+        output = tmp_path / ("x" * (length - len(suffix)) + suffix)
+        assert run(*insert(inputs)(output)).exit_code == 0
+        assert run("inspect", output).exit_code == 0
+    result = run(*insert(inputs)(output.with_name("x" + output.name)))
+    assert_refused(result, "cannot write", "File name too long")
+    assert "Calibrated" not in result.stderr
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -120,6 +139,42 @@ def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path
             result = run(*finetune(inputs)(Path(folder)))
         assert_refused(result, "no permission to write")
         assert "epoch 1" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes."),
+        RuntimeError("unable to mmap 40 bytes from file <net.pth>: Cannot allocate memory (12)"),
+        RuntimeError("can't start new thread"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        ImportError("IMPORTANT:\n\nOriginal error was: umath.so: failed to map segment from shared object\n"),
+    ],
+    ids=lambda error: f"{type(error).__name__}-{error!s:.20}",
+)
+@pytest.mark.parametrize("place", ["checkpoints.read.load_torch_file", "checkpoints.vgg.nn.Conv2d"])
+def test_too_little_memory_is_one_message_and_never_a_damaged_file(
+    place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"bn_insert.{place}", fails)
+    assert_refused(run("inspect", network_path()), "error: not enough memory (", "raise the limit (ulimit -v)")
+
+
+def test_too_little_memory_to_import_torch_is_one_message(tmp_path: Path) -> None:
+    script = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+sys.argv[1:] = ["inspect", {str(network_path())!r}]
+runpy.run_module("bn_insert", run_name="__main__", alter_sys=True)
+"""
+    done = run_process(sys.executable, "-c", script, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch("error: not enough memory .*ulimit.*\n", done.stderr), done.stderr
 
 
 def test_what_a_killed_process_staged_is_removed_and_what_a_live_one_stages_stays(inputs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,31 @@ def test_no_escape_and_no_markup_reaches_the_terminal(capsys: pytest.CaptureFixt
         assert all(character.isprintable() or character == "\n" for character in text)
     assert captured.out.count("[red]") == 4
     assert captured.err.count("[red]") == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (ESCAPES,),
+        ("--" + ESCAPES,),
+        ("inspect", "x.pth", ESCAPES),
+        ("inspect", "x.pth", "--" + ESCAPES),
+        ("inspect", "x.pth", "--placement", ESCAPES),
+        ("compare", "x.pth", "x.pth", "digits", "--mean", ESCAPES),
+    ],
+)
+def test_usage_errors_quote_no_escape_and_no_markup(
+    run: Run, words: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("x.pth").write_bytes(network_path().read_bytes())
+    monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", terminal)
+    result = run(*words)
+    assert result.exit_code == 2
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stderr) if terminal else result.stderr  # colors
+    assert (text != result.stderr) == terminal
+    assert "[red]" in text
+    assert all(character.isprintable() or character == "\n" for character in text), ascii(text)
 
 
 def test_file_names_with_markup_and_escapes_are_printed_as_they_are(run: Run, digits: Path) -> None:

@@ -11,19 +11,18 @@ import pytest
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, run_forked, run_process, text_of
 
-# Runs the command line, and sends a signal to itself at an event of Python's audit.
+# Runs `python -m bn_insert`, and sends a signal to itself at an event of Python's audit.
 SCRIPT = """
-import os, signal, sys
+import os, runpy, signal, sys
 number, event, word = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 del sys.argv[1:4]
-from bn_insert_cli.main import main
 def strike(name, values):
     global number
     if number and name == event and word in str(values[:2]):
         number, sent = 0, number
         os.kill(os.getpid(), sent)
 sys.addaudithook(strike)
-main()
+runpy.run_module("bn_insert", run_name="__main__", alter_sys=True)
 """
 
 EARLY = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import math
@@ -213,6 +214,13 @@ def test_a_class_of_values_keeps_its_fields_and_members(name: str) -> None:
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_keeps_its_base_class(name: str) -> None:
     assert getattr(bn_insert, name).__base__ is ERRORS[name]
+
+
+def test_type_checkers_see_every_public_name_from_the_module_that_it_is_imported_from() -> None:
+    tree = ast.parse(Path(bn_insert.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == bn_insert._MODULES
 
 
 def test_every_public_name_is_listed_here() -> None:

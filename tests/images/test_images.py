@@ -9,6 +9,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,30 @@ def test_a_batch_of_unreadable_files_alone_is_left_out(folder: Path) -> None:
     for path in paths[2:4]:
         break_file(path)
     assert [len(batch.images) for batch in image_batches(folder, PLAIN, batch_size=2)] == [2, 2, 2, 2]
+
+
+def fail_for_lack_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_picture_is_left_out_for_lack_of_memory(workers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bn_insert.images.files.read_image", fail_for_lack_of_memory)
+    batches = image_batches(folder, PLAIN, batch_size=2, workers=workers)
+    with pytest.raises(ImageError, match=r"none of the 10 image files can be read.*takes more memory than any picture"):
+        list(batches)  # there is memory for any picture within the limits: the files are to blame
+    monkeypatch.setattr("bn_insert.images.files._MAX_BYTES", 1 << 60)
+    with pytest.raises(MemoryError):
+        list(batches)
+
+
+def test_a_batch_that_a_worker_cannot_send_for_lack_of_memory_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, dumps = os.getpid(), ForkingPickler.dumps
+    monkeypatch.setattr(ForkingPickler, "dumps", lambda it: dumps(it) if os.getpid() == main else bytes(1 << 60))
+    with pytest.raises(ImageError, match="ended early, perhaps out of memory"):
+        list(image_batches(folder, PLAIN, batch_size=2, workers=2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -65,15 +65,15 @@ def test_a_transform_comes_back_from_json() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"resize": 256}, "this has resize"),
-        ({**Transform().to_dict(), "flip": True}, "this has crop, flip, mean, resize, std"),
-        ({}, "this has none"),
-        ({**Transform().to_dict(), "crop": "224"}, "crop of a transform is '224'; it must be a whole number or null"),
-        ({**Transform().to_dict(), "crop": True}, "crop of a transform is True"),
-        ({**Transform().to_dict(), "mean": "0.5"}, "mean of a transform is '0.5'; it must be a list of numbers"),
-        ({**Transform().to_dict(), "std": [0.5, None]}, r"std of a transform is \[0.5, None\]"),
+        ({"resize": 256}, "the field crop is missing"),
+        ({**Transform().to_dict(), "flip": True}, "unknown field flip"),
+        ({}, "the field resize is missing"),
+        ({**Transform().to_dict(), "crop": "224"}, "the field crop is wrong: expected int . null, got str"),
+        ({**Transform().to_dict(), "crop": True}, "the field crop is wrong: expected int . null, got bool"),
+        ({**Transform().to_dict(), "mean": "0.5"}, "the field mean is wrong: expected array, got str"),
+        ({**Transform().to_dict(), "std": [0.5, None]}, r"the field std\[1\] is wrong: expected float, got null"),
         ({**Transform().to_dict(), "std": [0]}, r"std is \(0.0,\)"),
-        ({**Transform().to_dict(), "mean": [10**400]}, "mean of a transform"),
+        ({**Transform().to_dict(), "mean": [10**400]}, r"the field mean\[0\] is wrong: number out of range"),
     ],
 )
 def test_a_description_that_is_no_transform_is_refused(values: dict[str, object], message: str) -> None:
@@ -82,7 +82,9 @@ def test_a_description_that_is_no_transform_is_refused(values: dict[str, object]
 
 
 def test_something_else_than_a_dict_is_refused() -> None:
-    with pytest.raises(ImageError, match="a transform has the keys resize, crop, mean and std, but this has list"):
+    with pytest.raises(
+        ImageError, match="a transform has the fields resize, crop, mean and std; expected object, got array"
+    ):
         Transform.from_dict([256])
 
 

@@ -21,8 +21,8 @@ import torch._dynamo
 import torch.distributed
 import torch.export
 
-import bn_insert  # noqa: F401
 import bn_insert_cli.app  # noqa: F401
+from bn_insert import *  # noqa: F403 - the names themselves are imported at their first use
 
 
 def main() -> None:

@@ -212,3 +212,25 @@ def test_a_network_whose_outputs_an_insertion_would_change_is_not_adapted() -> N
     batches = torch.rand(16, 3, 8, 8).split(8)
     with pytest.raises(GraphError, match="returns other outputs than without"):
         adapt_statistics(CountsItsModules().eval(), batches, batches)
+
+
+class DependsOnValues(nn.Module):
+    """What it calls depends on the values of its input, so that nothing can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.dense = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        return self.dense(x if x.sum() > -1 else -x)
+
+
+def test_a_forward_that_depends_on_values_is_refused_before_the_first_pass_unless_batchnorm_is_kept() -> None:
+    x = images(16, 8)
+    seen: list[int] = []
+    with pytest.raises(GraphError, match="keep the BatchNorms"):
+        adapt(DependsOnValues(), iter(x.split(8)), x.split(8), progress=seen.append)
+    assert seen == []
+    adapt(DependsOnValues(), iter(x.split(8)), x.split(8), keep_batchnorm=True, progress=seen.append)
+    assert seen == [8, 16, 24, 32]

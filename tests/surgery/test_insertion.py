@@ -23,6 +23,8 @@ from bn_insert import (
 )
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
+from bn_insert.graph.inputs import Inputs
+from bn_insert.surgery.faults import fault_of
 from support.idioms import DecidesByValues
 from support.networks import (
     AWKWARD,
@@ -657,3 +659,29 @@ def test_a_forward_that_depends_on_values_is_calibrated_where_the_caller_says(mo
     monkeypatch.setattr("bn_insert.surgery.insert.calibrate", calibrate_on)
     insert(DecidesByValues(), [torch.rand(4, 3, 12, 12)])
     assert devices == [None]
+
+
+class Scaled(nn.Module):
+    def __init__(self, layer: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "same"),
+    [
+        (torch.float32, 1 + 2**-11, True),
+        (torch.float32, 1 + 2**-7, False),
+        (torch.bfloat16, 1 + 2**-7, True),  # the next number in bfloat16, to which a GPU may round
+        (torch.bfloat16, 1.25, False),
+        (torch.float16, 1 + 2**-10, True),
+        (torch.float16, 1 + 2**-5, False),
+    ],
+)
+def test_outputs_may_differ_by_the_rounding_of_their_dtype(dtype: torch.dtype, factor: float, same: bool) -> None:
+    layer = nn.Linear(4, 3).to(dtype)
+    fault = fault_of(layer, Scaled(layer, factor), Inputs.of(torch.rand(2, 4), 0, layer))
+    assert (fault is None) == same

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_insert import RunSummary, StepMetrics, TrainingSettings, finetune, fold_batchnorm, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
-from bn_insert.errors import TrainingError
-from bn_insert.images import ClassFolders
+from bn_insert.errors import CalibrationError, CheckpointError, DivergenceError, TrainingError
+from bn_insert.images import ClassFolders, Unreadable
 from bn_insert.images.augmentation import augmented
+from bn_insert.statistics.passes import NotFiniteError
 from bn_insert.support.processes import Ranks
 from bn_insert.training.preparation import prepared_network
+from bn_insert.training.reestimation import reestimate_statistics
 from bn_insert.training.remaining_time import RemainingTime
+from bn_insert.training.stopping import StopCheck
+from bn_insert.training.validation import validate
 from support.digits import copy_labelled_digits, open_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
@@ -296,3 +302,74 @@ def test_tensorboard_gets_each_epoch_once_also_when_a_run_is_resumed(
     result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), resume=True, tensorboard=True)
     losses = [(value, step) for name, value, step in written if name == "loss/val"]
     assert losses == [(epoch.val_loss, epoch.epoch) for epoch in result.epochs]
+
+
+class FailingWriter:
+    """A writer of events on a full disk."""
+
+    def __init__(self, folder: str) -> None:
+        Path(folder).mkdir()
+
+    def add_scalar(self, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_whose_events_for_tensorboard_cannot_be_written_warns_once_and_goes_on(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bn_insert.training.tensorboard.find_spec", lambda _name: object())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=FailingWriter))
+    with pytest.warns(UserWarning, match="tensorboard: No space left on device; all else is saved") as warned:
+        result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), tensorboard=True)
+    assert (len(warned), len(result.epochs)) == (1, 2)
+    assert (tmp_path / "state.pth").exists()
+
+
+def test_a_place_where_tensorboard_cannot_write_is_an_error_before_training(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bn_insert.training.tensorboard.find_spec", lambda _name: object())
+    folder = tmp_path / "tensorboard"
+    folder.touch()
+    with pytest.raises(TrainingError, match="tensorboard: it is not a folder; move it away"):
+        finetune(dense_network(), digits, tmp_path, BRIEF, tensorboard=True)
+    folder.unlink()
+    folder.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != folder)
+    with pytest.raises(CheckpointError, match=r"no permission to write in the folder .*tensorboard"):
+        finetune(dense_network(), digits, tmp_path, BRIEF, tensorboard=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
+# Failures on other ranks
+
+
+def fail_on_rank_1(kind: type[CalibrationError], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
+    monkeypatch.setattr(Ranks, "meet", lambda *_: None)
+    monkeypatch.setattr(Ranks, "gathered", lambda _, mine: [mine, (None, (kind, "its reason"))])
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(CalibrationError, CalibrationError), (NotFiniteError, DivergenceError)])
+def test_only_statistics_that_are_not_finite_are_divergence_also_on_another_rank(
+    kind: type[CalibrationError], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    classifier = SimpleNamespace(network=network, amp=False, inputs=lambda batch: (batch, None))
+    fail_on_rank_1(kind, monkeypatch)
+    with pytest.raises(raised, match="rank 1 failed: its reason") as failure:
+        reestimate_statistics(classifier, [torch.rand(8, 3)], StopCheck(None, Ranks(0, 1)))  # type: ignore[arg-type]
+    assert type(failure.value) is raised
+
+
+def test_a_rank_without_a_share_names_an_unreadable_image_of_another_rank() -> None:
+    classifier = SimpleNamespace(network=nn.Linear(2, 2), amp=False, inputs=None)
+    unreadable = Unreadable(Path("val/1/a.png"), "the file is empty")
+    ranks = SimpleNamespace(share=lambda *_, **__: (), gathered=lambda mine: [mine, unreadable])
+    images = SimpleNamespace(val=(), unreadable=())
+    stop = StopCheck(None, Ranks(0, 1))
+    with pytest.raises(TrainingError, match=r"one of them is val.1.a.png: the file is empty"):
+        validate(classifier, images, 4, ranks, stop)  # type: ignore[arg-type]
