@@ -79,7 +79,7 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     widest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-9))), default=1.0)
     text = (
         f"The means moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), and the "
-        f"standard deviations of a layer by a factor of up to {widest:.2g}."
+        f"standard deviations of a layer by a factor of up to {widest:.2f}."
     )
     if farthest["mean_size"] < _HARDLY and abs(widest - 1) < _HARDLY:
         return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")

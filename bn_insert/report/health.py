@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..errors import as_passed
 from .verdicts import Verdict
 
+_DIVERGED = 2.0  # times the loss of guessing: a new output layer of zeros starts at that loss
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
 
@@ -92,7 +93,7 @@ def _lower_rate() -> str:
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:
-    if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest:
+    if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest or lowest > _DIVERGED * guessing:
         return False
     return bool(epochs[-2]["val_loss"] - lowest > max(_FALLING[0] * lowest, _FALLING[1] * guessing))
 

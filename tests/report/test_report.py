@@ -332,6 +332,7 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
             "1.5 at its lowest, is above 1.39 = ln(4), the loss of guessing. Try a lower",
         ),
         ((3.0, 2.0, 1.5), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Train for more epochs"),
+        ((20.0, 15.0, 9.0), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Try a lower learning rate"),
         (
             (0.9, 0.5, 9.0),
             (0.6, 0.7, 0.6),
