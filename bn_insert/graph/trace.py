@@ -73,7 +73,9 @@ class Trace:
             # Some networks take a batch of one for no batch, as with squeeze(): two images show what it does to many.
             try:
                 return cls._of(model, inputs.mapped(lambda tensor: torch.cat([tensor, tensor])))
-            except GraphError:
+            except Exception as error:
+                if not isinstance(error, GraphError) and not out_of_memory(error):
+                    raise
                 return cls._of(model, inputs)
         return cls._of(model, inputs)
 
@@ -166,9 +168,11 @@ class Trace:
             value = node.meta.get("val")
             return isinstance(value, torch.Tensor) and all(extent == 1 for extent in value.shape[2:])
 
-        reached = self.downstream(start, has_one_position)
+        def passes(node: fx.Node) -> bool:
+            return has_one_position(node) or operation(node) in {"expand", "expand_as"}
+
         return has_one_position(start) and any(
-            operation(node) in {"mul", "expand", "expand_as"} and not has_one_position(node) for node in reached
+            operation(node) == "mul" and not has_one_position(node) for node in self.downstream(start, passes)
         )
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -85,8 +85,7 @@ class _PassRecorder(Recorder):
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self._passes_so_far = 0
-        self._passes_of = Counter({site.name: 0 for site in sites if site.calls})
+        self._batches_of = Counter({site.name: 0 for site in sites if site.calls})
 
     def discard(self) -> None:
         """Forget the current pass, as before each pass: hooks on the network would miss one with its own `__call__`."""
@@ -96,18 +95,27 @@ class _PassRecorder(Recorder):
     def commit(self, batches: int = 1) -> None:
         """Keep what was recorded during a forward pass, and count for which sites something was."""
         super().commit(batches)
-        self._passes_so_far += 1
-        self._passes_of.update(name for name in self._passes_of if self.calls[name])
+        self._batches_of.update({name: batches for name in self._batches_of if self.calls[name]})
 
     def check_complete(self) -> None:
-        """Raise CalibrationError if a site that every pass should call has the values of some passes alone."""
-        for name, passes in self._passes_of.items():
-            if 0 < passes < self._passes_so_far:
+        """Raise CalibrationError if a site that every pass should call has the values of some batches alone."""
+        for name, batches in self._batches_of.items():
+            if 0 < batches < self.batches:
                 raise CalibrationError(
-                    f"the layer {name} was called for {passes} of {self._passes_so_far} batches, so its statistics "
-                    "would not be those of all images; pass batches that take the same path through the network, or "
-                    "skip it"
+                    f"the layer {name} was called for {batches} of {self.batches} batches, so its statistics would not "
+                    "be those of all images; pass batches that take the same path through the network, or skip it"
                 )
+
+
+def _check_shape(output: Tensor, site: Site) -> None:
+    """Raise CalibrationError if a site's output does not have the axes of a batch."""
+    axes = 2 if site.kind == "dense" else 2 + site.dims
+    if output.ndim != axes or output.shape[1] != site.channels:
+        raise CalibrationError(
+            f"the outputs of layer {site.name} have the shape {tuple(output.shape)}, not a batch of {site.channels} "
+            "channels: squeeze() in the forward removes the batch axis of a single image. Use batches of two images or "
+            "more, the last one included, or flatten(1) in place of squeeze()"
+        )
 
 
 @contextmanager
@@ -119,6 +127,7 @@ def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _Pas
 
     def hook(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            _check_shape(output, site)
             # Before the hook returns: an in-place activation after the layer overwrites this tensor.
             recorder.record(site.name, output)
             calls[site.name] += 1

@@ -17,10 +17,11 @@ from .passes import Batch, failures_named
 
 # Input of one gathered batch. Of larger ones, more activations than before would have to be read from memory.
 _BYTES_AT_A_TIME = 4 << 20
-# The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass has
-# at most the images of an eighth of those before it.
+# The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass is
+# limited to an eighth of the batches before it.
 _EARLIER_PASSES = 8
-# What batches of other sizes may change in the statistics of a deep network by rounding, relative to std.
+# Largest change of the statistics of a deep network, relative to std, that rounding may cause where batches have other
+# sizes.
 _ROUNDING = 1e-3
 
 
@@ -28,7 +29,7 @@ class Gathering:
     """Collects batches, and runs them together once they are enough.
 
     The images of a batch must not depend on each other in the network, as they do in a BatchNorm without running
-    statistics. This is tried out once, on two batches of very different images. Where it fails, and wherever a gathered
+    statistics. This is tested once, on two batches of very different images. Where they do, and wherever a gathered
     batch fails, batches run one by one.
     """
 
@@ -49,7 +50,7 @@ class Gathering:
         self._run = run
         self._run_whole = run_whole
         self._rehearse = rehearse
-        self._independent: bool | None = None  # None: not tried out
+        self._independent: bool | None = None  # None: not tested yet
         self._batches_run = 0
         self._waiting: list[Batch] = []
         self._images = torch.empty(0)  # of the batches that wait
@@ -92,9 +93,9 @@ class Gathering:
         """Return whether images fit in with those that wait, or none do."""
         if not self._waiting:
             return True
-        into = self._images
-        same_kind = (images.shape[1:], images.dtype, images.device) == (into.shape[1:], into.dtype, into.device)
-        return same_kind and self._filled + len(images) <= len(into)
+        room = self._images
+        same_kind = (images.shape[1:], images.dtype, images.device) == (room.shape[1:], room.dtype, room.device)
+        return same_kind and self._filled + len(images) <= len(room)
 
     def _begin(self, images: Tensor) -> bool:
         """Make room for several batches of this size; return whether they are to run together."""
@@ -109,7 +110,7 @@ class Gathering:
 
     def _is_independent(self, images: Tensor) -> bool:
         """Return whether images have the same activations next to others as by themselves."""
-        others = 1 - 2 * images
+        others = images.amax() + images.amin() - images  # the negatives, in the same range of values
         try:
             first, second, together = (
                 self._rehearse(Inputs((each,))) for each in (images, others, torch.cat([images, others]))

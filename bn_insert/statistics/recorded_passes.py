@@ -67,9 +67,10 @@ def run_through(
             raise NotFiniteError(f"{error}{_cause(network, batch, error)}") from None
 
     def rehearse(inputs: Inputs) -> Mapping[str, Moments]:
-        rehearsal = _Rehearsal(record)
-        _Passes(network, rehearsal).run_whole(inputs)
-        return rehearsal.moments
+        passes.run_uncommitted(inputs)
+        moments = record.uncommitted()
+        record.discard()
+        return moments
 
     gathering = Gathering(run, passes.run_whole, rehearse) if gather else None
     with torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext():
@@ -81,24 +82,6 @@ def run_through(
             enough=enough,
             finish=gathering.finish if gathering else lambda: None,
         )
-
-
-class _Rehearsal:
-    """Takes the moments of passes out of a record, which keeps nothing of them."""
-
-    def __init__(self, record: Record) -> None:
-        self.moments: Mapping[str, Moments] = {}
-        self._record = record
-
-    def commit(self, batches: int = 1) -> None:  # noqa: ARG002 - the protocol's
-        self.moments = self._record.uncommitted()
-        self._record.discard()
-
-    def discard(self) -> None:
-        self._record.discard()
-
-    def uncommitted(self) -> Mapping[str, Moments]:
-        return self._record.uncommitted()
 
 
 class _Passes:
@@ -131,17 +114,22 @@ class _Passes:
 
     def run_whole(self, inputs: Inputs, batches: int = 1) -> None:
         """Run images that come from several of the caller's batches; if this fails, nothing is recorded."""
+        self.run_uncommitted(inputs)
+        self._record.commit(batches)
+
+    def run_uncommitted(self, inputs: Inputs) -> None:
+        """Run images without keeping what is recorded."""
         # channels_last: on a CPU it alone takes VGG16's forward to 0.78 of its time, and lets moments_of read
         # activations in place.
         attempted = self._channels_last and any(tensor.ndim == 4 for tensor in inputs.tensors)
         try:
-            self._pass(inputs.mapped(_in_channels_last) if attempted else inputs, batches)
+            self._pass(inputs.mapped(_in_channels_last) if attempted else inputs)
         except (CalibrationError, torch.OutOfMemoryError):
             raise
         except Exception:  # a forward may use x.view(...), which takes contiguous activations only
             if not attempted:
                 raise
-            self._pass(inputs, batches)
+            self._pass(inputs)
             self._channels_last = False
 
     def _fits(self, inputs: Inputs) -> bool:
@@ -153,11 +141,10 @@ class _Passes:
             return False
         return True
 
-    def _pass(self, inputs: Inputs, batches: int) -> None:
+    def _pass(self, inputs: Inputs) -> None:
         self._record.discard()
         with suppress(ForwardDone):
             inputs.run(self._network)
-        self._record.commit(batches)
 
 
 def _in_channels_last(tensor: Tensor) -> Tensor:

@@ -100,22 +100,15 @@ class Recorder:
         self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
-        self._batches = 0
+        self.batches = 0
 
     def record(self, name: str, values: Tensor) -> Moments:
         """Record and return the moments of values at a place.
 
         Raises:
             NotFiniteError: If there are values that are not finite.
-            CalibrationError: If there is no batch dimension.
         """
-        if values.ndim < 2:
-            raise CalibrationError(
-                f"the outputs of layer {name} have no batch dimension, only the shape {tuple(values.shape)}: squeeze() "
-                "in the forward removes that of a batch of one. Use batches of two images or more, the last one "
-                "included, or flatten(1) in place of squeeze()"
-            )
-        with _disable_current_modes():  # such as `protected_parameters`, which would look at each operation
+        with _disable_current_modes():  # such as `protected_parameters`, which would intercept each operation
             moments = moments_of(values)
             finite = bool((moments.mean + moments.m2).isfinite().all())
         if not finite:
@@ -135,7 +128,7 @@ class Recorder:
             self._passes[name] += 1
             _append(self._moments[name], of_pass)
             _append(self._spreads[name], batch_spread(of_pass, batches))
-        self._batches += batches
+        self.batches += batches
         self._uncommitted.clear()
 
     def discard(self) -> None:
@@ -180,7 +173,7 @@ class Recorder:
         None is a tolerance that is never reached. Every rank has a part of the batches, so its own error may be larger
         than that of all ranks together.
         """
-        if tolerance is None or self._batches < _FEWEST_BATCHES:
+        if tolerance is None or self.batches < _FEWEST_BATCHES:
             return False
         largest = tolerance * Ranks.current().count ** 0.5
         return all(moments.error_of(_CHANNELS_WITHIN) <= largest for moments in self.statistics().moments().values())

@@ -28,13 +28,15 @@ def did_you_mean(path: Path) -> str:
     with suppress(OSError, ValueError):
         missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
         if missing is not None and (names := _near(missing)):
-            rest = path.relative_to(missing)
-            return f" (did you mean {' or '.join(printable(missing.with_name(name) / rest) for name in names)}?)"
+            meant = [missing.with_name(name) / path.relative_to(missing) for name in names]
+            if found := [printable(each) for each in meant if each.exists()]:
+                return f" (did you mean {' or '.join(found)}?)"
     return ""
 
 
 def _near(missing: Path) -> list[str]:
-    by_key = {entry.name.lower(): entry.name for entry in islice(missing.parent.iterdir(), _MOST_ENTRIES)}
+    entries = (entry for entry in islice(missing.parent.iterdir(), _MOST_ENTRIES) if entry.exists())
+    by_key = {entry.name.lower(): entry.name for entry in entries}
     name = missing.name.lower()
     found = [key for key in by_key if sorted(key) == sorted(name)]  # "fwe" for "few": too short for difflib
     found += [key for key in get_close_matches(name, by_key, _MOST_NAMES, _CLOSE) if key not in found]

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CalibrationError, GraphError
+from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement
@@ -302,7 +302,7 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
     with preserved_random_state():
         peek = peeked(model, source, "adapt_statistics")
     if obstacle := Trace.of(model, peek.example).obstacle:
-        raise GraphError(f"{obstacle}. Or keep the BatchNorms (keep_batchnorm)")
+        raise GraphError(f"{obstacle}. Or keep the BatchNorms ({as_passed('keep_batchnorm', True)})")
     return peek.batches
 
 

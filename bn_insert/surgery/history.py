@@ -264,11 +264,12 @@ class History:
             if isinstance(child, nn.Sequential):
                 # More than there were at any time: placeholders behind the last layer change no names before them.
                 outline.add_module(name, nn.Sequential(*(nn.Identity() for _ in range(_MOST_CHILDREN))))
-        with suppress(AttributeError, ValueError):  # names of layers that are not there
+        with suppress(AttributeError, KeyError, ValueError):  # names of layers that are not there, or are containers
             for change in self.changes:
                 change.outline(outline)
-            for name in marked_modules(outline):
-                if isinstance(norm := network.get_submodule(name), _BatchNorm):
+            norms = [network.get_submodule(name) for name in marked_modules(outline)]
+            if all(isinstance(norm, _BatchNorm) for norm in norms):
+                for norm in norms:
                     marked(norm)
 
     def replay(self, network: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import DivergenceError, TrainingError, as_passed, out_of_memory
+from ..errors import TrainingError, as_passed, out_of_memory
 from ..graph.copies import working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
@@ -92,8 +92,6 @@ class Classifier:
         try:
             with self.autocast():
                 logits = self.parallel(images)
-        except DivergenceError:
-            raise
         except RuntimeError as error:
             if out_of_memory(error):
                 raise

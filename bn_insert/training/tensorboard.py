@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,24 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError, as_passed
-from ..support.files import check_writable
 from .metrics import EpochMetrics
 
 
 def check_tensorboard(folder: Path) -> None:
-    """Raise TrainingError unless the package tensorboard is installed and can write into a folder.
-
-    Raises:
-        CheckpointError: The folder is there and not writable.
-    """
+    """Raise TrainingError unless the package tensorboard is installed and can write into a folder."""
     if find_spec("tensorboard") is None:
         raise TrainingError(
             "TensorBoard is not installed; install it with pip install 'bn-insert[tensorboard]', or leave out "
             f"{as_passed('tensorboard')}"
         )
-    if folder.is_dir():
-        check_writable(folder / "any file")
-    elif folder.exists() or folder.is_symlink():
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise TrainingError(
+            f"cannot write into {folder}: no permission; change it, or leave out {as_passed('tensorboard')}"
+        )
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise TrainingError(
             f"cannot write {folder}: it is not a folder; move it away, or leave out {as_passed('tensorboard')}"
         )

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from bn_insert.errors import messages_name_options
+
 from .console import plain, set_quiet
 
 _TRACEBACK = "bn_insert.traceback"
@@ -47,8 +49,6 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; messages of the library name its options."""
-        from bn_insert.errors import messages_name_options  # noqa: PLC0415 - imports torch: not for --help
-
         with messages_name_options():
             return super().invoke(ctx)
 

@@ -440,6 +440,21 @@ def test_layers_that_compute_a_gate_have_no_site_and_those_whose_output_is_gated
     assert found == {"stem": "", "reduce": GATE, "expand": GATE, "head": "output layer"}
 
 
+class BroadcastCode(nn.Module):
+    """A code expanded to all positions for a conv that decodes it: nothing is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.decode = nn.Linear(6, 4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.code(x).relu().view(-1, 4, 1, 1).expand(-1, -1, 5, 5))  # type: ignore[no-any-return]
+
+
+def test_a_layer_whose_output_is_only_expanded_to_all_positions_has_a_site() -> None:
+    assert reasons(survey(BroadcastCode(), torch.rand(2, 6))) == {"code": "", "decode": "output layer"}
+
+
 def test_every_layer_of_squeezenet_is_a_site() -> None:
     model = randomised(torchvision.models.squeezenet1_1())
     layers = survey(model, images(2, 64))

@@ -102,6 +102,43 @@ def test_an_image_that_is_not_finite_is_named_by_its_own_batch() -> None:
         Calibrated(network_of(), images.split(SIZE))
 
 
+class SqueezedToConv1d(nn.Module):
+    """A conv that takes the channels of a single image for a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.squeeze()).relu()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("last", [1, 4])
+def test_outputs_whose_axes_are_not_those_of_a_batch_are_refused(last: int) -> None:
+    network, images = SqueezedToConv1d().eval(), torch.rand(4, 4, 8, 1)
+    sites = find_sites(network, images)
+    with pytest.raises(CalibrationError, match=r"outputs of layer conv have the shape .*, not a batch of 4 channels"):
+        calibrate(network, sites, [images[:last], images[:1]])
+
+
+class PassesBy(nn.Module):
+    """A forward that leaves one layer out for a single image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return x if len(x) == 1 else self.second(x).relu()
+
+
+def test_a_layer_that_some_batches_pass_by_is_reported_with_the_number_of_batches() -> None:
+    network = PassesBy().double().eval()
+    with pytest.raises(CalibrationError, match=f"layer second was called for {BATCHES} of {BATCHES + 1} batches"):
+        calibrate(network, find_sites(network, images_of(SIZE)), [images_of(1), *images_of().split(SIZE)])
+
+
 def test_a_batch_that_fails_is_named_though_others_wait() -> None:
     batches: list[Tensor] = [*images_of().split(SIZE), torch.rand(2, 5, 8, 8)]
     with pytest.raises(CalibrationError, match=rf"failed on batch {BATCHES} of shape \(2, 5, 8, 8\)"):

@@ -303,6 +303,24 @@ def test_changes_that_a_stranger_wrote_are_checked(architecture: object, fragmen
     assert fragment in refusal_of(lambda: load_checkpoint(path, model=HeldAsAttributes))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"insert": [SITE | {"name": "features", "anchor": "features"}]},
+        {"insert": [SITE | {"name": "features", "anchor": "features", "in_sequence": True}]},
+        {"insert": [SITE | {"name": "features.0", "anchor": f"features.{n}", "in_sequence": True} for n in (0, 100)]},
+    ],
+)
+def test_changes_that_do_not_fit_a_vgg_with_its_own_keys_mark_nothing(change: object, tmp_path: Path) -> None:
+    path = tmp_path / "vgg.pth"
+    save_checkpoint(insert_batchnorm(small_vgg(), [images(6, size=16)]), path)
+    state = torch.load(path)
+    settings = json.loads(state._metadata[""]["bn_insert"])
+    state._metadata[""]["bn_insert"] = json.dumps(settings | {"architecture": {"changes": [change]}})
+    torch.save(state, path)
+    assert inserted_batchnorms(load_checkpoint(path)) == []
+
+
 def test_the_history_that_is_stored_is_the_one_that_is_read() -> None:
     x = images(6, size=12)
     inserted = insert_batchnorm(randomised(HeldAsAttributes()), [x])

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_insert import RunSummary, StepMetrics, TrainingSettings, finetune, fold_batchnorm, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
-from bn_insert.errors import CalibrationError, CheckpointError, DivergenceError, TrainingError
+from bn_insert.errors import CalibrationError, DivergenceError, TrainingError
 from bn_insert.images import ClassFolders, Unreadable
 from bn_insert.images.augmentation import augmented
 from bn_insert.statistics.passes import NotFiniteError
@@ -339,7 +339,7 @@ def test_a_place_where_tensorboard_cannot_write_is_an_error_before_training(
     folder.unlink()
     folder.mkdir()
     monkeypatch.setattr(os, "access", lambda path, _mode: path != folder)
-    with pytest.raises(CheckpointError, match=r"no permission to write in the folder .*tensorboard"):
+    with pytest.raises(TrainingError, match=r"cannot write into .*tensorboard: no permission"):
         finetune(dense_network(), digits, tmp_path, BRIEF, tensorboard=True)
     assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
 
