@@ -121,6 +121,8 @@ def test_the_installed_command_works_away_from_the_checkout_and_finds_code_in_th
     done = run_process(*command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 BatchNorm layers inserted" in done.stdout
+    said = ("Preprocessing: ", "Calibrated on ", "Dropout before BatchNorm: ")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(said)] == []  # the end is quiet too
     assert (tmp_path / "out.pth").exists()
 
 
