@@ -50,6 +50,11 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+def pytest_sessionfinish() -> None:
+    """Give the garbage collector everything back: what hypothesis imports at the end asks it for references."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Start every test from the same random state, and leave none behind."""
@@ -73,9 +78,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the charts of training runs, which take most of the time of a short run."""
+    """Leave out charts, which take most of the time of a short run and of a page."""
     monkeypatch.setattr("bn_insert.training.results.write_curves", lambda _history, path: path.touch())
     monkeypatch.setattr("bn_insert.report.page.run_charts", lambda _runs: ())
+    monkeypatch.setattr("bn_insert.report.page.insertion_charts", lambda _data, *, errors: ())  # noqa: ARG005
+    monkeypatch.setattr("bn_insert.report.page.agreement_chart", lambda _agreements, _renorm: None)
 
 
 @pytest.fixture
