@@ -270,7 +270,7 @@ def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: 
         ("insert", f"{name}.pth", "x.pt", "-o", "bn.pth"),
         ("compare", f"{name}.pth", "bn.pth", "x.pt"),
         ("inspect", "bn.pth"),
-        ("fold", "bn.pth", "-o", "folded.pth"),
+        ("fold", "bn.pth", "x.pt", "-o", "folded.pth"),  # without x.pt, on 8 random volumes of 224 x 224 x 224
         ("predict", "folded.pth", "x.pt"),
     ):
         result = shapes(*words, *of_other_shapes(name))
