@@ -2,9 +2,10 @@
 
 # ruff: noqa: PLC0415
 
+import gc
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from the modules of torch and the tests, which stay: a quarter of the collection."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
+
+
+def pytest_sessionfinish() -> None:
+    """Give the garbage collector everything back: what hypothesis imports at the end asks it for references."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Start every test from the same random state, and leave none behind."""
@@ -62,9 +78,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the charts of training runs, which take most of the time of a short run."""
+    """Leave out charts, which take most of the time of a short run and of a page."""
     monkeypatch.setattr("bn_insert.training.results.write_curves", lambda _history, path: path.touch())
     monkeypatch.setattr("bn_insert.report.page.run_charts", lambda _runs: ())
+    monkeypatch.setattr("bn_insert.report.page.insertion_charts", lambda _data, *, errors: ())  # noqa: ARG005
+    monkeypatch.setattr("bn_insert.report.page.agreement_chart", lambda _agreements, _renorm: None)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import bn_insert
 from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert_cli import console
-from support.commands import AS_STORED, Run, assert_refused, run_forked, run_process, text_of
+from support.commands import AS_STORED, Run, assert_refused, run_forked, text_of
 from support.digits import save_plain_network
 
 COMMANDS = (
@@ -210,9 +209,8 @@ def test_an_error_of_few_batches_is_left_out_and_the_reason_given(run: Run, digi
 
 def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -> None:
     for words, code in ((("inspect", network_path()), 0), (("inspect", "missing.pth"), 2), (("--version",), 0)):
-        # One is started anew: it imports torch itself, and ends what torch has made.
-        run = partial(run_process, sys.executable) if words[-1] == network_path() else run_forked
-        done = run("-m", "bn_insert", *words, folder=tmp_path)
+        # test_command_model_option.py has one that imports torch itself, and ends what torch has made.
+        done = run_forked("-m", "bn_insert", *words, folder=tmp_path)
         assert done.returncode == code
         unexpected = [line for line in done.stderr.splitlines() if not line.startswith("Assumed")]
         assert len(unexpected) == (code == 2)

@@ -16,7 +16,7 @@ from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused
 from support.digits import images_of
-from support.networks import small_vgg, torchvision_vgg
+from support.networks import narrow_vgg, small_vgg
 
 
 def test_insert_writes_a_checkpoint_whose_outputs_are_equal_bit_for_bit(run: Run, digits: Path) -> None:
@@ -56,12 +56,12 @@ def test_preprocessing_is_remembered_beside_the_checkpoint(run: Run, digits: Pat
 
 
 def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path: Path) -> None:
-    original = torchvision_vgg("vgg11")
+    original = narrow_vgg("vgg11")
     torch.save(original.state_dict(), tmp_path / "vgg11.pth")
     torch.save(torch.randn(4, 3, 40, 40), tmp_path / "inputs.pt")
     result = run("insert", "vgg11.pth", "inputs.pt", "-o", "vgg11-bn.pth", "--layers", "conv")
     assert result.exit_code == 0, result.output
-    theirs = torchvision_vgg("vgg11_bn")
+    theirs = narrow_vgg("vgg11_bn")
     theirs.load_state_dict(torch.load("vgg11-bn.pth"), strict=True)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(theirs(x), original(x))

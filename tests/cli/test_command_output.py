@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +11,9 @@ import torch
 
 from bn_insert.demo import network_path
 from bn_insert_cli.console import plain, print_error, print_result, print_table, table
-from support.commands import AS_STORED, ENVIRONMENT, Run, assert_refused, start_forked
+from support.commands import AS_STORED, Run, assert_refused, run_forked, start_forked
 
-COMMAND = (sys.executable, "-c", "from bn_insert_cli.main import main; main()")
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://x\x1b\\\u202e[red]"
-
-
-def start(folder: Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    words = [*COMMAND, *map(str, arguments)]
-    environment = ENVIRONMENT | options.pop("env", {})  # type: ignore[operator]
-    return subprocess.Popen(words, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
 
 
 def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) -> None:
@@ -55,7 +46,7 @@ def test_a_full_output_is_noted_once_and_loses_no_work(digits: Path, tmp_path: P
 
 def test_an_output_that_only_takes_ascii_gets_escapes_for_the_rest(digits: Path, tmp_path: Path) -> None:
     command = ("insert", network_path(), digits, "-o", "netz-für-später.pth", *AS_STORED)
-    process = start(tmp_path, *command, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    process = start_forked("-m", "bn_insert", *command, folder=tmp_path, environment={"PYTHONIOENCODING": "ascii"})
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "Wrote netz-f\\xfcr-sp\\xe4ter.pth" in output
@@ -63,9 +54,17 @@ def test_an_output_that_only_takes_ascii_gets_escapes_for_the_rest(digits: Path,
 
 
 def test_closed_standard_streams_lose_no_work(digits: Path, tmp_path: Path) -> None:
-    words = " ".join(map(str, ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)))
-    shell = f'exec "{sys.executable}" -c "from bn_insert_cli.main import main; main()" {words} >&- 2>&-'
-    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=ENVIRONMENT, check=False, timeout=120).returncode == 0
+    # As Python starts with `>&- 2>&-`: files that are opened get the numbers of the streams, which are None.
+    script = """
+import os, sys
+os.close(1)
+os.close(2)
+sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None
+from bn_insert_cli.main import main
+main()
+"""
+    command = ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
+    assert run_forked("-c", script, *command, folder=tmp_path).returncode == 0
     assert (tmp_path / "out.pth").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,15 @@ sys.addaudithook(strike)
 runpy.run_module("bn_insert", run_name="__main__", alter_sys=True)
 """
 
-EARLY = [
+NOTHING = [
     ("import", "'typer'"),
     ("import", "'torch'"),
     ("import", "'torch._C'"),
     ("import", "'numpy"),
     ("open", "x.pth"),
+    ("import", "'torch.export"),
+    ("import", "torch.utils.data"),
 ]
-NOTHING = [*EARLY, ("import", "'torch.export"), ("import", "torch.utils.data")]
 WHILE_SAVING = [("os.mkdir", ".bn-insert-"), ("os.link", "out.pth"), ("os.chmod", ".bn-insert-"), ("os.rmdir", "")]
 
 
@@ -43,7 +45,8 @@ def test_a_signal_before_the_output_is_one_true_message(
 ) -> None:
     (tmp_path / "x.pth").write_bytes(network_path().read_bytes())
     command = ("insert", "x.pth", digits, "-o", "out.pth", *AS_STORED)
-    done = run_process(sys.executable, "-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
+    run = partial(run_process, sys.executable) if event == "import" else run_forked
+    done = run("-c", SCRIPT, int(stop), event, word, *command, folder=tmp_path)
     assert (done.returncode, text_of(done.stderr)) == (128 + stop, "error: interrupted; nothing was written ")
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "digits"}
 

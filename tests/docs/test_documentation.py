@@ -111,7 +111,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "photographs" / image.name).symlink_to(image)
     copy_labelled_digits(tmp_path / "flowers", train=2, val=1, classes=4)
     # A few of the demo's images are enough for commands that train on them.
-    copy_digits(tmp_path / "demo-images", 12)
+    copy_digits(tmp_path / "demo-images", 5)
     monkeypatch.setattr("bn_insert.demo.images_path", lambda: tmp_path / "demo-images")
     monkeypatch.chdir(tmp_path)
     # Where shell completion is installed, and for which shell: not those of whoever runs the tests.

@@ -61,12 +61,11 @@ def test_outputs_are_bit_identical_and_folding_leads_back(name: str) -> None:
         with pytest.raises(GraphError, match="cannot trace"):
             fold_batchnorm(inserted, batch)
         return
+    # Equalization changes values alone: tests/surgery/test_equalization.py and test_properties.py fold what it gives.
     folded = fold_batchnorm(inserted, batch)
     assert batchnorms(folded) == 0
     assert same_tensors(folded, unwrapped(model)) == architecture.folds_exactly
     assert compare_outputs(model, folded, [batch, other(batch)]).max_rel <= (0 if architecture.folds_exactly else 1e-6)
-    of_equalized = compare_outputs(model, fold_batchnorm(equalized, batch), [other(batch)])
-    assert of_equalized.bit_identical == architecture.folds_exactly
 
 
 def test_dense_layers_on_tokens_get_no_batchnorm() -> None:

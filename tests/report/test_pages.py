@@ -12,11 +12,8 @@ from test_report import HOSTILE, insertion, run
 from bn_insert.report import runs_report, write_report
 from support.browser import BROWSER, DRIVER, browser, cut_texts, requests, show
 
-pytestmark = [
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver installed"),
-    # Chromium takes seconds to start: the tests share one, and one process of pytest-xdist.
-    pytest.mark.xdist_group("browser"),
-]
+# Chromium takes seconds to start: the tests share one.
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver installed")
 
 CHARTS = {"insertion": 6, "hostile": 6, "run": 3, "runs": 5}
 

@@ -160,12 +160,14 @@ def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
     assert names == {"agreement", "mean", "std", "gamma", "constant", "error"}
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_page_without_figures_of_renorm_has_no_column_for_them() -> None:
     data = insertion()
     data["train_mode"]["renorm"] = []
     assert "top-1 with renorm" not in Page(page(data)).text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_page_says_when_nothing_was_written() -> None:
     assert "no checkpoint was written" in Page(page(insertion(agreements=False) | {"output": None})).text
 
@@ -186,6 +188,7 @@ def test_an_error_is_shown_only_where_enough_batches_estimate_it() -> None:
     assert "chart-error" not in found.ids
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_outputs_without_classes_have_no_column_for_the_top_class() -> None:
     data = insertion(agreements=False)
     assert "top-1 agreement" in Page(page(data)).text
@@ -320,6 +323,7 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
     ]
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("losses", "accuracies", "state", "wording"),
     [
@@ -357,6 +361,7 @@ def test_the_health_of_a_run_is_said_in_words(
     assert ('class="verdict good"' in text) == (state == "good")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_run_that_failed_is_never_shown_as_good_among_others() -> None:
     data = {"data": {"classes": 4, "largest_class": 0.5}, "batchnorms": 0}
     reports = [run_report(name, {"epochs": 2}, epochs((1.9, 1.9), (0.3, 0.2)), data)["runs"][0] for name in "ab"]
@@ -372,10 +377,12 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_run_without_a_complete_epoch_says_so() -> None:
     assert "No epoch was completed" in Page(page(runs_report([run("new", ())]))).text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_suffix_says_which_kind_is_written_and_both_have_the_same_data(tmp_path: Path) -> None:
     data = insertion(agreements=False)
     write_report(tmp_path / "a.json", data)
@@ -391,6 +398,7 @@ def test_another_suffix_is_refused_before_the_work(tmp_path: Path, name: str) ->
         check_report(tmp_path / name, tmp_path / "out.pth", overwrite=True)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_page_that_cannot_be_made_leaves_no_file_and_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "old.html"
     path.write_text("old")
@@ -468,6 +476,7 @@ def test_a_layer_without_varying_channels_has_a_page_too() -> None:
     assert Page(page(data)).charts == 6
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_settings_of_a_run_are_those_of_the_run() -> None:
     settings = TrainingSettings(dropout=0.25, amp=True)
     text = Page(page(run_report("a", asdict(settings), [], {"batchnorms": 3}))).text

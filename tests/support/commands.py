@@ -16,11 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import typer.testing
 from typer.testing import CliRunner, Result
 
 from bn_insert_cli.app import app
 
 Run = Callable[..., Result]
+
+# CliRunner builds all commands anew for each call, from hundreds of annotations.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 # Images as they are stored, decoded in the process itself: starting workers takes longer than the demo's few images.
 AS_STORED = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1", "-j", "0")

@@ -53,8 +53,9 @@ def start(request: dict[str, object], output: int, errors: int, status: int) -> 
         for descriptor, standard in ((output, 1), (errors, 2)):
             os.dup2(descriptor, standard)
             os.close(descriptor)
-        # New, since those of this process know whether they could seek.
-        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+        # New, since those of this process know whether they could seek, and have its encoding.
+        encoding = request["environment"].get("PYTHONIOENCODING")  # type: ignore[attr-defined]
+        sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         run(**request)  # type: ignore[arg-type]
         return

@@ -821,6 +821,8 @@ def traced_by_fx() -> nn.Module:
 
 def extracted() -> nn.Module:
     """Features of a VGG, as torchvision's `create_feature_extractor` makes them."""
-    vgg = VGG(make_layers([8, 8, "M", 8]), init_weights=False)
+    with torch.device("meta"):  # the default dense layers, which are replaced, would take a second
+        vgg = VGG(nn.Identity(), num_classes=1, init_weights=False)
+    vgg.features = make_layers([8, 8, "M", 8])
     vgg.classifier = nn.Sequential(nn.Linear(8 * 49, 4))
     return create_feature_extractor(vgg.eval(), {"features.1": "low", "features.6": "high"})

@@ -67,9 +67,13 @@ def assert_unchanged(model: nn.Module, result: nn.Module, size: int) -> None:
         assert torch.equal(result.eval()(inputs), model.eval()(inputs))
 
 
-@pytest.mark.parametrize(("name", "placement"), [("vgg11", PLACEMENTS[0]), ("vgg16", PLACEMENTS[1])])
-def test_logits_are_bit_identical_and_folding_keeps_them(name: str, placement: Placement) -> None:
-    model = spread(torchvision_vgg(name), 0.5)
+@pytest.mark.parametrize(
+    ("network", "placement"), [(torchvision_vgg, PLACEMENTS[0]), (narrow_vgg, PLACEMENTS[1])], ids=["wide", "narrow"]
+)
+def test_logits_are_bit_identical_and_folding_keeps_them(
+    network: Callable[[str], nn.Module], placement: Placement
+) -> None:
+    model = spread(network("vgg11" if network is torchvision_vgg else "vgg16"), 0.5)
     result = insert_batchnorm(model, [images(8)], equalize=True, placement=placement)
     assert_unchanged(model, result, 32)
     assert_unchanged(model, fold_batchnorm(result, images(1)), 32)

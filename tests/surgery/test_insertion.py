@@ -32,6 +32,7 @@ from support.networks import (
     HeldAsAttributes,
     RegisteredBackwards,
     images,
+    narrow_vgg,
     randomised,
     sequential,
     small_vgg,
@@ -73,7 +74,9 @@ def assert_same_outputs(model: nn.Module, result: nn.Module, x: Tensor) -> None:
 
 @cache
 def deep(name: str) -> VGG:
-    return torchvision_vgg(name)
+    """Return torchvision's network, of which `narrow` has an eighth of the channels."""
+    depth, _, narrow = name.partition(" ")
+    return narrow_vgg(depth) if narrow else torchvision_vgg(depth)
 
 
 @cache
@@ -84,13 +87,17 @@ def expected_outputs(name: str, layout: torch.memory_format) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "placement", "wishes"),
     [
-        *(("vgg11", placement, wishes) for placement in ("before_activation", "after_activation") for wishes in WISHES),
+        *(
+            ("vgg11 narrow", placement, wishes)
+            for placement in ("before_activation", "after_activation")
+            for wishes in WISHES
+        ),
         ("vgg16", "before_activation", "with the output layer"),
     ],
 )
 def test_logits_are_bit_identical_after_inserting(name: str, placement: str, wishes: str) -> None:
     result = insert_batchnorm(deep(name), [images(6)], placement=placement, **WISHES[wishes])
-    convs, dense = int(name.removeprefix("vgg")) - 3, 2
+    convs, dense = int(name[3:5]) - 3, 2
     kinds = WISHES[wishes].get("layers", ("conv", "dense"))
     expected = convs * ("conv" in kinds) + dense * ("dense" in kinds) + WISHES[wishes].get("include_output", 0)
     assert len(batchnorms(result)) == expected

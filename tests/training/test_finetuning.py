@@ -30,6 +30,7 @@ from bn_insert.training.preparation import prepared_network
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import load_state
 from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
+from support.networks import small_vgg
 
 # Charts are drawn only where they matter: by the tests of what a run leaves behind, and through the command line.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
@@ -52,9 +53,9 @@ def digits(folder: Path) -> ClassFolders:
 
 @pytest.fixture(scope="module")
 def network(digits: ClassFolders) -> nn.Module:
-    """The demo network with BatchNorm behind every layer, and its Dropout."""
+    """A small VGG with BatchNorm behind every layer, and its Dropout."""
     batches = [batch.images for batch in digits.batches(digits.train, 20)]
-    return insert_batchnorm(load_checkpoint(network_path()), batches)
+    return insert_batchnorm(small_vgg(), batches)
 
 
 def weights_in(folder: Path, name: str = "last.pth", model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -328,7 +329,7 @@ def test_a_batch_size_of_one_is_refused_with_batchnorm(digits: ClassFolders, tmp
 def test_batchnorm_modes_hold_through_a_run(
     network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, Any], still: set[str]
 ) -> None:
-    finetune(network, digits, tmp_path, replace(BRIEF, **changes))
+    finetune(network, digits, tmp_path, replace(BRIEF, lr=1e-4, **changes))
     before, after = network.state_dict(), weights_in(tmp_path)
     norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert norms

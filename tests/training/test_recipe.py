@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import RunSummary, StepMetrics, TrainingSettings, finetune, fold_batchnorm, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
-from bn_insert.demo import network_path
 from bn_insert.errors import CalibrationError, DivergenceError, TrainingError
 from bn_insert.images import ClassFolders, Unreadable
 from bn_insert.images.augmentation import augmented
@@ -31,6 +30,7 @@ from bn_insert.training.remaining_time import RemainingTime
 from bn_insert.training.stopping import StopCheck
 from bn_insert.training.validation import validate
 from support.digits import copy_labelled_digits, open_digits
+from support.networks import small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
@@ -45,9 +45,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
 
 @pytest.fixture(scope="module")
 def network(digits: ClassFolders) -> nn.Module:
-    """The demo network with BatchNorm behind every layer."""
+    """A small VGG with BatchNorm behind every layer."""
     batches = [batch.images for batch in digits.batches(digits.train, 20)]
-    return insert_batchnorm(load_checkpoint(network_path()), batches)
+    return insert_batchnorm(small_vgg(), batches)
 
 
 def dense_network() -> nn.Sequential:
@@ -100,8 +100,8 @@ def test_the_head_alone_is_trained_while_statistics_stay(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"train": "head", "freeze_features": True}, "freeze_features .* and train head .* both say"),
-        ({"train": "batchnorm", "batchnorm": "freeze"}, "use train head"),
+        ({"train": "head", "freeze_features": True}, "freeze_features .* and train='head' .* both say"),
+        ({"train": "batchnorm", "batchnorm": "freeze"}, "use train='head'"),
         ({"head": 0}, "head is 0; use 1 or more"),
         ({"head": 1 << 17}, "head is 131072; use at most 65536"),
         ({"accumulate": 0}, "accumulate is 0; use 1 or more"),
@@ -115,7 +115,7 @@ def test_settings_that_cannot_be_are_named(changes: dict[str, Any], wording: str
 
 
 def test_a_network_without_batchnorm_has_none_to_train() -> None:
-    with pytest.raises(TrainingError, match=r"has no BatchNorm to train; insert it first .*--train head"):
+    with pytest.raises(TrainingError, match=r"has no BatchNorm to train; insert it first .*train='head'"):
         prepared(dense_network(), train="batchnorm")
 
 
@@ -237,7 +237,7 @@ def test_the_summary_says_what_a_run_is_about_to_do(network: nn.Module, digits: 
     assert (summary.epochs, summary.steps, summary.device) == (1, 3, "cpu")
     assert summary.output == "classifier.8 kept, 10 classes"
     assert summary.dropout == "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)"
-    assert summary.batchnorms == 8
+    assert summary.batchnorms == 4
     assert 0 < summary.trained_parameters < summary.parameters == sum(each.numel() for each in network.parameters())
 
 

@@ -24,6 +24,7 @@ from bn_insert.support.processes import Ranks
 from bn_insert.training.preparation import prepared_network
 from support.commands import AS_STORED, forked_ranks, run
 from support.digits import copy_labelled_digits, open_digits
+from support.networks import small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
@@ -44,7 +45,7 @@ def digits(folder: Path) -> ClassFolders:
 @pytest.fixture(scope="module")
 def network(digits: ClassFolders) -> nn.Module:
     batches = [batch.images for batch in digits.batches(digits.train, 20)]
-    return insert_batchnorm(load_checkpoint(network_path()), batches)
+    return insert_batchnorm(small_vgg(), batches)
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
@@ -100,9 +101,9 @@ def test_the_tightest_limits_train_as_batchnorm(network: nn.Module, digits: Clas
     torch.testing.assert_close(weights_in(tmp_path / "renorm"), weights_in(tmp_path / "plain"), rtol=1e-3, atol=1e-4)
 
 
-def test_batches_of_one_image_are_trained_on_and_none_is_left_out(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
+def test_batches_of_one_image_are_trained_on_and_none_is_left_out(digits: ClassFolders, tmp_path: Path) -> None:
+    batches = [batch.images for batch in digits.batches(digits.train, 20)]
+    network = insert_batchnorm(load_checkpoint(network_path()), batches)  # which knows the digits
     result = finetune(network, digits, tmp_path / "one", replace(BRIEF, epochs=1, batch_size=1, lr=1e-4))
     assert result.epochs[-1].step == 40
     assert result.epochs[-1].train_accuracy > 0.9
