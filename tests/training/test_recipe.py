@@ -100,7 +100,7 @@ def test_the_head_alone_is_trained_while_statistics_stay(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"train": "head", "freeze_features": True}, "freeze_features .* and train='head' .* both say"),
+        ({"train": "head", "freeze_features": True}, "freeze_features and train='head' both say"),
         ({"train": "batchnorm", "batchnorm": "freeze"}, "use train='head'"),
         ({"head": 0}, "head is 0; use 1 or more"),
         ({"head": 1 << 17}, "head is 131072; use at most 65536"),
