@@ -1,4 +1,7 @@
-"""Limits of Batch Renormalization during training: how far it may correct a batch towards the running statistics."""
+"""Limits of Batch Renormalization during training: how far it may correct a batch towards the running statistics.
+
+The layers in `renorm.py` store and apply them.
+"""
 
 from __future__ import annotations
 

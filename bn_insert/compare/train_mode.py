@@ -139,24 +139,25 @@ def agreement_reading(
 
     Examples:
         >>> agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)])
-        'Train mode keeps 95 % of the top-1 classes at batch sizes from 8 on.'
+        'Train mode keeps at least 95 % of the top-1 classes at batch sizes of 8 and above.'
     """
     renormalized = ""
     if renorm:
         lowest = min(agreement.top1_agreement for agreement in renorm)
         renormalized = (
-            f" With Batch Renormalization it keeps {100 * lowest:.4g} % at batch sizes from "
-            f"{min(agreement.batch_size for agreement in renorm)} on."
+            f" With Batch Renormalization it keeps {100 * lowest:.4g} % at batch sizes of "
+            f"{min(agreement.batch_size for agreement in renorm)} and above."
         )
     smallest = smallest_agreeing(agreements, least)
     if smallest is not None:
         return (
-            f"Train mode keeps {100 * least:g} % of the top-1 classes at batch sizes from {smallest} on.{renormalized}"
+            f"Train mode keeps at least {100 * least:g} % of the top-1 classes at batch sizes of {smallest} and above."
+            f"{renormalized}"
         )
     largest = max(agreement.batch_size for agreement in agreements)
     return (
-        f"Train mode keeps {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train with larger "
-        f"batches, or with Batch Renormalization.{renormalized}"
+        f"Train mode keeps at least {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train "
+        f"with larger batches, or with Batch Renormalization.{renormalized}"
     )
 
 

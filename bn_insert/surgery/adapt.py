@@ -252,7 +252,7 @@ def adapt_statistics(
         skip: Glob patterns on qualified names of layers to leave alone.
         placement: As for `insert_batchnorm`. After an activation, folding is not always exact, and refused then.
         keep_batchnorm: Leave the inserted BatchNorms in, to train the model further.
-        shrink: Move statistics only as far as the target's images show more than sampling error: with few images, the
+        shrink: Move statistics only to the extent that the difference exceeds sampling error: with few images, the
             source's statistics are kept in part. False takes the target's statistics as they are.
         eps: Added to the variance in each inserted BatchNorm.
         momentum: Of the running statistics; None means a cumulative average.

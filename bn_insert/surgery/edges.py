@@ -1,4 +1,7 @@
-"""The layers that read a site's channels, and whether the channels can be rescaled on the way to them."""
+"""The layers that read a site's channels, and whether the channels can be rescaled on the way to them.
+
+What an operation does to channels is in the table `OPERATORS` of `graph/operators.py`.
+"""
 
 from __future__ import annotations
 

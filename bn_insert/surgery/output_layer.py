@@ -1,4 +1,8 @@
-"""The layer that computes the logits, and its replacement for another number of classes."""
+"""The layer that computes the logits, and its replacement for another number of classes.
+
+It is found by its position, without a trace. `insert_batchnorm` leaves out the layers whose output reaches the
+output of a traced network, which may be several: see `graph/sites.py`.
+"""
 
 from __future__ import annotations
 

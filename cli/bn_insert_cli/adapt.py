@@ -67,8 +67,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     shrink: Annotated[
         bool,
         typer.Option(
-            help="Move statistics only as far as the target's images show more than sampling error; matters for few "
-            "images."
+            help="Move statistics only to the extent that the difference exceeds sampling error; matters when there "
+            "are few images."
         ),
     ] = True,
     model: opt.Model = None,

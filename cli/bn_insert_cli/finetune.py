@@ -154,7 +154,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             min=1,
-            help="With renorm: largest ratio of batch and running standard deviation that is corrected, either way. "
+            help="With renorm: largest correction factor of the standard deviation; the smallest is its inverse. "
             "[default: no limit]",
             rich_help_panel=_NETWORK,
         ),
@@ -163,7 +163,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             min=0,
-            help="With renorm: largest distance of batch and running mean that is corrected, in standard deviations. "
+            help="With renorm: largest correction of the mean, up or down, in running standard deviations. "
             "[default: no limit]",
             rich_help_panel=_NETWORK,
         ),
@@ -206,7 +206,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     DIR gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html
     (with its data, report.json), and state.pth, from which --resume continues. `bn-insert report` compares several
     runs. Ctrl-C finishes the current step and saves; press it again to stop immediately.
-    With several processes: `torchrun --nproc-per-node 2 -m bn_insert finetune ...`.
+    With several processes: `torchrun --nproc-per-node 2 -m bn_insert finetune CHECKPOINT DATA --output-dir DIR`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
 

@@ -32,7 +32,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     inserted_only: Annotated[
         bool,
         typer.Option(
-            "--inserted-only", help="Fold only what bn-insert inserted, and leave BatchNorms that were there before."
+            "--inserted-only", help="Fold only what bn-insert inserted, and leave the original BatchNorms in place."
         ),
     ] = False,
     model: opt.Model = None,
@@ -53,7 +53,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     """Fold every BatchNorm into its conv or dense layer; the outputs stay the same.
 
     The inverse of `insert`, before or after fine-tuning. The result is checked against the original before
-    anything is written; beyond tolerance nothing is written and the exit code is 1.
+    anything is written; if the difference exceeds the tolerance, nothing is written and the exit code is 1.
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
 

@@ -80,7 +80,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write a report, a page or JSON by suffix. It adds train mode compared with eval mode, on "
+            help="Write a report, a page or JSON by suffix. It also compares train mode with eval mode, on "
             "64 images, or as many as can be done in a minute (at least 16).",
             metavar="FILE.html|FILE.json",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
 def _settings_table(settings: Settings, place: str) -> Table:
     """Return a table of what a checkpoint stores besides its tensors, with equal layers counted together."""
     result = table("Settings", "setting", "value")
-    result.add_row("stored in", plain(place))
+    result.add_row("stored in", plain(re.sub("^its ", "the file's ", place)))
     norms = Counter((norm.eps, norm.momentum) for norm in settings.batchnorm.values())
     for (eps, momentum), count in norms.items():
         result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({_count(count, 'layer')})")

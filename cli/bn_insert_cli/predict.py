@@ -41,8 +41,8 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Print the most probable class of each image, with its probability, one line per image, sorted by path.
 
-    Classes have the names in the checkpoint, which `finetune` stores, or else numbers, counted from 0. The exit code
-    is 1 if outputs are not finite.
+    Classes are shown by the names that `finetune` stored in the checkpoint, or else by number, counted from 0. The
+    exit code is 1 if outputs are not finite.
 
     Example: `bn-insert predict run/best.pth photographs/ --top 3`
 

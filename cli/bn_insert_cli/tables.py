@@ -83,12 +83,12 @@ def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Origin
 
 
 def class_table(evaluation: Evaluation) -> Table:
-    """Return one row per class: its images, the accuracy on them, and the classes that they are most often taken for.
+    """Return one row per class: images, accuracy, and the classes that they are most often mistaken for.
 
     Classes without images are left out, and counted below the table.
     """
     numbers = ("images", "correct", "accuracy")
-    result = table("Accuracy by class", "class", *numbers, "most often taken for", right=numbers)
+    result = table("Accuracy by class", "class", *numbers, "most often mistaken for", right=numbers)
     rows = zip(evaluation.classes, evaluation.class_accuracy, evaluation.confusion, strict=True)
     missing = 0
     for label, (name, accuracy, counts) in enumerate(rows):

@@ -44,7 +44,7 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run) -> None:
         assert f"{each['top1_agreement']:.2%}" in alone.stdout
         assert f"{each['kl_divergence']:.3g}" in alone.stdout
     assert alone.stdout.count("100.00%") >= 2
-    assert "With Batch Renormalization it keeps 100 % at batch sizes from 8 on." in text_of(alone.stdout)
+    assert "With Batch Renormalization it keeps 100 % at batch sizes of 8 and above." in text_of(alone.stdout)
 
 
 def test_a_batch_size_with_a_single_batch_is_left_out(run: Run, digits: Path) -> None:

@@ -153,7 +153,7 @@ def test_renorm_is_not_measured_where_a_batchnorm_cannot_renormalize() -> None:
 @pytest.mark.parametrize(("top1", "expected"), [(1.0, "100 %"), (0.98438, "98.44 %")])
 def test_the_reading_has_the_lowest_agreement_with_renorm(top1: float, expected: str) -> None:
     reading = agreement_reading(agreements(n4=0.5, n8=0.96), renorm=agreements(n4=1.0, n8=top1))
-    assert reading.endswith(f" With Batch Renormalization it keeps {expected} at batch sizes from 4 on.")
+    assert reading.endswith(f" With Batch Renormalization it keeps {expected} at batch sizes of 4 and above.")
     assert "Renormalization it" not in agreement_reading(agreements(n4=0.5, n8=0.96))
 
 
