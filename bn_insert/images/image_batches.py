@@ -178,4 +178,6 @@ class ImageBatches(Batches):
                     return
         if missing == self.images:
             path, reason = self.unreadable[0]
+            if len(self.paths) == 1:
+                raise ImageError(f"the only image file cannot be read: {path}: {reason}")
             raise ImageError(f"none of the {len(self.paths)} image files can be read; the first is {path}: {reason}")

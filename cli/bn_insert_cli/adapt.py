@@ -20,7 +20,7 @@ from .checking import (
     report_facts,
     saying_what_is_written,
 )
-from .console import image_progress, print_note, print_result, print_table, print_warning
+from .console import counted, image_progress, print_note, print_result, print_table, print_warning
 from .inputs import (
     ImageOptions,
     is_tensor_file,
@@ -192,8 +192,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    kept = f", with {len(adaptation.shifts)} BatchNorm layers" if not adaptation.folded else ""
-    print_result(f"Wrote {output}: adapted to {adaptation.target_images} images{kept}.")
+    kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
+    print_result(f"Wrote {output}: adapted to {counted(adaptation.target_images, 'image')}{kept}.")
 
 
 def _findings(

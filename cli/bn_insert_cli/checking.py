@@ -11,7 +11,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import print_note
+from .console import counted, print_note
 from .tables import FEWEST_BATCHES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
     errors = [each.error_of(0.99) for each in moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    print_note(f"Calibrated on {images} images{reached}.")
+    print_note(f"Calibrated on {counted(images, 'image')}{reached}.")
     if tolerance is not None and isnan(error):
         print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
     elif tolerance is not None and batches < FEWEST_BATCHES:

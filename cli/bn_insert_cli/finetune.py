@@ -11,6 +11,7 @@ import typer
 
 from . import options as opt
 from .console import (
+    counted,
     print_error,
     print_line,
     print_note,
@@ -358,9 +359,9 @@ def _print_summary(summary: RunSummary) -> None:
     print_note(f"Classes (training/validation): {', '.join(names[:_CLASSES_SHOWN])}{more}.")
     print_note(f"Output layer: {summary.output}.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
-    print_note(f"Trained: {trained}; {summary.batchnorms} BatchNorm layers.")
+    print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")
     print_note(f"Dropout: {summary.dropout}.")
-    print_note(f"Steps: {summary.epochs * summary.steps:,} ({summary.epochs} epochs of {summary.steps:,}).")
+    print_note(f"Steps: {summary.epochs * summary.steps:,} ({counted(summary.epochs, 'epoch')} of {summary.steps:,}).")
     print_note(f"Device: {summary.device}.")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .checking import CHECK_FAILED, CHECK_IMAGES
-from .console import print_note, print_result, print_table
+from .console import counted, print_note, print_result, print_table
 from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
 from .interruption import signals
 from .tables import comparison_table
@@ -92,7 +92,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     with signals.saving(str(output)):
         save_checkpoint(result.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
     kept = f", {len(result.left)} left in place" if result.left else ""
-    print_result(f"Wrote {output}: {len(result.folded)} BatchNorm layers folded{kept}.")
+    print_result(f"Wrote {output}: {counted(len(result.folded), 'BatchNorm layer')} folded{kept}.")
 
 
 def _inserted(network: nn.Module, checkpoint: str) -> list[str]:

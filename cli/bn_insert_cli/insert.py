@@ -19,7 +19,7 @@ from .checking import (
     report_facts,
     saying_what_is_written,
 )
-from .console import image_progress, print_note, print_result, print_table
+from .console import counted, image_progress, print_note, print_result, print_table
 from .inputs import (
     ImageOptions,
     is_tensor_file,
@@ -179,7 +179,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if not accepted:
         print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    print_result(f"Wrote {output}: {len(insertion.sites)} BatchNorm layers inserted.")
+    print_result(f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted.")
 
 
 def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:

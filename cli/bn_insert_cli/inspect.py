@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
-from .console import plain, print_json, print_line, print_result, print_table, table
+from .console import counted, plain, print_json, print_line, print_result, print_table, table
 from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table
 
@@ -83,7 +83,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     else:
         print_table(_settings_table(content.settings, content.settings_place))
     insertable = f"BatchNorm can be inserted after {sites}" if sites else "no BatchNorm can be inserted"
-    print_result(f"{_count(len(found), 'conv or dense layer')}, {parameters:,} parameters; {insertable}.")
+    print_result(f"{counted(len(found), 'conv or dense layer')}, {parameters:,} parameters; {insertable}.")
 
 
 def _settings_table(settings: Settings, place: str) -> Table:
@@ -92,9 +92,9 @@ def _settings_table(settings: Settings, place: str) -> Table:
     result.add_row("stored in", plain(re.sub("^its ", "the file's ", place)))
     norms = Counter((norm.eps, norm.momentum) for norm in settings.batchnorm.values())
     for (eps, momentum), count in norms.items():
-        result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({_count(count, 'layer')})")
+        result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({counted(count, 'layer')})")
     for p, count in Counter(settings.dropout.values()).items():
-        result.add_row("dropout", f"p {p:g} ({_count(count, 'layer')})")
+        result.add_row("dropout", f"p {p:g} ({counted(count, 'layer')})")
     if settings.transform is None:
         result.add_row("preprocessing", "not stored; ImageNet's by default")
     else:
@@ -115,7 +115,3 @@ def _settings_table(settings: Settings, place: str) -> Table:
 
 def _value(value: object) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

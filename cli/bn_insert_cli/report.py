@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .console import print_result
+from .console import counted, print_result
 from .interruption import signals
 
 
@@ -33,4 +33,4 @@ def report(
     found = [read_run(run / "report.json") | {"name": str(run)} for run in runs]
     with signals.saving(str(output)):
         write_report(output, runs_report(found), overwrite=force)
-    print_result(f"Wrote {output}: {len(found)} {'run' if len(found) == 1 else 'runs'}.")
+    print_result(f"Wrote {output}: {counted(len(found), 'run')}.")

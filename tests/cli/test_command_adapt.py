@@ -135,7 +135,7 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
     result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert "19 unreadable files were skipped" in text_of(result.stderr)
-    assert "adapted to 1 images" in result.stdout
+    assert "adapted to 1 image." in result.stdout
     first.write_bytes(b"")
     assert_refused(
         run("adapt", network_path(), digits, dark, "-o", "again.pth", *AS_STORED), "none of the 20 image files"

@@ -80,7 +80,7 @@ def test_what_was_inserted_is_folded_alone_on_request(run: Run) -> None:
     assert run("insert", "net.pth", "x.pt", "-o", "bn.pth").exit_code == 0
     result = run("fold", "bn.pth", "x.pt", "-o", "folded.pth", "--inserted-only")
     assert result.exit_code == 0, result.output
-    assert "Wrote folded.pth: 1 BatchNorm layers folded, 1 left in place." in result.stdout
+    assert "Wrote folded.pth: 1 BatchNorm layer folded, 1 left in place." in result.stdout
     assert torch.load("folded.pth").keys() == torch.load("net.pth").keys()
     refused = run("fold", "net.pth", "x.pt", "-o", "all.pth", "--inserted-only")
     assert_refused(refused, "net.pth stores knows of no BatchNorm that bn-insert inserted", "without --inserted-only")

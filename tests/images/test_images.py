@@ -367,6 +367,12 @@ def test_a_folder_of_unreadable_files_alone_is_an_error_with_their_number_and_th
         list(image_batches(tmp_path, PLAIN, batch_size=2, workers=workers))
 
 
+def test_a_folder_of_one_unreadable_file_is_an_error_about_this_file(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"the only image file cannot be read: .*0.jpg: the file is empty"):
+        list(image_batches(tmp_path, PLAIN, batch_size=2))
+
+
 @pytest.mark.parametrize("limit", [30, 80])  # of 120 pixels Pillow makes an error and a warning
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decompression_bomb_is_unreadable_and_nothing_is_printed(
