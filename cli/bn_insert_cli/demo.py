@@ -34,4 +34,4 @@ def demo(
         print_note(f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}")
         insert(str(network_path()), images_path(), target)
     if output is None:
-        print_note("The result was discarded; to keep it, pass --output digits-bn.pth")
+        print_note("The result was in a temporary folder and has been deleted; to keep it, pass --output digits-bn.pth")
