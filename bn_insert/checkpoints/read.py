@@ -222,10 +222,15 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             "convert it: torch.save(pickle.load(open(path, 'rb')), other_path), with tensors as values"
         )
     reason = printable(re.split(r"\. |\n", text.rpartition("WeightsUnpickler error:")[2].strip())[0][:200])
-    return CheckpointError(
-        f"{path} is damaged, or was not written by torch.save or safetensors ({reason or type(error).__name__}); "
-        "download or write it again"
-    )
+    fault = f"is damaged, or was not written by torch.save or safetensors ({reason or type(error).__name__})"
+    if _is_truncated_zip(path):
+        fault = "is incomplete: it ends before its zip directory, as after an interrupted download or copy"
+    return CheckpointError(f"{path} {fault}; download or write it again")
+
+
+def _is_truncated_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
 
 
 _OTHER_FORMATS = {

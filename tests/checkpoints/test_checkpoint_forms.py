@@ -36,7 +36,7 @@ REFUSED = {
     "text": "it is a text file",
     "empty": "it is empty",
     "folder": "is a folder, not a checkpoint file",
-    "truncated": "is damaged, or was not written by torch.save or safetensors",
+    "truncated": "is incomplete: it ends before its zip directory",
     "absent": "there is no file",
 }
 
