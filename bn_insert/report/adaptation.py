@@ -75,13 +75,14 @@ def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
 
 def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
-    ratios = [shift["std_median"] for shift in shifts if shift["std_median"] is not None]
-    widest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-9))), default=1.0)
+    ratios = [shift["std_median"] for shift in shifts if shift["std_median"] is not None] or [1.0]
+    smallest, largest = min(ratios), max(ratios)
+    factor = f"between {smallest:.2f} and {largest:.2f}" if smallest < largest else f"of {largest:.2f}"
     text = (
         f"The means moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), and the "
-        f"standard deviations of a layer by a factor of up to {widest:.2f}."
+        f"standard deviations of a layer by a factor {factor}."
     )
-    if farthest["mean_size"] < _HARDLY and abs(widest - 1) < _HARDLY:
+    if farthest["mean_size"] < _HARDLY and max(abs(smallest - 1), abs(largest - 1)) < _HARDLY:
         return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")
     return Verdict("good", "Statistics", text)
 

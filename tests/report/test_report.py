@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from bn_insert import CheckpointError, insert, train_mode_agreement
+from bn_insert import CheckpointError, PredictionComparison, insert, train_mode_agreement
 from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
+from bn_insert.report.adaptation import adaptation_report
 from bn_insert.report.health import run_health
 from bn_insert.report.page import page
 from bn_insert.report.verdicts import next_command, runs_verdict, verdicts
@@ -26,6 +28,16 @@ from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg
 
 HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
+
+
+@pytest.mark.parametrize(
+    ("stds", "factor"), [((0.49,), "of 0.49"), ((0.49, 0.9, 1.3), "between 0.49 and 1.30")], ids=["one", "several"]
+)
+def test_the_verdict_on_an_adaptation_has_the_range_of_the_factors(stds: tuple[float, ...], factor: str) -> None:
+    shifts = [{"layer": f"features.{number}", "mean": [0.2], "std": [std]} for number, std in enumerate(stds)]
+    unmeasured = PredictionComparison(0, 0, math.nan, math.nan, math.nan)
+    statistics, *_ = adaptation_report(shifts, asdict(unmeasured), {})["verdicts"]
+    assert statistics["text"].endswith(f"the standard deviations of a layer by a factor {factor}.")
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
