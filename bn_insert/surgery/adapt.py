@@ -309,9 +309,10 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
 def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> GraphError | CalibrationError:
     name = type(model).__name__
     if insertion is None:
+        source = as_passed("source", option="SOURCE (`adapt CHECKPOINT SOURCE TARGET`)")
         return CalibrationError(
-            f"{name} has no BatchNorm: pass images of the kind that it was trained on as source, so that BatchNorm can "
-            "be inserted"
+            f"{name} has no BatchNorm: pass images of the kind that it was trained on as {source}, so that BatchNorm "
+            "can be inserted"
         )
     return GraphError(f"nothing to adapt in {name}: no layer can get a BatchNorm ({insertion.nothing})")
 

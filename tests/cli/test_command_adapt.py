@@ -146,7 +146,7 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("dark",), "pass images of the kind that it was trained on as source"),
+        (("dark",), "as SOURCE (`adapt CHECKPOINT SOURCE TARGET`)"),
         (("digits", "dark", "dark"), "3 folders were given; pass SOURCE and TARGET"),
         (("digits", "missing"), "missing does not exist"),
         (("digits", "dark", "--report", "out.pth"), "use a name that ends in .html or .json"),
