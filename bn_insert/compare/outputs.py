@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
@@ -142,6 +142,13 @@ def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], number: int) -> None:
     shapes = [tuple(output.shape) for output in expected], [tuple(output.shape) for output in actual]
+    match shapes:
+        case [(images, reference)], [(as_many, candidate)] if images == as_many and reference != candidate:
+            a, b = as_passed("reference", option="A"), as_passed("candidate", option="B")
+            raise CalibrationError(
+                f"the two models' outputs cannot be compared: {a} returns {reference} outputs for each image, {b} "
+                f"{candidate}"
+            )
     if shapes[0] != shapes[1] or not expected:
         raise CalibrationError(f"the two models' outputs cannot be compared: shapes {shapes[0]} and {shapes[1]}")
     if not all(output.isfinite().all() for output in expected):

@@ -144,7 +144,7 @@ def test_each_model_runs_in_its_own_dtype() -> None:
 @pytest.mark.parametrize(
     ("shaped", "shapes"),
     [
-        (lambda x: x[:, :3], r"\[\(4, 5\)\] and \[\(4, 3\)\]"),
+        (lambda x: x[:, :, None], r"\[\(4, 5\)\] and \[\(4, 5, 1\)\]"),
         (lambda x: (x, x), r"\[\(4, 5\)\] and \[\(4, 5\), \(4, 5\)\]"),
         (lambda _: None, r"\[\(4, 5\)\] and \[\]"),
     ],
@@ -153,6 +153,12 @@ def test_each_model_runs_in_its_own_dtype() -> None:
 def test_outputs_of_different_shapes_cannot_be_compared(shaped: Callable[[Tensor], Any], shapes: str) -> None:
     with pytest.raises(CalibrationError, match=f"^the two models' outputs cannot be compared: shapes {shapes}$"):
         compare_outputs(passing(), passing(shaped), [features(4, 5)])
+
+
+def test_different_numbers_of_classes_are_told_when_outputs_cannot_be_compared() -> None:
+    message = "cannot be compared: reference returns 5 outputs for each image, candidate 3$"
+    with pytest.raises(CalibrationError, match=message):
+        compare_outputs(passing(), passing(lambda x: x[:, :3]), [features(4, 5)])
 
 
 def test_models_without_outputs_cannot_be_compared() -> None:
