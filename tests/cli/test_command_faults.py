@@ -207,7 +207,7 @@ write_atomically(name, lambda path: (path.write_text("half"), os.write(1, line),
 @pytest.mark.skipif(not INTERRUPTION.exists(), reason="fuzz/ is not in this distribution")
 def test_killed_at_random_moments_every_output_is_whole() -> None:
     command = ("-m", "fuzz.interruption", "--kills", 1, "--seed", 1)
-    command += ("--commands", "insert --force, .pth", "finetune")
+    command += ("--commands", "finetune")  # those of insert are in tests/checkpoints
     done = run_forked(*command, folder=INTERRUPTION.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Outputs other than absent, old or new, each complete: 0." in done.stdout

@@ -342,6 +342,7 @@ def test_a_batch_that_a_worker_cannot_send_for_lack_of_memory_is_not_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, dumps = os.getpid(), ForkingPickler.dumps
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds until a worker is missed
     monkeypatch.setattr(ForkingPickler, "dumps", lambda it: dumps(it) if os.getpid() == main else bytes(1 << 60))
     with pytest.raises(ImageError, match="ended early, perhaps out of memory"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))
