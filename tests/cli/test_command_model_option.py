@@ -303,7 +303,9 @@ def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes
     torch.save(torch.rand(1, 3, 8, 8), "one.pt")
     torch.save(torch.rand(4, 3, 8, 8), "x.pt")
     words = ("insert", "Squeezed.pth", "one.pt", "-o", "out.pth", *of_other_shapes("Squeezed"))
-    assert_refused(shapes(*words), "the outputs of layer hidden have the shape (6,), not a batch of 6 channels", "flatten(1)")
+    assert_refused(
+        shapes(*words), "the outputs of layer hidden have the shape (6,), not a batch of 6 channels", "flatten(1)"
+    )
     assert shapes("insert", "Squeezed.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("Squeezed")).exit_code == 0
     folded = shapes("fold", "bn.pth", "x.pt", "-o", "folded.pth", *of_other_shapes("Squeezed"))
     assert "2 BatchNorm layers folded" in folded.stdout
