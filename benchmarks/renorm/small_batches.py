@@ -201,7 +201,8 @@ def main() -> None:
         with record.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(run, line["accuracies"], flush=True)
-    text = f"# Small batches\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}\n{table(lines)}\n\n{machine()}\n"
+    machines = "\n\n".join(dict.fromkeys(line["machine"] for line in lines))
+    text = f"# Small batches\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}\n{table(lines)}\n\n{machines}\n"
     (options.output / "small-batches.md").write_text(text)
 
 
