@@ -105,7 +105,8 @@ class Gathering:
             return False
         if self._independent is None:
             self._independent = self._is_independent(images)
-        self._images = images.new_empty(batches * len(images), *images.shape[1:])
+        if self._independent:
+            self._images = images.new_empty(batches * len(images), *images.shape[1:])
         return self._independent
 
     def _is_independent(self, images: Tensor) -> bool:
