@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from ..errors import ImageError
 from ..support.near_names import missing_folder
@@ -114,9 +118,35 @@ def read_image(path: Path, channels: int) -> Image.Image:
         raise ImageError("the file is empty")
     Image.init()
     with Image.open(io.BytesIO(content), formats=[name for name in _SUFFIXES if name in Image.OPEN]) as image:
+        if image.format == "TIFF":
+            with _silent_libtiff():
+                image.load()
         ImageOps.exif_transpose(image, in_place=True)
         eight_bit = _eight_bit(image) if image.mode[0] in "IF" else image
         return eight_bit if eight_bit.mode == MODES[channels] else eight_bit.convert(MODES[channels])
+
+
+@contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """Switch off libtiff's error handler, which prints what is wrong with a file; Pillow raises an error anyway."""
+    set_handler = _libtiff_error_handler()
+    handler = set_handler(None) if set_handler else None
+    try:
+        yield
+    finally:
+        if set_handler:
+            set_handler(handler)
+
+
+@cache
+def _libtiff_error_handler() -> Any:
+    """Return TIFFSetErrorHandler of the libtiff that Pillow uses; None where it is linked statically or left out."""
+    try:
+        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    except (AttributeError, OSError):
+        return None
+    set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    return set_handler
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
