@@ -16,7 +16,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -124,8 +124,17 @@ def accuracy(network: nn.Module, data: Data, run: Run, generator: torch.Generato
     return correct / len(data.held_out)
 
 
-def train(data: Data, run: Run, images_seen: int) -> list[float]:
-    """Return the accuracies before the first step and at each evaluation; NaN from where the loss is not finite."""
+def train(
+    data: Data, run: Run, images_seen: int, before_step: Callable[[nn.Module, int, int, float], None] | None = None
+) -> list[float]:
+    """Return the accuracies before the first step and at each evaluation; NaN from where the loss is not finite.
+
+    Args:
+        data: Network and images.
+        run: What is trained, and how.
+        images_seen: Training images in all.
+        before_step: Called with the network, the step, the number of steps and the learning rate of the step.
+    """
     torch.manual_seed(run.seed)
     generator = torch.Generator().manual_seed(run.seed)
     network = prepared(data, run, generator)
@@ -139,6 +148,8 @@ def train(data: Data, run: Run, images_seen: int) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = run.rate * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
         network.train()
+        if before_step:
+            before_step(network, step, steps, optimizer.param_groups[0]["lr"])
         loss = F.cross_entropy(network(data.train[rows]), data.train_labels[rows])
         if not loss.isfinite():
             return found + [math.nan] * (EVALUATIONS + 1 - len(found))
