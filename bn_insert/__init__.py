@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     # In a training script
     from .batchnorm.dropouts import dropouts_before_batchnorm as dropouts_before_batchnorm
     from .batchnorm.modes import freeze_batchnorm as freeze_batchnorm, set_batchnorm_mode as set_batchnorm_mode
-    from .batchnorm.renorm import (
+    from .batchnorm.batch_renorm import (
         BatchRenorm1d as BatchRenorm1d,
         BatchRenorm2d as BatchRenorm2d,
         BatchRenorm3d as BatchRenorm3d,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         train_mode_agreement as train_mode_agreement,
     )
     from .statistics.recalibrate import recalibrate as recalibrate
-    from .surgery.output_layer import replace_head as replace_head, replace_output as replace_output
+    from .surgery.replace_output import replace_head as replace_head, replace_output as replace_output
     from .training.parameter_groups import parameter_groups as parameter_groups
 
     # Fine-tune on class folders
@@ -129,15 +129,15 @@ _MODULES = {
     "predict": "compare.evaluation",
     "Prediction": "compare.evaluation",
     # In a training script
-    "replace_output": "surgery.output_layer",
-    "replace_head": "surgery.output_layer",
+    "replace_output": "surgery.replace_output",
+    "replace_head": "surgery.replace_output",
     "parameter_groups": "training.parameter_groups",
     "dropouts_before_batchnorm": "batchnorm.dropouts",
     "set_batchnorm_mode": "batchnorm.modes",
     "freeze_batchnorm": "batchnorm.modes",
-    "BatchRenorm1d": "batchnorm.renorm",
-    "BatchRenorm2d": "batchnorm.renorm",
-    "BatchRenorm3d": "batchnorm.renorm",
+    "BatchRenorm1d": "batchnorm.batch_renorm",
+    "BatchRenorm2d": "batchnorm.batch_renorm",
+    "BatchRenorm3d": "batchnorm.batch_renorm",
     "recalibrate": "statistics.recalibrate",
     "train_mode_agreement": "compare.train_mode",
     "TrainModeAgreement": "compare.train_mode",

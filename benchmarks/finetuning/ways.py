@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from bn_insert import insert_batchnorm, recalibrate, set_batchnorm_mode
-from bn_insert.surgery.output_layer import output_layer
+from bn_insert.surgery.replace_output import output_layer
 
 Kind = Literal["conv", "dense"]
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import recalibrate
-from bn_insert.batchnorm.limits import Limits, set_renorm_limits
-from bn_insert.batchnorm.renorm import BatchRenorm
+from bn_insert.batchnorm.batch_renorm import BatchRenorm
+from bn_insert.batchnorm.renorm_limits import Limits, set_renorm_limits
 
 from ..machine import machine
 from .small_batches import Data, Run, digits, sample, train

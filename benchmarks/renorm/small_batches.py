@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bn_insert import insert_batchnorm, load_checkpoint, parameter_groups, recalibrate, replace_output
-from bn_insert.batchnorm.renorm import BATCH_RENORMS
+from bn_insert.batchnorm.batch_renorm import BATCH_RENORMS
 from bn_insert.demo import network_path
 from bn_insert.demo.training import as_input, load_digits, split
 

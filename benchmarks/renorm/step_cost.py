@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from bn_insert.batchnorm.renorm import BATCH_RENORMS
+from bn_insert.batchnorm.batch_renorm import BATCH_RENORMS
 
 from ..machine import machine
 

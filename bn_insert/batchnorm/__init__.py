@@ -1,1 +1,1 @@
-"""The BatchNorm layer itself: identity BatchNorms, and modes that freeze its statistics or parameters."""
+"""The BatchNorm layer itself: identity BatchNorms, Batch Renormalization, and modes for training."""

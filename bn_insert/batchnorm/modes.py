@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from .limits import Limits, set_renorm_limits
-from .renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
+from .batch_renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
+from .renorm_limits import Limits, set_renorm_limits
 
 BatchNormMode = Literal["train", "renorm", "freeze-statistics", "freeze"]
 

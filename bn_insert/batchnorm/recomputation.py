@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from .renormalization import Normalization
+from .batch_renorm_function import Normalization
 
 # Passes that leave no graph (under `no_grad`, as reentrant checkpointing runs them) and can still be recomputed.
 _GRAPHLESS_PASSES = 64

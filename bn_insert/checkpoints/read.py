@@ -19,8 +19,8 @@ from torch import Tensor
 from ..errors import CheckpointError, out_of_memory
 from ..support.files import StrPath, real_path
 from ..support.near_names import did_you_mean
+from ..support.safe_torch_load import RefusedError, check_expansion, check_same_file, load_torch_file
 from ..support.text import printable
-from ..support.torch_file import RefusedError, check_expansion, check_same_file, load_torch_file
 from .legacy_sidecar import read_sidecar, sidecar_path
 from .settings import Settings
 from .state_dict import METADATA_KEY, checked_tensors, stored_metadata, unwrapped_state_dict

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, as_passed
+from ..support.safe_torch_load import MAX_TENSORS
 from ..support.text import printable
-from ..support.torch_file import MAX_TENSORS
 
 WRAPPERS = (
     "state_dict",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
-from ..batchnorm.renorm import BatchRenorm
 from ..errors import CalibrationError
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs

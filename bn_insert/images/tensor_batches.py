@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ImageError, out_of_memory
+from ..support.safe_torch_load import load_torch_file
 from ..support.text import printable
-from ..support.torch_file import load_torch_file
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
 _LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}

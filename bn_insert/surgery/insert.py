@@ -25,12 +25,12 @@ from ..statistics.passes import Progress, preserved_random_state
 from ..support.processes import Ranks
 from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
-from .faults import fault_of
+from .first_batches import Peek, peeked
 from .history import History, InsertedBatchNorms
 from .inserted import marked
 from .layer_statistics import layer_statistics
-from .peek import Peek, peeked
 from .splice import splice_after
+from .verification import fault_of
 
 
 @dataclass(frozen=True, eq=False)

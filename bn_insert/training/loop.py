@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ..batchnorm.limits import set_renorm_limits
+from ..batchnorm.renorm_limits import set_renorm_limits
 from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..support.processes import Ranks

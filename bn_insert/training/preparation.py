@@ -13,7 +13,7 @@ from ..batchnorm.modes import set_batchnorm_mode
 from ..errors import TrainingError, as_passed
 from ..graph.layers import outputs_of
 from ..support.processes import Ranks
-from ..surgery.output_layer import output_layer, replace_head, replace_output
+from ..surgery.replace_output import output_layer, replace_head, replace_output
 from .parameter_groups import parameter_groups
 from .settings import Trained, TrainingSettings
 

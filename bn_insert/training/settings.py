@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..batchnorm.limits import ConstantLimits, RenormLimits
 from ..batchnorm.modes import BatchNormMode
+from ..batchnorm.renorm_limits import ConstantLimits, RenormLimits
 from ..errors import TrainingError, as_passed
 from ..surgery.history import WIDEST_HEAD
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
+from ..support.safe_torch_load import load_torch_file
 from ..support.schema import Count, Finite, SchemaError, checked
 from ..support.text import first_line, printable
-from ..support.torch_file import load_torch_file
 from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
-from ..surgery.output_layer import output_layer
+from ..surgery.replace_output import output_layer
 from .settings import TrainingSettings
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bn_insert.batchnorm.renorm import BatchRenorm1d, BatchRenorm2d
+from bn_insert.batchnorm.batch_renorm import BatchRenorm1d, BatchRenorm2d
 
 # Sizes of the two ranks' batches.
 SPLITS = {"even": (4, 4), "uneven": (3, 5), "with an empty rank": (0, 8), "of one image each": (1, 1)}

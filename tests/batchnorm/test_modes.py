@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bn_insert.batchnorm.batch_renorm import BATCH_RENORMS, BatchRenorm2d
 from bn_insert.batchnorm.modes import (
     BatchNormMode,
     freeze_batchnorm,
@@ -14,7 +15,6 @@ from bn_insert.batchnorm.modes import (
     set_batchnorm_mode,
     uses_batch_statistics,
 )
-from bn_insert.batchnorm.renorm import BATCH_RENORMS, BatchRenorm2d
 from bn_insert.errors import TrainingError
 from bn_insert.training.parameter_groups import parameter_groups
 from support.networks import narrow_vgg

@@ -24,7 +24,7 @@ from bn_insert import (
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.graph.inputs import Inputs
-from bn_insert.surgery.faults import fault_of
+from bn_insert.surgery.verification import fault_of
 from support.idioms import DecidesByValues
 from support.networks import (
     AWKWARD,

@@ -24,7 +24,7 @@ from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support.processes import Ranks
-from bn_insert.surgery.output_layer import replace_head, replace_output
+from bn_insert.surgery.replace_output import replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
 from bn_insert.training.preparation import prepared_network
 from bn_insert.training.schedule import learning_rate

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import BatchRenorm2d, TrainingSettings, finetune, insert_batchnorm, save_checkpoint
-from bn_insert.batchnorm.limits import Limits
+from bn_insert.batchnorm.renorm_limits import Limits
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError

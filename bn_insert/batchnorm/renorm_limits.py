@@ -1,6 +1,6 @@
 """Limits of Batch Renormalization during training: how far it may correct a batch towards the running statistics.
 
-The layers in `renorm.py` store and apply them.
+The layers in `batch_renorm.py` store and apply them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
-from .renorm import BatchRenorm, check_limits
+from .batch_renorm import BatchRenorm, check_limits
 
 
 class Limits(NamedTuple):

@@ -13,8 +13,8 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from .batch_renorm_function import Normalization, batch_moments, pool_over_ranks, renormalize
 from .recomputation import kept_passes
-from .renormalization import Normalization, batch_moments, pool_over_ranks, renormalize
 
 
 def check_limits(r_max: float = 1.0, d_max: float = 0.0) -> None:

@@ -16,8 +16,7 @@ from renorm_ranks import SPLITS, batch, network, trained
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bn_insert.batchnorm.recomputation import kept_passes
-from bn_insert.batchnorm.renorm import (
+from bn_insert.batchnorm.batch_renorm import (
     BATCH_RENORMS,
     BatchRenorm1d,
     BatchRenorm2d,
@@ -25,6 +24,7 @@ from bn_insert.batchnorm.renorm import (
     to_batchnorm,
     to_renorm,
 )
+from bn_insert.batchnorm.recomputation import kept_passes
 from bn_insert.errors import TrainingError
 from support.commands import forked_ranks
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bn_insert.batchnorm.limits import ConstantLimits, Limits, RenormLimits, set_renorm_limits
+from bn_insert.batchnorm.batch_renorm import BatchRenorm1d
 from bn_insert.batchnorm.modes import set_batchnorm_mode
-from bn_insert.batchnorm.renorm import BatchRenorm1d
+from bn_insert.batchnorm.renorm_limits import ConstantLimits, Limits, RenormLimits, set_renorm_limits
 from bn_insert.errors import TrainingError
 
 
