@@ -22,13 +22,10 @@ from ..support.near_names import did_you_mean
 from ..support.safe_torch_load import RefusedError, check_expansion, check_same_file, load_torch_file
 from ..support.text import printable
 from .legacy_sidecar import read_sidecar, sidecar_path
-from .settings import Settings
-from .state_dict import METADATA_KEY, checked_tensors, stored_metadata, unwrapped_state_dict
+from .settings import HEADER_KEY, METADATA_KEY, Settings, stored_metadata
+from .state_dict import checked_tensors, unwrapped_state_dict
 
 FileKind = Literal["torch", "safetensors"]
-
-HEADER_KEY = "bn-insert"
-"""Where the metadata of a safetensors file has the settings."""
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin|pth|pt)$")
 

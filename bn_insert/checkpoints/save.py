@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
-from .read import HEADER_KEY
-from .settings import Settings
-from .state_dict import METADATA_KEY, independent, is_plain
+from .settings import HEADER_KEY, METADATA_KEY, Settings
+from .state_dict import independent, is_plain
 
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 

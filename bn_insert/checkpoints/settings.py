@@ -1,5 +1,8 @@
 """Network settings that a state dict does not store: eps, momentum, dropout, preprocessing, classes and history.
 
+A checkpoint carries them as JSON text: a .pth in the metadata of its state dict (`_metadata[""]`), which PyTorch
+saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read.py` reads it.
+
 A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
 refuse the rest by its version. Version 2 added the names of classes.
 """
@@ -7,7 +10,7 @@ refuse the rest by its version. Version 2 added the names of classes.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -23,8 +26,17 @@ from ..support.text import listed
 from ..surgery.history import History
 
 FORMAT = "bn-insert"
+METADATA_KEY = "bn_insert"  # in `_metadata[""]` of a state dict
+HEADER_KEY = "bn-insert"  # in the header of a safetensors file
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
 _NAMES_SHOWN = 3
+
+
+def stored_metadata(state_dict: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the metadata of the root module that a state dict of PyTorch carries, unchecked; empty if it has none."""
+    metadata: object = vars(state_dict).get("_metadata") if isinstance(state_dict, OrderedDict) else None
+    root = dict.get(metadata, "") if isinstance(metadata, dict) else None
+    return dict(dict.items(root)) if isinstance(root, dict) else {}
 
 
 class BatchNormSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,6 @@ _PARALLEL = re.compile(r"(features|classifier)\.module\.")  # DataParallel aroun
 _NEXT_NAME = re.compile(r"[^.]+\.(?=.*\.)")  # of a module, not of a tensor
 _KEYS_SHOWN = 12
 
-METADATA_KEY = "bn_insert"
-"""Where `_metadata[""]` of a state dict has the settings, as JSON text."""
-
 
 def unwrapped_state_dict(path: Path, content: object, key: str | None = None) -> dict[Any, Any]:
     """Return the dict in the content of a file that torch.save wrote, taken out of its wrapper; its values unchecked.
@@ -75,13 +71,6 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             "torch.save(model.state_dict(), path)"
         )
     return content
-
-
-def stored_metadata(state_dict: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the metadata of the root module that a state dict of PyTorch carries, unchecked; empty if it has none."""
-    metadata: object = vars(state_dict).get("_metadata") if isinstance(state_dict, OrderedDict) else None
-    root = dict.get(metadata, "") if isinstance(metadata, dict) else None
-    return dict(dict.items(root)) if isinstance(root, dict) else {}
 
 
 def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:

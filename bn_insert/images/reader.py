@@ -1,4 +1,4 @@
-"""One pass over image files: the batches that they decode to, and the files that cannot be read."""
+"""One pass over image files: the batches of what `decoding.py` decodes, and the files that cannot be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ImageError, as_passed
 from .batches import Unreadable, check_at_least
-from .files import MODES, read_pixels
+from .decoding import MODES, read_pixels
 from .tensor_batches import TENSOR_SUFFIXES
 from .transform import Transform
 from .worker_processes import begin_worker, signals_held_back

@@ -2,12 +2,12 @@
 
 from .adaptation import adaptation_report
 from .confusion import check_confusion_matrix, write_confusion_matrix
-from .health import run_health, worst
 from .insertion import insertion_report
 from .output import check_report, write_report
 from .provenance import file_facts, versions
+from .run_verdicts import run_health, worst
 from .runs import read_run, run_report, runs_report
-from .verdicts import Verdict
+from .verdict import Verdict
 
 __all__ = [
     "Verdict",

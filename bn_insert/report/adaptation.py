@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import as_passed
 from .provenance import versions
-from .verdicts import Verdict
+from .verdict import Verdict
 
 FORMAT = "bn-insert adaptation report"
 

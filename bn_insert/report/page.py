@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import adaptation, insertion
 from .charts import adaptation_charts, agreement_chart, insertion_charts, run_charts
-from .health import run_health, worst
-from .verdicts import Verdict, best_epoch, identical_runs, next_command, ranked, runs_verdict, verdicts
+from .insertion_verdicts import next_command, verdicts
+from .run_verdicts import best_epoch, identical_runs, ranked, run_health, runs_verdict, worst
+from .verdict import Verdict
 
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
 _BATCH = 32  # images, for the error of the statistics of one training batch

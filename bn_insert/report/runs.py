@@ -13,8 +13,8 @@ from ..errors import CheckpointError, as_passed
 from ..support.near_names import did_you_mean
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
 from ..support.text import printable
-from .health import run_health
 from .provenance import versions
+from .run_verdicts import run_health
 
 FORMAT = "bn-insert runs"
 _ADVICE = "pass the output directory of a training run"

@@ -1,4 +1,7 @@
-"""Merge each BatchNorm into a conv or dense layer: the inverse of an insertion."""
+"""Merge each BatchNorm into a conv or dense layer: the inverse of an insertion.
+
+Which can be merged, and into which layers, is planned in `fold_plan.py`; weights are changed in `layer_weights.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether a changed model still runs, and computes the same, on the first images."""
+"""Whether a changed model still runs, and computes the same, on the first images.
+
+The command `insert` also compares the outputs on more images, with a tolerance: `compare/outputs.py`.
+"""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.report.adaptation import adaptation_report
-from bn_insert.report.health import run_health
+from bn_insert.report.insertion_verdicts import next_command, verdicts
 from bn_insert.report.page import page
-from bn_insert.report.verdicts import next_command, runs_verdict, verdicts
+from bn_insert.report.run_verdicts import run_health, runs_verdict
 from bn_insert.training.metrics import EpochMetrics
 from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg

@@ -1,21 +1,15 @@
-"""What a report concludes from its figures, in words."""
+"""What the report of an insertion concludes from its figures, in words, and the command that it suggests next."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
+
+from .verdict import Verdict
 
 _LEAST_AGREEMENT = 0.95
 _USUAL_BATCH = 32  # the default of `finetune`
-
-
-class Verdict(NamedTuple):
-    """A conclusion: whether it is good, to be checked, or bad; what it is about; one or two sentences."""
-
-    state: Literal["good", "check", "bad"]
-    subject: str
-    text: str
 
 
 def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
@@ -100,43 +94,3 @@ def _usual(agreements: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def ranked(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return runs by their best validation accuracy, the highest first; of equal ones, that with the lower loss."""
-
-    def key(run: Mapping[str, Any]) -> tuple[float, float]:
-        best = best_epoch(run)
-        return (-best["val_accuracy"], best["val_loss"]) if best else (1.0, 0.0)
-
-    return sorted(runs, key=key)
-
-
-def best_epoch(run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the metrics of a run's best epoch."""
-    return next((epoch for epoch in run["epochs"] if epoch["epoch"] == run["best_epoch"]), None)
-
-
-def runs_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return which of the ranked runs is the best and by how much; empty for less than two complete ones."""
-    accuracies = [(run["name"], best["val_accuracy"]) for run in runs if (best := best_epoch(run))]
-    if len(accuracies) < 2:
-        return ""
-    (first, highest), (second, other), *_ = accuracies
-    tied = [name for name, accuracy in accuracies if accuracy == highest]
-    if len(tied) > 1:
-        return f"{len(tied)} runs share the best validation accuracy, {100 * highest:.2f} %: {', '.join(tied)}."
-    return (
-        f"{first} has the best validation accuracy, {100 * highest:.2f} %: {100 * (highest - other):.1f} points above "
-        f"{second} ({100 * other:.2f} %)."
-    )
-
-
-def identical_runs(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the names of runs whose metrics are the same in all epochs, as one list for each such group."""
-    groups: dict[str, list[str]] = {}
-    for run in runs:
-        metrics = [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in run["epochs"]]
-        if metrics:
-            groups.setdefault(repr(metrics), []).append(run["name"])
-    return [names for names in groups.values() if len(names) > 1]
