@@ -1,10 +1,11 @@
 """Rules for the limits of Batch Renormalization at high learning rates: which one, if any, should be the default?
 
     python -m benchmarks.renorm.limit_rules --output benchmarks/renorm/results
+    python -m benchmarks.renorm.limit_rules --cifar CIFAR_FOLDER --network cifar-vgg.pth --output ...
 
-The runs are those of `benchmarks.renorm.small_batches` on digits, with batches of 4 and rates up to ten times higher.
-Every rule sees the same images in the same order. "Lag" is the root mean square of d over all layers, smoothed over
-ten steps, divided by that of the first 20 steps: it grows when weights move faster than the running statistics follow.
+The runs are those of `benchmarks.renorm.small_batches`, with batches of 4 and rates up to ten times higher.
+Every rule sees the same images in the same order. "Lag" is the root mean square of d over channels, layers and recent
+steps, relative to what it would be by chance with accurate statistics (`LimitsByLag`, the default of `finetune`).
 Every finished run is a line in `limit-rules.jsonl`: interrupted, the program continues where it was.
 """
 
@@ -13,26 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bn_insert import recalibrate
 from bn_insert.batchnorm.batch_renorm import BatchRenorm
-from bn_insert.batchnorm.renorm_limits import Limits, set_renorm_limits
+from bn_insert.batchnorm.renorm_lag import Lag, LagMeter
+from bn_insert.batchnorm.renorm_limits import Limits, LimitsByLag, set_renorm_limits
 
 from ..machine import machine
-from .small_batches import Data, Run, digits, sample, train
+from .small_batches import Data, Run, cifar, digits, sample, train
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BATCH = 4
-LAG_STEPS = 20  # first steps, whose d is taken as usual
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Training:
     step: int
     steps: int
     learning_rate: float
-    lag: float
+    lag: Lag
     generator: torch.Generator
 
 
@@ -70,10 +71,10 @@ def by_learning_rate(now: Training) -> None:
     set_renorm_limits(now.network, Limits(1 + limit, limit))
 
 
-def by_lag(now: Training) -> None:
-    """No limits until the lag is 1.5; then the tighter the larger it is."""
-    limit = math.inf if now.lag < 1.5 else 2 / now.lag**2
-    set_renorm_limits(now.network, Limits(1 + limit, limit))
+def by_lag(threshold: float) -> Callable[[Training], None]:
+    """Return the rule that tightens while the running statistics lag behind."""
+    rule = LimitsByLag(threshold)
+    return lambda now: set_renorm_limits(now.network, rule.at(now.step, now.learning_rate, now.lag))
 
 
 def faster_statistics(now: Training) -> None:
@@ -100,7 +101,8 @@ RULES: dict[str, Callable[[Training], None]] = {
     "renorm, r 1.5, d 0.5": constant(1.5, 0.5),
     "renorm, tightened by step": by_step,
     "renorm, tightened by learning rate": by_learning_rate,
-    "renorm, tightened by lag": by_lag,
+    "renorm, tightened by lag": by_lag(1.5),
+    "renorm, tightened by lag above 2": by_lag(2.0),
     "renorm, momentum 0.3": faster_statistics,
     "renorm, re-estimated": reestimated,
     "plain": no_limits,
@@ -108,101 +110,85 @@ RULES: dict[str, Callable[[Training], None]] = {
 }
 
 
-@dataclass
 class Watched:
-    """A rule applied before each step, and the lag measured in each."""
+    """A rule applied before each step, with the lag so far."""
 
-    rule: Callable[[Training], None]
-    data: Data
-    seed: int
-    first: list[float] = field(default_factory=list)
-    smoothed: float = math.nan
-    distances: list[float] = field(default_factory=list)
+    def __init__(self, rule: Callable[[Training], None], data: Data, seed: int) -> None:
+        """Prepare the rule for one run."""
+        self.rule, self.data, self.seed = rule, data, seed
+        self.lag, self.largest = Lag(), 1.0
+        self.meter: LagMeter | None = None
 
     def before_step(self, network: nn.Module, step: int, steps: int, learning_rate: float) -> None:
         """Apply the rule; in the first step, start to watch."""
-        if step == 0:
-            for module in network.modules():
-                if isinstance(module, BatchRenorm):
-                    module.register_forward_pre_hook(self._watch)
-        if self.distances:
-            value = math.sqrt(sum(self.distances) / len(self.distances))
-            self.distances.clear()
-            self.smoothed = value if math.isnan(self.smoothed) else 0.9 * self.smoothed + 0.1 * value
-            if len(self.first) < LAG_STEPS:
-                self.first.append(value)
-        lag = self.smoothed / (sum(self.first) / LAG_STEPS) if len(self.first) == LAG_STEPS else 1.0
+        if self.meter is None:
+            self.meter = LagMeter(network)
+        observed = self.meter.read()
+        if observed is not None:
+            self.lag = self.lag.after(*observed.tolist())
+            self.largest = max(self.largest, self.lag.ratio)
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
-        self.rule(Training(network, self.data, step, steps, learning_rate, lag, generator))
-
-    def _watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.training and isinstance(module, BatchRenorm):
-            with torch.no_grad():
-                mean = inputs[0].mean([dim for dim in range(inputs[0].ndim) if dim != 1])
-                distance = (mean - module.running_mean) / (module.running_var + module.eps).sqrt()
-                self.distances.append(float(distance.square().mean()))
-
-
-def plan(seeds: int) -> Iterator[tuple[str, str, float, int]]:
-    """Yield rule, head, rate and seed of the runs, seed by seed."""
-    for seed, head, rate, rule in product(range(seeds), ("old", "new"), RATES, RULES):
-        yield rule, head, rate, seed
+        self.rule(Training(network, self.data, step, steps, learning_rate, self.lag, generator))
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return a Markdown table: one row per rule, a column per head and rate; medians over seeds, lowest / last."""
-    columns = sorted(
-        {(line["head"], line["rate"]) for line in lines}, key=lambda column: (column[0] != "old", column[1])
-    )
+    found = {(line["head"], line["rate"]) for line in lines}
+    columns = [column for column in product(("old", "new"), RATES) if column in found]
     heads = " | ".join(f"{head} head, {rate:g}" for head, rate in columns)
     rows = [f"| | {heads} |", "|---|" + "---:|" * len(columns)]
     for rule in RULES:
         cells = []
         for column in columns:
-            runs = [
-                line["accuracies"] for line in lines if (line["rule"], line["head"], line["rate"]) == (rule, *column)
-            ]
-            if not runs:
-                cells.append("")
-                continue
+            case = (rule, *column)
+            runs = [line["accuracies"] for line in lines if (line["rule"], line["head"], line["rate"]) == case]
             # A run that diverged has the accuracy of no answer.
             finite = [[0.0 if math.isnan(value) else value for value in run] for run in runs]
-            cells.append(f"{median(min(run[1:]) for run in finite):.3f} / {median(run[-1] for run in finite):.3f}")
-        rows.append(f"| {rule} | {' | '.join(cells)} |")
+            lowest, last = [min(run[1:]) for run in finite], [run[-1] for run in finite]
+            cells.append(f"{median(lowest):.3f} / {median(last):.3f}" if runs else "")
+        if any(cells):
+            rows.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Run what is missing, and write the table of all runs that there are."""
+    """Run what is missing, and write the tables of all runs that there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for limit-rules.jsonl and .md")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1600, help="training images seen in each run")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--cifar", type=Path, help="folder with train/ and val/ of CIFAR-10")
+    parser.add_argument("--network", type=Path, help="checkpoint of a VGG trained on it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     record = options.output / "limit-rules.jsonl"
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    done = {(line["rule"], line["head"], line["rate"], line["seed"]) for line in lines}
-    for rule, head, rate, seed in plan(options.seeds):
-        if (rule, head, rate, seed) in done:
+    done = {(line["data"], line["rule"], line["head"], line["rate"], line["seed"]) for line in lines}
+    name = "cifar" if options.cifar else "digits"
+    for seed, head, rate, rule in product(range(options.seeds), ("old", "new"), RATES, options.rules):
+        if (name, rule, head, rate, seed) in done:
             continue
-        run = Run("digits", rule.split(",")[0], BATCH, rate, head, seed)
-        watched = Watched(RULES[rule], digits(), seed)
-        accuracies = train(digits(), run, options.images, watched.before_step)
-        line = asdict(run) | {"rule": rule, "accuracies": accuracies, "machine": machine()}
+        data = cifar(options.cifar, options.network) if options.cifar else digits()
+        run = Run(name, rule.split(",")[0], BATCH, rate, head, seed)
+        watched = Watched(RULES[rule], data, seed)
+        accuracies = train(data, run, options.images, watched.before_step)
+        line = asdict(run) | {"rule": rule, "accuracies": accuracies, "lag": watched.largest, "machine": machine()}
         lines.append(line)
         with record.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(rule, head, rate, seed, accuracies, flush=True)
-    machines = "\n\n".join(dict.fromkeys(line["machine"] for line in lines))
-    seeds = len({line["seed"] for line in lines})
-    text = (
-        f"# Rules for the limits of Batch Renormalization\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}\n"
-        f"Accuracy on held-out images, median of {seeds} seeds: lowest at any of four evaluations / last.\n\n"
-        f"{table(lines)}\n\n{machines}\n"
-    )
-    (options.output / "limit-rules.md").write_text(text)
+        print(name, rule, head, rate, seed, accuracies, round(watched.largest, 2), flush=True)
+    parts = [f"# Rules for the limits of Batch Renormalization\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"]
+    for data_name in sorted({line["data"] for line in lines}):
+        these = [line for line in lines if line["data"] == data_name]
+        seeds = len({line["seed"] for line in these})
+        about = (
+            f"{data_name}, accuracy on held-out images, median of seeds ({seeds}): lowest of four evaluations / last."
+        )
+        parts.append(f"{about}\n\n{table(these)}\n")
+    parts.append("\n\n".join(dict.fromkeys(line["machine"] for line in lines)) + "\n")
+    (options.output / "limit-rules.md").write_text("\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ..batchnorm.renorm_lag import LagMeter
 from ..batchnorm.renorm_limits import set_renorm_limits
 from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
@@ -65,8 +66,16 @@ class TrainingLoop:
         evaluated = (reestimated + len(self.images.val)) / trained
         return RemainingTime(self.training_set.steps, settings.epochs, evaluated)
 
+    @cached_property
+    def _lag_meter(self) -> LagMeter:
+        return LagMeter(self.classifier.network)
+
     def run(self, progress: Progress) -> Progress:
         """Train until the run is complete or stopped, and return the progress."""
+        with self._lag_meter:
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> Progress:
         while not progress.complete(self.settings):
             started = time.monotonic()
             progress, stopped = self._train_epoch(progress)
@@ -106,12 +115,14 @@ class TrainingLoop:
         rate = learning_rate(self.settings, step, self.training_set.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        set_renorm_limits(self.classifier.network, self.settings.renorm_limits.at(step, rate))
+        set_renorm_limits(self.classifier.network, self.settings.renorm_limits.at(step, rate, progress.lag))
         self.optimizer.zero_grad()
         figures = self._accumulate(batches, self.training_set.images_in(progress.step))
         # One exchange per step: all ranks stop, and see that the loss is not finite, after the same step.
         asked = figures.new_tensor([self.stop.requested()])
-        *sums, stopping = self.ranks.total(torch.cat([figures, asked])).tolist()
+        distances = self._lag_meter.read()
+        observed = figures.new_zeros(2) if distances is None else distances
+        *sums, stopping, distance, expected = self.ranks.total(torch.cat([figures, asked, observed])).tolist()
         totals = Totals(*sums)
         mean = totals.loss / totals.images
         if not math.isfinite(mean):
@@ -120,7 +131,7 @@ class TrainingLoop:
                 f"{rate:.3g})"
             )
         self.optimizer.step()
-        progress = progress.after_step(totals)
+        progress = progress.after_step(totals, progress.lag.after(distance, expected) if expected else progress.lag)
         epoch = progress.epoch + 1
         seconds_left = self._clock.after_step(epoch, progress.step)
         if self.on_step:

@@ -12,17 +12,18 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.renorm_lag import Lag
 from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.safe_torch_load import load_torch_file
-from ..support.schema import Count, Finite, SchemaError, checked
+from ..support.schema import Count, Finite, NotNegative, SchemaError, checked
 from ..support.text import first_line, printable
 from .metrics import EpochMetrics, Totals
 from .progress import Progress
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 3"
+_FORMAT = "bn-insert training state 4"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
@@ -112,6 +113,7 @@ def write_state(state: TrainingState, path: Path) -> None:
         "step": state.progress.step,
         "seen": tuple(state.progress.seen),
         "history": [asdict(epoch) for epoch in state.progress.history],
+        "lag": tuple(state.progress.lag),
         "model": state.model,
         "optimizer": state.optimizer,
         "random": state.random,
@@ -133,6 +135,7 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     step: Count
     seen: tuple[Finite, Finite, Finite]
     history: list[EpochMetrics]
+    lag: tuple[NotNegative, NotNegative]
     model: dict[str, Any]
     optimizer: dict[str, Any]
     random: list[dict[str, Any]]
@@ -165,7 +168,7 @@ def load_state(path: Path) -> TrainingState:
             _check_random(states, f"random[{number}]")
     except SchemaError as error:
         raise _damaged(path, error) from error
-    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history))
+    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history), Lag(*content.lag))
     # The dicts themselves: the state dict of a model carries the versions of its modules.
     model, optimizer = loaded["model"], loaded["optimizer"]
     return TrainingState(content.settings, content.data, progress, model, optimizer, content.random)

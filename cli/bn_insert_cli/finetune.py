@@ -155,8 +155,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             min=1,
-            help="With renorm: largest correction factor of the standard deviation; the smallest is its inverse. "
-            "[default: no limit]",
+            help="With renorm: largest correction factor of the standard deviation; the smallest is its inverse; "
+            "inf for no limit. [default: none, unless the running statistics lag behind the weights]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -164,8 +164,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             min=0,
-            help="With renorm: largest correction of the mean, up or down, in running standard deviations. "
-            "[default: no limit]",
+            help="With renorm: largest correction of the mean, up or down, in running standard deviations; inf for "
+            "no limit. [default: as for --renorm-r-max]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,

@@ -6,15 +6,22 @@ from torch import nn
 
 from bn_insert.batchnorm.batch_renorm import BatchRenorm1d
 from bn_insert.batchnorm.modes import set_batchnorm_mode
-from bn_insert.batchnorm.renorm_limits import ConstantLimits, Limits, RenormLimits, set_renorm_limits
+from bn_insert.batchnorm.renorm_lag import Lag
+from bn_insert.batchnorm.renorm_limits import (
+    ConstantLimits,
+    Limits,
+    LimitsByLag,
+    RenormLimits,
+    set_renorm_limits,
+)
 from bn_insert.errors import TrainingError
 
 
 def test_constant_limits_are_a_rule_and_the_same_for_every_step() -> None:
     limits = ConstantLimits(3.0, 0.5)
     assert isinstance(limits, RenormLimits)
-    assert {limits.at(step, rate) for step in (0, 1000) for rate in (0.0, 1.0)} == {Limits(3.0, 0.5)}
-    assert ConstantLimits().at(0, 0.1) == (math.inf, math.inf)
+    assert {limits.at(step, rate, Lag()) for step in (0, 1000) for rate in (0.0, 1.0)} == {Limits(3.0, 0.5)}
+    assert ConstantLimits().at(0, 0.1, Lag()) == (math.inf, math.inf)
 
 
 @pytest.mark.parametrize("values", [(0.5, 1.0), (2.0, -0.1), (math.nan, 1.0), (2.0, math.nan)])
@@ -36,3 +43,12 @@ def test_limits_are_set_where_a_network_renormalizes_and_nowhere_else() -> None:
     assert "_r_max" not in vars(model[0])
     model[0].eval()
     assert not torch.allclose(model[1].train()(model[0](x)), expected)
+
+
+def test_limits_by_lag_are_off_until_statistics_lag_behind_and_then_tighten() -> None:
+    rule = LimitsByLag()
+    assert isinstance(rule, RenormLimits)
+    limits = [rule.at(100, 0.1, Lag(ratio**2 * 0.3, 0.3)) for ratio in (0.5, 1.0, 1.4, 1.6, 2.0, 8.0)]
+    assert limits[:3] == [Limits(math.inf, math.inf)] * 3
+    assert math.inf > limits[3].r_max > limits[4].r_max > limits[5].r_max > 1
+    assert math.inf > limits[3].d_max > limits[4].d_max > limits[5].d_max > 0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import BatchRenorm2d, TrainingSettings, finetune, insert_batchnorm, save_checkpoint
-from bn_insert.batchnorm.renorm_limits import Limits
+from bn_insert.batchnorm.renorm_lag import Lag
+from bn_insert.batchnorm.renorm_limits import Limits, LimitsByLag
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError
@@ -61,8 +62,8 @@ def stop_after(steps: int) -> Callable[[], bool]:
 class Tightening:
     """Limits that follow from step and learning rate, as a schedule's do."""
 
-    def at(self, step: int, learning_rate: float) -> Limits:
-        return Limits(1 + 1 / (1 + step), 100 * learning_rate)
+    def at(self, step: int, learning_rate: float, lag: Lag) -> Limits:
+        return Limits(1 + 1 / (1 + step) + lag.ratio, 100 * learning_rate)
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -92,6 +93,30 @@ def test_limits_change_what_is_learned_and_a_run_is_not_resumed_with_others(
     with pytest.raises(TrainingError, match=r"renorm_r_max was 1\.0 and is now 2\.0"):
         changed = replace(settings, renorm_r_max=2.0, renorm_d_max=0.0)
         finetune(network, digits, tmp_path / "limited", changed, resume=True)
+
+
+def test_statistics_that_lag_behind_the_weights_are_followed_with_limits(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, Limits]] = []
+    original = LimitsByLag.at
+
+    def watched(rule: LimitsByLag, step: int, learning_rate: float, lag: Lag) -> Limits:
+        seen.append((lag.ratio, original(rule, step, learning_rate, lag)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(LimitsByLag, "at", watched)
+    settings = replace(BRIEF, epochs=5, batch_size=4, recalibrate=False, lr_scheduler="constant")
+    finetune(network, digits, tmp_path / "low", replace(settings, lr=1e-5))
+    assert all(limits == Limits() for _, limits in seen)
+    assert seen[-1][0] != 1  # it was measured
+    seen.clear()
+    finetune(network, digits, tmp_path / "high", replace(settings, lr=0.02))
+    assert all(limits == Limits() for _, limits in seen[:2])
+    assert any(limits.d_max < 1 for _, limits in seen)
+    seen.clear()
+    finetune(network, digits, tmp_path / "off", replace(settings, epochs=1, renorm_r_max=math.inf))
+    assert seen == []
 
 
 def test_the_tightest_limits_train_as_batchnorm(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
