@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         BatchRenorm2d as BatchRenorm2d,
         BatchRenorm3d as BatchRenorm3d,
     )
+    from .batchnorm.renorm_limits import RenormScheduler as RenormScheduler
     from .compare.train_mode import (
         TrainModeAgreement as TrainModeAgreement,
         agreement_reading as agreement_reading,
@@ -138,6 +139,7 @@ _MODULES = {
     "BatchRenorm1d": "batchnorm.batch_renorm",
     "BatchRenorm2d": "batchnorm.batch_renorm",
     "BatchRenorm3d": "batchnorm.batch_renorm",
+    "RenormScheduler": "batchnorm.renorm_limits",
     "recalibrate": "statistics.recalibrate",
     "train_mode_agreement": "compare.train_mode",
     "TrainModeAgreement": "compare.train_mode",

@@ -5,7 +5,7 @@
 
 The runs are those of `benchmarks.renorm.small_batches`, with batches of 4 and rates up to ten times higher.
 Every rule sees the same images in the same order. "Lag" is the root mean square of d over channels, layers and recent
-steps, relative to what it would be by chance with accurate statistics (`LimitsByLag`, the default of `finetune`).
+steps, relative to what it would be by chance with accurate statistics (`RenormScheduler`).
 Every finished run is a line in `limit-rules.jsonl`: interrupted, the program continues where it was.
 """
 
@@ -27,7 +27,7 @@ from torch import nn
 from bn_insert import recalibrate
 from bn_insert.batchnorm.batch_renorm import BatchRenorm
 from bn_insert.batchnorm.renorm_lag import Lag, LagMeter
-from bn_insert.batchnorm.renorm_limits import Limits, LimitsByLag, set_renorm_limits
+from bn_insert.batchnorm.renorm_limits import limits_at, set_renorm_limits
 
 from ..machine import machine
 from .small_batches import Data, Run, cifar, digits, sample, train
@@ -45,7 +45,7 @@ class Training:
     step: int
     steps: int
     learning_rate: float
-    lag: Lag
+    lag: float
     generator: torch.Generator
 
 
@@ -55,26 +55,25 @@ def no_limits(_now: Training) -> None:
 
 def constant(r_max: float, d_max: float) -> Callable[[Training], None]:
     """Return a rule with the same limits in every step."""
-    return lambda now: set_renorm_limits(now.network, Limits(r_max, d_max))
+    return lambda now: set_renorm_limits(now.network, r_max, d_max)
 
 
 def by_step(now: Training) -> None:
     """Tighten from no limits over a tenth of the steps, then from 3 towards BatchNorm in equal ratios."""
     progress = (now.step / now.steps - 0.1) / 0.9
     if progress > 0:
-        set_renorm_limits(now.network, Limits(1 + 2 * 0.05**progress, 3 * 0.05**progress))
+        set_renorm_limits(now.network, 1 + 2 * 0.05**progress, 3 * 0.05**progress)
 
 
 def by_learning_rate(now: Training) -> None:
     """Limits in inverse proportion to the learning rate: about 4 and 3 at 0.001, 1.1 and 0.1 at 0.03."""
     limit = 0.003 / max(now.learning_rate, 1e-9)
-    set_renorm_limits(now.network, Limits(1 + limit, limit))
+    set_renorm_limits(now.network, 1 + limit, limit)
 
 
 def by_lag(threshold: float) -> Callable[[Training], None]:
     """Return the rule that tightens while the running statistics lag behind."""
-    rule = LimitsByLag(threshold)
-    return lambda now: set_renorm_limits(now.network, rule.at(now.step, now.learning_rate, now.lag))
+    return lambda now: set_renorm_limits(now.network, *limits_at(now.lag, threshold))
 
 
 def faster_statistics(now: Training) -> None:
@@ -124,11 +123,10 @@ class Watched:
         if self.meter is None:
             self.meter = LagMeter(network)
         observed = self.meter.read()
-        if observed is not None:
-            self.lag = self.lag.after(*observed.tolist())
-            self.largest = max(self.largest, self.lag.ratio)
+        self.lag = self.lag.after(*observed.tolist())
+        self.largest = max(self.largest, self.lag.ratio)
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
-        self.rule(Training(network, self.data, step, steps, learning_rate, self.lag, generator))
+        self.rule(Training(network, self.data, step, steps, learning_rate, self.lag.ratio, generator))
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from .batch_renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
-from .renorm_limits import Limits, set_renorm_limits
+from .renorm_limits import set_renorm_limits
 
 BatchNormMode = Literal["train", "renorm", "freeze-statistics", "freeze"]
 
@@ -79,7 +79,7 @@ def set_batchnorm_mode(
             norm.register_forward_pre_hook(_hold_in_eval_mode)
         for parameter in norm.parameters():
             parameter.requires_grad_(mode != "freeze")
-    set_renorm_limits(model, Limits(r_max, d_max))
+    set_renorm_limits(model, r_max, d_max)
 
 
 def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:

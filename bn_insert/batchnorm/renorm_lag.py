@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -44,8 +43,7 @@ class Lag(NamedTuple):
 class LagMeter:
     """Measures, by hooks, the distance of the batches that the layers of a network renormalize.
 
-    Used as a context manager, which removes the hooks again. Batches of one image are left out: they do not show what
-    chance amounts to.
+    Batches of one image are left out: they do not show what chance amounts to.
 
     Args:
         network: Its BatchRenorm layers are observed in training mode.
@@ -55,21 +53,20 @@ class LagMeter:
         """Start to observe the layers of a network."""
         norms = [module for module in network.modules() if isinstance(module, BatchRenorm)]
         self._handles = [norm.register_forward_pre_hook(self._observe) for norm in norms]
+        self._device = norms[0].running_mean.device if norms else torch.device("cpu")
         self._observed: list[Float64[Tensor, 2]] = []
 
-    def __enter__(self) -> LagMeter:
-        """Return the meter."""
-        return self
-
-    def __exit__(self, _type: type[BaseException] | None, _error: object, _traceback: TracebackType | None) -> None:
+    def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def read(self) -> Float64[Tensor, 2] | None:
-        """Return the means of distance and expected distance since the last call; None without an observation."""
+    def read(self) -> Float64[Tensor, 2]:
+        """Return the means of distance and expected distance since the last call; zeros without an observation."""
         observed, self._observed = self._observed, []
-        return torch.stack(observed).mean(0) if observed else None
+        if not observed:
+            return torch.zeros(2, dtype=torch.float64, device=self._device)
+        return torch.stack([values.to(self._device) for values in observed]).mean(0)
 
     @torch.no_grad()
     def _observe(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

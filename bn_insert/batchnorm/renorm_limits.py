@@ -6,108 +6,104 @@ The layers in `batch_renorm.py` store and apply them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from types import TracebackType
 
 from torch import nn
 
+from ..support.processes import Ranks
 from .batch_renorm import BatchRenorm, check_limits
-from .renorm_lag import Lag
+from .renorm_lag import Lag, LagMeter
 
 
-class Limits(NamedTuple):
-    """The limits of one training step; see BatchRenorm2d.
-
-    Attributes:
-        r_max: Limit of r, at least 1; inf for no limit.
-        d_max: Limit of d, at least 0; inf for no limit.
-    """
-
-    r_max: float = math.inf
-    d_max: float = math.inf
-
-
-@runtime_checkable
-class RenormLimits(Protocol):
-    """A rule for the limits of each step. It has no state, so that a run resumed at a step continues exactly."""
-
-    def at(self, step: int, learning_rate: float, lag: Lag) -> Limits:
-        """Return the limits of a step.
-
-        Args:
-            step: Steps since the start of training, from 0.
-            learning_rate: Learning rate of the step.
-            lag: The lag after the step before.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class ConstantLimits:
-    """The same limits for every step.
-
-    Args:
-        r_max: Limit of r, at least 1; inf for no limit.
-        d_max: Limit of d, at least 0; inf for no limit.
-
-    Raises:
-        TrainingError: If a limit is out of range.
-
-    Examples:
-        >>> ConstantLimits(r_max=3.0).at(step=100, learning_rate=0.01, lag=Lag())
-        Limits(r_max=3.0, d_max=inf)
-    """
-
-    r_max: float = math.inf
-    d_max: float = math.inf
-
-    def __post_init__(self) -> None:
-        """Check both limits."""
-        check_limits(self.r_max, self.d_max)
-
-    def at(self, step: int, learning_rate: float, lag: Lag) -> Limits:  # noqa: ARG002 - the protocol's
-        """Return the limits."""
-        return Limits(self.r_max, self.d_max)
-
-
-@dataclass(frozen=True)
-class LimitsByLag:
-    """No limits while the running statistics keep up with the weights, and tighter ones the more they lag behind.
-
-    Ioffe's schedule starts as BatchNorm and relaxes, since its statistics are unknown at first. Here they are known at
-    first, and the correction is worth less the more they are out of date. `benchmarks/renorm/limit_rules.py` compares
-    this rule with others.
-
-    Args:
-        threshold: Lag from which there are limits.
-
-    Examples:
-        >>> LimitsByLag().at(step=100, learning_rate=0.001, lag=Lag(distance=0.3, expected=0.2))
-        Limits(r_max=inf, d_max=inf)
-        >>> LimitsByLag().at(step=100, learning_rate=0.03, lag=Lag(distance=0.8, expected=0.2))
-        Limits(r_max=1.5, d_max=0.5)
-    """
-
-    threshold: float = 1.5
-
-    def at(self, step: int, learning_rate: float, lag: Lag) -> Limits:  # noqa: ARG002 - the protocol's
-        """Return the limits: 2 / lag² for d, and 1 + 2 / lag² for r."""
-        if lag.ratio < self.threshold:
-            return Limits()
-        return Limits(1 + 2 / lag.ratio**2, 2 / lag.ratio**2)
-
-
-def set_renorm_limits(network: nn.Module, limits: Limits) -> None:
+def set_renorm_limits(network: nn.Module, r_max: float = math.inf, d_max: float = math.inf) -> None:
     """Set the limits of every Batch Renormalization of a network, in place.
 
     Args:
         network: The network; BatchNorms that do not renormalize stay as they are.
-        limits: In force from the next forward pass on.
+        r_max: Limit of r, at least 1, from the next forward pass on; see BatchRenorm2d.
+        d_max: Limit of d, at least 0.
 
     Raises:
         TrainingError: If a limit is out of range; nothing is changed then.
     """
-    check_limits(*limits)
+    check_limits(r_max, d_max)
     for module in network.modules():
         if isinstance(module, BatchRenorm):
-            module.r_max, module.d_max = limits
+            module.r_max, module.d_max = r_max, d_max
+
+
+def limits_at(lag: float, threshold: float) -> tuple[float, float]:
+    """Return r_max and d_max at a lag: no limits below the threshold, from there on the tighter the larger it is."""
+    return (math.inf, math.inf) if lag < threshold else (1 + 2 / lag**2, 2 / lag**2)
+
+
+class RenormScheduler:
+    """Limits Batch Renormalization while the running statistics lag behind the weights, as at high learning rates.
+
+    Ioffe's schedule starts as BatchNorm and relaxes, because the running statistics are unknown at first. With inserted
+    BatchNorm they are known at first, and are worth less when the weights move faster than the running averages follow.
+    So there are no limits at first. The lag is the distance between batch means and running means, relative to what it
+    would be by chance, averaged over channels, layers and about ten steps. While it exceeds `threshold`, r is limited
+    to 1 + 2 / lag² and d to 2 / lag². This rule was chosen among others by measurement
+    (`benchmarks/renorm/limit_rules.py`).
+
+    Call `step` after each step of the optimizer, as with a learning rate scheduler. The layers are observed by hooks
+    until `close` is called, or to the end of a `with` block. Inside a process group of `torch.distributed` the lag is
+    averaged over all processes, which have to call `step` together.
+
+    Args:
+        network: A network whose BatchNorms renormalize; see `set_batchnorm_mode`.
+        threshold: Lag from which on there are limits.
+
+    Examples:
+        >>> from bn_insert import set_batchnorm_mode
+        >>> model = nn.Sequential(nn.BatchNorm2d(3))  # whose running mean is 0
+        >>> set_batchnorm_mode(model, "renorm")
+        >>> scheduler = RenormScheduler(model)
+        >>> output = model.train()(torch.randn(8, 3, 4, 4) + 5)
+        >>> scheduler.step()
+        >>> scheduler.lag > 1.5, model[0].d_max < 1
+        (True, True)
+    """
+
+    def __init__(self, network: nn.Module, *, threshold: float = 1.5) -> None:
+        """Start to observe the layers of a network, without limits."""
+        self._network = network
+        self._threshold = threshold
+        self._meter = LagMeter(network)
+        self._lag = Lag()
+        set_renorm_limits(network)
+
+    @property
+    def lag(self) -> float:
+        """Root mean square distance between batch means and running means, relative to what it would be by chance."""
+        return self._lag.ratio
+
+    def step(self) -> None:
+        """Set the limits for the next step, by what was observed since the last call."""
+        distance, expected = Ranks.current().total(self._meter.read()).tolist()
+        if expected > 0:
+            self._lag = self._lag.after(distance, expected)
+            set_renorm_limits(self._network, *limits_at(self.lag, self._threshold))
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a resumed training run needs to continue exactly."""
+        return self._lag._asdict()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._lag = Lag(**state)
+        set_renorm_limits(self._network, *limits_at(self.lag, self._threshold))
+
+    def close(self) -> None:
+        """Stop observing the layers; their limits stay as they are."""
+        self._meter.close()
+
+    def __enter__(self) -> RenormScheduler:
+        """Return the scheduler."""
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: object, _traceback: TracebackType | None) -> None:
+        """Stop observing the layers."""
+        self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
 from .metrics import EpochMetrics, StepMetrics
-from .preparation import make_optimizer, prepared_network
+from .preparation import make_optimizer, make_renorm_scheduler, prepared_network
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, results_in, run_facts
 from .settings import TrainingSettings
@@ -124,6 +124,7 @@ def finetune(
         classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, network, settings, ranks)
         optimizer = make_optimizer(network, settings)
+        renorm_scheduler = make_renorm_scheduler(network, settings)
         data = run_data(network, images, ranks)
         summary = summarize(
             model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
@@ -136,20 +137,27 @@ def finetune(
             state = load_state(folder / STATE)
             state.check_continues(settings, data, folder / STATE)
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
-            state.restore(network, optimizer, ranks, device)
+            state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
             del state  # it has a second copy of the weights
 
         def save(progress: Progress) -> None:
             random = ranks.gathered(random_state(device))
             state = TrainingState(
-                asdict(settings), data, progress, network.state_dict(), optimizer.state_dict(), random
+                settings=asdict(settings),
+                data=data,
+                progress=progress,
+                model=network.state_dict(),
+                optimizer=optimizer.state_dict(),
+                renorm=renorm_scheduler.state_dict() if renorm_scheduler else {},
+                random=random,
             )
             _on_first_rank(lambda: results.write(network, state), ranks)
 
         loop = TrainingLoop(
             classifier,
             optimizer,
+            renorm_scheduler,
             training_set,
             images,
             settings,
@@ -160,7 +168,7 @@ def finetune(
             on_epoch,
         )
         ranks.wait()  # no rank looks into the folder after the first rank changes it
-        with ExitStack() as writing:
+        with ExitStack() as writing, renorm_scheduler or nullcontext():
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
             if progress.just_improved:
                 _on_first_rank(lambda: results.restore_best(network), ranks)

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ..batchnorm.renorm_lag import LagMeter
-from ..batchnorm.renorm_limits import set_renorm_limits
+from ..batchnorm.renorm_limits import RenormScheduler
 from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..support.processes import Ranks
@@ -38,6 +37,7 @@ class TrainingLoop:
     Args:
         classifier: The network.
         optimizer: Its optimizer.
+        renorm_scheduler: Sets the limits of Batch Renormalization after each step.
         training_set: The batches of this process.
         images: Class folders with the validation images.
         settings: Settings of the run.
@@ -50,6 +50,7 @@ class TrainingLoop:
 
     classifier: Classifier
     optimizer: torch.optim.Optimizer
+    renorm_scheduler: RenormScheduler | None
     training_set: TrainingSet
     images: ClassFolders
     settings: TrainingSettings
@@ -66,16 +67,8 @@ class TrainingLoop:
         evaluated = (reestimated + len(self.images.val)) / trained
         return RemainingTime(self.training_set.steps, settings.epochs, evaluated)
 
-    @cached_property
-    def _lag_meter(self) -> LagMeter:
-        return LagMeter(self.classifier.network)
-
     def run(self, progress: Progress) -> Progress:
         """Train until the run is complete or stopped, and return the progress."""
-        with self._lag_meter:
-            return self._run(progress)
-
-    def _run(self, progress: Progress) -> Progress:
         while not progress.complete(self.settings):
             started = time.monotonic()
             progress, stopped = self._train_epoch(progress)
@@ -115,14 +108,11 @@ class TrainingLoop:
         rate = learning_rate(self.settings, step, self.training_set.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        set_renorm_limits(self.classifier.network, self.settings.renorm_limits.at(step, rate, progress.lag))
         self.optimizer.zero_grad()
         figures = self._accumulate(batches, self.training_set.images_in(progress.step))
         # One exchange per step: all ranks stop, and see that the loss is not finite, after the same step.
         asked = figures.new_tensor([self.stop.requested()])
-        distances = self._lag_meter.read()
-        observed = figures.new_zeros(2) if distances is None else distances
-        *sums, stopping, distance, expected = self.ranks.total(torch.cat([figures, asked, observed])).tolist()
+        *sums, stopping = self.ranks.total(torch.cat([figures, asked])).tolist()
         totals = Totals(*sums)
         mean = totals.loss / totals.images
         if not math.isfinite(mean):
@@ -131,7 +121,9 @@ class TrainingLoop:
                 f"{rate:.3g})"
             )
         self.optimizer.step()
-        progress = progress.after_step(totals, progress.lag.after(distance, expected) if expected else progress.lag)
+        if self.renorm_scheduler:
+            self.renorm_scheduler.step()
+        progress = progress.after_step(totals)
         epoch = progress.epoch + 1
         seconds_left = self._clock.after_step(epoch, progress.step)
         if self.on_step:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.modes import set_batchnorm_mode
+from ..batchnorm.renorm_limits import RenormScheduler, set_renorm_limits
 from ..errors import TrainingError, as_passed
 from ..graph.layers import outputs_of
 from ..support.processes import Ranks
@@ -44,6 +45,8 @@ def prepared_network(
         if ranks.count > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     set_batchnorm_mode(network, settings.batchnorm, synchronize=renorm and settings.sync_bn)
+    if settings.renorm_limits:
+        set_renorm_limits(network, *settings.renorm_limits)
     if settings.head is not None and settings.batchnorm.startswith("freeze"):
         for name in head:
             set_batchnorm_mode(network.get_submodule(name), "train")  # nothing is known yet that could be frozen
@@ -83,6 +86,11 @@ def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> No
                 set_batchnorm_mode(norm, "freeze")
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+
+
+def make_renorm_scheduler(network: nn.Module, settings: TrainingSettings) -> RenormScheduler | None:
+    """Return what sets the limits of a prepared network's Batch Renormalization; None if nothing has to."""
+    return RenormScheduler(network) if settings.batchnorm == "renorm" and not settings.renorm_limits else None
 
 
 def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..batchnorm.renorm_lag import Lag
 from .metrics import EpochMetrics, Totals
 from .settings import TrainingSettings
 
@@ -18,14 +17,12 @@ class Progress:
         step: Complete steps of the current epoch.
         seen: Losses and correct predictions of these steps.
         history: Metrics of the complete epochs.
-        lag: How far running statistics lag behind the weights, with Batch Renormalization.
     """
 
     epoch: int = 0
     step: int = 0
     seen: Totals = field(default_factory=Totals)
     history: tuple[EpochMetrics, ...] = ()
-    lag: Lag = field(default_factory=Lag)
 
     @property
     def best(self) -> EpochMetrics | None:
@@ -44,10 +41,10 @@ class Progress:
         waited = self.epoch - self.best.epoch if self.best else 0
         return self.step == 0 and settings.patience is not None and waited >= settings.patience
 
-    def after_step(self, totals: Totals, lag: Lag) -> Progress:
+    def after_step(self, totals: Totals) -> Progress:
         """Return the progress one step later."""
-        return replace(self, step=self.step + 1, seen=self.seen.plus(totals), lag=lag)
+        return replace(self, step=self.step + 1, seen=self.seen.plus(totals))
 
     def after_epoch(self, metrics: EpochMetrics) -> Progress:
         """Return the progress at the start of the next epoch."""
-        return Progress(epoch=self.epoch + 1, history=(*self.history, metrics), lag=self.lag)
+        return Progress(epoch=self.epoch + 1, history=(*self.history, metrics))

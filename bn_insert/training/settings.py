@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..batchnorm.modes import BatchNormMode
-from ..batchnorm.renorm_limits import ConstantLimits, LimitsByLag, RenormLimits
 from ..errors import TrainingError, as_passed
 from ..surgery.history import WIDEST_HEAD
 
@@ -48,9 +47,8 @@ class TrainingSettings:
         sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
             device, otherwise on GPUs only.
         batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`.
-        renorm_r_max: With `batchnorm` "renorm", the limit of r in every step; see `BatchRenorm2d`. `math.inf` for no
-            limit. With None for both, there are limits while the running statistics lag behind the weights, as they
-            may at high learning rates.
+        renorm_r_max: With `batchnorm` "renorm", the limit of r in every step, see `BatchRenorm2d`; `math.inf` for no
+            limit. With None for this and for `renorm_d_max`, a `RenormScheduler` sets both.
         renorm_d_max: The same for d.
         train: What is trained: "all" parameters; "batchnorm", gamma and beta of every BatchNorm and the head, for which
             no gradients of other weights are computed (Frankle et al., 2021, arXiv:2003.00152); or the "head" alone,
@@ -175,11 +173,9 @@ class TrainingSettings:
             )
 
     @property
-    def renorm_limits(self) -> RenormLimits:
-        """The limits of Batch Renormalization in each step."""
+    def renorm_limits(self) -> tuple[float, float] | None:
+        """The limits of Batch Renormalization, r_max and d_max; None if a `RenormScheduler` sets them."""
         if self.renorm_r_max is None and self.renorm_d_max is None:
-            return LimitsByLag()
-        return ConstantLimits(
-            math.inf if self.renorm_r_max is None else self.renorm_r_max,
-            math.inf if self.renorm_d_max is None else self.renorm_d_max,
-        )
+            return None
+        r_max, d_max = (math.inf if limit is None else limit for limit in (self.renorm_r_max, self.renorm_d_max))
+        return r_max, d_max

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm.renorm_lag import Lag
+from ..batchnorm.renorm_limits import RenormScheduler
 from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
@@ -37,6 +37,7 @@ class TrainingState:
         progress: How far the run has come.
         model: State dict of the network.
         optimizer: State dict of the optimizer.
+        renorm: State dict of the RenormScheduler; empty without one.
         random: For each rank, the states of its generators.
     """
 
@@ -45,6 +46,7 @@ class TrainingState:
     progress: Progress
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    renorm: dict[str, float]
     random: list[dict[str, Tensor]]
 
     def check_continues(self, settings: TrainingSettings, data: Mapping[str, Any], path: Path) -> None:
@@ -86,10 +88,19 @@ class TrainingState:
         except SchemaError as error:
             raise _damaged(path, error) from error
 
-    def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, device: torch.device) -> None:
-        """Put network, optimizer and this process's generators into this state."""
+    def restore(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        renorm_scheduler: RenormScheduler | None,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        """Put network, optimizer, scheduler and this process's generators into this state."""
         network.load_state_dict(self.model)
         optimizer.load_state_dict(self.optimizer)
+        if renorm_scheduler and self.renorm:
+            renorm_scheduler.load_state_dict(self.renorm)
         set_random_state(self.random[ranks.rank], device)
 
 
@@ -113,9 +124,9 @@ def write_state(state: TrainingState, path: Path) -> None:
         "step": state.progress.step,
         "seen": tuple(state.progress.seen),
         "history": [asdict(epoch) for epoch in state.progress.history],
-        "lag": tuple(state.progress.lag),
         "model": state.model,
         "optimizer": state.optimizer,
+        "renorm": state.renorm,
         "random": state.random,
     }
     with path.open("wb") as file:
@@ -135,9 +146,9 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     step: Count
     seen: tuple[Finite, Finite, Finite]
     history: list[EpochMetrics]
-    lag: tuple[NotNegative, NotNegative]
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    renorm: dict[Literal["distance", "expected"], NotNegative]
     random: list[dict[str, Any]]
 
 
@@ -168,10 +179,18 @@ def load_state(path: Path) -> TrainingState:
             _check_random(states, f"random[{number}]")
     except SchemaError as error:
         raise _damaged(path, error) from error
-    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history), Lag(*content.lag))
+    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history))
     # The dicts themselves: the state dict of a model carries the versions of its modules.
     model, optimizer = loaded["model"], loaded["optimizer"]
-    return TrainingState(content.settings, content.data, progress, model, optimizer, content.random)
+    return TrainingState(
+        content.settings,
+        content.data,
+        progress,
+        model,
+        optimizer,
+        {str(name): value for name, value in content.renorm.items()},
+        content.random,
+    )
 
 
 def _damaged(path: Path, error: SchemaError) -> CheckpointError:

@@ -124,7 +124,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 # `identity_batchnorm` has a dtype as a default, which only torch can write; the layers have the parameters of PyTorch's
 # own.
-OTHERS = {"identity_batchnorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"}
+OTHERS = {"identity_batchnorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "RenormScheduler"}
 
 # Of each class of values: its first fields, in their order, and what else callers read or call.
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

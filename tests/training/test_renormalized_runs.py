@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import BatchRenorm2d, TrainingSettings, finetune, insert_batchnorm, save_checkpoint
-from bn_insert.batchnorm.renorm_lag import Lag
-from bn_insert.batchnorm.renorm_limits import Limits, LimitsByLag
+from bn_insert.batchnorm.renorm_limits import RenormScheduler
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError
@@ -59,21 +58,11 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(asked) >= 2 * steps
 
 
-class Tightening:
-    """Limits that follow from step and learning rate, as a schedule's do."""
-
-    def at(self, step: int, learning_rate: float, lag: Lag) -> Limits:
-        return Limits(1 + 1 / (1 + step) + lag.ratio, 100 * learning_rate)
-
-
-@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("changes", [{"renorm_r_max": 1.1, "renorm_d_max": 0.2}, {"lr": 0.02}])
 def test_a_run_that_was_stopped_comes_to_exactly_the_same_weights(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduled: bool
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, float]
 ) -> None:
-    settings = replace(BRIEF, renorm_r_max=1.1, renorm_d_max=0.2)
-    if scheduled:
-        settings = BRIEF
-        monkeypatch.setattr(TrainingSettings, "renorm_limits", Tightening())
+    settings = replace(BRIEF, **changes)
     finetune(network, digits, tmp_path / "whole", settings)
     assert finetune(network, digits, tmp_path / "parts", settings, stop=stop_after(7)).interrupted
     finetune(network, digits, tmp_path / "parts", settings, resume=True)
@@ -95,28 +84,28 @@ def test_limits_change_what_is_learned_and_a_run_is_not_resumed_with_others(
         finetune(network, digits, tmp_path / "limited", changed, resume=True)
 
 
-def test_statistics_that_lag_behind_the_weights_are_followed_with_limits(
+def test_a_scheduler_sets_the_limits_where_the_settings_name_none(
     network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[float, Limits]] = []
-    original = LimitsByLag.at
+    lags: list[float] = []
+    original = RenormScheduler.step
 
-    def watched(rule: LimitsByLag, step: int, learning_rate: float, lag: Lag) -> Limits:
-        seen.append((lag.ratio, original(rule, step, learning_rate, lag)))
-        return seen[-1][1]
+    def watched(scheduler: RenormScheduler) -> None:
+        original(scheduler)
+        lags.append(scheduler.lag)
 
-    monkeypatch.setattr(LimitsByLag, "at", watched)
-    settings = replace(BRIEF, epochs=5, batch_size=4, recalibrate=False, lr_scheduler="constant")
+    monkeypatch.setattr(RenormScheduler, "step", watched)
+    settings = replace(BRIEF, batch_size=4, recalibrate=False, lr_scheduler="constant")
     finetune(network, digits, tmp_path / "low", replace(settings, lr=1e-5))
-    assert all(limits == Limits() for _, limits in seen)
-    assert seen[-1][0] != 1  # it was measured
-    seen.clear()
-    finetune(network, digits, tmp_path / "high", replace(settings, lr=0.02))
-    assert all(limits == Limits() for _, limits in seen[:2])
-    assert any(limits.d_max < 1 for _, limits in seen)
-    seen.clear()
+    assert len(lags) == 20
+    assert max(lags) < 1.5
+    lags.clear()
+    finetune(network, digits, tmp_path / "high", replace(settings, lr=0.01))
+    assert lags[0] < 1.5 < max(lags)
+    assert "renorm" in torch.load(tmp_path / "high" / "state.pth")
+    lags.clear()
     finetune(network, digits, tmp_path / "off", replace(settings, epochs=1, renorm_r_max=math.inf))
-    assert seen == []
+    assert lags == []
 
 
 def test_the_tightest_limits_train_as_batchnorm(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
