@@ -152,7 +152,10 @@ def test_the_files_that_a_page_outside_of_docs_links_to_are_there(name: str) -> 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/fine-tuning.md"])
 def test_accuracies_that_are_quoted_are_among_those_that_the_benchmarks_wrote(name: str) -> None:
-    results = ("finetuning/results/finetuning.md", "renorm/results/small-batches.md")
+    results = (
+        "finetuning/results/finetuning.md",
+        *(f"renorm/results/{name}.md" for name in ("small-batches", "limit-rules")),
+    )
     measured = "\n".join((ROOT / "benchmarks" / result).read_text(encoding="utf-8") for result in results)
     quoted = re.findall(r"\b0\.\d{3}\b\*?", (ROOT / name).read_text(encoding="utf-8"))
     assert quoted
