@@ -30,7 +30,7 @@ FileKind = Literal["torch", "safetensors"]
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin|pth|pt)$")
 
 # Where settings are, for messages.
-_HEADER, _METADATA = "its header", "its metadata"
+_HEADER, _METADATA = "the file's header", "the file's metadata"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class Checkpoint:
         kind: Its format.
         tensors: Tensors on the CPU by key, as in the file. They may share memory with each other or with the file.
         settings: Settings that `save_checkpoint` stored, or None.
-        settings_place: Where the settings were found, for messages: "its metadata", "its header", or the sidecar of an
-            older bn-insert.
+        settings_place: Where the settings were found, for messages: "the file's metadata", "the file's header", or the
+            sidecar of an older bn-insert.
         mapped: Whether the tensors stay in the file until they are used.
     """
 

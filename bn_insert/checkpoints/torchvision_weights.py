@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_passed
+from ..support.near_names import near_names
 from .read import Checkpoint
 
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -20,10 +21,13 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: Another name, or the weights are not available.
     """
+    if name not in NAMES:
+        raise CheckpointError(
+            f"{name!r:.60} is not one of the networks whose weights can be downloaded ({', '.join(NAMES)}); "
+            + _way_out(name)
+        )
     import torchvision  # noqa: PLC0415 - takes a second, and only this function needs it
 
-    if name not in NAMES:
-        raise CheckpointError(f"{name!r:.60} is not a network of torchvision known here; use {', '.join(NAMES)}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state_dict = weights.get_state_dict(progress=progress, check_hash=True, map_location="cpu", weights_only=True)
@@ -34,3 +38,14 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
             "pass a checkpoint file"
         ) from error
     return Checkpoint(Path(name), "torch", state_dict)
+
+
+def _way_out(name: str) -> str:
+    """Return in words what to use in place of a name that is not in NAMES."""
+    plain = name.lower().removesuffix("_bn")
+    if plain in NAMES and plain != name.lower():
+        return f"torchvision's {plain}_bn has BatchNorm already; to insert it, use {plain}"
+    if close := near_names(name, NAMES):
+        return f"did you mean {' or '.join(close)}?"
+    option = as_passed("model", option="--model, such as --model torchvision.models:alexnet")
+    return f"for another architecture, save its weights to a file, and pass the file with {option}"

@@ -1,7 +1,8 @@
-"""Files and folders that a mistyped path may mean."""
+"""What a mistyped name may mean: one of several names, or a file or folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import islice
@@ -12,6 +13,21 @@ from .text import printable
 _CLOSE = 0.75  # of difflib's ratio: two letters in the wrong order in a name of five
 _MOST_NAMES = 2
 _MOST_ENTRIES = 10_000  # of a folder, which may have millions
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Return which names a mistyped name may mean: those with the same letters, or else similar ones; at most two.
+
+    Upper and lower case are the same.
+
+    Examples:
+        >>> near_names("VGG61", ["vgg11", "vgg16"])
+        ['vgg16']
+    """
+    by_key = {each.lower(): each for each in names}
+    key = name.lower()
+    swapped = [each for each in by_key if sorted(each) == sorted(key)]  # "fwe" for "few": too short for difflib
+    return [by_key[each] for each in (swapped or get_close_matches(key, by_key, _MOST_NAMES, _CLOSE))[:_MOST_NAMES]]
 
 
 def missing_folder(folder: Path) -> str:
@@ -35,10 +51,7 @@ def did_you_mean(path: Path) -> str:
 
 
 def _near(missing: Path) -> list[str]:
-    entries = (entry for entry in islice(missing.parent.iterdir(), _MOST_ENTRIES) if entry.exists())
-    by_key = {entry.name.lower(): entry.name for entry in entries}
-    name = missing.name.lower()
-    found = [key for key in by_key if sorted(key) == sorted(name)]  # "fwe" for "few": too short for difflib
-    found += [key for key in get_close_matches(name, by_key, _MOST_NAMES, _CLOSE) if key not in found]
-    found += sorted(key for key in by_key if Path(key).stem == missing.stem.lower() and key not in found)
-    return [by_key[key] for key in found[:_MOST_NAMES]]
+    names = [entry.name for entry in islice(missing.parent.iterdir(), _MOST_ENTRIES) if entry.exists()]
+    found = near_names(missing.name, names)
+    same_stem = sorted(name for name in names if Path(name).stem.lower() == missing.stem.lower())
+    return [*found, *(name for name in same_stem if name not in found)][:_MOST_NAMES]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bn_insert.support.text import counted, listed
+
 from . import options as opt
 from .checking import (
     CHECK_FAILED,
@@ -20,7 +22,7 @@ from .checking import (
     report_facts,
     saying_what_is_written,
 )
-from .console import counted, image_progress, print_note, print_result, print_table, print_warning
+from .console import image_progress, print_note, print_result, print_table, print_warning
 from .inputs import (
     ImageOptions,
     is_tensor_file,
@@ -296,22 +298,18 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
         reason = f"{source.format(len(classes))}, and the network has {outputs} classes"
     elif len(unknown) == len(folders):
         reason = (
-            f"the folders of {folder} ({_some(folders)}) are not named for the classes that the checkpoint stores "
-            f"({_some(classes)})"
+            f"the folders of {folder} ({listed(folders, _NAMES_SHOWN)}) are not named for the classes that the "
+            f"checkpoint stores ({listed(classes, _NAMES_SHOWN)})"
         )
     if reason:
         print_note(f"The accuracy was not measured: {reason}.")
         return ()
     if unknown:
         print_warning(
-            f"Folders of {folder} that are not classes of the checkpoint ({_some(classes)}) do not count in the "
-            f"accuracy: {_some(unknown)}."
+            f"Folders of {folder} that are not classes of the checkpoint ({listed(classes, _NAMES_SHOWN)}) do not "
+            f"count in the accuracy: {listed(unknown, _NAMES_SHOWN)}."
         )
     return classes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _check(

@@ -11,7 +11,9 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import counted, print_note
+from bn_insert.support.text import counted
+
+from .console import print_note
 from .tables import FEWEST_BATCHES
 
 if TYPE_CHECKING:

@@ -117,11 +117,6 @@ def plain(text: str, longest: int = _LONGEST_CELL, style: str = "") -> Text:
     return Text("".join(character if character.isprintable() else "?" for character in line), style=style)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, which takes an s unless the number is one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def print_error(message: str) -> None:
     """Print an error message on stderr."""
     stderr().print(Text.assemble(("error: ", "bold red"), plain(message, _LONGEST)), soft_wrap=True)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bn_insert.support.text import counted, listed
+
 from . import options as opt
 from .console import (
-    counted,
     print_error,
     print_line,
     print_note,
@@ -355,8 +356,7 @@ def _print_summary(summary: RunSummary) -> None:
     train, val = (sum(counts[part] for counts in summary.classes.values()) for part in (0, 1))
     print_note(f"Images: {train:,} for training and {val:,} for validation, {len(summary.classes)} classes.")
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
-    more = f", and {len(names) - _CLASSES_SHOWN} more" if len(names) > _CLASSES_SHOWN else ""
-    print_note(f"Classes (training/validation): {', '.join(names[:_CLASSES_SHOWN])}{more}.")
+    print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
     print_note(f"Output layer: {summary.output}.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
     print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")

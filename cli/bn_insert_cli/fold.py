@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bn_insert.support.text import counted
+
 from . import options as opt
 from .checking import CHECK_FAILED, CHECK_IMAGES
-from .console import counted, print_note, print_result, print_table
+from .console import print_note, print_result, print_table
 from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
 from .interruption import signals
 from .tables import comparison_table

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
-_CLOSE_NAME = 0.8  # of difflib's ratio: one of five characters wrong
 _COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
 
 
@@ -119,9 +117,12 @@ def read_named_checkpoint(
     try:
         return read_checkpoint(checkpoint, mmap=mmap, key=key)
     except CheckpointError as error:
-        if _is_name(checkpoint):
-            raise CheckpointError(f"{error}, and {_names_that_work(checkpoint)}") from error
-        raise
+        if not _is_name(checkpoint):
+            raise
+        try:
+            return torchvision_checkpoint(checkpoint)
+        except CheckpointError as unknown:
+            raise CheckpointError(f"{error}, and {unknown}") from error
 
 
 def print_assumptions(network: nn.Module, settings: Settings | None, checkpoint: str, function: str | None) -> None:
@@ -141,22 +142,6 @@ def _is_name(checkpoint: str) -> bool:
     """Return whether an argument looks like the name of a network, and is no file."""
     path = Path(checkpoint)
     return not path.suffix and len(path.parts) == 1 and not path.exists()
-
-
-def _names_that_work(checkpoint: str) -> str:
-    """Return in words which names of networks work in place of another one."""
-    name = checkpoint.lower()
-    if close := get_close_matches(name, TORCHVISION_NAMES, cutoff=_CLOSE_NAME):
-        swapped = [each for each in close if sorted(each) == sorted(name)]  # VGG16, vgg61
-        way_out = f"did you mean {' or '.join(swapped or close)}?"
-    elif name.removesuffix("_bn") in TORCHVISION_NAMES:
-        way_out = f"torchvision's {name} has BatchNorm already; to insert it, use {name.removesuffix('_bn')}"
-    else:
-        way_out = (
-            "for another architecture, save its weights to a file, and pass the file with --model, such as --model "
-            "torchvision.models:alexnet"
-        )
-    return f"it is not one of the networks whose weights can be downloaded ({', '.join(TORCHVISION_NAMES)}); {way_out}"
 
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:

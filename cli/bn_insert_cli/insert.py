@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bn_insert.support.text import counted
+
 from . import options as opt
 from .checking import (
     CHECK_FAILED,
@@ -19,7 +21,7 @@ from .checking import (
     report_facts,
     saying_what_is_written,
 )
-from .console import counted, image_progress, print_note, print_result, print_table
+from .console import image_progress, print_note, print_result, print_table
 from .inputs import (
     ImageOptions,
     is_tensor_file,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bn_insert.support.text import counted, listed
+
 from . import options as opt
-from .console import counted, plain, print_json, print_line, print_result, print_table, table
+from .console import plain, print_json, print_line, print_result, print_table, table
 from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table
 
@@ -89,7 +90,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
 def _settings_table(settings: Settings, place: str) -> Table:
     """Return a table of what a checkpoint stores besides its tensors, with equal layers counted together."""
     result = table("Settings", "setting", "value")
-    result.add_row("stored in", plain(re.sub("^its ", "the file's ", place)))
+    result.add_row("stored in", plain(place))
     norms = Counter((norm.eps, norm.momentum) for norm in settings.batchnorm.values())
     for (eps, momentum), count in norms.items():
         result.add_row("BatchNorm", f"eps {eps:g}, momentum {momentum} ({counted(count, 'layer')})")
@@ -101,9 +102,7 @@ def _settings_table(settings: Settings, place: str) -> Table:
         described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
         result.add_row("preprocessing", plain(described))
     if settings.classes:
-        more = len(settings.classes) - _CLASSES_SHOWN
-        shown = ", ".join(settings.classes[:_CLASSES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        result.add_row("classes", f"{len(settings.classes):,}: {shown}")
+        result.add_row("classes", f"{len(settings.classes):,}: {listed(settings.classes, _CLASSES_SHOWN)}")
     else:
         result.add_row("classes", "names not stored")
     if settings.history.function:

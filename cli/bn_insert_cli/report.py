@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from bn_insert.support.text import counted
+
 from . import options as opt
-from .console import counted, print_result
+from .console import print_result
 from .interruption import signals
 
 

@@ -398,7 +398,7 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
 def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
     path = pth_with_settings(tmp_path, **changes)
     message = refusal_of(lambda: load_checkpoint(path))
-    assert message.startswith(f"{path}: the settings in its metadata are damaged: ")
+    assert message.startswith(f"{path}: the settings in the file's metadata are damaged: ")
     assert fragment in message
     assert "; save it again, or drop the settings: torch.save(dict(torch.load(path)), other_path)" in message
     assert refusal_of(lambda: read_settings(path)) == message
@@ -412,7 +412,7 @@ def test_settings_that_are_no_json_are_told(text: str, tmp_path: Path) -> None:
     store(path, text + " ")
     message = refusal_of(lambda: load_checkpoint(path))
     wanted = "16,777,217 characters of settings are more than the limit" if len(text) > 2**20 else "invalid JSON"
-    assert f"the settings in its metadata are damaged: {wanted}" in message
+    assert f"the settings in the file's metadata are damaged: {wanted}" in message
     assert len(message) < 500
     assert message.isprintable()
 
@@ -425,7 +425,7 @@ def test_settings_that_are_no_text_are_told(value: object, tmp_path: Path) -> No
         assert read_settings(path) is None
         return
     message = refusal_of(lambda: load_checkpoint(path))
-    assert f"the settings in its metadata are damaged: they are of type {type(value).__name__}, not str" in message
+    assert f"the settings in the file's metadata are damaged: they are of type {type(value).__name__}, not str" in message
 
 
 class StateWith:
@@ -491,7 +491,7 @@ def test_a_plain_dict_that_a_program_saves_over_the_file_has_no_settings(tmp_pat
 def test_settings_of_another_checkpoint_are_told(changes: dict[str, Any], fragment: str, tmp_path: Path) -> None:
     path = pth_with_settings(tmp_path, **changes)
     message = refusal_of(lambda: load_checkpoint(path))
-    assert f"{path}: the settings in its metadata belong to another checkpoint" in message
+    assert f"{path}: the settings in the file's metadata belong to another checkpoint" in message
     assert fragment in message
     assert "remove them, or save the network again with save_checkpoint" in message
 
@@ -542,7 +542,7 @@ def test_one_reading_has_all_that_a_network_is_built_from(name: str, mmap: bool,
     assert checkpoint.kind == ("safetensors" if name.endswith("safetensors") else "torch")
     assert checkpoint.settings is not None
     assert checkpoint.settings.transform == {"resize": 32}
-    assert checkpoint.settings_place == ("its header" if name.endswith("safetensors") else "its metadata")
+    assert checkpoint.settings_place == f"the file's {'header' if name.endswith('safetensors') else 'metadata'}"
     if not mmap and checkpoint.kind == "torch":
         path.unlink()
     assert_same(build_network(checkpoint), vgg)
