@@ -67,7 +67,11 @@ if TYPE_CHECKING:
     from .training.parameter_groups import parameter_groups as parameter_groups
 
     # Fine-tune on class folders
-    from .training.finetune import FineTuning as FineTuning, finetune as finetune
+    from .training.finetune import (
+        FineTuning as FineTuning,
+        check_output_dir as check_output_dir,
+        finetune as finetune,
+    )
     from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.summary import RunSummary as RunSummary
@@ -146,6 +150,7 @@ _MODULES = {
     "smallest_agreeing": "compare.train_mode",
     "agreement_reading": "compare.train_mode",
     # Fine-tune on class folders
+    "check_output_dir": "training.finetune",
     "finetune": "training.finetune",
     "TrainingSettings": "training.settings",
     "FineTuning": "training.finetune",

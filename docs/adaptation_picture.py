@@ -36,7 +36,7 @@ def picture() -> Figure:
     adapted = adapt_statistics(model, digits.split(32), faded.split(32))
     with torch.inference_mode():
         read = [network(images).argmax(1) for network, images in ((model, digits), (model, faded), (adapted, faded))]
-    titles = ("as trained on", "faded", "faded, adapted")
+    titles = ("original", "faded", "faded, adapted")
     result = Figure(figsize=(8, 3.3), layout="constrained")
     rows = result.subplots(3, COLUMNS)
     shown = [int((labels == number).nonzero()[0]) for number in range(COLUMNS)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,18 @@ def stage_checkpoint(
     return stage_file(real_path(path), write, folder, overwrite=overwrite)
 
 
-def check_output(path: StrPath, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError if `save_checkpoint` could not write to a path: checked before the work, not after."""
+def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[StrPath] = ()) -> None:
+    """Raise CheckpointError if `save_checkpoint` could not write to a path: checked before the work, not after.
+
+    Args:
+        path: As for `save_checkpoint`.
+        overwrite: As for `save_checkpoint`.
+        inputs: Files that the work reads. If the path leads to one of them, also through a link, it is refused even
+            with `overwrite`.
+    """
     if _suffix(path) not in _SUFFIXES:
         raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {', '.join(_SUFFIXES)}")
-    check_writable(path, overwrite=overwrite)
+    check_writable(path, overwrite=overwrite, inputs=inputs)
 
 
 def _suffix(path: StrPath) -> str:

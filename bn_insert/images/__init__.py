@@ -1,10 +1,10 @@
 """Folders of images and tensor files, read as batches; knows nothing of networks."""
 
 from .batches import Batch, Batches, Unreadable, sample
-from .class_folders import ClassFolders, open_class_folders
+from .class_folders import ClassFolders, check_class_folders, open_class_folders
 from .files import IMAGE_SUFFIXES, find_images
-from .image_batches import ImageBatches, image_batches, open_batches
-from .labelled_batches import LabelledBatches, folder_classes, open_labelled_batches, with_labels
+from .image_batches import ImageBatches, check_source, image_batches, open_batches
+from .labelled_batches import LabelledBatches, check_labelled_folder, folder_classes, open_labelled_batches, with_labels
 from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
 from .transform import Transform
 
@@ -19,6 +19,9 @@ __all__ = [
     "TensorBatches",
     "Transform",
     "Unreadable",
+    "check_class_folders",
+    "check_labelled_folder",
+    "check_source",
     "find_images",
     "folder_classes",
     "image_batches",

@@ -125,6 +125,30 @@ def open_class_folders(
     """
     folder = Path(folder)
     reader = ImageReader(transform, channels, workers)
+    classes, in_val = _classes_in(folder)
+    train, val = (
+        tuple(
+            LabelledImage(path, label)
+            for label, name in enumerate(classes)
+            if name in present
+            for path in find_images(folder / part / name)
+        )
+        for part, present in (("train", classes), ("val", in_val))
+    )
+    return ClassFolders(folder, tuple(classes), train, val, reader)
+
+
+def check_class_folders(folder: str | Path) -> None:
+    """Check before other work that `open_class_folders` can open a folder, as far as names tell.
+
+    Raises:
+        ImageError: As `open_class_folders` does, but images are not searched for.
+    """
+    _classes_in(Path(folder))
+
+
+def _classes_in(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the classes in `train/` and in `val/`, after checking them."""
     if not folder.is_dir():
         raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
     for name in ("train", "val"):
@@ -141,16 +165,7 @@ def open_class_folders(
             f"{folder / 'val'} has classes that {folder / 'train'} does not have: {listed(unknown, NAMES_SHOWN)}; use "
             "the same folder names in both"
         )
-    train, val = (
-        tuple(
-            LabelledImage(path, label)
-            for label, name in enumerate(classes)
-            if name in present
-            for path in find_images(folder / part / name)
-        )
-        for part, present in (("train", classes), ("val", in_val))
-    )
-    return ClassFolders(folder, tuple(classes), train, val, reader)
+    return classes, in_val
 
 
 def class_names(folder: Path) -> list[str]:
@@ -182,6 +197,8 @@ def _check_class_name(name: str, folder: Path) -> None:
 
 def _none_readable(unreadable: Sequence[Unreadable]) -> ImageError:
     path, reason = unreadable[0]
+    if len(unreadable) == 1:
+        return ImageError(f"the only image of a batch cannot be read: {path}: {reason}; repair or remove this file")
     return ImageError(
         f"none of the {len(unreadable)} images of a batch can be read; the first is {path}: {reason}; repair or "
         "remove these files"

@@ -33,6 +33,13 @@ def find_images(folder: str | Path) -> list[Path]:
     return sorted(images, key=lambda path: path.parts)
 
 
+def check_has_images(folder: str | Path) -> None:
+    """Raise ImageError as `find_images` does, without listing the folder beyond its first image."""
+    folder = Path(folder)
+    if not folder.is_dir() or all(path.suffix.lower() not in IMAGE_SUFFIXES for path in _visible_files(folder)):
+        find_images(folder)
+
+
 def _visible_files(folder: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     waiting = [folder]

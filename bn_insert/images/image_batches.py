@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ImageError
 from ..support.near_names import did_you_mean
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
-from .files import IMAGE_SUFFIXES, find_images
+from .files import IMAGE_SUFFIXES, check_has_images, find_images
 from .reader import ImageReader
 from .tensor_batches import TENSOR_SUFFIXES, tensor_batches
 from .transform import Transform
@@ -50,12 +50,9 @@ def open_batches(
             `tensor_batches`.
     """
     source = Path(source)
-    suffix = source.suffix.lower()
-    known = f"tensor files ({', '.join(TENSOR_SUFFIXES)}) and images ({', '.join(IMAGE_SUFFIXES)})"
     check_at_least(1, images=images)
-    if not source.exists():
-        raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
-    if source.is_file() and suffix in TENSOR_SUFFIXES:
+    _check_kind(source)
+    if source.is_file() and source.suffix.lower() in TENSOR_SUFFIXES:
         tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
     if dims != 2:
@@ -63,8 +60,6 @@ def open_batches(
             f"{source} is no tensor file, and the network takes inputs with {dims} dimensions behind the channels, not "
             f"images; save them as one tensor ({', '.join(TENSOR_SUFFIXES)})"
         )
-    if not source.is_dir() and not (source.is_file() and suffix in IMAGE_SUFFIXES):
-        raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")
     files = image_batches(
         source if source.is_dir() else [source],
         transform,
@@ -75,6 +70,26 @@ def open_batches(
         pin_memory=pin_memory,
     )
     return files.sample(images, seed) if shuffle else files.head(images or files.images)
+
+
+def check_source(source: str | Path) -> None:
+    """Check before other work that images can be read from a path, as far as names tell.
+
+    Raises:
+        ImageError: `open_batches` could not open it: it does not exist, is of another kind, or contains no image.
+    """
+    source = Path(source)
+    _check_kind(source)
+    if source.is_dir():
+        check_has_images(source)
+
+
+def _check_kind(source: Path) -> None:
+    known = f"tensor files ({', '.join(TENSOR_SUFFIXES)}) and images ({', '.join(IMAGE_SUFFIXES)})"
+    if not source.exists():
+        raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
+    if not source.is_dir() and not (source.is_file() and source.suffix.lower() in (*TENSOR_SUFFIXES, *IMAGE_SUFFIXES)):
+        raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")
 
 
 def image_batches(

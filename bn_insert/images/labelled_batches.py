@@ -81,14 +81,7 @@ def open_labelled_batches(
         ImageError: When there is no such folder, when there are no class folders, when one of them is none of
             `classes`, when a class folder contains no image, and for options out of range.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
-    if "val" not in classes and (folder / "val").is_dir():
-        folder /= "val"
-    folders = class_names(folder)
-    if not folders:
-        raise ImageError(f"{folder} has no class folders; {_LAYOUT}")
+    folder, folders = _class_folders(Path(folder), classes)
     if unknown := [name for name in folders if classes and name not in classes]:
         raise ImageError(
             f"{folder} has folders that are not classes of the network: {listed(unknown, NAMES_SHOWN)}; its classes "
@@ -97,6 +90,27 @@ def open_labelled_batches(
     paths = [path for name in folders for path in find_images(folder / name)]
     files = image_batches(paths, transform, batch_size=batch_size, workers=workers, channels=channels, strict=strict)
     return LabelledBatches(folder, tuple(classes or folders), files if images is None else files.sample(images, seed))
+
+
+def check_labelled_folder(folder: str | Path) -> None:
+    """Check before other work that a folder has class folders, or `val/` with class folders.
+
+    Raises:
+        ImageError: When there is no such folder, and when there are no class folders.
+    """
+    _class_folders(Path(folder), ())
+
+
+def _class_folders(folder: Path, classes: Sequence[str]) -> tuple[Path, list[str]]:
+    """Return the folder that contains the class folders, and their names."""
+    if not folder.is_dir():
+        raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
+    if "val" not in classes and (folder / "val").is_dir():
+        folder /= "val"
+    folders = class_names(folder)
+    if not folders:
+        raise ImageError(f"{folder} has no class folders; {_LAYOUT}")
+    return folder, folders
 
 
 def folder_classes(source: Path) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..support.files import check_writable, real_path, write_atomically
+from ..support.files import StrPath, check_writable, real_path, write_atomically
 
 _SUFFIXES = (".html", ".json")
 
@@ -33,24 +33,27 @@ def write_report(path: Path, data: Mapping[str, Any], *, overwrite: bool = False
     write_atomically(path, write, overwrite=overwrite)
 
 
-def check_report(report: Path, checkpoint: Path | None = None, *, overwrite: bool) -> None:
+def check_report(
+    report: Path, checkpoint: Path | None = None, *, overwrite: bool, inputs: Iterable[StrPath] = ()
+) -> None:
     """Check before the work that a report can be written.
 
     Args:
         report: The output file.
         checkpoint: The checkpoint that will be written by the same command, which the report must not replace.
         overwrite: Whether an existing file may be replaced.
+        inputs: Files that the command reads, which the report must not replace either.
 
     Raises:
-        CheckpointError: The suffix is neither .html nor .json, the report would replace the checkpoint, or the file
-            cannot be written.
+        CheckpointError: The suffix is neither .html nor .json, the report would replace the checkpoint or an input, or
+            the file cannot be written.
     """
     _check_suffix(report)
     if checkpoint is not None and real_path(report) == real_path(checkpoint):
         raise CheckpointError(
             f"cannot write the report to {report}: the checkpoint is written there; choose another name for one of them"
         )
-    check_writable(report, overwrite=overwrite)
+    check_writable(report, overwrite=overwrite, inputs=inputs)
 
 
 def _check_suffix(report: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -56,17 +56,22 @@ def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrit
         stage_file(target, write, folder, overwrite=overwrite)()
 
 
-def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
+def check_writable(path: StrPath, *, overwrite: bool = False, inputs: Iterable[StrPath] = ()) -> None:
     """Check that a file can be written, to find out before the work and not after it.
 
     Args:
         path: As for `write_atomically`.
         overwrite: As for `write_atomically`.
+        inputs: Files that the work reads, which are never replaced.
 
     Raises:
-        CheckpointError: If it is already certain that the file cannot be written.
+        CheckpointError: If it is already certain that the file cannot be written, or if it is one of the inputs.
     """
     target = real_path(path)
+    for each in inputs:
+        if is_same_file(target, each):
+            which = "the input" if os.fspath(path) == os.fspath(each) else f"the same file as the input {each}"
+            raise CheckpointError(f"cannot write {path}: it is {which}; choose another name, so that the input is kept")
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -86,6 +91,29 @@ def check_writable(path: StrPath, *, overwrite: bool = False) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {path}: no permission to write in the folder {folder}; choose another one")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder is there or can be created, and that files can be written into it.
+
+    Raises:
+        CheckpointError: If it is already certain that they cannot.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"cannot write {folder}: {there} is not a folder; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"cannot write {folder}: no permission to write in the folder {there}; choose another one"
+        )
+
+
+def is_same_file(path: StrPath, other: StrPath) -> bool:
+    """Return whether two paths lead to one file, however they are spelled and whatever links they contain."""
+    try:
+        return Path(path).samefile(other)
+    except (OSError, ValueError):  # one of them does not exist
+        return False
 
 
 def real_path(path: StrPath) -> Path:

@@ -45,7 +45,8 @@ class Insertion(Generic[AnyModule]):
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
         dropouts_before_batchnorm: Active dropout layers of the original whose values one of its or the inserted
-            BatchNorms normalizes, by their names in `model`; see the function `dropouts_before_batchnorm`.
+            BatchNorms normalizes: from their names in `model`, to those in the original. See the function
+            `dropouts_before_batchnorm`.
         nothing: Why no BatchNorm was inserted; empty if one was.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
     """
@@ -56,7 +57,7 @@ class Insertion(Generic[AnyModule]):
     norms: Mapping[str, nn.Module] = field(repr=False)
     edges: tuple[Edge, ...] = field(repr=False)
     images: int
-    dropouts_before_batchnorm: tuple[str, ...] = field(default=(), repr=False)
+    dropouts_before_batchnorm: Mapping[str, str] = field(default_factory=dict, repr=False)
     nothing: str = field(default="", repr=False)
     fault: str = field(default="", repr=False)
 
@@ -149,7 +150,7 @@ def insert(
         norms,
         tuple(edges),
         images=sum(Ranks.current().gathered(images)),
-        dropouts_before_batchnorm=tuple(renamed[name][0] for name in dropouts),
+        dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..errors import DivergenceError, TrainingError, as_passed
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..statistics.passes import preserved_random_state
-from ..support.files import StrPath, output_folder
+from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
 from .dropout import set_dropout
@@ -113,8 +113,8 @@ def finetune(
     folder = Path(output_dir)
     if tensorboard:
         check_tensorboard(folder / TENSORBOARD)
+    check_output_dir(folder, resume=resume, overwrite=overwrite)
     existing = results_in(folder)
-    _check_may_write(folder, existing, resume=resume, overwrite=overwrite)
     with preserved_random_state():
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
@@ -139,6 +139,7 @@ def finetune(
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
+            summary = replace(summary, resumed=state.resumed(settings, training_set.steps))
             del state  # it has a second copy of the weights
 
         def save(progress: Progress) -> None:
@@ -197,7 +198,33 @@ def _example(images: ClassFolders) -> Tensor | None:
     return None
 
 
-def _check_may_write(folder: Path, existing: list[str], *, resume: bool, overwrite: bool) -> None:
+def check_output_dir(
+    output_dir: StrPath, *, resume: bool = False, overwrite: bool = False, inputs: Iterable[StrPath] = ()
+) -> None:
+    """Check before the work that `finetune` can write its results into a folder.
+
+    Args:
+        output_dir: As for `finetune`.
+        resume: As for `finetune`.
+        overwrite: As for `finetune`.
+        inputs: Files that the run starts from. If one of them is a result in the folder, also through a link, it is
+            refused even with `overwrite`. A run that is resumed may have been given its own checkpoint, because its
+            weights come from state.pth.
+
+    Raises:
+        TrainingError: The folder contains results that are not to be replaced, or cannot be resumed from.
+        CheckpointError: No file can be written into the folder.
+    """
+    folder = Path(output_dir)
+    existing = results_in(folder)
+    check_folder(folder)
+    for each in inputs:
+        for name in existing if not resume else ():
+            if is_same_file(folder / name, each):
+                raise TrainingError(
+                    f"{folder} contains the input {each}, which the results would replace; choose another output "
+                    f"folder, or continue that run with {as_passed('resume', True)}"
+                )
     if existing and not (resume or overwrite):
         raise TrainingError(
             f"{folder} already contains results ({existing[0]}): continue with {as_passed('resume', True)}, "

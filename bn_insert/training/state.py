@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.safe_torch_load import load_torch_file
 from ..support.schema import Count, Finite, NotNegative, SchemaError, checked
-from ..support.text import first_line, printable
+from ..support.text import counted, first_line, printable
 from .metrics import EpochMetrics, Totals
 from .progress import Progress
+from .schedule import learning_rate
 from .settings import TrainingSettings
 
 _FORMAT = "bn-insert training state 4"
@@ -62,6 +63,31 @@ class TrainingState:
         for name in sorted(self.data.keys() | data.keys()):
             if self.data.get(name) != data.get(name):
                 raise TrainingError(f"{path} belongs to another run: its {name} differ from this run's; {advice}")
+
+    def resumed(self, settings: TrainingSettings, steps: int) -> str:
+        """Return in words where a run with these settings continues, and what another number of epochs changes.
+
+        Args:
+            settings: The settings of the run from here on.
+            steps: Steps per epoch.
+        """
+        done = self.progress.epoch * steps + self.progress.step
+        where = f"after {counted(self.progress.epoch, 'epoch')}"
+        if self.progress.step:
+            where += f" and {counted(self.progress.step, 'step')}"
+        epochs = self.settings["epochs"]
+        if epochs == settings.epochs or not isinstance(epochs, int) or epochs < max(1, settings.lr_warmup_epochs):
+            return where
+        where += f", with {counted(settings.epochs, 'epoch')} in place of {epochs}"
+        planned = replace(settings, epochs=epochs)
+        rates = [learning_rate(each, done - 1, steps) for each in (planned, settings)]
+        if done == 0 or rates[0] == rates[1] or self.progress.epoch >= settings.epochs:
+            return where
+        following = learning_rate(settings, done, steps)
+        return (
+            f"{where}: the {settings.lr_scheduler} schedule now ends there, so the learning rate goes from "
+            f"{rates[0]:.3g} in the last step to {following:.3g} in the next"
+        )
 
     def check_fits(
         self,

@@ -32,6 +32,7 @@ class RunSummary:
         output: What became of the output layer, in words.
         epochs: Epochs of the run.
         steps: Steps per epoch.
+        resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.
     """
 
     classes: Mapping[str, tuple[int, int]]
@@ -44,6 +45,7 @@ class RunSummary:
     output: str
     epochs: int
     steps: int
+    resumed: str = ""
 
 
 def summarize(

@@ -17,6 +17,7 @@ from . import options as opt
 from .checking import (
     CHECK_FAILED,
     CHECK_IMAGES,
+    check_files,
     compare_on_devices,
     note_calibration,
     report_facts,
@@ -111,22 +112,20 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, check_output, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, process_group, save_checkpoint  # noqa: PLC0415
     from bn_insert import adapt as adapt_network  # noqa: PLC0415
-    from bn_insert.report import check_report  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
     source_folder, target_folder = _source_and_target(images_from)
-    check_output(output, overwrite=force)
-    if report:
-        check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    check_files(output, checkpoint, images_from, report, overwrite=force)
+    kinds, chosen = layer_kinds(layers), open_device(device)
     network, transform, classes, origin, _ = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
     target = open_calibration(target_folder, network, transform, image_options)
-    with process_group(open_device(device)) as place:
+    with process_group(chosen) as place:
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, target_folder)
@@ -137,7 +136,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
                 network,
                 shares[0],
                 shares[1] or (),
-                layers=layer_kinds(layers),
+                layers=kinds,
                 include_output=include_output,
                 skip=skip or (),
                 placement=opt.placement(placement),
@@ -160,7 +159,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No BatchNorm was inserted, and SOURCE was not needed: {adaptation.insertion.nothing}.")
     if adaptation.insertion:
         moments = adaptation.insertion.moments
-        note_calibration(moments, adaptation.source_images, tolerance, -(-adaptation.source_images // batch_size))
+        source_batches = -(-adaptation.source_images // batch_size)
+        note_calibration(moments, adaptation.source_images, tolerance, source_batches)
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
@@ -178,12 +178,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         }
         facts |= {
             "preprocessing": {"origin": origin, "tensors": is_tensor_file(target_folder)} | transform.to_dict(),
-            "options": {
-                "model": model,
-                "layers": layer_kinds(layers),
-                "include_output": include_output,
-                "skip": skip or [],
-            }
+            "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {"placement": opt.placement(placement), "keep_batchnorm": keep_batchnorm, "shrink": shrink}
             | {"eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
             | {"amp": amp, "device": str(place), "transform": transform.to_dict()},

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from math import isnan, nan
+from math import ceil, isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bn_insert.support.text import counted
+from bn_insert.support.text import counted, listed
 
 from .console import print_note
-from .tables import FEWEST_BATCHES
+from .inputs import check_checkpoint
+from .tables import FEWEST_BATCHES, GOOD_ERROR
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +26,43 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
+CHECK_VOLUMES = 2  # inputs with 3 dimensions, of which each costs as much as a batch of images
+_NAMES_SHOWN = 3
+
+
+def check_files(
+    output: Path, checkpoint: str, sources: Sequence[Path], report: Path | None, *, overwrite: bool
+) -> None:
+    """Check before a download, or the reading of large files, that outputs can be written and images can be read.
+
+    Args:
+        output: The checkpoint that will be written.
+        checkpoint: The one that is read, which is never replaced.
+        sources: Folders of images, or tensor files.
+        report: The report that will be written.
+        overwrite: --force.
+    """
+    from bn_insert import check_output  # noqa: PLC0415 - imports torch
+    from bn_insert.images import check_source  # noqa: PLC0415
+    from bn_insert.report import check_report  # noqa: PLC0415
+
+    check_checkpoint(checkpoint)
+    check_output(output, overwrite=overwrite, inputs=(checkpoint, *sources))
+    if report:
+        check_report(report, output, overwrite=overwrite, inputs=(checkpoint, *sources))
+    for source in sources:
+        check_source(source)
 
 
 def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: float | None, batches: int) -> None:
-    """Print the number of images, and with a tolerance whether it was reached."""
+    """Print the number of images, and what to do if the statistics are not as exact as they should be.
+
+    Args:
+        moments: By the name of the layer.
+        images: How many images they were measured on.
+        tolerance: The sampling error that was asked for; None means that all images were used.
+        batches: How many batches the images came in.
+    """
     if not moments:
         return  # nothing was inserted: a network may be adapted by the BatchNorms that it has
     errors = [each.error_of(0.99) for each in moments.values()]
@@ -44,6 +78,20 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
+    elif tolerance is None and batches >= FEWEST_BATCHES and error > GOOD_ERROR:
+        inexact = [name for name, each in moments.items() if each.error_of(0.99) > GOOD_ERROR]
+        needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
+        print_note(
+            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}. The outputs stay the same in any "
+            f"case; for more accurate running statistics, use about {needed:,} images instead of {images:,} (--images "
+            f"{needed})."
+        )
+
+
+def _rounded_up(number: float) -> int:
+    """Return a number rounded up to two digits: 1,440 is about 1,500."""
+    step = 10 ** max(0, len(str(int(number))) - 2)
+    return ceil(number / step) * step
 
 
 def report_facts(checkpoint: str, output: Path | None) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from .console import plain, set_quiet
 _TRACEBACK = "bn_insert.traceback"
 _PANEL = "General"
 _VALUES = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT", "path": "FILE"}
+_EXAMPLE = re.compile("Example: `([^`]+)`")
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 
 
@@ -92,11 +94,18 @@ class CommandGroup(TyperGroup):
 
 @contextmanager
 def _plain_usage_errors() -> Iterator[None]:
-    """Replace control characters in usage errors, which typer itself prints: they quote what the user typed."""
+    """Make usage errors, which typer itself prints, readable.
+
+    They quote what the user typed, whose control characters are replaced. One about something that is missing gets the
+    example of the command's help page.
+    """
     try:
         yield
     except _USAGE_ERROR as error:
-        error.message = plain(error.message).plain
+        error.message = plain(error.message).plain.removeprefix("Value error, ")  # pydantic's
+        example = _EXAMPLE.search(error.ctx.command.help or "") if error.ctx else None
+        if example and not error.message and isinstance(error, typer.BadParameter):  # a missing one has no message
+            error.message = f"Example: {' '.join(example[1].split())}"
         raise
 
 

@@ -10,7 +10,7 @@ import typer
 from . import options as opt
 from .checking import CHECK_FAILED
 from .console import image_progress, print_json, print_result, print_table
-from .inputs import ImageOptions, is_torchvision_name, open_calibration, open_checkpoint, open_device
+from .inputs import ImageOptions, check_checkpoint, is_torchvision_name, open_calibration, open_checkpoint, open_device
 from .tables import comparison_table
 
 
@@ -63,8 +63,12 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert compare alexnet.pth alexnet-bn.pth photographs/ --model torchvision.models:alexnet`
     """
     from bn_insert import compare_outputs  # noqa: PLC0415 - keeps torch out of --help
+    from bn_insert.images import check_source  # noqa: PLC0415
 
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    check_checkpoint(a)
+    check_checkpoint(b)
+    check_source(images_from)
     target = open_device(device)
     # --model applies to both, unless one of them is a torchvision name, whose architecture is known.
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .console import print_json, print_result, print_table
-from .inputs import ImageOptions, batch_sizes, open_calibration, open_checkpoint, open_device
+from .inputs import ImageOptions, batch_sizes, check_checkpoint, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table
 from .train_mode import measure_train_mode
 
@@ -52,8 +52,12 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
+    from bn_insert.images import check_source  # noqa: PLC0415 - keeps torch out of --help
+
     wanted = batch_sizes(sizes or DEFAULT_SIZES)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    check_checkpoint(checkpoint)
+    check_source(images_from)
     target = open_device(device)
     network, transform, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected

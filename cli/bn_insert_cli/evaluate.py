@@ -12,7 +12,7 @@ import typer
 from . import options as opt
 from .checking import CHECK_FAILED
 from .console import image_progress, print_json, print_note, print_result, print_table
-from .inputs import ImageOptions, input_channels, note_unreadable, open_checkpoint, open_device
+from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
 from .interruption import signals
 from .tables import class_table
 
@@ -68,7 +68,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert evaluate run/best.pth flowers/ --model torchvision.models:alexnet`
     """
     import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
-    from bn_insert.images import open_labelled_batches  # noqa: PLC0415
+    from bn_insert.images import check_labelled_folder, open_labelled_batches  # noqa: PLC0415
     from bn_insert.report import check_confusion_matrix, write_confusion_matrix  # noqa: PLC0415
 
     picture = f"the confusion matrix {confusion}"
@@ -76,6 +76,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     if confusion:
         check_confusion_matrix(confusion, overwrite=force)
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict)
+    check_checkpoint(checkpoint)
+    check_labelled_folder(data)
     target = open_device(device)
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected

@@ -20,7 +20,7 @@ from .console import (
     print_warning,
     run_progress,
 )
-from .inputs import ImageOptions, input_channels, open_checkpoint, open_device
+from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
 from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
@@ -44,12 +44,16 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     ],
     output_dir: Annotated[
         Path,
-        typer.Option("--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False),
+        typer.Option(
+            "-o", "--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False
+        ),
     ],
     model: opt.Model = None,
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the training images; a resumed run may change it.")
+    ] = 10,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -216,7 +220,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     torchvision.models:alexnet`
     """
     import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
-    from bn_insert.images import open_class_folders  # noqa: PLC0415
+    from bn_insert.images import check_class_folders, open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
 
     settings = bn_insert.TrainingSettings(
@@ -248,13 +252,17 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         accumulate=accumulate,
         patience=patience,
     )
+    check_checkpoint(checkpoint)
+    bn_insert.check_output_dir(output_dir, resume=resume, overwrite=force, inputs=[checkpoint])
+    check_class_folders(data)
+    chosen = open_device(device)
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
     network, transform, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
-    with bn_insert.process_group(open_device(device)) as target, stop_on_signals() as stop:
+    with bn_insert.process_group(chosen) as target, stop_on_signals() as stop:
         first = bn_insert.Ranks.current().first
         with _Display(epochs, len(images.train)) as display:
             try:
@@ -279,9 +287,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     print_error(str(error))
                 raise typer.Exit(DIVERGED) from None
         if first:
-            if images.unreadable:
-                path, reason = images.unreadable[0]
-                print_note(f"{len(images.unreadable)} unreadable files were skipped, the first: {path}: {reason}")
+            note_unreadable(images.unreadable)
             _conclude(result, output_dir)
     if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
@@ -363,6 +369,8 @@ def _print_summary(summary: RunSummary) -> None:
     print_note(f"Dropout: {summary.dropout}.")
     print_note(f"Steps: {summary.epochs * summary.steps:,} ({counted(summary.epochs, 'epoch')} of {summary.steps:,}).")
     print_note(f"Device: {summary.device}.")
+    if summary.resumed:
+        print_note(f"Resumed {summary.resumed}.")
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import typer
 from bn_insert.support.text import counted
 
 from . import options as opt
-from .checking import CHECK_FAILED, CHECK_IMAGES
+from .checking import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
 from .console import print_note, print_result, print_table
 from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
 from .interruption import signals
@@ -65,22 +65,21 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import GraphError, check_output, compare_outputs, save_checkpoint  # noqa: PLC0415
+    from bn_insert import GraphError, compare_outputs, save_checkpoint  # noqa: PLC0415
     from bn_insert import fold as fold_network  # noqa: PLC0415
 
     signals.begin(str(output))
-    check_output(output, overwrite=force)
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
+    check_files(output, checkpoint, [images_from] if images_from else [], None, overwrite=force)
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     if images_from is None:
-        shape = input_shape(network, transform.crop or transform.resize)
+        shape = input_shape(network, image_side=transform.crop or transform.resize)
+        count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(CHECK_IMAGES, *shape, generator=generator)]
-        print_note(
-            f"No images given: the result is checked on {CHECK_IMAGES} random inputs of {' x '.join(map(str, shape))}."
-        )
+        inputs = [torch.randn(count, *shape, generator=generator)]
+        print_note(f"No images given: the result is checked on {count} random inputs of {' x '.join(map(str, shape))}.")
     else:
         inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)

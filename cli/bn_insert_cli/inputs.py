@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import typer
+
+from bn_insert.support.text import counted, first_line
 
 from .console import print_note, print_warning
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 _COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
+_FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class ImageOptions:
     mean: str | None
     std: str | None
     strict: bool
+
+    def __post_init__(self) -> None:
+        """Check what is parsed later, when large files are read already."""
+        for option in ("mean", "std"):
+            if (text := getattr(self, option)) is not None:
+                numbers(text, f"--{option}")
 
 
 class Opened(NamedTuple):
@@ -89,6 +99,12 @@ def open_checkpoint(
         print_preprocessing(transform, origin, images)
     classes = content.settings.classes if content.settings else ()
     return Opened(network, transform, classes, origin, content.settings)
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raise CheckpointError if an argument is neither a file nor the name of a network in torchvision."""
+    if not is_torchvision_name(checkpoint) and not Path(checkpoint).exists():
+        read_named_checkpoint(checkpoint)  # which says what may be meant
 
 
 def read_named_checkpoint(
@@ -239,7 +255,8 @@ def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
     """Print how many files were skipped, and the first with the reason."""
     if unreadable:
         first = unreadable[0]
-        print_note(f"{len(unreadable)} unreadable files were skipped, the first: {first.path}: {first.reason}")
+        which = "" if len(unreadable) == 1 else ", the first"
+        print_note(f"Skipped {counted(len(unreadable), 'unreadable file')}{which}: {first.path}: {first.reason}")
 
 
 def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:
@@ -264,24 +281,30 @@ def _first_conv(model: nn.Module) -> _ConvNd | None:
     return next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
 
 
-def input_shape(model: nn.Module, side: int | None) -> tuple[int, ...]:
-    """Return the shape of one input of a network, without images that show it.
+def input_shape(model: nn.Module, side: int | None = None, *, image_side: int | None = None) -> tuple[int, ...]:
+    """Return the shape of one input of a network, without inputs that show it.
 
     Args:
         model: The network.
-        side: Its height and width if they are known. Otherwise they are those of a common size that it runs on.
+        side: Its sides if they are known. Otherwise they are those of a common size that it runs on.
+        image_side: The side that the preprocessing gives to images. Inputs with 3 dimensions are no images: of this
+            side, they could take minutes.
     """
     import torch  # noqa: PLC0415
 
     channels, dims = input_channels(model), input_dims(model)
     state = {name: value.to("meta") for name, value in model.state_dict().items()}
-    sides = (side,) if side else _COMMON_SIDES if dims < 3 else sorted(_COMMON_SIDES)
-    for each in sides:
-        shape = (channels, *[each] * dims)
+    if dims < 3:
+        side = side or image_side
+    shapes = [(channels, *[each] * dims) for each in ((side,) if side else _COMMON_SIDES)]
+    if dims == 3 and not side:
+        # The smallest first, and next to cubes the clips of 16 frames that networks for videos take.
+        shapes = sorted({*shapes, *((channels, _FRAMES, *shape[2:]) for shape in shapes)}, key=prod)
+    for shape in shapes:
         with suppress(Exception), torch.no_grad():  # without memory: only shapes are computed
             torch.func.functional_call(model, state, (torch.empty(2, *shape, device="meta"),))
             return shape
-    return (channels, *[sides[0]] * dims)
+    return shapes[0]
 
 
 def check_one_input(model: nn.Module) -> None:
@@ -305,12 +328,19 @@ def open_device(name: str | None) -> torch.device:
     """Return a device by name; by default cuda if available, else cpu."""
     import torch  # noqa: PLC0415
 
+    examples = "use one such as cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:  # its message lists all kinds of devices that PyTorch was ever built for
+        raise typer.BadParameter(f"{name!r} is not a device; {examples}", param_hint="--device") from None
+    try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"the device {name!r} cannot be used: {reason}", param_hint="--device") from None
+        # Of a kind that is not part of this build of PyTorch, the message names an operator.
+        said = "" if isinstance(error, NotImplementedError) else f" ({first_line(error).split('. ')[0]})"
+        raise typer.BadParameter(
+            f"the device {name!r} cannot be used on this machine{said}; {examples}", param_hint="--device"
+        ) from None
     return device
 
 

@@ -16,6 +16,7 @@ from . import options as opt
 from .checking import (
     CHECK_FAILED,
     CHECK_IMAGES,
+    check_files,
     compare_on_devices,
     note_calibration,
     report_facts,
@@ -102,20 +103,17 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, check_output, insert, process_group, save_checkpoint  # noqa: PLC0415
-    from bn_insert.report import check_report  # noqa: PLC0415
+    from bn_insert import Ranks, insert, process_group, save_checkpoint  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
-    check_output(output, overwrite=force)
-    if report:
-        check_report(report, output, overwrite=force)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
+    check_files(output, checkpoint, [calibration], report, overwrite=force)
+    kinds, place = layer_kinds(layers), open_device(device)
     network, transform, classes, origin, settings = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     batches = open_calibration(calibration, network, transform, image_options)
-    kinds = layer_kinds(layers)
-    with process_group(open_device(device)) as target:
+    with process_group(place) as target:
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, calibration)
@@ -148,7 +146,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if equalize:
         print_table(edge_table(insertion.edges))
     note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches)
-    _note_dropouts(insertion)
+    _note_dropouts(insertion, checkpoint)
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
@@ -193,10 +191,16 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
     raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
 
 
-def _note_dropouts(insertion: Insertion[nn.Module]) -> None:
-    if insertion.dropouts_before_batchnorm:
+def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
+    if dropouts := insertion.dropouts_before_batchnorm:
+        # The layers of an nn.Sequential have new numbers, and the user knows the old ones.
+        old = (
+            ""
+            if all(new == old for new, old in dropouts.items())
+            else f" ({', '.join(dropouts.values())} in {checkpoint})"
+        )
         print_note(
-            f"Dropout before BatchNorm: {', '.join(insertion.dropouts_before_batchnorm)}. In training it makes the "
+            f"Dropout before BatchNorm: {', '.join(dropouts)}{old}. In training it makes the "
             "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "
             "off; in your own training loop, set p of these layers to 0."
         )

@@ -58,7 +58,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     transform = (content.settings.transform if content.settings else None) or {}
     stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), None)
     check_one_input(network)
-    example = torch.zeros(2, *input_shape(network, size or stored))
+    example = torch.zeros(2, *input_shape(network, size, image_side=stored))
     found = survey(
         network,
         example,

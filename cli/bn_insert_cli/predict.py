@@ -11,7 +11,15 @@ import typer
 from . import options as opt
 from .checking import CHECK_FAILED
 from .console import image_progress, print_error, print_json, print_line, print_note
-from .inputs import ImageOptions, input_channels, input_dims, note_unreadable, open_checkpoint, open_device
+from .inputs import (
+    ImageOptions,
+    check_checkpoint,
+    input_channels,
+    input_dims,
+    note_unreadable,
+    open_checkpoint,
+    open_device,
+)
 
 
 def predict(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -49,9 +57,11 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert predict run/best.pth photographs/ --model torchvision.models:alexnet`
     """
     import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
-    from bn_insert.images import open_batches  # noqa: PLC0415
+    from bn_insert.images import check_source, open_batches  # noqa: PLC0415
 
     image_options = ImageOptions(1, 0, batch_size, workers, resize, crop, mean, std, strict)
+    check_checkpoint(checkpoint)
+    check_source(images_from)
     target = open_device(device)
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # An error estimated from the spread between fewer batches is not reliable.
 FEWEST_BATCHES = 8
+GOOD_ERROR = 0.1  # of mean and std, in stds
 _NARROW = 100  # columns of a terminal; narrower tables have fewer columns
 _MOST_CLASSES = 30  # rows; the report has all
 _LONGEST_NAME = 30  # characters that are kept on one line
@@ -58,7 +59,9 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
         )
     result.caption = "mean, std: smallest .. largest channel; "
     if reliable:
-        result.caption += "error: of mean and std, estimated, in stds, for 99 % of the channels (0.1 or less is good)"
+        result.caption += (
+            f"error: of mean and std, estimated, in stds, for 99 % of the channels ({GOOD_ERROR:g} or less is good)"
+        )
     else:
         result.caption += f"their error is not estimated from fewer than {FEWEST_BATCHES} batches (see --images and -b)"
     return result

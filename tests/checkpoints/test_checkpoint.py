@@ -425,7 +425,9 @@ def test_settings_that_are_no_text_are_told(value: object, tmp_path: Path) -> No
         assert read_settings(path) is None
         return
     message = refusal_of(lambda: load_checkpoint(path))
-    assert f"the settings in the file's metadata are damaged: they are of type {type(value).__name__}, not str" in message
+    assert (
+        f"the settings in the file's metadata are damaged: they are of type {type(value).__name__}, not str" in message
+    )
 
 
 class StateWith:

@@ -387,7 +387,8 @@ def test_without_a_network_the_error_says_what_could_not_be_had(
 
 def test_a_name_that_is_not_offered_is_refused_with_those_that_are() -> None:
     with pytest.raises(
-        CheckpointError, match="'resnet18' is not a network of torchvision known here; use vgg11, vgg13, vgg16, vgg19"
+        CheckpointError,
+        match=r"'resnet18' is not one of the networks .* \(vgg11, vgg13, vgg16, vgg19\); for another architecture",
     ):
         torchvision_checkpoint("resnet18")
 

@@ -207,6 +207,16 @@ def test_an_error_of_few_batches_is_left_out_and_the_reason_given(run: Run, digi
     assert "0.1 or less is good" in text_of(many.stdout)
 
 
+def test_inexact_statistics_are_noted_with_the_number_of_images_that_would_do(run: Run, digits: Path) -> None:
+    words = ("insert", network_path(), digits, *AS_STORED)
+    inexact = text_of(run(*words, "-o", "a.pth", "-b", 2).stderr)
+    found = re.search(r"Sampling error above 0.1 in features.0, .* more\. .* \(--images (\d+)\)", inexact)
+    assert found
+    assert int(found[1]) > 20
+    assert f"use about {int(found[1]):,} images instead of 20" in inexact
+    assert "Sampling error" not in run(*words, "-o", "b.pth", "-b", 10).stderr  # not known
+
+
 def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -> None:
     for words, code in ((("inspect", network_path()), 0), (("inspect", "missing.pth"), 2), (("--version",), 0)):
         # test_command_model_option.py has one that imports torch itself, and ends what torch has made.

@@ -134,10 +134,11 @@ def test_what_cannot_be_evaluated_is_one_message(run: Run, digits: Path) -> None
     assert_refused(run("evaluate", "net.pth", "nowhere"), "nowhere does not exist; the layout is CLASS/IMAGE, or")
     assert_refused(run("evaluate", "net.pth", digits / "0"), "has no class folders; the layout is")
     assert_refused(run("evaluate", "missing.pth", digits), "there is no file missing.pth")
-    assert_refused(run("evaluate", "net.pth", digits, "--device", "abacus"), "the device 'abacus' cannot be used")
+    refused = run("evaluate", "net.pth", digits, "--device", "abacus")
+    assert_refused(refused, "'abacus' is not a device; use one such as cpu, cuda, cuda:1 or mps")
     (digits / "3" / "bad.png").write_bytes(b"no picture")
     assert_refused(run("evaluate", "net.pth", digits, "--strict"), "cannot read", "bad.png")
-    assert "1 unreadable files were skipped" in run("evaluate", "net.pth", digits).stderr
+    assert f"Skipped 1 unreadable file: {digits / '3' / 'bad.png'}: " in run("evaluate", "net.pth", digits).stderr
 
 
 def test_outputs_that_are_not_finite_fail_both_commands(run: Run, digits: Path) -> None:
@@ -234,13 +235,16 @@ def test_both_commands_take_other_architectures(run: Run, digits: Path) -> None:
 def test_commands_that_use_a_network_take_the_key_of_its_state_dict(run: Run, digits: Path) -> None:
     torch.save({"best": demo_network().state_dict() | {"total_ops": torch.zeros(1)}, "epoch": 3}, "network.pth")
     found = ("--key", "best", "--ignore-unexpected")
+    Path("labelled").mkdir()
+    for part in ("train", "val"):
+        Path("labelled", part).symlink_to(digits)
     for words in (
         ("predict", "network.pth", digits),
         ("evaluate", "network.pth", digits),
         ("compare", "network.pth", save_plain_network(Path("plain.pth")), digits),  # which needs no key
         ("compare", "network.pth", "network.pth", digits),
         ("compare-modes", "network.pth", digits),  # refused later: no BatchNorm
-        ("finetune", "network.pth", digits, "--output-dir", "runs"),  # refused later: no train/
+        ("finetune", "network.pth", "labelled", "--output-dir", "runs", "--train", "batchnorm"),  # the same
     ):
         refused, accepted = run(*words, *AS_STORED), run(*words, *found, *AS_STORED)
         assert "its keys are best" in text_of(refused.output)

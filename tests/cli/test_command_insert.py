@@ -166,7 +166,7 @@ def test_unreadable_images_are_skipped_and_counted_or_with_strict_an_error(run: 
     (digits / "0" / "broken.png").write_bytes(b"no image")
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
-    assert "1 unreadable" in result.stderr
+    assert "Skipped 1 unreadable file: " in result.stderr
     assert "broken.png" in result.stderr
     strict = run("insert", network_path(), digits, "-o", "strict.pth", *AS_STORED, "--strict")
     assert_refused(strict, "broken.png")

@@ -85,7 +85,8 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"progress": None},
     ),
     "build_network": ({"checkpoint": REQUIRED, "model": None}, {"ignore_unexpected": False}),
-    "check_output": ({"path": REQUIRED}, {"overwrite": False}),
+    "check_output": ({"path": REQUIRED}, {"overwrite": False, "inputs": ()}),
+    "check_output_dir": ({"output_dir": REQUIRED}, {"resume": False, "overwrite": False, "inputs": ()}),
     "finetune": (
         {"model": REQUIRED, "images": REQUIRED, "output_dir": REQUIRED, "settings": None},
         {

@@ -258,10 +258,14 @@ def test_dropout_is_inactive_during_calibration_of_a_model_that_trains() -> None
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, ("classifier.3",)), ({"layers": "conv"}, ()), ({"include_output": True}, ("classifier.3", "classifier.7"))],
+    [
+        ({}, {"classifier.3": "classifier.2"}),
+        ({"layers": "conv"}, {}),
+        ({"include_output": True}, {"classifier.3": "classifier.2", "classifier.7": "classifier.5"}),
+    ],
 )
-def test_dropouts_before_a_batchnorm_are_named_as_in_the_result_and_kept(
-    options: dict[str, Any], expected: tuple[str, ...]
+def test_dropouts_before_a_batchnorm_are_named_as_in_the_result_and_in_the_original_and_kept(
+    options: dict[str, Any], expected: dict[str, str]
 ) -> None:
     insertion = insert(small_vgg(), [images(6, 16)], **options)
     assert insertion.dropouts_before_batchnorm == expected

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bn_insert import EpochMetrics, TrainingSettings, finetune, insert_batchnorm
+from bn_insert import EpochMetrics, RunSummary, TrainingSettings, finetune, insert_batchnorm
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.checkpoints.read import read_settings
 from bn_insert.demo import network_path
@@ -27,8 +27,9 @@ from bn_insert.support.processes import Ranks
 from bn_insert.surgery.replace_output import replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
 from bn_insert.training.preparation import prepared_network
+from bn_insert.training.progress import Progress
 from bn_insert.training.schedule import learning_rate
-from bn_insert.training.state import load_state
+from bn_insert.training.state import TrainingState, load_state
 from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
 from support.networks import small_vgg
 
@@ -173,8 +174,28 @@ def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits
     settings = replace(BRIEF, epochs=1)
     first = finetune(dense_network(), digits, tmp_path, settings)
     assert finetune(dense_network(), digits, tmp_path, settings, resume=True) == first
-    longer = finetune(dense_network(), digits, tmp_path, replace(settings, epochs=3), resume=True)
+    told: list[RunSummary] = []
+    more = replace(settings, epochs=3)
+    longer = finetune(dense_network(), digits, tmp_path, more, resume=True, on_start=told.append)
     assert [epoch.epoch for epoch in longer.epochs] == [1, 2, 3]
+    assert [summary.resumed for summary in told] == [
+        "after 1 epoch, with 3 epochs in place of 1: the cosine schedule now ends there, so the learning rate goes "
+        f"from {learning_rate(settings, 4, 5):.3g} in the last step to {learning_rate(more, 5, 5):.3g} in the next"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "after 1 epoch and 2 steps"),
+        ({"lr_scheduler": "constant", "epochs": 4}, "after 1 epoch and 2 steps, with 4 epochs in place of 2"),
+        ({"epochs": 1}, "after 1 epoch and 2 steps, with 1 epoch in place of 2"),
+    ],
+)
+def test_a_resumed_run_tells_where_it_continues(changes: dict[str, Any], expected: str) -> None:
+    progress = Progress(epoch=1, step=2)
+    state = TrainingState(asdict(BRIEF), {}, progress, {}, {}, [])
+    assert state.resumed(replace(BRIEF, **changes), 5) == expected
 
 
 def test_resuming_in_an_empty_folder_begins(digits: ClassFolders, tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""What commands refuse before they download weights or read large files, and how usage errors read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bn_insert
+from bn_insert import TrainingError, check_output_dir
+from bn_insert.demo import network_path
+from bn_insert_cli.inputs import input_shape
+from support.commands import Run, assert_refused, text_of
+
+
+@pytest.fixture
+def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reading of any checkpoint fail, and the download of weights."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(bn_insert, "torchvision_checkpoint", fail)
+    monkeypatch.setattr(bn_insert, "read_checkpoint", fail)
+
+
+@pytest.mark.usefixtures("_no_reading")
+@pytest.mark.parametrize(
+    ("words", "wording"),
+    [
+        ("insert vgg16 digit -o out.pth", "digit does not exist (did you mean digits?)"),
+        ("insert vgg16 empty -o out.pth", "empty contains no image"),
+        ("insert vgg16 digits -o none/out.pth", "does not exist; create it first"),
+        ("insert vgg16 digits -o old.pth", "old.pth already exists"),
+        ("insert vgg16 digits -o out.pth --report none/a.html", "does not exist; create it first"),
+        ("insert vgg16 digits -o out.pth --device abacus", "'abacus' is not a device"),
+        ("insert vgg16 digits -o out.pth --mean grey", "'grey' is not a number"),
+        ("insert vgg16 digits -o out.pth --layers all", "'all' is not one of: conv, dense"),
+        ("adapt vgg16 digits digit -o out.pth", "digit does not exist"),
+        ("adapt vgg16 digits digits -o old.pth", "old.pth already exists"),
+        ("fold vgg16 digit -o out.pth", "digit does not exist"),
+        ("compare vgg16 vgg16 digit", "digit does not exist"),
+        ("compare-modes vgg16 digit", "digit does not exist"),
+        ("predict vgg16 digit", "digit does not exist"),
+        ("evaluate vgg16 digit", "digit does not exist"),
+        ("finetune vgg16 digit -o run", "digit does not exist"),
+        ("finetune vgg16 labelled -o old", "old already contains results (best.pth)"),
+        ("finetune vgg16 labelled -o old.pth", "old.pth is not a folder"),
+        ("finetune vgg16 labelled -o old.pth/run", "old.pth is not a folder"),
+    ],
+)
+def test_what_can_be_known_before_the_weights_are_read_is_said_before(
+    run: Run, digits: Path, words: str, wording: str
+) -> None:
+    Path("empty").mkdir()
+    Path("old.pth").touch()
+    Path("old").mkdir()
+    Path("old/best.pth").touch()
+    Path("labelled").mkdir()
+    for part in ("train", "val"):
+        Path("labelled", part).symlink_to(digits)
+    assert_refused(run(*words.split()), wording)
+
+
+# A file that is read is never written
+
+
+@pytest.mark.usefixtures("_no_reading")
+@pytest.mark.parametrize("output", ["net.pth", "digits/../net.pth", "symbolic.pth", "hard.pth"])
+@pytest.mark.parametrize("command", ["insert", "adapt", "fold"])
+def test_the_checkpoint_that_is_read_is_not_replaced_even_with_force(
+    run: Run, digits: Path, command: str, output: str
+) -> None:
+    Path("net.pth").write_bytes(b"weights")
+    Path("symbolic.pth").symlink_to("net.pth")
+    os.link("net.pth", "hard.pth")
+    for force in ([], ["--force"]):
+        result = run(command, "net.pth", digits, "-o", output, *force)
+        same = "the input" if output == "net.pth" else "the same file as the input net.pth"
+        assert_refused(result, f"cannot write {output}: it is {same}; choose another name")
+    assert Path("net.pth").read_bytes() == b"weights"
+
+
+@pytest.mark.usefixtures("_no_reading")
+def test_a_tensor_file_that_is_read_is_not_replaced(run: Run) -> None:
+    torch.save(torch.zeros(1), "x.pt")
+    result = run("insert", network_path(), "x.pt", "-o", "./x.pt", "--force")
+    assert_refused(result, "cannot write x.pt: it is the input")
+
+
+def test_a_report_does_not_replace_the_report_that_it_is_made_from(run: Run) -> None:
+    Path("run").mkdir()
+    Path("run/report.json").write_text("{}")
+    result = run("report", "run", "-o", "run/../run/report.json", "--force")
+    assert_refused(result, "it is the same file as the input run/report.json")
+    assert Path("run/report.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("_no_reading")
+def test_a_run_does_not_replace_the_checkpoint_that_it_starts_from(run: Run, digits: Path) -> None:
+    Path("run").mkdir()
+    Path("run/best.pth").touch()
+    Path("link").symlink_to("run")
+    for force in ([], ["--force"]):
+        refused = run("finetune", "link/best.pth", digits, "-o", "run", *force)
+        assert_refused(refused, "run contains the input link/best.pth, which the results would replace")
+    with pytest.raises(TrainingError, match=r"contains the input run/best.pth.*resume=True"):
+        check_output_dir("run", overwrite=True, inputs=["run/best.pth"])
+    check_output_dir("run", overwrite=True, inputs=[network_path()])
+    Path("run/state.pth").touch()  # a run that is continued does not start from it
+    check_output_dir("run", resume=True, inputs=["run/best.pth"])
+
+
+# Usage errors
+
+
+@pytest.mark.parametrize(
+    ("words", "wording"),
+    [
+        ("finetune a.pth b", "Example: bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/"),
+        ("insert a.pth b", "Example: bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth"),
+        ("insert a.pth", "Missing argument 'CALIBRATION'. Example: bn-insert insert vgg16.pth photographs/ -o"),
+    ],
+)
+def test_a_missing_argument_or_option_is_shown_by_an_example(run: Run, words: str, wording: str) -> None:
+    assert_refused(run(*words.split()), "Missing ", wording)
+
+
+def test_a_value_that_is_none_of_the_choices_is_told_without_the_name_of_a_class(run: Run) -> None:
+    result = run("insert", "a.pth", "b", "-o", "c.pth", "--placement", "there")
+    assert_refused(result, "'there' is not one of")
+    assert "Value error" not in text_of(result.stderr)
+
+
+@pytest.mark.parametrize("name", ["mps", "cuda:63", "meta"])
+def test_a_device_that_is_not_there_is_one_short_message(run: Run, digits: Path, name: str) -> None:
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    text = text_of(run("predict", network_path(), digits, "--device", name).stderr)
+    assert f"the device '{name}' cannot be used on this machine" in text
+    assert "; use one such as cpu, cuda, cuda:1 or mps" in text
+    assert len(text) < 450
+
+
+# Random inputs
+
+
+def test_a_network_for_volumes_is_checked_on_small_ones() -> None:
+    network = nn.Sequential(nn.Conv3d(3, 2, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 2))
+    assert input_shape(network, image_side=224) == (3, 16, 16, 16)
+    assert input_shape(network, 20) == (3, 20, 20, 20)
+    clips = nn.Sequential(nn.Conv3d(3, 2, 3, padding=1), nn.MaxPool3d(16), nn.Flatten(), nn.Linear(2 * 49, 2))
+    assert input_shape(clips) == (3, 16, 112, 112)
