@@ -16,7 +16,8 @@ def vgg_assumptions(network: nn.Module, settings: Settings | None = None) -> str
         settings: Those of its checkpoint. What they store is not assumed.
 
     Returns:
-        A sentence or two with the names of the modules; empty for a network with no `features` in sequence.
+        A sentence or two with the names of the modules; empty for a network with no `features` in sequence, and if the
+        settings say that the network was rebuilt like this before it was saved.
 
     Examples:
         >>> from bn_insert import load_checkpoint
@@ -25,7 +26,7 @@ def vgg_assumptions(network: nn.Module, settings: Settings | None = None) -> str
         'Assumed, because a state dict does not store it'
     """
     features = getattr(network, "features", None)
-    if not isinstance(features, nn.Sequential):
+    if not isinstance(features, nn.Sequential) or (settings and settings.rebuilt_from_keys):
         return ""
     pools = [f"features.{name}" for name, module in features.named_children() if isinstance(module, nn.MaxPool2d)]
     stored = settings.dropout if settings else {}

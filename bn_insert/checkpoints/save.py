@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
@@ -80,7 +82,8 @@ def stage_checkpoint(
     network = unwrapped(model)
     try:
         state_dict = _state_dict(network)
-        text = Settings.of(network, transform, classes).to_json()
+        settings = Settings.of(network, transform, classes)
+        text = replace(settings, rebuilt_from_keys=_is_rebuilt(network, state_dict, settings)).to_json()
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     write: Callable[[Path], object]
@@ -125,6 +128,25 @@ def _state_dict(network: nn.Module) -> OrderedDict[str, Tensor]:
     }
     result._metadata = versions  # type: ignore[attr-defined]
     return result
+
+
+def _is_rebuilt(network: nn.Module, state_dict: Mapping[str, Tensor], settings: Settings) -> bool:
+    """Return whether a network is the VGG that `load_checkpoint` rebuilds from its keys, so that nothing is assumed."""
+    if type(network).__module__ != "torchvision.models.vgg":
+        return False
+    from .vgg import vgg_from_state_dict  # noqa: PLC0415 - imports torchvision, as the network has already
+
+    try:
+        rebuilt = vgg_from_state_dict(state_dict, settings)
+    except CheckpointError:
+        return False
+    return _modules(rebuilt) == _modules(network)
+
+
+def _modules(network: nn.Module) -> list[tuple[str, str]]:
+    """Return names and descriptions of the modules that compute; what a BatchNorm does is stored."""
+    modules = network.named_modules()
+    return [(name, repr(each)) for name, each in modules if not isinstance(each, _BatchNorm) and not [*each.children()]]
 
 
 def _save_by_torch(state_dict: Mapping[str, Tensor], path: Path) -> None:

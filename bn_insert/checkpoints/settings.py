@@ -4,7 +4,7 @@ A checkpoint carries them as JSON text: a .pth in the metadata of its state dict
 saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read.py` reads it.
 
 A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
-refuse the rest by its version. Version 2 added the names of classes.
+refuse the rest by its version. Version 2 added the names of classes, version 3 that a network can be rebuilt from keys.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ class _Version2(_Version1):
     classes: _ClassNames = ()
 
 
-_VERSIONS = {1: _Version1, 2: _Version2}
+class _Version3(_Version2):
+    rebuilt_from_keys: bool = False
+
+
+_VERSIONS = {1: _Version1, 2: _Version2, 3: _Version3}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Settings:
         transform: Preprocessing of images, as a JSON object.
         history: How the modules of the network can be rebuilt.
         classes: Names of the classes, in the order of the network's outputs; empty if they are not known.
+        rebuilt_from_keys: Whether the network was seen to be the VGG that `load_checkpoint` rebuilds from its keys.
     """
 
     batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
@@ -86,6 +91,7 @@ class Settings:
     transform: Mapping[str, Any] | None = None
     history: History = field(default_factory=History)
     classes: tuple[str, ...] = ()
+    rebuilt_from_keys: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None, classes: Sequence[str] = ()) -> Settings:
@@ -117,7 +123,7 @@ class Settings:
         if type(version := document.get("version")) is not int or version not in _VERSIONS:
             raise CheckpointError(
                 f'the field "version" is {version!r:.40}, and this version of bn-insert reads versions '
-                + " and ".join(map(str, _VERSIONS))
+                f"{min(_VERSIONS)} to {max(_VERSIONS)}"
             )
         try:
             content = checked(document, _VERSIONS[version])
@@ -127,6 +133,7 @@ class Settings:
                 content.transform,
                 History.from_document(content.architecture),
                 _class_names(content.classes) if version > 1 else (),
+                content.rebuilt_from_keys if version > 2 else False,
             )
         except SchemaError as error:
             raise CheckpointError(f"{error!s:.300}") from error
@@ -135,7 +142,7 @@ class Settings:
         """Return the settings as the JSON object that `from_document` reads."""
         document: dict[str, Any] = {
             "format": FORMAT,
-            "version": 2 if self.classes else 1,
+            "version": 3 if self.rebuilt_from_keys else 2 if self.classes else 1,
             "batchnorm": {name: msgspec.to_builtins(norm) for name, norm in self.batchnorm.items()},
             "dropout": dict(self.dropout),
         }
@@ -145,6 +152,8 @@ class Settings:
             document["architecture"] = self.history.to_document()
         if self.classes:
             document["classes"] = list(self.classes)
+        if self.rebuilt_from_keys:
+            document["rebuilt_from_keys"] = True
         return document
 
     def to_json(self) -> str:

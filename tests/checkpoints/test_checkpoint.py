@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import VGG, make_layers
 
 import bn_insert.checkpoints.read
+from bn_insert.checkpoints.assumptions import vgg_assumptions
 from bn_insert.checkpoints.load import build_network, load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
@@ -93,6 +94,31 @@ def test_only_a_file_with_class_names_needs_a_version_of_bn_insert_that_knows_th
     assert Settings.from_json(named.to_json()) == named
 
 
+@BOTH_FORMATS
+def test_nothing_is_assumed_of_a_vgg_that_was_saved_as_what_its_keys_say(name: str, tmp_path: Path) -> None:
+    save_checkpoint(vgg_of(SPEC), tmp_path / name)
+    settings = read_settings(tmp_path / name)
+    assert settings is not None
+    assert settings.to_document()["version"] == 3
+    assert vgg_assumptions(load_checkpoint(tmp_path / name), settings) == ""
+
+
+@pytest.mark.parametrize("change", ["activation", "pooling", "dilation"])
+def test_a_vgg_that_its_keys_do_not_describe_is_assumed_to_be_an_ordinary_one(tmp_path: Path, change: str) -> None:
+    saved = vgg_of(SPEC)
+    if change == "activation":
+        saved.features[2] = nn.LeakyReLU()
+    elif change == "pooling":
+        saved.features[5] = nn.AvgPool2d(2, 2)
+    else:
+        saved.features[0].dilation = (2, 2)
+    save_checkpoint(saved, tmp_path / "vgg.pth")
+    settings = read_settings(tmp_path / "vgg.pth")
+    assert settings is not None
+    assert settings.to_document()["version"] == 1
+    assert "Assumed" in vgg_assumptions(load_checkpoint(tmp_path / "vgg.pth"), settings)
+
+
 def test_class_names_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> None:
     message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth", classes=["ant", "ant"]))
     assert "vgg.pth: the field classes names 'ant' twice" in message
@@ -121,7 +147,7 @@ def test_a_pth_is_one_file_with_a_state_dict_that_carries_its_settings(name: str
     document = json.loads(metadata[""].pop("bn_insert"))
     assert metadata == vgg.state_dict()._metadata  # versions of modules, such as BatchNorm's
     assert document["format"] == "bn-insert"
-    assert document["version"] == 1
+    assert document["version"] == 3
     norm = vgg.features[1]
     assert document["batchnorm"]["features.1"] == {"eps": norm.eps, "momentum": norm.momentum}
     assert document["dropout"] == {"classifier.3": vgg.classifier[3].p}
@@ -166,7 +192,13 @@ def test_a_safetensors_file_holds_all_by_itself(tmp_path: Path) -> None:
     with safe_open(tmp_path / "vgg.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert list(metadata) == ["bn-insert"]
-    assert sorted(json.loads(metadata["bn-insert"])) == ["batchnorm", "dropout", "format", "version"]
+    assert sorted(json.loads(metadata["bn-insert"])) == [
+        "batchnorm",
+        "dropout",
+        "format",
+        "rebuilt_from_keys",
+        "version",
+    ]
 
 
 @BOTH_FORMATS
@@ -354,7 +386,7 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 3}, 'the field "version" is 3, and this version of bn-insert reads versions 1 and 2'),
+        ({"version": 4}, 'the field "version" is 4, and this version of bn-insert reads versions 1 to 3'),
         ({"batchnorm": []}, "the field batchnorm is wrong: expected object, got array"),
         ({"batchnorm": {"features.1": 3}}, "the field batchnorm.features.1 is wrong: expected object, got int"),
         (
@@ -379,18 +411,19 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
         ({"transform": [1]}, "the field transform is wrong: expected object | null, got array"),
         ({"batch_norm": {}}, "unknown field batch_norm"),
         ({"replaces": {}}, "unknown field replaces"),
-        ({"classes": ["cat"]}, "unknown field classes"),  # version 1 had none
+        ({"version": 2}, "unknown field rebuilt_from_keys"),  # versions 1 and 2 had none
+        ({"version": 3, "rebuilt_from_keys": 1}, "the field rebuilt_from_keys is wrong: expected bool, got int"),
         ({"\ud800": 1}, "has a name that is not valid Unicode: '\\ud800'"),
         ({"batchnorm": {"features.1": {"\ud800": 1}}}, "batchnorm.features.1 has a name that is not valid Unicode"),
-        ({"version": 2, "classes": "cat"}, "the field classes is wrong: expected array, got str"),
-        ({"version": 2, "classes": ["cat", 3]}, "the field classes[1] is wrong: expected str, got int"),
-        ({"version": 2, "classes": ["cat", "dog", "cat"]}, "classes names 'cat' twice"),
-        ({"version": 2, "classes": ["cat", ""]}, "the field classes[1] is wrong: expected str of length >= 1, got ''"),
-        ({"version": 2, "classes": ["cat\ndog"]}, "classes[0], 'cat\\ndog', contains a line break"),
-        ({"version": 2, "classes": ["\ud800"]}, "classes[0], '\\ud800', is not valid Unicode"),
-        ({"version": 2, "classes": ["x" * 1001]}, "classes[0] is wrong: expected str of length <= 1000, got 'xxx"),
+        ({"version": 3, "classes": "cat"}, "the field classes is wrong: expected array, got str"),
+        ({"version": 3, "classes": ["cat", 3]}, "the field classes[1] is wrong: expected str, got int"),
+        ({"version": 3, "classes": ["cat", "dog", "cat"]}, "classes names 'cat' twice"),
+        ({"version": 3, "classes": ["cat", ""]}, "the field classes[1] is wrong: expected str of length >= 1, got ''"),
+        ({"version": 3, "classes": ["cat\ndog"]}, "classes[0], 'cat\\ndog', contains a line break"),
+        ({"version": 3, "classes": ["\ud800"]}, "classes[0], '\\ud800', is not valid Unicode"),
+        ({"version": 3, "classes": ["x" * 1001]}, "classes[0] is wrong: expected str of length <= 1000, got 'xxx"),
         (
-            {"version": 2, "classes": [str(number) for number in range(100_001)]},
+            {"version": 3, "classes": [str(number) for number in range(100_001)]},
             "the field classes is wrong: expected array of length <= 100000",
         ),
     ],
@@ -501,13 +534,13 @@ def test_settings_of_another_checkpoint_are_told(changes: dict[str, Any], fragme
 def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
     path = tmp_path / "vgg.safetensors"
     safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": '{"format": "bn-insert", "version": 9}'})
-    assert f"{path}: the settings in its header are damaged" in refusal_of(lambda: load_checkpoint(path))
+    assert f"{path}: the settings in the file's header are damaged" in refusal_of(lambda: load_checkpoint(path))
     safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": "{}"})
     assert 'the field "format" is None' in refusal_of(lambda: load_checkpoint(path))
     text = '{"format": "bn-insert", "version": 1, "dropout": {"\\u001b[2J": 0.5}}'
     safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": text})
     message = refusal_of(lambda: load_checkpoint(path))
-    assert "the settings in its header belong to another checkpoint" in message
+    assert "the settings in the file's header belong to another checkpoint" in message
     assert "\x1b" not in message
 
 

@@ -112,7 +112,7 @@ def test_killed_after_the_checkpoint_was_replaced_its_new_settings_hold(
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 3}, 'the field "version" is 3, and this version of bn-insert reads versions 1 and 2'),
+        ({"version": 4}, 'the field "version" is 4, and this version of bn-insert reads versions 1 to 3'),
         (
             {"batchnorm": {"features.1": {"eps": -1e-5}}},
             "batchnorm.features.1.eps is wrong: expected float >= 0.0, got -1e-05",

@@ -33,8 +33,7 @@ def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digi
     assert "dropout with p 0.5 at classifier.2, classifier.5" in text_of(result.stderr)
     run("insert", plain, digits, "-o", "out.pth", *FEW, "--eps", 0.25, "--layers", "conv")
     result = run("inspect", "out.pth")
-    assert "Assumed" in result.stderr
-    assert "dropout with" not in text_of(result.stderr)
+    assert "Assumed" not in result.stderr  # what was assumed by insert is what the file has
     shown = text_of(result.stdout)
     assert "stored in the file's metadata" in shown
     assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
@@ -90,5 +89,7 @@ def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, 
     network = load_checkpoint(network_path())
     save_checkpoint(network, "x.pth", transform=Transform(resize=None).to_dict() | {"crop": 16384})
     command = ("insert", "x.pth", digits, "-o", "out.pth", "--resize", 0, "--mean", 0, "--std", 1, "-j", 0)
-    assert_refused(run(*command), "error: x.pth: the preprocessing in its metadata: crop of a transform is 16384")
+    assert_refused(
+        run(*command), "error: x.pth: the preprocessing in the file's metadata: crop of a transform is 16384"
+    )
     assert run(*command, "--crop", 0).exit_code == 0
