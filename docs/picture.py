@@ -13,6 +13,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
@@ -51,6 +52,13 @@ TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="h
 """
 
 
+class _Screen(Console):
+    """A console that wraps long lines, as a terminal does; notes leave that to the terminal."""
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:  # noqa: ARG002
+        super().print(*objects, **options)
+
+
 def main() -> None:
     """Run the demo and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +69,7 @@ def main() -> None:
 
 def picture_of_demo() -> str:
     """Return an SVG of the terminal with the command and its output."""
-    screen = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
+    screen = _Screen(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
     screen.print(Text.assemble(("$ ", "bold green"), "bn-insert demo --output digits-bn.pth"))
     # The commands create their consoles at each use, by these two functions.
     console.stdout = console.stderr = lambda: screen

@@ -193,12 +193,8 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
 
 def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
     if dropouts := insertion.dropouts_before_batchnorm:
-        # The layers of an nn.Sequential have new numbers, and the user knows the old ones.
-        old = (
-            ""
-            if all(new == old for new, old in dropouts.items())
-            else f" ({', '.join(dropouts.values())} in {checkpoint})"
-        )
+        renumbered = any(new != old for new, old in dropouts.items())
+        old = f" ({', '.join(dropouts.values())} in {Path(checkpoint).name})" if renumbered else ""
         print_note(
             f"Dropout before BatchNorm: {', '.join(dropouts)}{old}. In training it makes the "
             "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "

@@ -8,6 +8,7 @@ follows the page. The comment behind a `print(...)` is what it prints. A block t
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import textwrap
@@ -148,6 +149,21 @@ def test_the_files_that_a_page_outside_of_docs_links_to_are_there(name: str) -> 
     page = ROOT / name
     links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_a_page_that_is_filled_when_the_site_is_built_says_so_in_the_repository_alone() -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / "repository_notes.py"))
+    filled = [page for page in PAGES if re.search("^(--8<--|:::|<!-- commands)", page.read_text(), re.MULTILINE)]
+    assert len(filled) >= 9
+    for page in filled:
+        text = page.read_text(encoding="utf-8")
+        (note,) = hook["NOTE"].findall(text)
+        links = re.findall(r"\]\(([^)#]+)", note)
+        assert "mkdocs serve" in note or links
+        assert [link for link in links if not (page.parent / link).exists()] == []
+        built = hook["on_page_markdown"](text)
+        assert len(built) == len(text) - len(note)
+        assert "in the repository -->" not in built
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/fine-tuning.md"])
