@@ -26,6 +26,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
             metavar="MODULE:FUNCTION",
             help="Like --model, for B only, if its architecture differs from that of A.",
             show_default=False,
+            rich_help_panel=opt.CHECKPOINT,
         ),
     ] = None,
     key: Annotated[
@@ -35,10 +36,16 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
             metavar="NAME",
             help="Key of the state dict in A and B. A file that is a state dict itself needs none.",
             show_default=False,
+            rich_help_panel=opt.CHECKPOINT,
         ),
     ] = None,
     ignore_unexpected: Annotated[
-        bool, typer.Option("--ignore-unexpected", help="Ignore tensors in A and B that the networks do not have.")
+        bool,
+        typer.Option(
+            "--ignore-unexpected",
+            help="Ignore tensors in A and B that the networks do not have.",
+            rich_help_panel=opt.CHECKPOINT,
+        ),
     ] = False,
     images: opt.Images = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,

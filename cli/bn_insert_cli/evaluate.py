@@ -34,7 +34,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     confusion: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png|FILE.svg|FILE.pdf", help="Write the confusion matrix as a picture.", show_default=False
+            metavar="FILE", help="Write the confusion matrix as a picture (.png, .svg or .pdf).", show_default=False
         ),
     ] = None,
     force: opt.Force = False,

@@ -34,6 +34,7 @@ _CLASSES_SHOWN = 20
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
 _NETWORK = "Network"
+_VALIDATION = "Validation"
 
 
 def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -61,6 +62,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
             min=1,
             help="Stop after this many epochs without an improvement in validation accuracy. "
             "[default: train for all epochs]",
+            rich_help_panel=_VALIDATION,
         ),
     ] = None,
     batch_size: Annotated[
@@ -136,7 +138,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     train: Annotated[
         Literal["all", "batchnorm", "head"],
         typer.Option(
-            help="What is trained: everything; gamma and beta of BatchNorm and the head; the head alone.",
+            metavar="WHAT",
+            help="What is trained. all: everything; batchnorm: gamma and beta of BatchNorm, and the head; head: the "
+            "head alone.",
             rich_help_panel=_NETWORK,
         ),
     ] = "all",
@@ -151,8 +155,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     batchnorm: Annotated[
         Literal["train", "renorm", "freeze-statistics", "freeze"],
         typer.Option(
-            help="What BatchNorms do in training: normalize by the batch; Batch Renormalization, for small batches; "
-            "train gamma and beta only; nothing.",
+            metavar="MODE",
+            help="What BatchNorms do in training. train: normalize by the batch; renorm: Batch Renormalization, for "
+            "small batches; freeze-statistics: only train gamma and beta; freeze: nothing.",
             rich_help_panel=_NETWORK,
         ),
     ] = "train",
@@ -178,7 +183,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         bool,
         typer.Option(
             help="Re-estimate running statistics on training images before each validation.",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_VALIDATION,
         ),
     ] = True,
     freeze_features: Annotated[

@@ -61,7 +61,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     equalize: Annotated[
         bool,
         typer.Option(
-            "--equalize", help="Rescale channels by powers of two first, so that gamma is between 0.7 and 1.42."
+            "--equalize",
+            help="Rescale channels by powers of two first, so that gamma is between 0.7 and 1.42.",
+            rich_help_panel=opt.BATCHNORM,
         ),
     ] = False,
     eps: opt.Eps = 1e-5,
@@ -83,9 +85,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write a report, a page or JSON by suffix. It also compares train mode with eval mode, on "
+            help="Write a report: a page (.html), or its data (.json). It also compares train mode with eval mode, on "
             "64 images, or as many as can be done in a minute (at least 16).",
-            metavar="FILE.html|FILE.json",
+            metavar="FILE",
         ),
     ] = None,
     force: opt.Force = False,

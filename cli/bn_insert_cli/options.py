@@ -9,6 +9,11 @@ import typer
 
 DEFAULT_IMAGES = 1024
 
+# Panels of a help page. Each has columns of its own, so that one long name does not narrow the texts of all options.
+CHECKPOINT = "Checkpoint"
+BATCHNORM = "BatchNorm"
+PIXELS = "Images"
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -25,14 +30,26 @@ Model = Annotated[
         help="For architectures other than VGG: a zero-argument function that builds the network; the current folder "
         "is searched too.",
         show_default=False,
+        rich_help_panel=CHECKPOINT,
     ),
 ]
 Key = Annotated[
     str | None,
-    typer.Option("--key", metavar="NAME", help="Key of the state dict in CHECKPOINT.", show_default=False),
+    typer.Option(
+        "--key",
+        metavar="NAME",
+        help="Key of the state dict in CHECKPOINT.",
+        show_default=False,
+        rich_help_panel=CHECKPOINT,
+    ),
 ]
 IgnoreUnexpected = Annotated[
-    bool, typer.Option("--ignore-unexpected", help="Ignore tensors in CHECKPOINT that the network does not have.")
+    bool,
+    typer.Option(
+        "--ignore-unexpected",
+        help="Ignore tensors in CHECKPOINT that the network does not have.",
+        rich_help_panel=CHECKPOINT,
+    ),
 ]
 Calibration = Annotated[
     Path,
@@ -54,23 +71,27 @@ Output = Annotated[
     Path, typer.Option("-o", "--output", help="Output file (.pth, .pt or .safetensors).", show_default=False)
 ]
 Report = Annotated[
-    Path | None, typer.Option(help="Write a report, a page or JSON by suffix.", metavar="FILE.html|FILE.json")
+    Path | None, typer.Option(help="Write a report: a page (.html), or its data (.json).", metavar="FILE")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
-Layers = Annotated[str, typer.Option(help="Kinds of layers to insert after: conv, dense, or conv,dense.")]
-IncludeOutput = Annotated[bool, typer.Option("--include-output", help="Insert after the output layer too.")]
+Layers = Annotated[
+    str, typer.Option(help="Kinds of layers to insert after: conv, dense, or conv,dense.", rich_help_panel=BATCHNORM)
+]
+IncludeOutput = Annotated[
+    bool, typer.Option("--include-output", help="Insert after the output layer too.", rich_help_panel=BATCHNORM)
+]
 Skip = Annotated[
-    list[str] | None, typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.")
+    list[str] | None,
+    typer.Option(help="Glob pattern of layers to skip, such as 'features.0'; repeatable.", rich_help_panel=BATCHNORM),
 ]
 # Values are written with hyphens, like options; with underscores, as in the Python API, they are accepted too.
 Placement = Annotated[
     Literal["before-activation", "after-activation"],
-    typer.Option(help="Insert before-activation or after-activation.", metavar="WHERE"),
+    typer.Option(help="Insert before-activation or after-activation.", metavar="WHERE", rich_help_panel=BATCHNORM),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, instead of tables.")]
 
-PIXELS = "Images"
 Images = Annotated[
     int,
     typer.Option(min=1, help="Maximum number of images, sampled at random (--seed).", rich_help_panel=PIXELS),
@@ -130,8 +151,13 @@ Tolerance = Annotated[
         "[default: use all images]"
     ),
 ]
-Eps = Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.")]
-Momentum = Annotated[float, typer.Option(min=0, max=1, help="Momentum of the running statistics, for later training.")]
+Eps = Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.", rich_help_panel=BATCHNORM)]
+Momentum = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Momentum of the running statistics, for later training.", rich_help_panel=BATCHNORM
+    ),
+]
 AbsoluteTolerance = Annotated[
     float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed. [default: no limit]")
 ]

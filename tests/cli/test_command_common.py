@@ -66,6 +66,7 @@ def test_help_names_values_in_words(run: Run, monkeypatch: pytest.MonkeyPatch, c
     for command in (*COMMANDS, "adapt"):
         page = run(command, "--help").stdout
         assert not re.search(r"[{}]|<[a-z]", page), page
+        assert "…" not in page  # nothing is too narrow for a name
     assert "adapt [OPTIONS] CHECKPOINT [SOURCE] TARGET\n" in re.sub(" +\n", "\n", run("adapt", "--help").stdout)
 
 
