@@ -77,7 +77,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
             {"layers": layer_rows(found, weights), "settings": settings, "parameters": parameters, "batchnorms": sites}
         )
         return
-    print_table(layer_table(found, weights))
+    print_table(layer_table(found, weights, example.shape[1:]))
     print_assumptions(network, content.settings, checkpoint, model)
     if content.settings is None:
         print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")

@@ -171,8 +171,14 @@ def edge_table(edges: Sequence[Edge]) -> Table:
     return result
 
 
-def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> Table:
-    """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it."""
+def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]], inputs: Sequence[int]) -> Table:
+    """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it.
+
+    Args:
+        layers: One for each row.
+        weights: Shapes of their weights, by name.
+        inputs: Shape of the input that the outputs are for.
+    """
     wide = stdout().width >= _NARROW
     result = table(
         "Conv and dense layers",
@@ -189,6 +195,7 @@ def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -
             f"{layer.parameters:,}",
             plain(f"after {layer.site.anchor}", style="green") if layer.site else _reason(layer, wide=wide),
         )
+    result.caption = f"output: for an input of {_dimensions(inputs)} (see --size)"
     return result
 
 

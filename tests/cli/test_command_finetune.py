@@ -42,7 +42,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     inserted = run("insert", network_path(), digits / "train", "-o", "bn.pth", "--equalize", *AS_STORED)
     assert inserted.exit_code == 0, inserted.output
-    assert "Dropout before BatchNorm: classifier.3." in inserted.stderr
+    assert "Dropout before BatchNorm: classifier.3 (classifier.2 in network.pth)." in inserted.stderr
     # Preprocessing comes from the checkpoint.
     trained = run("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 2, "-b", 8, "-j", 0)
     assert trained.exit_code == 0, trained.output

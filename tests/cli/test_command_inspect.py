@@ -16,6 +16,7 @@ def test_inspect_shows_every_layer_and_why_one_gets_no_batchnorm(run: Run) -> No
     assert result.exit_code == 0, result.output
     for words in ("features.13", "64x64x3x3", "after features.13", "dense layers are not selected"):
         assert words in result.stdout
+    assert "output: for an input of 3x224x224 (see --size)" in result.stdout
 
 
 def test_inspect_on_a_batchnorm_network_names_the_normalization(run: Run, digits: Path) -> None:
