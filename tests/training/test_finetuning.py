@@ -194,7 +194,7 @@ def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits
 )
 def test_a_resumed_run_tells_where_it_continues(changes: dict[str, Any], expected: str) -> None:
     progress = Progress(epoch=1, step=2)
-    state = TrainingState(asdict(BRIEF), {}, progress, {}, {}, [])
+    state = TrainingState(asdict(BRIEF), {}, progress, {}, {}, {}, [])
     assert state.resumed(replace(BRIEF, **changes), 5) == expected
 
 
