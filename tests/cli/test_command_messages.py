@@ -16,7 +16,7 @@ from support.commands import Run
 LIBRARY = Path(bn_insert.__file__).parent
 OPTION = re.compile(r"(?<![\w-])(?<!var\()--[a-z]")
 # A script with options of its own, and the module that writes whole commands into reports.
-WITH_COMMANDS = {"demo/training.py", "report/verdicts.py"}
+WITH_COMMANDS = {"demo/training.py", "report/insertion_verdicts.py"}
 
 
 def test_a_message_names_the_argument_in_python_and_the_option_on_the_command_line(run: Run, tmp_path: Path) -> None:
