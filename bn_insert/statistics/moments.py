@@ -10,11 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-# The kernel reads its values twice: in between, slices of this many values stay in a CPU's second-level cache.
+# Values are read several times: in between, slices of this many stay in a CPU's second-level cache.
 _VALUES_PER_SLICE = 1 << 18
 # The CPU kernel adds float32 values one by one, each time with a rounding error of 6e-8: over this many rows the errors
 # add up to less than 1e-5.
 _ROWS_PER_GROUP = 128
+# A contiguous tensor has the values of a channel of an image side by side. If they are at least this many, reading them
+# there is faster than copying them, as each group costs some float64 arithmetic.
+_SMALLEST_GROUP_IN_PLACE = 64
 
 # Where |mean| exceeds this many standard deviations, a float32 mean (relative error 6e-8) is too imprecise to take
 # deviations from. Mean and std are those of the whole channel, not of one group: in a patch of blue sky, a group's std
@@ -123,25 +126,32 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
     where |mean| >> std.
 
     Args:
-        values: Any floating dtype, with the channels in dimension 1. A 2-D or channels_last tensor is read in place;
-            any other is copied, a few images at a time.
+        values: Any floating dtype, with the channels in dimension 1. A 2-D or channels_last tensor is read in place,
+            and so is a contiguous one with many positions; any other is copied, a few images at a time.
     """
     channels = values.shape[1]
     if values.numel() == 0:
         empty = torch.zeros(channels, dtype=torch.float64)
         return Moments(0, empty, empty.clone())
-    slices = list(_slices(values))
     if values.dtype == torch.float64:
-        return _GroupMoments.of(slices, channels, _float64_moments).pooled()
-    pooled = _GroupMoments.of(slices, channels, _kernel_moments).pooled()
-    imprecise = _is_imprecise(pooled)
-    if imprecise.any():
-        numbers = imprecise.nonzero().squeeze(1)
+        return _GroupMoments.of(_slices(values), channels, _float64_moments).pooled()
+    if _is_contiguous_by_channel(values):
+        pooled = _GroupMoments.of_contiguous(values).pooled()
+    else:
+        pooled = _GroupMoments.of(_slices(values), channels, _kernel_moments).pooled()
+    if not _are_precise(pooled) and len(numbers := _is_imprecise(pooled).nonzero().squeeze(1)):
         on_device = numbers.to(values.device)
-        selected = [each.reshape(-1, channels)[:, on_device] for each in slices]
+        selected = (each.reshape(-1, channels)[:, on_device] for each in _slices(values))
         exact = _GroupMoments.of(selected, len(numbers), _float64_moments).pooled()
         pooled.mean[numbers], pooled.m2[numbers] = exact.mean, exact.m2
     return pooled
+
+
+def _are_precise(moments: Moments) -> bool:
+    """Return True only if `_is_imprecise` holds for no channel, by fewer operations: most channels have a variance."""
+    smallest = moments.mean.square().mul_(moments.count / _LARGEST_MEAN_IN_STDS**2)
+    smallest.clamp_min_(_SMALLEST_VARIANCE * moments.count)
+    return bool(((moments.m2 >= smallest) & (moments.m2 < math.inf)).all())
 
 
 def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
@@ -149,6 +159,12 @@ def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
     near_zero = moments.mean.square() * (moments.count / _LARGEST_MEAN_IN_STDS**2) <= moments.m2
     large = (moments.m2 >= _SMALLEST_VARIANCE * moments.count) & (moments.m2 < math.inf)
     return ~(near_zero & (large | (moments.m2 == 0)))
+
+
+def _is_contiguous_by_channel(values: Float[Tensor, "batch channels *positions"]) -> bool:
+    """Return whether the CPU finds many values of each channel side by side."""
+    positions = values[0, 0].numel()
+    return values.device.type == "cpu" and positions >= _SMALLEST_GROUP_IN_PLACE and values.is_contiguous()
 
 
 def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Float[Tensor, "rows columns"]]:
@@ -161,17 +177,19 @@ def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Floa
     channels = values.shape[1]
     channels_last = values.movedim(1, -1)
     # Without a copy where the memory is laid out that way; else a few images are copied at a time.
-    images_per_copy = max(1, _VALUES_PER_SLICE // channels_last[0].numel())
-    parts = [channels_last] if channels_last.is_contiguous() else channels_last.split(images_per_copy)
+    if values.ndim == 2 or channels_last.is_contiguous():
+        parts: Sequence[Tensor] = [channels_last]
+    else:
+        parts = channels_last.split(max(1, _VALUES_PER_SLICE // channels_last[0].numel()))
     rows_per_slice = max(1, _VALUES_PER_SLICE // (channels * _ROWS_PER_GROUP)) * _ROWS_PER_GROUP
     for part in parts:
         rows = part.reshape(-1, channels)
-        if values.device.type != "cpu":
+        if values.device.type != "cpu" or len(rows) <= _ROWS_PER_GROUP:
             yield rows
             continue
         in_full_groups = len(rows) // _ROWS_PER_GROUP * _ROWS_PER_GROUP
-        for start in range(0, in_full_groups, rows_per_slice):
-            yield rows[start : min(start + rows_per_slice, in_full_groups)].reshape(_ROWS_PER_GROUP, -1)
+        for each in rows[:in_full_groups].split(rows_per_slice):
+            yield each.reshape(_ROWS_PER_GROUP, -1)
         if in_full_groups < len(rows):
             yield rows[in_full_groups:]
 
@@ -186,20 +204,29 @@ class _GroupMoments:
 
     @classmethod
     def of(
-        cls, slices: Sequence[Tensor], channels: int, column_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
+        cls, slices: Iterable[Tensor], channels: int, column_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> _GroupMoments:
         """Return the moments of all groups in the slices, by a function that returns mean and biased variance."""
-        means, variances = zip(*(column_moments(each) for each in slices), strict=True)
-        device = means[0].device if means[0].device.type in _WITH_FLOAT64 else torch.device("cpu")
-        variance, mean = (
-            (each[0] if len(each) == 1 else torch.cat(each)).reshape(-1, channels).to(device, torch.float64)
-            for each in (variances, means)
+        means, variances, counts = zip(
+            *((*column_moments(each), _counts(len(each), each.shape[1] // channels)) for each in slices), strict=True
         )
-        rows: list[float] = []
-        for each in slices:
-            rows += [float(len(each))] * (each.shape[1] // channels)
-        counts = torch.tensor(rows, dtype=torch.float64, device=device)
-        return cls(counts, mean, variance * counts[:, None])
+        return cls._joined(counts, *(_joined(each).reshape(-1, channels) for each in (means, variances)))
+
+    @classmethod
+    def of_contiguous(cls, values: Float[Tensor, "batch channels *positions"]) -> _GroupMoments:
+        """Return the moments of each channel of each image of a contiguous tensor."""
+        rows = values.flatten(0, 1).flatten(1)
+        rows_per_slice = max(1, _VALUES_PER_SLICE // rows.shape[1])
+        means, variances = zip(*(_row_moments(each) for each in rows.split(rows_per_slice)), strict=True)
+        counts = _counts(rows.shape[1], len(values))
+        return cls._joined([counts], *(_joined(each).reshape(values.shape[:2]) for each in (means, variances)))
+
+    @classmethod
+    def _joined(cls, counts: Sequence[Tensor], means: Tensor, variances: Tensor) -> _GroupMoments:
+        device = means.device if means.device.type in _WITH_FLOAT64 else torch.device("cpu")
+        count = _joined(counts).to(device)
+        mean, variance = (each.to(device, torch.float64) for each in (means, variances))
+        return cls(count, mean, variance * count[:, None])
 
     def pooled(self) -> Moments:
         """Return the moments of all groups together."""
@@ -212,6 +239,21 @@ class _GroupMoments:
         shift = (counts * deviations).sum(0) / total
         between_groups = deviations.sub_(shift).square_().mul_(counts).sum(0)
         return Moments(int(total), origin + shift, self.m2.sum(0) + between_groups)
+
+
+def _counts(count: int, groups: int) -> Float64[Tensor, " groups"]:
+    return torch.full((groups,), float(count), dtype=torch.float64)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _row_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each row in float32, by sums that PyTorch adds pairwise."""
+    values = rows.float()
+    mean = values.mean(1, keepdim=True)
+    return mean.squeeze(1), (values - mean).square_().mean(1)
 
 
 def _kernel_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
