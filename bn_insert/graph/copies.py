@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain, repeat
 from os import PathLike
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import GraphError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+# Size of parameters up to which a copy of them costs less than checking each operation of many passes.
+_BYTES_TO_COPY = 16 << 20
 
 
 def unwrapped(model: AnyModule) -> AnyModule:
@@ -181,11 +184,47 @@ class protected_parameters(TorchDispatchMode):  # noqa: N801 - a context manager
     def _check(self, tensor: Any, operation: Any) -> None:
         name = self._names.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
         if name is not None:
-            raise GraphError(
-                f"the forward of {self._model} changes its parameter {name} in place ({operation}), so running it "
-                "would change the model; let it compute a new tensor, such as weight.clamp(-1, 1), or use "
-                "torch.nn.utils.parametrize"
-            )
+            raise _changed(self._model, name, f" ({operation})")
+
+
+@contextmanager
+def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Protect the parameters of a network during many passes, and yield what returns a context for each of them.
+
+    In a small network, checking each operation takes longer than most operations. Its parameters are checked during the
+    first pass only; afterwards they are compared with a copy, and restored.
+
+    Raises:
+        GraphError: The forward changes parameters in place.
+    """
+    checked = protected_parameters(network)
+    if parameter_bytes(network) > _BYTES_TO_COPY:
+        yield lambda: checked
+        return
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}
+    contexts: Iterator[AbstractContextManager[object]] = chain([checked], repeat(nullcontext()))
+    changed: list[str] = []
+    try:
+        yield lambda: next(contexts)
+    finally:
+        for name, (parameter, kept) in before.items():
+            if not (torch.equal(parameter, kept) or torch.allclose(parameter, kept, rtol=0, atol=0, equal_nan=True)):
+                parameter.detach().copy_(kept)
+                changed.append(name)
+    if changed:
+        raise _changed(type(network).__name__, changed[0])
+
+
+def parameter_bytes(network: nn.Module) -> int:
+    """Return the size of all parameters together."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def _changed(model: str, parameter: str, operation: str = "") -> GraphError:
+    return GraphError(
+        f"the forward of {model} changes its parameter {parameter} in place{operation}, so running it would change the "
+        "model; let it compute a new tensor, such as weight.clamp(-1, 1), or use torch.nn.utils.parametrize"
+    )
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -87,9 +87,8 @@ class _PassRecorder(Recorder):
         self.calls: Counter[str] = Counter()
         self._batches_of = Counter({site.name: 0 for site in sites if site.calls})
 
-    def discard(self) -> None:
-        """Forget the current pass, as before each pass: hooks on the network would miss one with its own `__call__`."""
-        super().discard()
+    def begin_part(self) -> None:
+        """Count the calls of one forward: hooks on the network would not see one that has its own `__call__`."""
         self.calls.clear()
 
     def commit(self, batches: int = 1) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs, reference_tensor
 from .gathering import Gathering
 from .moments import Moments
@@ -25,6 +26,9 @@ class Record(Protocol):
 
     def discard(self) -> None:
         """Discard what was recorded since the last commit."""
+
+    def begin_part(self) -> None:
+        """Go on with the next images of the same pass."""
 
     def uncommitted(self) -> Mapping[str, Moments]:
         """Return the moments of what was recorded since the last commit, by place."""
@@ -58,40 +62,51 @@ def run_through(
         CalibrationError: If the network cannot run on a batch, or its activations are not finite. The message names
             the batch, or the layer and the parameter or image that is the cause.
     """
-    passes = _Passes(network, record)
+    with ExitStack() as stack:
+        passes = _Passes(network, record, stack.enter_context(protected_passes(network)))
+        if autocast:
+            stack.enter_context(torch.autocast(reference_tensor(network).device.type, autocast))
 
-    def run(batch: Batch) -> None:
-        try:
-            passes.run(batch.inputs)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{error}{_cause(network, batch, error)}") from None
+        def run(batch: Batch) -> None:
+            try:
+                passes.run(batch.inputs)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{error}{_cause(network, batch, error)}") from None
 
-    def rehearse(inputs: Inputs) -> Mapping[str, Moments]:
-        passes.run_uncommitted(inputs)
-        moments = record.uncommitted()
-        record.discard()
-        return moments
+        def rehearse(inputs: Inputs) -> Mapping[str, Moments]:
+            passes.run_uncommitted(inputs)
+            moments = record.uncommitted()
+            record.discard()
+            return moments
 
-    gathering = Gathering(run, passes.run_whole, rehearse) if gather else None
-    with torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext():
+        gathering = Gathering(run, passes.run_whole, rehearse, passes.split, parameter_bytes(network))
         return for_each_batch(
             network,
             batches,
-            gathering.add if gathering else run,
+            gathering.add if gather else run,
             progress=progress,
             enough=enough,
-            finish=gathering.finish if gathering else lambda: None,
+            finish=gathering.finish,
         )
 
 
 class _Passes:
     """Forward passes that remember which memory format the model takes, and how large a batch fits into memory."""
 
-    def __init__(self, network: nn.Module, record: Record) -> None:
+    def __init__(
+        self, network: nn.Module, record: Record, protection: Callable[[], AbstractContextManager[object]]
+    ) -> None:
         self._network = network
         self._record = record
-        self._channels_last = True
+        self._protection = protection
+        # Convs and pools that follow each other are faster in channels_last. What follows a single conv may not be.
+        self._channels_last = sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
         self._largest: int | None = None
+        self._bytes_at_a_time: int | None = None
+
+    def split(self, bytes_at_a_time: int) -> None:
+        """From now on, run each batch in parts whose inputs have this size; its statistics remain those of one pass."""
+        self._bytes_at_a_time = bytes_at_a_time
 
     def run(self, inputs: Inputs) -> None:
         """Run a batch, in parts where memory runs out."""
@@ -123,13 +138,13 @@ class _Passes:
         # activations in place.
         attempted = self._channels_last and any(tensor.ndim == 4 for tensor in inputs.tensors)
         try:
-            self._pass(inputs.mapped(_in_channels_last) if attempted else inputs)
+            self._pass(inputs, _copy_in_channels_last if attempted else torch.clone)
         except (CalibrationError, torch.OutOfMemoryError):
             raise
         except Exception:  # a forward may use x.view(...), which takes contiguous activations only
             if not attempted:
                 raise
-            self._pass(inputs)
+            self._pass(inputs, torch.clone)
             self._channels_last = False
 
     def _fits(self, inputs: Inputs) -> bool:
@@ -141,18 +156,33 @@ class _Passes:
             return False
         return True
 
-    def _pass(self, inputs: Inputs) -> None:
+    def _pass(self, inputs: Inputs, copy: Callable[[Tensor], Tensor]) -> None:
+        """Call the network on copies of the tensors, since it may change them in place."""
         self._record.discard()
-        with suppress(ForwardDone):
-            inputs.run(self._network)
+        images = self._images_at_a_time(inputs)
+        for start in range(0, len(inputs), images):
+            self._record.begin_part()
+            copies = (inputs if images >= len(inputs) else inputs.rows(start, start + images)).mapped(copy)
+            try:
+                with suppress(ForwardDone), self._protection():
+                    self._network(*copies.args, **copies.kwargs)
+            except NotFiniteError as error:
+                error.row += start
+                raise
+
+    def _images_at_a_time(self, inputs: Inputs) -> int:
+        if self._bytes_at_a_time is None:
+            return len(inputs)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.tensors)
+        parts = min(-(-size // self._bytes_at_a_time), len(inputs))
+        return -(-len(inputs) // parts)
 
 
-def _in_channels_last(tensor: Tensor) -> Tensor:
+def _copy_in_channels_last(tensor: Tensor) -> Tensor:
     if tensor.ndim != 4:
-        return tensor
-    if tensor.shape[1] == 1:  # contiguous() changes nothing then, and convs take the strides for contiguous ones
-        return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
-    return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.clone()
+    # Not contiguous(), which copies nothing if there is one channel: convs take its strides for contiguous ones.
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
 def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:

@@ -135,6 +135,9 @@ class Recorder:
         """Forget what was recorded during a forward pass that will be run again."""
         self._uncommitted.clear()
 
+    def begin_part(self) -> None:
+        """Go on with the next images of the same pass."""
+
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values recorded at a place, including those of the current pass."""
         return merge([*self._moments[name], *self._uncommitted[name]])

@@ -109,7 +109,7 @@ def test_what_is_held_does_not_grow_with_the_number_of_batches() -> None:
 
     model = sequential(nn.Linear(6, 8), nn.ReLU())
     calibrate(model, find_sites(model, features(2, 6)), batches(300))
-    assert held[0] < 100
+    assert held[0] < 140
 
 
 def test_an_in_place_activation_behind_the_layer_does_not_change_its_moments() -> None:
