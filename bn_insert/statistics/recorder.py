@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class Recorder:
         """
         with _disable_current_modes():  # such as `protected_parameters`, which would intercept each operation
             moments = moments_of(values)
-            finite = bool((moments.mean + moments.m2).isfinite().all())
+            finite = isfinite(float((moments.mean + moments.m2).sum()))
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values))
