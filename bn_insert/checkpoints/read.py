@@ -136,7 +136,7 @@ def _open(path: Path) -> BufferedReader:
     try:
         # Before the opening: Python refuses to open a folder, with a message of its own.
         if path.is_dir():
-            raise CheckpointError(f"{path} is a folder, not a checkpoint file; name a file in it")
+            raise CheckpointError(f"{path} is a folder, not a checkpoint file; {_file_in(path)}")
         file = open(path, "rb", opener=opener)  # noqa: SIM115 - Path.open has no opener; the caller closes it
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}{did_you_mean(path)}") from error
@@ -148,17 +148,32 @@ def _open(path: Path) -> BufferedReader:
     return file
 
 
+def _file_in(folder: Path) -> str:
+    """Return the way from a folder to a file that can be read."""
+    try:
+        names = {file.name for file in folder.iterdir()}
+    except OSError:
+        names = set()
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return (
+            "it has the parts of a distributed checkpoint, which PyTorch makes one file of: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        )
+    found = next((name for name in _USUAL_NAMES if name in names), None)
+    return f"name the file in it: {folder / found}" if found else "name a file in it"
+
+
 def _file_kind(path: Path, file: BufferedReader) -> FileKind:
     """Return the format that the first bytes of a file show."""
     try:
-        start = file.read(64)
+        start = file.read(_TAR_MAGIC.stop)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     # The first eight bytes are the length of the header and can look like anything, so this comes first: a zip archive
     # and the older format of torch.save have other bytes after them.
     if start[8:9] == b"{":
         return "safetensors"
-    if start.startswith(b"PK\x03\x04") and b".npy" in start:
+    if start.startswith(b"PK\x03\x04") and b".npy" in start[:64]:
         raise CheckpointError(
             f"{path} is an .npz file of NumPy arrays; convert it: torch.save({{key: torch.from_numpy(value) for key, "
             "value in numpy.load(path).items()}, other_path)"
@@ -196,7 +211,9 @@ def _parsed(path: Path, text: object, place: str) -> Settings:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if isinstance(error, RefusedError):
-        return CheckpointError(f"{path} was refused: {printable(error)}; download or write it again")
+        kind = _kind_of_archive(path) if "torch.save does not write" in str(error) else None
+        refused = f"was refused: {printable(error)}; download or write it again"
+        return CheckpointError(f"{path} {f'is not a checkpoint: it is {kind}' if kind else refused}")
     text = str(error)
     if wanted := re.search(r"(?:Unsupported (?:global: GLOBAL|class)|unsupported GLOBAL) ([\w.]+)", text):
         return CheckpointError(
@@ -230,12 +247,36 @@ def _is_truncated_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
 
 
+def _kind_of_archive(path: Path) -> str | None:
+    """Return what a zip archive is that torch.save did not write, and the way out; None if it may be its own."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        return None
+    if any("/data/weights/" in name for name in names):
+        return "a torch.export program; save its weights: torch.save(torch.export.load(path).state_dict, other_path)"
+    if "model.weights.h5" in names:
+        return f"a Keras model; {_SAVE_STATE_DICT}"
+    if any(name.endswith((".pth", ".pt", ".bin", ".safetensors")) for name in names):
+        return "a zip archive with a checkpoint in it: unpack it first"
+    return None
+
+
+# Files that save_pretrained of Hugging Face's libraries, timm, and accelerate write into a folder.
+_USUAL_NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+_TAR_MAGIC = slice(257, 262)
+_SAVE_STATE_DICT = "save the weights as a state dict: torch.save(model.state_dict(), path)"
 _OTHER_FORMATS = {
-    b"\x89HDF\r\n": "an HDF5 file, as Keras writes",
-    b"GGUF": "a GGUF file",
+    b"\x89HDF\r\n": f"an HDF5 file, as Keras writes; {_SAVE_STATE_DICT}",
+    b"GGUF": f"a GGUF file; {_SAVE_STATE_DICT}",
     b"\x1f\x8b": "compressed with gzip: unpack it first",
-    b"\x93NUMPY": "one NumPy array",
-    b"\x08": "perhaps an ONNX model",
+    b"\x93NUMPY": f"one NumPy array; {_SAVE_STATE_DICT}",
+    b"\x08": f"perhaps an ONNX model; {_SAVE_STATE_DICT}",
 }
 
 
@@ -244,9 +285,11 @@ def _guess(start: bytes) -> str:
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    if start[_TAR_MAGIC] == b"ustar":
+        return "it is a tar archive: unpack it first"
     for beginning, what in _OTHER_FORMATS.items():
         if start.startswith(beginning):
-            return f"it is {what}; save the weights as a state dict: torch.save(model.state_dict(), path)"
+            return f"it is {what}"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
         return "it is a text file"
     return "neither torch.save nor safetensors wrote it"

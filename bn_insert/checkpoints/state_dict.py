@@ -28,6 +28,7 @@ WRAPPERS = (
     "ema",
     "network",
     "network_weights",
+    "module",
 )
 """Keys under which a larger dict may have the state dict; of several, the first."""
 
@@ -73,6 +74,15 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     return content
 
 
+def _way_to_tensors(key: str, content: dict[Any, Any]) -> str:
+    """Return what to do about a dict that has something other than tensors under this key."""
+    if "_packed_params" in key:
+        return "the layer is quantized: save the network as it was before that"
+    inner = (name for name, value in dict.items(content) if isinstance(name, str) and _has_tensors(value))
+    example = as_passed("key", printable(next(inner, "state_dict"))[:40])
+    return f"if the state dict is inside a larger dict, name its key, as in {example}"
+
+
 def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
     """Return the content of a state dict if every value is an ordinary dense tensor on the CPU.
 
@@ -88,9 +98,8 @@ def checked_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} has a key that is not a string, {key!r:.60}: this is not a state dict")
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; if the state dict "
-                f"is inside a larger dict, name its key, as in {as_passed('key', 'state_dict')}"
-                f"{_keys_of(content)}"
+                f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; "
+                f"{_way_to_tensors(key, content)}{_keys_of(content)}"
             )
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value) or value.device.type != "cpu":
             raise CheckpointError(

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import pathlib
 import pickle
+import tarfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +103,61 @@ def _lightning() -> dict[str, Any]:
     }
 
 
+def _with_ema() -> dict[str, Any]:
+    return _training_state() | {"model_ema": AveragedModel(small_vgg()).state_dict()}
+
+
+def _imagenet_example() -> dict[str, Any]:
+    best = {"best_acc1": torch.tensor(70.0), "optimizer": {"state": {}, "param_groups": []}}
+    return {"epoch": 9, "arch": "vgg16", "state_dict": _parallel_features()} | best
+
+
+def _timm() -> dict[str, Any]:
+    training: dict[str, Any] = {"optimizer": {}, "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 70.0}
+    ema = {"state_dict_ema": state(), "amp_scaler": {"scale": 65536.0}}
+    return {"epoch": 9, "arch": "vgg16", "state_dict": state()} | training | ema
+
+
+def _deepspeed() -> dict[str, Any]:
+    other: dict[str, Any] = {"buffer_names": [], "optimizer": None, "ds_version": "0.14.0", "ds_config": {"zero": {}}}
+    return {"module": state()} | other
+
+
+def _mmengine() -> dict[str, Any]:
+    tensors = {f"backbone.{key}": value for key, value in state().items()}
+    return {"meta": {"epoch": 9, "time": "2024"}, "state_dict": tensors, "message_hub": {"log_scalars": {}}}
+
+
+def _quantized() -> dict[str, Any]:
+    """What torch.ao's dynamic quantization makes of a dense layer, without its packed weights."""
+    kept = {key: value for key, value in state().items() if "classifier.0" not in key}
+    return kept | {"classifier.0.scale": _ZERO, "classifier.0._packed_params.dtype": torch.qint8}
+
+
+def _zip_of(*members: str) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for member in members:
+                archive.writestr(member, "x")
+
+    return write
+
+
+def _tar(path: Path) -> None:
+    torch.save(state(), path.with_name("inner.pth"))
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.with_name("inner.pth"), "network.pth")
+
+
+def _folder_of(*names: str) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        path.mkdir()
+        for name in names:
+            path.joinpath(name).write_text("{}")
+
+    return write
+
+
 def _pickled(content: Callable[[], Any]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(pickle.dumps(content()))
 
@@ -170,7 +228,14 @@ FORMS: Mapping[str, Form] = {
     "beside a function": _beside(partial(print, "x")),
     "beside a module": _beside(nn.ReLU()),
     "training state of torchvision's references": Form(_saved(_training_state)),
+    "training state of torchvision's references, with EMA": Form(_saved(_with_ema)),
     "training state of Lightning": Form(_saved(_lightning)),
+    "training state of PyTorch's ImageNet example, .pth.tar": Form(_saved(_imagenet_example), "model_best.pth.tar"),
+    "training state of timm, with EMA": Form(_saved(_timm)),
+    "training state of DeepSpeed": Form(_saved(_deepspeed), "mp_rank_00_model_states.pt"),
+    "training state of MMEngine": Form(_saved(_mmengine)),
+    "float8": Form(_saved(lambda: {key: value.to(torch.float8_e4m3fn) for key, value in state().items()})),
+    "quantized dense layer": Form(_saved(_quantized)),
     "whole module": Form(_saved(small_vgg)),
     "TorchScript": Form(_traced, "network.pt"),
     "list of tensors": Form(_saved(lambda: list(state().values()))),
@@ -199,6 +264,14 @@ FORMS: Mapping[str, Form] = {
     "plain pickle of NumPy arrays": Form(_pickled(lambda: {key: value.numpy() for key, value in state().items()})),
     "plain pickle of numbers": Form(_pickled(lambda: {"a": 1})),
     "HDF5": Form(lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), "network.h5"),
+    "ONNX": Form(lambda path: path.write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x052.0.0"), "network.onnx"),
+    "torch.export program": Form(_zip_of("network/data/weights/weight_0", "network/models/model.json"), "network.pt2"),
+    "Keras model": Form(_zip_of("metadata.json", "config.json", "model.weights.h5"), "network.keras"),
+    "zip archive of a checkpoint": Form(_zip_of("network.pth"), "network.zip"),
+    "tar archive of a checkpoint": Form(_tar, "network.tar"),
+    "compressed with gzip": Form(lambda path: path.write_bytes(gzip.compress(bytes(64))), "network.pth.gz"),
+    "folder of Hugging Face's libraries": Form(_folder_of("config.json", "model.safetensors"), "network"),
+    "folder of a distributed checkpoint (FSDP)": Form(_folder_of(".metadata", "__0_0.distcp"), "network"),
     "Git LFS pointer": Form(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x\n")),
     "text": Form(lambda path: path.write_text("<html>404</html>")),
     "empty": Form(lambda path: path.write_bytes(b"")),
