@@ -19,6 +19,7 @@ from bn_insert import (
     recalibrate,
     train_mode_agreement,
 )
+from bn_insert.graph.copies import protected_passes
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {
     "in place": lambda layer: layer.weight.mul_(1.5),
@@ -60,6 +61,38 @@ def test_a_model_that_writes_to_its_parameters_is_refused_and_unchanged(write: s
     with pytest.raises(BNInsertError, match=r"changes its parameter c\.(weight|bias) in place|cannot trace Writing"):
         calls(model, torch.rand(8, 3, 8, 8))[call]()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_parameters_written_to_in_a_later_pass_are_restored_and_named(write: str) -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    before = copy.deepcopy(layer.state_dict())
+    with (
+        pytest.raises(BNInsertError, match=r"forward of Conv2d changes its parameter (weight|bias) in place, so"),
+        torch.no_grad(),
+        protected_passes(layer) as protection,
+    ):
+        with protection():
+            layer(torch.zeros(1, 3, 4, 4))
+        with protection():
+            WRITES[write](layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_each_pass_of_a_large_network_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bn_insert.graph.copies._BYTES_TO_COPY", 0)
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad(), protected_passes(layer) as protection:
+        for _ in range(2):
+            with protection(), pytest.raises(BNInsertError, match=r"changes its parameter weight in place \(aten"):
+                layer.weight.mul_(2)
+
+
+def test_parameters_that_are_not_numbers_are_no_change() -> None:
+    layer = nn.Linear(2, 2)
+    nn.init.constant_(layer.weight, torch.nan)
+    with protected_passes(layer) as protection, protection():
+        pass
 
 
 def small() -> nn.Sequential:

@@ -147,6 +147,17 @@ def test_a_forward_that_channels_last_breaks_gives_the_moments_of_its_ordinary_p
         assert_moments(found[name], expected[name])
 
 
+@pytest.mark.parametrize("convs", [1, 2])
+def test_activations_are_in_channels_last_where_convs_follow_each_other(convs: int) -> None:
+    formats: list[bool] = []
+    layers = [module for _ in range(convs) for module in (nn.Conv2d(3, 3, 3), nn.ReLU())]
+    model, whole = sequential(*layers), images(12, 8)
+    sites = find_sites(model, whole, include_output=True)
+    model[0].register_forward_hook(lambda _module, _inputs, output: formats.append(output.is_contiguous()))
+    calibrate(model, sites, [whole])
+    assert formats == [convs == 1]
+
+
 def test_dropout_is_inactive_in_a_model_that_trains() -> None:
     model, whole = small_vgg(dropout=0.9), images(12, 16)
     expected = calibrated(model, whole)
