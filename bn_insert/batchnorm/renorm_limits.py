@@ -63,11 +63,11 @@ class RenormScheduler:
         >>> scheduler = RenormScheduler(model)
         >>> output = model.train()(torch.randn(8, 3, 4, 4) + 5)
         >>> scheduler.step()
-        >>> scheduler.lag > 1.5, model[0].d_max < 1
+        >>> scheduler.lag > 2, model[0].d_max < 1
         (True, True)
     """
 
-    def __init__(self, network: nn.Module, *, threshold: float = 1.5) -> None:
+    def __init__(self, network: nn.Module, *, threshold: float = 2.0) -> None:
         """Start to observe the layers of a network, without limits."""
         self._network = network
         self._threshold = threshold
