@@ -449,7 +449,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         import_everything(root)
-        everything = [case for case in cases(root, options.share) if options.commands is None or case.name in options.commands]
+        chosen = cases(root, options.share)
+        everything = [case for case in chosen if options.commands is None or case.name in options.commands]
         counts = {case.name: Counter[str]() for case in everything}
         temporary = Counter[str]()
         for case in everything:
