@@ -57,7 +57,6 @@ AS_IT_IS = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
 CHANGES = {"os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
 LONGEST_DELAY = 0.01  # seconds between a file operation and the kill
 AIMED = 0.9  # share of the signals that are sent at a file operation
-SHARE = 8  # images of each digit that a run sees
 
 
 class WrongError(Exception):
@@ -262,15 +261,15 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".bn-insert-") and path.name.endswith(".tmp")
 
 
-def cases(root: Path) -> list[Case]:
-    """Return the commands that are killed, with inputs made under `root`."""
+def cases(root: Path, share: int) -> list[Case]:
+    """Return the commands that are killed, with inputs made under `root`: `share` images of each digit."""
     images, labelled = root / "images", root / "labelled"
     for digit in range(10):
-        files = sorted((images_path() / str(digit)).iterdir())[: 2 * SHARE]
+        files = sorted((images_path() / str(digit)).iterdir())[: 2 * share]
         for place, chosen in (
-            (images, files[:SHARE]),
-            (labelled / "train", files[:SHARE]),
-            (labelled / "val", files[SHARE:]),
+            (images, files[:share]),
+            (labelled / "train", files[:share]),
+            (labelled / "val", files[share:]),
         ):
             (place / str(digit)).mkdir(parents=True)
             for file in chosen:
@@ -441,6 +440,7 @@ def main() -> None:
     parser.add_argument("--races", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", metavar="NAME", help="rows of the table; all by default")
+    parser.add_argument("--share", type=int, default=8, help="images of each digit that a run sees")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked safely
@@ -449,7 +449,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         import_everything(root)
-        everything = [case for case in cases(root) if options.commands is None or case.name in options.commands]
+        chosen = cases(root, options.share)
+        everything = [case for case in chosen if options.commands is None or case.name in options.commands]
         counts = {case.name: Counter[str]() for case in everything}
         temporary = Counter[str]()
         for case in everything:

@@ -17,6 +17,7 @@ from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training.state import load_state
 from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
+from support.charts import leave_out_charts
 from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_forked, text_of
 from support.digits import copy_labelled_digits
 
@@ -194,9 +195,12 @@ def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> N
 
 
 def test_report_holds_runs_together(run: Run, digits: Path) -> None:
-    for name, rate in (("plain", "0.003"), ("higher <b>", "0.01")):
-        trained = run("finetune", network_path(), digits, "--output-dir", name, "--epochs", 1, *BRIEF, "--lr", rate)
-        assert trained.exit_code == 0, trained.output
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_charts(patch)
+        for name, rate in (("plain", "0.003"), ("higher <b>", "0.01")):
+            command = ("finetune", network_path(), digits, "--output-dir", name, "--epochs", 1, *BRIEF, "--lr", rate)
+            trained = run(*command, "-b", 20)
+            assert trained.exit_code == 0, trained.output
     result = run("report", "plain", "higher <b>", "-o", "both.html")
     assert result.exit_code == 0, result.output
     assert "Wrote both.html: 2 runs." in result.stdout

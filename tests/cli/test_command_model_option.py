@@ -88,6 +88,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_labelled_digits(tmp_path_factory.mktemp("digits"))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_every_command_goes_on_from_what_the_one_before_wrote(run: Run, digits: Path) -> None:
     inserted = run("insert", "net.pth", digits / "train", "-o", "bn.pth", "--equalize", *AS_STORED, *MODEL)
     assert inserted.exit_code == 0, inserted.output
@@ -201,6 +202,7 @@ def test_finetune_says_what_is_no_classifier(run: Run, digits: Path, function: s
     assert not Path("run").exists()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_features_of_an_own_network_can_be_frozen(run: Run, digits: Path) -> None:
     run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL)
     command = ("finetune", "bn.pth", digits, "--output-dir", "run", "--epochs", 1, "-b", 8, "-j", 0, *MODEL)

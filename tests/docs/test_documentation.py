@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 from typer.testing import CliRunner
 
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
 from bn_insert_cli.app import app
-from support.commands import start_forked
+from support.commands import forked_ranks
 from support.digits import copy_digits, copy_labelled_digits
 from support.vgg_specs import vgg_of
 
@@ -88,10 +89,12 @@ def run_shell(block: Block, _capsys: pytest.CaptureFixture[str]) -> None:
         if command.startswith("bn-insert "):  # in this process: starting one for each would take most of the time
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, f"{block}\n{command}\n{result.output}\n{result.exception!r}"
-        elif command.startswith("torchrun "):  # which is torch.distributed.run; forked, it need not import torch
-            process = start_forked("-m", "torch.distributed.run", *shlex.split(command)[1:], folder=Path.cwd())
-            outputs = process.communicate(timeout=300)
-            assert process.returncode == 0, "\n".join((str(block), command, *outputs))
+        elif command.startswith("torchrun "):  # in forked processes: torchrun's own would import torch anew
+            given = parse_args(shlex.split(command)[1:])
+            assert given.module
+            program = ("-m", given.training_script, *given.training_script_args)
+            ranks = forked_ranks(int(given.nproc_per_node), *program, folder=Path.cwd())
+            assert ranks.returncode == 0, f"{block}\n{command}\n{ranks.stdout}\n{ranks.stderr}"
         else:
             ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
             assert ran.returncode == 0, f"{block}\n{command}\n{ran.stdout}\n{ran.stderr}"

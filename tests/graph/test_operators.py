@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import pytest
@@ -46,8 +47,9 @@ class Sample:
         torch.manual_seed(7)  # dropout drops the same values each time
         return self.call(x.clone())
 
+    @cached_property
     def node(self) -> fx.Node:
-        """Return the operation's node in a graph, which has its name and arguments."""
+        """The operation's node in a graph, which has its name and arguments."""
         nodes = Trace.of(_Call(self.call), self.inputs()).nodes
         return next(node for node in nodes if operation(node) == self.name)
 
@@ -232,7 +234,7 @@ def test_every_row_with_a_claim_and_every_activation_has_a_sample() -> None:
 def test_a_homogeneous_operation_passes_each_channels_power_of_two_on_bit_for_bit(
     sample: Sample, dtype: torch.dtype
 ) -> None:
-    node = sample.node()
+    node = sample.node
     if not OPERATORS[sample.name].homogeneous(node):
         assert OPERATORS[sample.name].scale(node)  # it is here for another claim
         return
@@ -243,7 +245,7 @@ def test_a_homogeneous_operation_passes_each_channels_power_of_two_on_bit_for_bi
 
 @pytest.mark.parametrize("sample", CLAIMED, ids=str)
 def test_an_operation_that_commutes_with_scale_or_shift_does(sample: Sample) -> None:
-    operator, node = OPERATORS[sample.name], sample.node()
+    operator, node = OPERATORS[sample.name], sample.node
     assert operator.scale(node) or not operator.shift(node)
     if not operator.scale(node):
         return
@@ -266,7 +268,7 @@ def test_an_operation_that_needs_order_does_not_commute_with_a_negative_scale(sa
 
 @pytest.mark.parametrize("sample", NOT_HOMOGENEOUS, ids=str)
 def test_the_nearest_operations_that_are_not_homogeneous_make_no_claim(sample: Sample) -> None:
-    operator, node, x = OPERATORS[sample.name], sample.node(), sample.inputs()
+    operator, node, x = OPERATORS[sample.name], sample.node, sample.inputs()
     assert not any(claim(node) for claim in (operator.homogeneous, operator.scale, operator.shift))
     assert not torch.allclose(sample.output(4 * x), 4 * sample.output(x))
 
@@ -274,7 +276,7 @@ def test_the_nearest_operations_that_are_not_homogeneous_make_no_claim(sample: S
 @pytest.mark.parametrize("sample", NOT_SHIFTED, ids=str)
 def test_the_nearest_operations_that_do_not_commute_with_a_shift_make_no_claim(sample: Sample) -> None:
     x = sample.inputs()
-    assert not OPERATORS[sample.name].shift(sample.node())
+    assert not OPERATORS[sample.name].shift(sample.node)
     assert not torch.allclose(sample.output(x + 3), sample.output(x) + 3)
 
 

@@ -3,8 +3,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 import warnings
@@ -31,6 +29,7 @@ from bn_insert.images import (
 )
 from bn_insert.images.batches import Unreadable
 from bn_insert.images.decoding import read_image, read_pixels
+from support.commands import start_forked
 from support.photographs import photograph
 
 PLAIN = Transform(resize=None, crop=8, mean=(0.0,), std=(1.0,))
@@ -552,11 +551,6 @@ def test_options_out_of_range_are_refused(folder: Path) -> None:
 # The process around
 
 
-def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_random_state_is_touched(workers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def states() -> tuple[object, ...]:
@@ -585,8 +579,7 @@ def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
         except KeyboardInterrupt:
             print("interrupted")
     """
-    process = run_script(script, folder)
-    assert process.stdout is not None
+    process = start_forked("-c", textwrap.dedent(script), folder, folder=folder)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)

@@ -19,15 +19,22 @@ from contextlib import suppress
 import torch
 import torch._dynamo
 import torch.distributed
-import torch.export
+import torchvision.models  # noqa: F401
+from PIL import Image
+from typer.testing import CliRunner
 
-import bn_insert_cli.app  # noqa: F401
+import bn_insert.report.page  # with matplotlib and jinja2
+import bn_insert.training.finetune  # noqa: F401
 from bn_insert import *  # noqa: F403 - the names themselves are imported at their first use
+from bn_insert.demo import network_path
+from bn_insert_cli.app import app
 
 
 def main() -> None:
     """Fork until the other end of the socket is closed."""
     torch.set_num_threads(1)  # a process with threads cannot be forked safely
+    Image.init()
+    CliRunner().invoke(app, ["inspect", str(network_path())])  # imports what commands and torch.export import late
     gc.freeze()  # otherwise every child would look for garbage among all of torch's objects, and copy their memory
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         while True:

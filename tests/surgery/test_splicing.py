@@ -100,22 +100,21 @@ def test_children_of_a_sequential_that_is_sliced_or_looped_over_keep_their_numbe
     assert types(result.features) == ["NormalizedLayer", "ReLU", "NormalizedLayer", "ReLU", "Conv2d"]
 
 
-@pytest.mark.parametrize("network", AWKWARD)
+@pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
 @pytest.mark.parametrize("include_output", [False, True])
-def test_outputs_stay_the_same_however_the_layers_are_held(
+def test_however_layers_are_held_outputs_and_class_stay_and_the_result_can_be_copied_loaded_and_trained(
     network: Callable[[], nn.Module], include_output: bool
 ) -> None:
     model = randomised(network())
     result = insert_batchnorm(model, [images(6, 9)], include_output=include_output)
-    assert any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in result.modules())
-    assert_same_outputs(model, result, images(3, 9, seed=2))
-
-
-@pytest.mark.parametrize("network", AWKWARD)
-def test_every_batchnorm_runs_in_train_mode_however_the_layers_are_held(network: Callable[[], nn.Module]) -> None:
-    result = insert_batchnorm(randomised(network()), [images(6, 9)]).train()
-    result(images(3, 9, seed=2))
     norms = [module for module in result.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert type(result) is type(model)
+    assert_same_outputs(model, result, images(3, 9, seed=2))
+    other = randomised(copy.deepcopy(result), seed=9)
+    other.load_state_dict(result.state_dict(), strict=True)
+    assert_same_outputs(result, other, images(2, 9, seed=2))
+    result.train()(images(3, 9, seed=2))
     assert [int(norm.num_batches_tracked) for norm in norms] == [1] * len(norms)
 
 
@@ -178,12 +177,6 @@ def test_without_a_site_the_result_is_a_copy_with_the_same_keys() -> None:
     assert result.state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
-def test_the_class_of_the_model_is_kept(network: Callable[[], nn.Module]) -> None:
-    model = network()
-    assert type(insert_batchnorm(model, [images(4, 16)])) is type(model)
-
-
 def test_the_head_can_be_replaced_as_before() -> None:
     result = insert_batchnorm(small_vgg(), [images(4, 16)])
     result.classifier[-1] = nn.Linear(result.classifier[-1].in_features, 3)
@@ -199,14 +192,6 @@ def test_the_keys_of_a_vgg_are_those_of_the_renumbered_layers_and_batchnorms() -
         *("4.weight", "4.bias"),
         *(f"5.{name}" for name in norm),
     ]
-
-
-@pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
-def test_the_result_can_be_copied_and_its_state_loaded_into_the_copy(network: Callable[[], nn.Module]) -> None:
-    result = insert_batchnorm(randomised(network()), [images(4, 16)])
-    other = randomised(copy.deepcopy(result), seed=9)
-    other.load_state_dict(result.state_dict(), strict=True)
-    assert_same_outputs(result, other, images(2, 16, seed=2))
 
 
 def test_a_second_insertion_finds_nothing_left_to_do() -> None:
