@@ -17,7 +17,8 @@ from ..graph.sites import Site
 from .micro_batches import run_in_micro_batches
 from .moments import Moments
 from .passes import ForwardDone, Progress
-from .recorder import Recorder, Statistics, check_tolerance, pooled_over_ranks
+from .pooling import Statistics, pooled_over_ranks
+from .recorder import Recorder, check_tolerance
 
 
 def calibrate(

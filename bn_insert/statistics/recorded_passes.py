@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs, reference_tensor
-from .gathering import Gathering
+from .joined_batches import JoinedBatches
 from .moments import Moments
 from .passes import Batch, ForwardDone, NotFiniteError, Progress, for_each_batch
 
@@ -79,14 +79,14 @@ def run_through(
             record.discard()
             return moments
 
-        gathering = Gathering(run, passes.run_whole, rehearse, passes.split, parameter_bytes(network))
+        joined = JoinedBatches(run, passes.run_whole, rehearse, passes.split, parameter_bytes(network))
         return for_each_batch(
             network,
             batches,
-            gathering.add if gather else run,
+            joined.add if gather else run,
             progress=progress,
             enough=enough,
-            finish=gathering.finish,
+            finish=joined.finish,
         )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from typing import Any
 
@@ -13,81 +12,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CalibrationError
-from ..support.processes import Ranks, on_every_rank
+from ..support.processes import Ranks
 from .moments import Moments, merge, moments_of
-from .passes import NotFiniteError, Progress, no_batches
+from .passes import NotFiniteError, Progress
+from .pooling import Statistics, merged_moments
 from .recorded_passes import run_through
-from .sampling_error import batch_spread, relative_standard_error
+from .sampling_error import batch_spread
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
 _CHANNELS_WITHIN = 0.99
 _LONGEST_LIST = 64  # moments kept before they are merged: memory stays constant over any number of batches
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What was recorded at each place in a model, by the place's name.
-
-    Attributes:
-        pooled: Moments of all values.
-        spread: Moments over batches of what `batch_spread` returns for each forward pass.
-        passes: How many forward passes values were recorded in, each of them over one batch or several.
-        calls: How many times values were recorded.
-    """
-
-    pooled: Mapping[str, Moments]
-    spread: Mapping[str, Moments]
-    passes: Mapping[str, int]
-    calls: Mapping[str, int]
-
-    @classmethod
-    def merged(cls, parts: Iterable[Statistics]) -> Statistics:
-        """Return the statistics of all parts together."""
-        pooled: defaultdict[str, list[Moments]] = defaultdict(list)
-        spread: defaultdict[str, list[Moments]] = defaultdict(list)
-        passes: Counter[str] = Counter()
-        calls: Counter[str] = Counter()
-        for part in parts:
-            passes.update(part.passes)
-            calls.update(part.calls)
-            for name, moments in part.pooled.items():
-                pooled[name].append(moments)
-                spread[name].append(part.spread[name])
-        return cls(_merged(pooled), _merged(spread), passes, calls)
-
-    def moments(self) -> dict[str, Moments]:
-        """Return the moments with their standard errors."""
-        return {
-            name: replace(
-                moments, standard_error=relative_standard_error(moments, self.spread[name], self.passes[name])
-            )
-            for name, moments in self.pooled.items()
-        }
-
-
 def check_tolerance(tolerance: float | None) -> None:
     """Raise CalibrationError for a tolerance that no error can be compared with."""
     if tolerance is not None and not 0 < tolerance < inf:
         raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance}")
-
-
-def pooled_over_ranks(function: str, measure: Callable[[], tuple[int, Statistics]]) -> tuple[int, Statistics]:
-    """Run a measurement on every rank, and return the images and statistics of all ranks together on each of them.
-
-    Args:
-        function: Name of the function that the caller called, for messages.
-        measure: Returns the number of images, 0 on a rank without any, and their statistics.
-
-    Raises:
-        CalibrationError: If there are no images on any rank, `measure` fails on another rank, or another rank does not
-            call the function.
-    """
-    Ranks.current().meet(function)
-    parts = on_every_rank(measure)
-    images = sum(images for images, _ in parts)
-    if images == 0:
-        raise no_batches()
-    return images, Statistics.merged(statistics for _, statistics in parts)
 
 
 class Recorder:
@@ -119,7 +59,7 @@ class Recorder:
 
     def uncommitted(self) -> Mapping[str, Moments]:
         """Return the moments of what was recorded during a forward pass and not yet kept or discarded."""
-        return _merged(self._uncommitted)
+        return merged_moments(self._uncommitted)
 
     def commit(self, batches: int = 1) -> None:
         """Keep what was recorded during a forward pass over this many batches."""
@@ -164,8 +104,8 @@ class Recorder:
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""
         return Statistics(
-            {name: moments.cpu() for name, moments in _merged(self._moments).items()},
-            {name: spread.cpu() for name, spread in _merged(self._spreads).items()},
+            {name: moments.cpu() for name, moments in merged_moments(self._moments).items()},
+            {name: spread.cpu() for name, spread in merged_moments(self._spreads).items()},
             Counter(self._passes),
             Counter(self._calls),
         )
@@ -180,10 +120,6 @@ class Recorder:
             return False
         largest = tolerance * Ranks.current().count ** 0.5
         return all(moments.error_of(_CHANNELS_WITHIN) <= largest for moments in self.statistics().moments().values())
-
-
-def _merged(lists: Mapping[str, list[Moments]]) -> dict[str, Moments]:
-    return {name: merge(moments) for name, moments in lists.items()}
 
 
 def _append(moments: list[Moments], more: Moments) -> None:

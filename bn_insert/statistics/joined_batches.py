@@ -31,7 +31,7 @@ _EARLIER_PASSES = 8
 _ROUNDING = 1e-3
 
 
-class Gathering:
+class JoinedBatches:
     """Collects batches, and runs them together once they are enough; large ones of a small network run in parts.
 
     The images of a batch must not depend on each other in the network, as they do in a BatchNorm without running
