@@ -26,7 +26,7 @@ from torch import nn
 
 from bn_insert import recalibrate
 from bn_insert.batchnorm.batch_renorm import BatchRenorm
-from bn_insert.batchnorm.renorm_lag import Lag, LagMeter
+from bn_insert.batchnorm.lag_meter import Lag, LagMeter
 from bn_insert.batchnorm.renorm_limits import limits_at, set_renorm_limits
 
 from ..machine import machine

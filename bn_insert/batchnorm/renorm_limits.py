@@ -13,7 +13,7 @@ from torch import nn
 
 from ..support.processes import Ranks
 from .batch_renorm import BatchRenorm, check_limits
-from .renorm_lag import Lag, LagMeter
+from .lag_meter import Lag, LagMeter
 
 
 def set_renorm_limits(network: nn.Module, r_max: float = math.inf, d_max: float = math.inf) -> None:

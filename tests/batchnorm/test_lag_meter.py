@@ -4,8 +4,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bn_insert.batchnorm.batch_renorm import BatchRenorm2d
+from bn_insert.batchnorm.lag_meter import Lag, LagMeter
 from bn_insert.batchnorm.modes import set_batchnorm_mode
-from bn_insert.batchnorm.renorm_lag import Lag, LagMeter
 
 
 def test_the_lag_is_1_until_something_is_known_and_averages_over_steps() -> None:

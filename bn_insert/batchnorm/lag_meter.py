@@ -1,4 +1,7 @@
-"""How far the running statistics of Batch Renormalization lag behind the weights during training."""
+"""How far the running statistics of Batch Renormalization lag behind the weights during training.
+
+The limits that follow from it are set in `renorm_limits.py`.
+"""
 
 from __future__ import annotations
 
