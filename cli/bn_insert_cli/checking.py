@@ -83,8 +83,8 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
         print_note(
             f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}. The outputs stay the same in any "
-            f"case; for more accurate running statistics, use about {needed:,} images instead of {images:,} (--images "
-            f"{needed})."
+            f"case; for more accurate running statistics, use about {needed:,} images instead of {images:,}; "
+            "--images limits their number."
         )
 
 
