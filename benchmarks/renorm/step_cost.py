@@ -21,11 +21,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from bn_insert import RenormScheduler
 from bn_insert.batchnorm.batch_renorm import BATCH_RENORMS
 
 from ..machine import machine
 
-LIMITS = {"unlimited": {}, "limited": {"r_max": 1.5, "d_max": 0.5}}
+LIMITS = {"unlimited": {}, "limited": {"r_max": 1.5, "d_max": 0.5}, "with RenormScheduler": {}}
 BASELINE = "nn.BatchNorm2d"
 
 
@@ -37,6 +38,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     images: Tensor
     labels: Tensor
+    scheduler: RenormScheduler | None
 
     def __call__(self) -> tuple[float, float]:
         """Return the seconds it took: of this process, and on the wall."""
@@ -44,6 +46,8 @@ class Step:
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(self.images), self.labels).backward()
         self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
         return time.process_time() - start[0], time.perf_counter() - start[1]
 
 
@@ -67,7 +71,13 @@ def steps(batch_size: int, side: int, memory_format: torch.memory_format) -> dic
                 for limit, value in limits.items():
                     setattr(norm, limit, value)
     return {
-        name: Step(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), images, labels)
+        name: Step(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+            images,
+            labels,
+            RenormScheduler(model) if name.endswith("RenormScheduler") else None,
+        )
         for name, model in models.items()
     }
 
