@@ -32,7 +32,7 @@ class Normalization:
     recomputed: bool = False
 
     def apply(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return the output, by the kernel of eval mode."""
+        """Return the output, computed with the eval-mode kernel."""
         mean, var = self.running_mean, self.running_var
         if self.clipped is not None:
             scale = torch.ones_like(self.r) if weight is None else weight

@@ -21,8 +21,8 @@ def dropouts_before_batchnorm(model: nn.Module, example: Any) -> list[str]:
     (`model.get_submodule(name).p = 0`); BatchNorm regularizes by itself.
 
     A dropout counts if a path leads from it to a BatchNorm with no other normalization on it, whatever layers,
-    activations and poolings are on that path. A BatchNorm in mode "freeze" or "freeze-statistics" normalizes by fixed
-    statistics and does not count, nor does a dropout with p = 0. Calls of `F.dropout` have no module to name.
+    activations and pooling layers are on that path. A BatchNorm in mode "freeze" or "freeze-statistics" normalizes by
+    fixed statistics and does not count, nor does a dropout with p = 0. Calls of `F.dropout` have no module to name.
 
     Args:
         model: The model; it is not changed.

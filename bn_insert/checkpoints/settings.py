@@ -4,7 +4,7 @@ A checkpoint carries them as JSON text: a .pth in the metadata of its state dict
 saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read.py` reads it.
 
 A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
-refuse the rest by its version. Version 2 added the names of classes, version 3 that a network can be rebuilt from keys.
+refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _each(values: Mapping[str, Any], schema: Any, field: str) -> dict[str, Any]:
 
 
 def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of classes, which are names of folders and lines of tables; raises SchemaError for any other."""
+    """Return class names, which are names of folders and lines of tables; raises SchemaError for any other."""
     for number, name in enumerate(names):
         if name.splitlines() != [name]:
             raise SchemaError(f"the field classes[{number}], {name!a:.40}, contains a line break")

@@ -23,7 +23,7 @@ from ..support.processes import on_every_rank
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a classifier on labelled images.
+    """Accuracy of a classifier on labeled images.
 
     Attributes:
         images: Number of images.
@@ -60,7 +60,7 @@ class Prediction:
 
 
 class Outcomes(NamedTuple):
-    """The outcome for each labelled image.
+    """The outcome for each labeled image.
 
     Without a matrix of counts: with 20,000 classes it would take gigabytes, and validation needs none.
 
@@ -106,7 +106,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Run a classifier in eval mode on labelled images, and return its accuracy, loss and confusion matrix.
+    """Run a classifier in eval mode on labeled images, and return its accuracy, loss and confusion matrix.
 
     The model is not changed, and PyTorch's random state is restored. Inside an initialized torch.distributed process
     group, every rank calls this with its own part of the batches, which may be empty, and gets the result for all parts
@@ -203,7 +203,7 @@ def outcomes_of(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
-    """Run a working copy of a classifier on labelled images, and return the outcomes for those of all ranks.
+    """Run a working copy of a classifier on labeled images, and return the outcomes for those of all ranks.
 
     Args:
         network: From `working_copy`.

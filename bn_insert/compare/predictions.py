@@ -45,7 +45,7 @@ class PredictionComparison:
         entropy_after: That of the changed network.
         agreement: Fraction of images (for dense prediction: of positions) for which both predict the same class; NaN
             without classes.
-        per_class: Accuracy for each class that has labelled images; empty without labels.
+        per_class: Accuracy for each class that has labeled images; empty without labels.
     """
 
     images: int
@@ -62,12 +62,12 @@ class PredictionComparison:
 
     @property
     def accuracy_before(self) -> float:
-        """Accuracy of the original on all labelled images; NaN without labels."""
+        """Accuracy of the original on all labeled images; NaN without labels."""
         return self._mean([each.before for each in self.per_class])
 
     @property
     def accuracy_after(self) -> float:
-        """Accuracy of the changed network on all labelled images; NaN without labels."""
+        """Accuracy of the changed network on all labeled images; NaN without labels."""
         return self._mean([each.after for each in self.per_class])
 
     def _mean(self, accuracies: list[float]) -> float:

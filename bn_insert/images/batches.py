@@ -85,7 +85,7 @@ def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
     Args:
         items: What to draw from.
         count: How many to draw; None draws all of them.
-        seed: Seed of the draw.
+        seed: Seed for the draw.
 
     Raises:
         ImageError: For a count below 1.

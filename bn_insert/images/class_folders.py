@@ -1,4 +1,4 @@
-"""Labelled images for training: `train/` and `val/` with one folder per class, read in batches."""
+"""Labeled images for training: `train/` and `val/` with one folder per class, read in batches."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class ClassFolders:
 def open_class_folders(
     folder: str | Path, transform: Transform, *, channels: int = 3, workers: int = 0
 ) -> ClassFolders:
-    """Return the labelled images of a folder that has `train/` and `val/`, each with one folder per class.
+    """Return the labeled images of a folder that has `train/` and `val/`, each with one folder per class.
 
     Hidden folders are ignored; `val/` may lack classes that `train/` has.
 

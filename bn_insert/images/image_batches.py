@@ -36,7 +36,7 @@ def open_batches(
         source: A folder that is searched recursively, a tensor file, or an image file.
         transform: Preprocessing of image files; the values of a tensor file are used unchanged.
         images: Maximum number of images, sampled at random, or without `shuffle` the first ones; None uses all of them.
-        seed: Seed of the sample and of the order.
+        seed: Seed for the sample and for the order.
         batch_size: Images per batch.
         workers: Processes that decode image files; 0 decodes in this process.
         channels: Channels that the network takes.

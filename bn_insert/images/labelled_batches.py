@@ -61,7 +61,7 @@ def open_labelled_batches(
     workers: int = 0,
     strict: bool = False,
 ) -> LabelledBatches:
-    """Return the labelled images of a folder with one folder per class, or of `val/` in it, as batches.
+    """Return the labeled images of a folder with one folder per class, or of `val/` in it, as batches.
 
     `val/` is used if it is a folder and not the name of a class. Hidden folders are ignored.
 
@@ -71,7 +71,7 @@ def open_labelled_batches(
         classes: Names of the classes of a network, in the order of its outputs: folders are matched by name, and some
             classes may have none. By default, the names of the folders, sorted.
         images: Maximum number of images, sampled at random; None uses all of them.
-        seed: Seed of the sample.
+        seed: Seed for the sample.
         batch_size: Images per batch.
         channels: Channels that the network takes, 1 or 3.
         workers: Processes that decode; 0 decodes in this process.

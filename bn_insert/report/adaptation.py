@@ -96,8 +96,9 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
     if after > _UNDECIDED * math.log(predictions["classes"]):
         text += (
             f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
-            f"{math.log(predictions['classes']):.2g}): the target looks like another task, or like images preprocessed "
-            f"in another way than the network's. Check that they show its classes, and {_preprocessing()}."
+            f"{math.log(predictions['classes']):.2g}): the target seems to belong to a different task, or to be "
+            "preprocessed differently from the network's training images. Check that they show its classes, and "
+            f"{_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
     return Verdict("good", "Predictions", text)
@@ -106,7 +107,7 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
 def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
     images = sum(each["images"] for each in per_class)
     before, after = (sum(each[name] * each["images"] for each in per_class) / images for name in ("before", "after"))
-    text = f"{before:.1%} before and {after:.1%} after, on {images:,} labelled target images."
+    text = f"{before:.1%} before and {after:.1%} after, on {images:,} labeled target images."
     guess = 1 / classes
     if max(before, after) < _HARDLY_ABOVE_GUESSING * guess:
         text += (

@@ -273,7 +273,7 @@ def _power_of_ten(value: float, _position: float | int) -> str:
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    """Make the axis logarithmic and let it span whole decades, so that at least two powers of ten are labelled."""
+    """Make the axis logarithmic and let it span whole decades, so that at least two powers of ten are labeled."""
     low = math.floor(math.log10(min(values, default=1)))
     high = math.ceil(math.log10(max(values, default=1)))
     axes.set_xscale("log")

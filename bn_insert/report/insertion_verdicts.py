@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import as_passed
 from .verdict import Verdict
 
 _LEAST_AGREEMENT = 0.95
@@ -36,8 +37,9 @@ def _outputs(data: Mapping[str, Any]) -> Verdict:
     images = max(comparison["images"] for comparison in comparisons.values())
     measured = f"Compared on {images} images, on {' and '.join(comparisons)}."
     if not data["output"]:
+        limits = f"{as_passed('atol')} or {as_passed('rtol')}"
         return Verdict(
-            "bad", "Outputs", f"They differ by more than the tolerance: no checkpoint was written. {measured}"
+            "bad", "Outputs", f"They differ by more than {limits} allows: no checkpoint was written. {measured}"
         )
     if all(comparison["bit_identical"] for comparison in comparisons.values()):
         return Verdict("good", "Outputs", f"Equal bit for bit to those of the original. {measured}")

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from ..errors import as_passed
 from .verdict import Verdict
 
-_DIVERGED = 2.0  # times the loss of guessing: a new output layer of zeros starts at that loss
+# Times the loss of guessing, at which a new output layer of zeros starts: above this, training has failed, and a
+# falling loss does not mean that more epochs would help.
+_TOO_HIGH = 2.0
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
 
@@ -93,7 +95,7 @@ def _lower_rate() -> str:
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:
-    if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest or lowest > _DIVERGED * guessing:
+    if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest or lowest > _TOO_HIGH * guessing:
         return False
     return bool(epochs[-2]["val_loss"] - lowest > max(_FALLING[0] * lowest, _FALLING[1] * guessing))
 

@@ -1,1 +1,1 @@
-"""Fine-tunes a network on labelled images."""
+"""Fine-tunes a network on labeled images."""

@@ -1,4 +1,4 @@
-"""Fine-tune a network on labelled images: what `bn-insert finetune` does."""
+"""Fine-tune a network on labeled images: what `bn-insert finetune` does."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def finetune(
     facts: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
 ) -> FineTuning:
-    """Train a copy of a classifier on labelled images, and write the results into a folder.
+    """Train a copy of a classifier on labeled images, and write the results into a folder.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
     the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,

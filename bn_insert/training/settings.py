@@ -64,7 +64,7 @@ class TrainingSettings:
         hflip: Probability of mirroring a training image from left to right.
         crop_scale: Smallest fraction of the area that a random resized crop of a training image keeps, as
             torchvision's `RandomResizedCrop` does; 1 crops none.
-        seed: Seed of the order of the images, of mirroring, cropping and dropout, and of a new head.
+        seed: Seed for the order of the images, for mirroring, cropping and dropout, and for a new head.
         accumulate: Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by
             itself: its statistics are those of `batch_size` images.
         patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from bn_insert import Adaptation, Comparison, PredictionComparison
     from bn_insert.images import Batches
 
-# Two networks run on them: enough for an entropy and an agreement. Labelled images are all used.
+# Two networks run on them: enough for an entropy and an agreement. Labeled images are all used.
 UNLABELLED_IMAGES = 256
 _NAMES_SHOWN = 5
 
@@ -102,8 +102,11 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Adapt a network to new images, without labels and without training.
 
-    BatchNorm is inserted with the statistics of SOURCE, its statistics are re-estimated on TARGET, and it is folded:
-    the result has the architecture of the original, and other weights and biases.
+    BatchNorm is inserted with the statistics of SOURCE, its statistics are re-estimated on TARGET, and the BatchNorm is
+    folded. The result has the original architecture, with different weights and biases.
+
+    Folding (with --keep-batchnorm, inserting) must not change the outputs: the networks before and after it are
+    compared, and if they differ by more than --atol or --rtol allows, nothing is written and the exit code is 1.
 
     Example: `bn-insert adapt vgg16.pth photographs/ night/ -o vgg16-night.pth`
 
@@ -187,7 +190,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         with saying_what_is_written(output if accepted else None):
             _write_report(report, facts | findings, checkpoint, output if accepted else None, force=force)
     if not accepted:
-        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
     print_result(f"Wrote {output}: adapted to {counted(adaptation.target_images, 'image')}{kept}.")
@@ -249,7 +252,7 @@ def _predictions(
 ) -> tuple[PredictionComparison, Sequence[str]]:
     """Compare the predictions on the target: on all images if their class folders are the network's classes.
 
-    Returns the comparison, and the names of the classes if the accuracy was measured.
+    Returns the comparison, and the class names if the accuracy was measured.
     """
     from bn_insert import PredictionComparison, compare_predictions, finite_part  # noqa: PLC0415
     from bn_insert.images import with_labels  # noqa: PLC0415
@@ -272,11 +275,11 @@ def _predictions(
 
 
 def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequence[str]:
-    """Return the names of the classes that the folders of TARGET are labels of; none if that is not certain.
+    """Return the class names that the folders of TARGET are labels of; none if that is not certain.
 
     Args:
         folder: TARGET.
-        stored: Names of the classes in the checkpoint, with which the folders are matched. Without them, the folders,
+        stored: Class names in the checkpoint, with which the folders are matched. Without them, the folders,
             sorted by name, are the classes if there are as many.
         outputs: Number of classes of the network.
     """
@@ -289,7 +292,7 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
     unknown = [name for name in folders if name not in classes]
     reason = ""
     if len(classes) != outputs:
-        source = "the checkpoint stores {} names of classes" if stored else f"{folder} has {{}} folders"
+        source = "the checkpoint stores {} class names" if stored else f"{folder} has {{}} folders"
         reason = f"{source.format(len(classes))}, and the network has {outputs} classes"
     elif len(unknown) == len(folders):
         reason = (

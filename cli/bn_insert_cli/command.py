@@ -135,7 +135,7 @@ def _declaration(
             callback=_set_quiet,
             expose_value=False,
             rich_help_panel=_PANEL,
-            help="Print only the last line of the result, warnings and errors.",
+            help="Print only warnings, errors and the last line of the result.",
         ),
     ] = False,
     traceback: Annotated[

@@ -95,6 +95,6 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
         raise typer.Exit(0 if within else CHECK_FAILED)
     print_table(comparison_table({str(target): comparison}, title=f"{a} and {b}"))
     if not within:
-        print_result("The outputs differ by more than the tolerance.", good=False)
+        print_result("The outputs differ by more than --atol or --rtol allows.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    print_result("The outputs are equal bit for bit." if comparison.bit_identical else "Within tolerance.")
+    print_result("The outputs are equal bit for bit." if comparison.bit_identical else "Within --atol and --rtol.")

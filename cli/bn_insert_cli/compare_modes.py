@@ -24,13 +24,22 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
         typer.Option(
             "--batch-sizes",
             metavar="N,N,...",
-            help="Batch sizes to compare. [default: of 4,8,16,32,64,128 those with two or more batches]",
+            help="Batch sizes to compare. [default: those of 4,8,16,32,64,128 that give at least two batches]",
             show_default=False,
         ),
     ] = None,
     images: opt.Images = 256,
     seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "-b",
+            "--batch-size",
+            min=1,
+            help="Images to decode, and to run in eval mode, at a time; does not affect the comparison.",
+            rich_help_panel=opt.PIXELS,
+        ),
+    ] = 32,
     workers: opt.Workers = 2,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -47,8 +56,9 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
 
     In train mode, BatchNorm normalizes by the batch statistics, so the network that the optimizer trains differs from
     the one in eval mode. The difference is larger for small batches, and for images that differ from the calibration
-    images. With Batch Renormalization (`finetune --batchnorm renorm`) both modes compute the same, which is measured
-    too, on the first 64 images or as many as the largest batch has. Dropout is off in both modes.
+    images. With Batch Renormalization (`finetune --batchnorm renorm`) both modes compute the same function; this is
+    measured too, on the first 64 images, or on one batch of the largest size if that is larger. Dropout is off in both
+    modes.
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """

@@ -1,4 +1,4 @@
-"""`bn-insert evaluate`: accuracy of a checkpoint on labelled images, by class, and its confusion matrix."""
+"""`bn-insert evaluate`: accuracy of a checkpoint on labeled images, by class, and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with one folder of images per class (CLASS/IMAGE), or with such a folder val/, as for "
-            "finetune.",
+            help="A folder with one subfolder per class (CLASS/IMAGE), or one whose val/ subfolder is laid out that "
+            "way, as for finetune.",
             show_default=False,
         ),
     ],
@@ -57,11 +57,11 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     device: opt.Device = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the accuracy of a checkpoint on labelled images, overall and for each class.
+    """Measure the accuracy of a checkpoint on labeled images, overall and for each class.
 
     The folders of DATA are matched by name with the class names in the checkpoint, which `finetune` stores. If it
-    stores none, the folders, sorted by name, are taken as its outputs, in this order. The exit code is 1 if outputs
-    are not finite.
+    stores none, the folders, sorted by name, are assumed to match its outputs in that order. The exit code is 1 if
+    outputs are not finite.
 
     Example: `bn-insert evaluate run/best.pth flowers/ --confusion confusion.png`
 
@@ -96,8 +96,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     print_note(f"Images: {batches.images:,} from {batches.folder}.")
     if not classes:
         print_note(
-            f"The checkpoint stores no names of classes: its outputs are taken as the {len(batches.classes)} folders, "
-            "sorted by name."
+            f"The checkpoint stores no class names: the {len(batches.classes)} folders, sorted by name, are assumed to "
+            "match its outputs in that order."
         )
     with image_progress("evaluating", batches.images) as progress:
         evaluation = bn_insert.evaluate(network.to(target), batches, classes=batches.classes, progress=progress)

@@ -53,7 +53,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training images; a resumed run may change it.")
+        int, typer.Option(min=1, help="Passes over the training images; can be changed when resuming.")
     ] = 10,
     patience: Annotated[
         int | None,
@@ -80,7 +80,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         bool, typer.Option("--resume", help="Resume the run in DIR, or start one if DIR is empty.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the results in DIR.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of image order, augmentation and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for image order, augmentation and dropout.")] = 0,
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Train under bfloat16 autocast.")] = False,
     tensorboard: Annotated[
@@ -89,7 +89,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RATE)] = 0.01,
     lr_warmup_epochs: Annotated[
-        float, typer.Option(min=0, help="Epochs of linear warm-up; may be a fraction.", rich_help_panel=_RATE)
+        float, typer.Option(min=0, help="Epochs of linear warm-up; may be fractional.", rich_help_panel=_RATE)
     ] = 0.0,
     lr_scheduler: Annotated[
         Literal["constant", "cosine", "step"], typer.Option(help="Schedule after warm-up.", rich_help_panel=_RATE)
@@ -98,7 +98,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         int, typer.Option(min=1, help="Epochs between steps of the step schedule.", rich_help_panel=_RATE)
     ] = 30,
     lr_gamma: Annotated[
-        float, typer.Option(min=0, help="Factor of each step of the step schedule.", rich_help_panel=_RATE)
+        float,
+        typer.Option(
+            min=0,
+            help="Factor by which the step schedule multiplies the learning rate at each step.",
+            rich_help_panel=_RATE,
+        ),
     ] = 0.1,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option("--opt", help="Optimizer.", rich_help_panel=_OPTIMIZER)
@@ -148,7 +153,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         str,
         typer.Option(
             metavar="keep|WIDTH",
-            help="Keep the checkpoint's dense layers, or replace them by a new head of this width with BatchNorm.",
+            help="Keep the checkpoint's dense layers, or replace them with a new head of this width with BatchNorm.",
             rich_help_panel=_NETWORK,
         ),
     ] = "keep",
@@ -157,7 +162,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             metavar="MODE",
             help="What BatchNorms do in training. train: normalize by the batch; renorm: Batch Renormalization, for "
-            "small batches; freeze-statistics: only train gamma and beta; freeze: nothing.",
+            "small batches; freeze-statistics: keep running statistics fixed, train gamma and beta; freeze: keep all "
+            "of these fixed.",
             rich_help_panel=_NETWORK,
         ),
     ] = "train",
@@ -212,7 +218,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     mean: opt.Mean = None,
     std: opt.Std = None,
 ) -> None:
-    """Train a checkpoint on labelled images; its output layer is replaced if the number of classes differs.
+    """Train a checkpoint on labeled images; its output layer is replaced if the number of classes differs.
 
     DIR gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html
     (with its data, report.json), and state.pth, from which --resume continues. `bn-insert report` compares several

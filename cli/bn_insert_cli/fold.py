@@ -41,7 +41,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
     seed: Annotated[
-        int, typer.Option(help="Seed of the random inputs, or of the sample of IMAGES.", rich_help_panel=opt.PIXELS)
+        int, typer.Option(help="Seed for the random inputs, or for the sample of IMAGES.", rich_help_panel=opt.PIXELS)
     ] = 0,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -55,11 +55,12 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     """Fold every BatchNorm into its conv or dense layer; the outputs stay the same.
 
     The inverse of `insert`, before or after fine-tuning. The result is checked against the original before
-    anything is written; if the difference exceeds the tolerance, nothing is written and the exit code is 1.
+    anything is written; if the outputs differ by more than --atol or --rtol allows, nothing is written and the exit
+    code is 1.
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
 
-    A network that had some BatchNorm before: `bn-insert fold net-bn.pth -o net-folded.pth --inserted-only`
+    If the network already had BatchNorm: `bn-insert fold net-bn.pth -o net-folded.pth --inserted-only`
 
     Other architectures: `bn-insert fold alexnet-bn.pth -o alexnet.pth --model torchvision.models:alexnet`
     """
@@ -88,7 +89,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):
-        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
         save_checkpoint(result.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)

@@ -92,10 +92,11 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = None,
     force: opt.Force = False,
 ) -> None:
-    """Insert BatchNorm after conv and dense layers without changing the outputs: bit for bit on a CPU.
+    """Insert BatchNorm after conv and dense layers without changing the outputs (bit-identical on a CPU).
 
     The statistics of each layer are measured on the CALIBRATION images in one pass. The result is checked against the
-    original first; if it differs by more than the tolerance, nothing is written and the exit code is 1.
+    original first; if the outputs differ by more than --atol or --rtol allows, nothing is written and the exit code is
+    1.
 
     Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
 
@@ -179,7 +180,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
     if not accepted:
-        print_result("The outputs differ by more than the tolerance: nothing was written.", good=False)
+        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     print_result(f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted.")
 

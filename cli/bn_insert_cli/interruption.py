@@ -3,7 +3,8 @@
 The handlers never raise an exception. It would come between any two instructions of any library: torch ends the process
 by std::terminate when one reaches it in a destructor, imports turn it into other errors, and Python prints and ignores
 it in __del__. Instead the handler itself prints the message, cleans up and ends the process. While a result is saved, a
-signal is only recorded, and honored when the result is complete.
+signal is only recorded, and honored when the result is complete. `finetune` stops after the current step instead
+(`stop_on_signals`), and its message about what is saved is in finetune.py.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ Strict = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cpu, cuda, cuda:1, mps, ... [default: cuda if available, or cpu]", show_default=False
+        "--device", help="cpu, cuda, cuda:1, mps, ... [default: cuda if available, else cpu]", show_default=False
     ),
 ]
 Amp = Annotated[bool, typer.Option("--amp", help="Calibrate under bfloat16 autocast; statistics stay float32.")]
@@ -159,11 +159,14 @@ Momentum = Annotated[
     ),
 ]
 AbsoluteTolerance = Annotated[
-    float | None, typer.Option("--atol", min=0, help="Largest absolute difference allowed. [default: no limit]")
+    float | None,
+    typer.Option("--atol", min=0, help="Largest absolute difference of outputs allowed. [default: no limit]"),
 ]
 RelativeTolerance = Annotated[
     float,
-    typer.Option("--rtol", min=0, help="Largest difference allowed, relative to the largest output for the image."),
+    typer.Option(
+        "--rtol", min=0, help="Largest difference of outputs allowed, relative to the largest output for the image."
+    ),
 ]
 
 

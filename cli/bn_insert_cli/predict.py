@@ -77,7 +77,7 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         shuffle=False,
     )
     if not classes:
-        print_note("The checkpoint stores no names of classes: they are numbered from 0.")
+        print_note("The checkpoint stores no class names: the classes are numbered from 0.")
     with image_progress("predicting", batches.images) as progress:
         predictions = bn_insert.predict(network.to(target), batches, top=top, classes=classes, progress=progress)
     note_unreadable(batches.unreadable)

@@ -125,7 +125,7 @@ def accuracy_table(predictions: PredictionComparison, classes: Sequence[str], *,
 
     Args:
         predictions: With labels.
-        classes: Names of the classes.
+        classes: Class names.
         stored: Whether the names come from the checkpoint, and not from the folders.
     """
     numbers = ("images", "before", "after")
@@ -137,7 +137,8 @@ def accuracy_table(predictions: PredictionComparison, classes: Sequence[str], *,
     result.add_row("all", f"{predictions.labelled:,}", f"{before:.1%}", f"{after:.1%}")
     if not stored:
         result.caption = (
-            "the checkpoint stores no names of classes: the folders of TARGET, sorted by name, are taken as its outputs"
+            "the checkpoint stores no class names: the folders of TARGET, sorted by name, are assumed to match its "
+            "outputs in that order"
         )
     return result
 

@@ -1,4 +1,4 @@
-"""`bn-insert evaluate` and `bn-insert predict`, and the names of classes in checkpoints."""
+"""`bn-insert evaluate` and `bn-insert predict`, and the class names in checkpoints."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ def test_a_part_of_the_classes_is_enough_if_their_names_are_stored(run: Run, dig
     # Without names, nothing tells which outputs these folders are.
     refused = run("evaluate", save_plain_network(Path("plain.pth")), digits, *AS_STORED)
     assert_refused(refused, "VGG returns 10 logits for each image, but 3 classes are named")
-    assert "The checkpoint stores no names of classes: its outputs are taken as the 3 folders" in text_of(
-        refused.stderr
+    assert (
+        "The checkpoint stores no class names: the 3 folders, sorted by name, are assumed to match its outputs"
+        in text_of(refused.stderr)
     )
 
 
