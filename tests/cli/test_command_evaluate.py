@@ -208,7 +208,7 @@ def test_without_stored_names_classes_are_numbers_and_the_command_says_so(run: R
     torch.save(torch.rand(3, 3, 32, 32), "x.pt")
     result = run("predict", save_plain_network(Path("plain.pth")), "x.pt")
     assert result.exit_code == 0, result.output
-    assert "they are numbered from 0" in text_of(result.stderr)
+    assert "the classes are numbered from 0" in text_of(result.stderr)
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["x.pt[0]", "x.pt[1]", "x.pt[2]"]
 
 

@@ -108,7 +108,7 @@ RUNNERS: dict[str, Callable[[Block, pytest.CaptureFixture[str]], None]] = {
 
 @pytest.fixture
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labelled images."""
+    """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labeled images."""
     save_checkpoint(vgg_of(), tmp_path / "vgg16.pth")
     (tmp_path / "photographs").mkdir()
     for image in sorted((images_path() / "3").iterdir())[:12]:
