@@ -6,12 +6,14 @@ The limits that follow from it are set in `renorm_limits.py`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from ..statistics.moments import WITH_FLOAT64
 from .batch_renorm import BatchRenorm
 
 _STEP = 0.1  # weight of a step in the averages: that of a batch in PyTorch's running statistics
@@ -46,7 +48,7 @@ class Lag(NamedTuple):
 class LagMeter:
     """Measures, by hooks, the distance of the batches that the layers of a network renormalize.
 
-    Batches of one image are left out: they do not show what chance amounts to.
+    Batches of one image are left out: they do not show what chance amounts to. Copies of the network are not observed.
 
     Args:
         network: Its BatchRenorm layers are observed in training mode.
@@ -54,33 +56,50 @@ class LagMeter:
 
     def __init__(self, network: nn.Module) -> None:
         """Start to observe the layers of a network."""
-        norms = [module for module in network.modules() if isinstance(module, BatchRenorm)]
-        self._handles = [norm.register_forward_pre_hook(self._observe) for norm in norms]
-        self._device = norms[0].running_mean.device if norms else torch.device("cpu")
-        self._observed: list[Float64[Tensor, 2]] = []
+        self._norms = [module for module in network.modules() if isinstance(module, BatchRenorm)]
+        self._handles = [norm.register_forward_pre_hook(self._observe, with_kwargs=True) for norm in self._norms]
+        self._open = True
+        self._observed: list[Tensor] = []
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that are observed."""
+        return len(self._norms)
 
     def close(self) -> None:
         """Remove the hooks."""
+        self._open = False
         for handle in self._handles:
             handle.remove()
 
-    def read(self) -> Float64[Tensor, 2]:
-        """Return the means of distance and expected distance since the last call; zeros without an observation."""
+    def read(self) -> Float64[Tensor, 3]:
+        """Return the sums of distance and expected distance since the last call, and the number of observations."""
         observed, self._observed = self._observed, []
+        device = self._norms[0].running_mean.device if self._norms else torch.device("cpu")
+        if device.type not in WITH_FLOAT64:
+            device = torch.device("cpu")
         if not observed:
-            return torch.zeros(2, dtype=torch.float64, device=self._device)
-        return torch.stack([values.to(self._device) for values in observed]).mean(0)
+            return torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.stack([values.to(device, torch.float64) for values in observed]).sum(0)
+        return torch.cat([sums, sums.new_tensor([len(observed)])])
 
     @torch.no_grad()
-    def _observe(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        # A pass within a backward pass is a recomputation.
-        if not norm.training or len(x) < 2 or torch._C._current_graph_task_id() != -1:
+    def _observe(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
+        # set_batchnorm_mode may have changed the class since.
+        if recomputed or not (self._open and norm.training and isinstance(norm, BatchRenorm)):
             return
-        assert isinstance(norm, BatchRenorm)
+        x = next(chain(args, kwargs.values()))
+        if len(x) < 2:
+            return
         # Sums in the precision of the statistics: in float64 they would take several times as long.
-        means = x.mean(tuple(range(2, x.ndim)), dtype=norm.running_mean.dtype) if x.ndim > 2 else x
-        var, mean = torch.var_mean(means.double(), 0)
-        running_var = norm.running_var.double() + norm.eps
-        distance = (mean - norm.running_mean.double()).square() / running_var
+        dtype = norm.running_mean.dtype
+        means = x.mean(tuple(range(2, x.ndim)), dtype=dtype) if x.ndim > 2 else x.to(dtype)
+        var, mean = torch.var_mean(means, 0)
+        running_var = norm.running_var + norm.eps
+        distance = (mean - norm.running_mean).square() / running_var
         self._observed.append(torch.stack([distance.mean(), (var / len(x) / running_var).mean()]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, whose hooks observe nothing: it would never be read."""
+        return {"_norms": [], "_handles": [], "_open": False, "_observed": []}

@@ -123,5 +123,10 @@ def _undo_mode(norm: _BatchNorm) -> None:
 
 
 # A module-level function, not a closure: hooks are copied and pickled with a model.
+def has_own_pre_hooks(module: nn.Module) -> bool:
+    """Return whether a module has forward pre-hooks other than that of a frozen mode."""
+    return any(hook is not _hold_in_eval_mode for hook in module._forward_pre_hooks.values())
+
+
 def _hold_in_eval_mode(norm: nn.Module, _inputs: tuple[Any, ...]) -> None:
     norm.training = False

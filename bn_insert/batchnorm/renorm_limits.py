@@ -11,6 +11,7 @@ from types import TracebackType
 
 from torch import nn
 
+from ..errors import TrainingError
 from ..support.processes import Ranks
 from .batch_renorm import BatchRenorm, check_limits
 from .lag_meter import Lag, LagMeter
@@ -54,7 +55,10 @@ class RenormScheduler:
 
     Args:
         network: A network whose BatchNorms renormalize; see `set_batchnorm_mode`.
-        threshold: Lag from which on there are limits.
+        threshold: Lag from which on there are limits, above 0.
+
+    Raises:
+        TrainingError: If no layer of the network renormalizes, or the threshold is out of range.
 
     Examples:
         >>> from bn_insert import set_batchnorm_mode
@@ -69,9 +73,16 @@ class RenormScheduler:
 
     def __init__(self, network: nn.Module, *, threshold: float = 2.0) -> None:
         """Start to observe the layers of a network, without limits."""
+        if not threshold > 0:
+            raise TrainingError(f"threshold is {threshold}; use a lag above 0, such as 2")
         self._network = network
         self._threshold = threshold
         self._meter = LagMeter(network)
+        if not self._meter.layers:
+            raise TrainingError(
+                f"{type(network).__name__} has no layer that renormalizes; call set_batchnorm_mode(model, 'renorm') "
+                "first"
+            )
         self._lag = Lag()
         set_renorm_limits(network)
 
@@ -82,9 +93,9 @@ class RenormScheduler:
 
     def step(self) -> None:
         """Set the limits for the next step, by what was observed since the last call."""
-        distance, expected = Ranks.current().total(self._meter.read()).tolist()
+        distances, expected, observations = Ranks.current().total(self._meter.read()).tolist()
         if expected > 0:
-            self._lag = self._lag.after(distance, expected)
+            self._lag = self._lag.after(distances / observations, expected / observations)
             set_renorm_limits(self._network, *limits_at(self.lag, self._threshold))
 
     def state_dict(self) -> dict[str, float]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batchnorm.batch_renorm import PLAIN_BATCHNORMS
+from ..batchnorm.modes import has_own_pre_hooks
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
@@ -140,13 +142,22 @@ def _is_rebuilt(network: nn.Module, state_dict: Mapping[str, Tensor], settings: 
         rebuilt = vgg_from_state_dict(state_dict, settings)
     except CheckpointError:
         return False
-    return _modules(rebuilt) == _modules(network)
+    return _described(rebuilt) == _described(network) and not any(map(_is_altered, network.modules()))
 
 
-def _modules(network: nn.Module) -> list[tuple[str, str]]:
-    """Return names and descriptions of the modules that compute; what a BatchNorm does is stored."""
-    modules = network.named_modules()
-    return [(name, repr(each)) for name, each in modules if not isinstance(each, _BatchNorm) and not [*each.children()]]
+def _described(network: nn.Module) -> list[tuple[str, type, str]]:
+    """Return name, class and settings of each module; the mode and the settings of a BatchNorm are stored elsewhere."""
+    described = []
+    for name, module in network.named_modules():
+        norm = isinstance(module, _BatchNorm)
+        cls: type = PLAIN_BATCHNORMS.get(type(module), type(module)) if norm else type(module)
+        described.append((name, cls, "" if norm else module.extra_repr()))
+    return described
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Return whether a module computes something else than its class says."""
+    return "forward" in vars(module) or bool(module._forward_hooks) or has_own_pre_hooks(module)
 
 
 def _save_by_torch(state_dict: Mapping[str, Tensor], path: Path) -> None:

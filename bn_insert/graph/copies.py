@@ -198,7 +198,8 @@ def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContex
         GraphError: The forward changes parameters in place.
     """
     checked = protected_parameters(network)
-    if parameter_bytes(network) > _BYTES_TO_COPY:
+    comparable = all(parameter.layout == torch.strided for parameter in network.parameters())
+    if not comparable or parameter_bytes(network) > _BYTES_TO_COPY:
         yield lambda: checked
         return
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}

@@ -6,6 +6,7 @@ import ctypes
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ _MAX_BYTES = 3 * (1024**3 // 4 // 3) + (1 << 16)
 
 # Pillow's name for the mode that a picture is converted to, by the number of channels that the network takes.
 MODES = {1: "L", 3: "RGB"}
+
+# libtiff has one error handler in a process: threads decode TIFFs one after another.
+_LIBTIFF = threading.Lock()
 
 # Without a handler Python prints what Pillow logs about damaged files; a program's own handlers still receive it.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -108,11 +112,14 @@ def read_image(path: Path, channels: int) -> Image.Image:
 def _silent_libtiff() -> Iterator[None]:
     """Switch off libtiff's error handler, which prints what is wrong with a file; Pillow raises an error anyway."""
     set_handler = _libtiff_error_handler()
-    handler = set_handler(None) if set_handler else None
-    try:
+    if set_handler is None:
         yield
-    finally:
-        if set_handler:
+        return
+    with _LIBTIFF:
+        handler = set_handler(None)
+        try:
+            yield
+        finally:
             set_handler(handler)
 
 

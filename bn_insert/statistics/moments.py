@@ -26,7 +26,7 @@ _LARGEST_MEAN_IN_STDS = 6.0
 # Below this variance, float32 squares are subnormal and lose bits.
 _SMALLEST_VARIANCE = 1e-30
 
-_WITH_FLOAT64 = ("cpu", "cuda")  # device types
+WITH_FLOAT64 = ("cpu", "cuda")  # device types
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,7 @@ class _GroupMoments:
 
     @classmethod
     def _joined(cls, counts: Sequence[Tensor], means: Tensor, variances: Tensor) -> _GroupMoments:
-        device = means.device if means.device.type in _WITH_FLOAT64 else torch.device("cpu")
+        device = means.device if means.device.type in WITH_FLOAT64 else torch.device("cpu")
         count = _joined(counts).to(device)
         mean, variance = (each.to(device, torch.float64) for each in (means, variances))
         return cls(count, mean, variance * count[:, None])
@@ -273,7 +273,7 @@ def _float64_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tenso
 
     Computed relative to the first row, so that constant columns come out exact.
     """
-    exact = rows.to(rows.device if rows.device.type in _WITH_FLOAT64 else "cpu", torch.float64)
+    exact = rows.to(rows.device if rows.device.type in WITH_FLOAT64 else "cpu", torch.float64)
     deviations = exact - exact[0]
     mean = deviations.mean(0)
     variance = deviations.sub_(mean).square_().mean(0)  # var_mean takes ten times as long along this dimension

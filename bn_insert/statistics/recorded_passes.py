@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, GraphError
 from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs, reference_tensor
 from .joined_batches import JoinedBatches
@@ -139,7 +139,7 @@ class _Passes:
         attempted = self._channels_last and any(tensor.ndim == 4 for tensor in inputs.tensors)
         try:
             self._pass(inputs, _copy_in_channels_last if attempted else torch.clone)
-        except (CalibrationError, torch.OutOfMemoryError):
+        except (CalibrationError, GraphError, torch.OutOfMemoryError):
             raise
         except Exception:  # a forward may use x.view(...), which takes contiguous activations only
             if not attempted:
@@ -171,7 +171,8 @@ class _Passes:
                 raise
 
     def _images_at_a_time(self, inputs: Inputs) -> int:
-        if self._bytes_at_a_time is None:
+        # Whether images depend on each other was tested for inputs of one tensor.
+        if self._bytes_at_a_time is None or inputs.only_tensor is None:
             return len(inputs)
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.tensors)
         parts = min(-(-size // self._bytes_at_a_time), len(inputs))

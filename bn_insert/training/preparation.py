@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode
 from ..batchnorm.renorm_limits import RenormScheduler, set_renorm_limits
 from ..errors import TrainingError, as_passed
@@ -90,7 +91,8 @@ def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> No
 
 def make_renorm_scheduler(network: nn.Module, settings: TrainingSettings) -> RenormScheduler | None:
     """Return what sets the limits of a prepared network's Batch Renormalization; None if nothing has to."""
-    return RenormScheduler(network) if settings.batchnorm == "renorm" and not settings.renorm_limits else None
+    renormalizes = any(isinstance(module, BatchRenorm) for module in network.modules())
+    return RenormScheduler(network) if renormalizes and not settings.renorm_limits else None
 
 
 def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

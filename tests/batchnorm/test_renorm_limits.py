@@ -80,3 +80,14 @@ def test_a_scheduler_continues_from_its_state() -> None:
         each.step()
     assert resumed.lag == scheduler.lag
     assert other.d_max == norm.d_max < math.inf
+
+
+def test_a_scheduler_without_anything_to_schedule_says_so() -> None:
+    with pytest.raises(TrainingError, match=r"Sequential has no layer that renormalizes; call set_batchnorm_mode"):
+        RenormScheduler(nn.Sequential(nn.BatchNorm2d(3)))
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan])
+def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
+    with pytest.raises(TrainingError, match="threshold is"):
+        RenormScheduler(BatchRenorm2d(3), threshold=threshold)

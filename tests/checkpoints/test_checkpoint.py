@@ -103,15 +103,25 @@ def test_nothing_is_assumed_of_a_vgg_that_was_saved_as_what_its_keys_say(name: s
     assert vgg_assumptions(load_checkpoint(tmp_path / name), settings) == ""
 
 
-@pytest.mark.parametrize("change", ["activation", "pooling", "dilation"])
+class Conv2d(nn.Conv2d):
+    """A layer of another class with the same name and settings."""
+
+
+ALTERED: dict[str, Callable[[Any], object]] = {
+    "activation": lambda vgg: setattr(vgg.features, "2", nn.LeakyReLU()),
+    "pooling": lambda vgg: setattr(vgg.features, "5", nn.AvgPool2d(2, 2)),
+    "dilation": lambda vgg: setattr(vgg.features[0], "dilation", (2, 2)),
+    "class": lambda vgg: setattr(vgg.features[0], "__class__", Conv2d),
+    "forward": lambda vgg: setattr(vgg, "forward", lambda x: x),
+    "hook": lambda vgg: vgg.features[0].register_forward_hook(lambda _layer, _inputs, output: 2 * output),
+    "pre-hook": lambda vgg: vgg.features[0].register_forward_pre_hook(lambda _layer, inputs: inputs),
+}
+
+
+@pytest.mark.parametrize("change", ALTERED)
 def test_a_vgg_that_its_keys_do_not_describe_is_assumed_to_be_an_ordinary_one(tmp_path: Path, change: str) -> None:
     saved = vgg_of(SPEC)
-    if change == "activation":
-        saved.features[2] = nn.LeakyReLU()
-    elif change == "pooling":
-        saved.features[5] = nn.AvgPool2d(2, 2)
-    else:
-        saved.features[0].dilation = (2, 2)
+    ALTERED[change](saved)
     save_checkpoint(saved, tmp_path / "vgg.pth")
     settings = read_settings(tmp_path / "vgg.pth")
     assert settings is not None

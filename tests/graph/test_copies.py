@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,6 +61,23 @@ def test_a_model_that_writes_to_its_parameters_is_refused_and_unchanged(write: s
     with pytest.raises(BNInsertError, match=r"changes its parameter c\.(weight|bias) in place|cannot trace Writing"):
         calls(model, torch.rand(8, 3, 8, 8))[call]()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_writes_to_its_parameters_is_refused_in_the_first_pass() -> None:
+    model = Writing(WRITES["in place"]).eval()
+    before = model.c.weight.detach().clone()
+    drawn = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal drawn
+        for _ in range(4):
+            assert torch.equal(model.c.weight, before)
+            drawn += 1
+            yield torch.rand(8, 3, 8, 8)
+
+    with pytest.raises(BNInsertError, match=r"changes its parameter c\.weight in place"):
+        recalibrate(model, batches())
+    assert drawn < 4
 
 
 @pytest.mark.parametrize("write", WRITES)

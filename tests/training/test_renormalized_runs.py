@@ -134,6 +134,13 @@ def test_frozen_features_do_not_renormalize(network: nn.Module) -> None:
     assert any(type(module).__name__ == "BatchRenorm1d" for module in prepared.classifier.modules())
 
 
+@pytest.mark.parametrize("changes", [{"train": "head"}, {"freeze_features": True}])
+def test_a_run_in_which_little_or_nothing_renormalizes_needs_no_limits(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert finetune(network, digits, tmp_path, replace(BRIEF, epochs=1, batch_size=20, **changes)).epochs
+
+
 def test_infinite_limits_are_in_the_report(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
     finetune(network, digits, tmp_path, replace(BRIEF, epochs=1, batch_size=20, renorm_r_max=math.inf))
     text = (tmp_path / "report.json").read_text()
