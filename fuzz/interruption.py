@@ -126,6 +126,7 @@ def start_forked(
     with suppress(OSError):
         os.setpgid(child, child)
     os.close(writer)
+    os.read(reader, 1)  # until then, a signal would meet no command, and the messages would be those of the run before
     return child, reader
 
 
@@ -146,6 +147,7 @@ def _run(
     printed = os.open(folder.parent / messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
+    os.write(writer, b".")
     writing = False
 
     def tell(event: str, values: tuple[object, ...]) -> None:
