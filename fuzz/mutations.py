@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -696,7 +697,9 @@ def _json_values(content: bytes, generator: random.Random) -> bytes:
         if action == 0:
             target.pop(key, None)
         elif action == 1:
-            target[str(generator.choice(("x", "", "features.99", key + "0", "\ud800")))] = target.get(key)
+            target[str(generator.choice(("x", "", "features.99", key + "0", "\ud800")))] = copy.deepcopy(
+                target.get(key)
+            )
         else:
             target[key] = generator.choice(wrong)
     if generator.random() < 0.1:

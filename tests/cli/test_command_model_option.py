@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from bn_insert import load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint
@@ -277,8 +278,9 @@ def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: 
     ):
         result = shapes(*words, *of_other_shapes(name))
         assert result.exit_code == 0, result.output
-    Path("empty").mkdir()
-    refused = shapes("insert", f"{name}.pth", "empty", "-o", "other.pth", *of_other_shapes(name))
+    Path("images").mkdir()
+    Image.new("RGB", (8, 8)).save("images/x.png")
+    refused = shapes("insert", f"{name}.pth", "images", "-o", "other.pth", *of_other_shapes(name))
     assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions behind the channels, not images; save them")
 
 
