@@ -697,11 +697,10 @@ def _json_values(content: bytes, generator: random.Random) -> bytes:
         if action == 0:
             target.pop(key, None)
         elif action == 1:
-            target[str(generator.choice(("x", "", "features.99", key + "0", "\ud800")))] = copy.deepcopy(
-                target.get(key)
-            )
+            name = generator.choice(("x", "", "features.99", str(key) + "0", "\ud800"))
+            target[name] = copy.deepcopy(target.get(key))
         else:
-            target[key] = generator.choice(wrong)
+            target[key] = copy.deepcopy(generator.choice(wrong))
     if generator.random() < 0.1:
         digest = generator.choice(("0" * 64, "", None, 1))
         document["replaces"] = generator.choice(({"sha256": digest, "settings": generator.choice(wrong)}, *wrong))

@@ -136,7 +136,8 @@ def evaluate(
         >>> found.class_accuracy, found.confusion
         ((1.0, 0.5), ((1, 0), (1, 1)))
     """
-    outcomes = outcomes_of(working_copy(model, device), batches, autocast=autocast, progress=progress)
+    network = working_copy(model, device)
+    outcomes = outcomes_of(network, batches, classes=classes, autocast=autocast, progress=progress)
     if outcomes.images == 0:
         raise CalibrationError("there are no images to evaluate the model on: no batch arrived")
     return outcomes.evaluation(_names(classes, outcomes.classes, model))
@@ -200,6 +201,7 @@ def outcomes_of(
     network: nn.Module,
     batches: Iterable[Any],
     *,
+    classes: Sequence[str] = (),
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
@@ -208,6 +210,7 @@ def outcomes_of(
     Args:
         network: From `working_copy`.
         batches: As for `evaluate`.
+        classes: As for `evaluate`; checked in the first batch.
         autocast: Dtype for the forward pass.
         progress: Called after each batch with the number of images so far.
 
@@ -220,6 +223,7 @@ def outcomes_of(
 
         def run(batch: Batch) -> None:
             logits = _logits(network, batch, autocast)
+            _names(classes, logits.shape[1], network)
             labels = _labels(batch, logits.shape[1])
             loss = float(F.cross_entropy(logits, labels))
             parts.append(Outcomes(loss, labels, logits.argmax(1), logits.shape[1]))

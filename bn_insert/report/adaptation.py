@@ -97,8 +97,8 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
         text += (
             f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
             f"{math.log(predictions['classes']):.2g}): the target seems to belong to a different task, or to be "
-            "preprocessed differently from the network's training images. Check that they show its classes, and "
-            f"{_preprocessing()}."
+            "preprocessed differently from the network's training images, unless the network is as uncertain of those. "
+            f"Check that they show its classes, and {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
     return Verdict("good", "Predictions", text)

@@ -26,9 +26,6 @@ def next_command(data: Mapping[str, Any]) -> str:
     words = ["bn-insert", "finetune", shlex.quote(output), "DATA", "--output-dir", "runs/first"]
     if model:
         words += ["--model", shlex.quote(model)]
-    usual = _usual(data["train_mode"]["agreements"])
-    if usual and usual["top1_agreement"] < _LEAST_AGREEMENT and data["train_mode"]["renorm"]:
-        words += ["--batchnorm", "renorm"]
     return " ".join(words)
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import as_passed
 from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..surgery.replace_output import output_layer
 from .settings import TrainingSettings
+
+_LARGE_INPUTS = 8.0  # gradients of the output layer grow with them; those of trained VGGs are about 1 to 4
 
 
 @dataclass(frozen=True)
@@ -91,4 +94,23 @@ def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
     if outputs_of(layer) == classes:
         return f"{name} kept, {classes} classes"
-    return f"{name} replaced, {outputs_of(layer)} to {classes} classes"
+    replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
+    size = _size_of_inputs(model, layer)
+    if size > _LARGE_INPUTS:
+        replaced += (
+            f"; its inputs are large (about {size:.2g}), so that training may diverge: use a new head "
+            f"({as_passed('head', 512)}), or a lower learning rate ({as_passed('lr')})"
+        )
+    return replaced
+
+
+def _size_of_inputs(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> float:
+    """Return the root mean square of what the last BatchNorm before a layer passes on; 0 without one."""
+    size = 0.0
+    for module in model.modules():
+        if module is layer:
+            break
+        if isinstance(module, _BatchNorm) and module.affine and module.num_features == layer.weight.shape[1]:
+            gamma, beta = module.weight.detach().double(), module.bias.detach().double()
+            size = float((gamma.square() + beta.square()).mean().sqrt())
+    return size

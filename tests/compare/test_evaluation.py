@@ -118,6 +118,8 @@ def test_names_must_be_those_of_all_classes() -> None:
     for run in (evaluate, predict):
         with pytest.raises(CalibrationError, match="Given returns 3 logits for each image, but 2 classes are named"):
             run(Given(), [(EYE, torch.arange(3))], classes=("ant", "bee"))  # type: ignore[operator]
+    with pytest.raises(CalibrationError, match="Given returns 3 logits for each image, but 4 classes are named"):
+        evaluate(Given(), [(EYE, torch.arange(3)), (EYE, torch.tensor([3, 3, 3]))], classes=("a", "b", "c", "d"))
 
 
 def test_predictions_are_in_the_order_of_the_images_and_the_most_probable_first() -> None:

@@ -370,6 +370,18 @@ def test_frozen_features_keep_weights_and_statistics_while_the_classifier_learns
     assert {key for key in before if key.startswith("classifier.") and not key.endswith(".bias")}.isdisjoint(same)
 
 
+@pytest.mark.parametrize(("gamma", "noted"), [(1.0, False), (30.0, True)])
+def test_large_inputs_of_a_new_output_layer_are_noted(
+    digits: ClassFolders, tmp_path: Path, gamma: float, noted: bool
+) -> None:
+    model = dense_network(classes=4)
+    nn.init.constant_(model[2].weight, gamma)
+    told: list[RunSummary] = []
+    finetune(model, digits, tmp_path, replace(BRIEF, epochs=1), on_start=told.append)
+    assert told[0].output.startswith("4 replaced, 4 to 10 classes")
+    assert ("inputs are large (about 30)" in told[0].output) == noted
+
+
 def test_other_classes_get_a_new_output_layer(network: nn.Module, tmp_path: Path) -> None:
     four = open_digits(copy_labelled_digits(tmp_path / "four", train=6, classes=4))
     finetune(network, four, tmp_path / "run", BRIEF)
