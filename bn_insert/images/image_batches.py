@@ -86,7 +86,13 @@ def check_source(source: str | Path) -> None:
 
 def _check_kind(source: Path) -> None:
     known = f"tensor files ({', '.join(TENSOR_SUFFIXES)}) and images ({', '.join(IMAGE_SUFFIXES)})"
-    if not source.exists():
+    try:
+        missing = not source.exists()
+    except OSError as error:
+        raise ImageError(
+            f"cannot read {source}: {error.strerror}; pass a folder of images, or a file: {known}"
+        ) from error
+    if missing:
         raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
     if not source.is_dir() and not (source.is_file() and source.suffix.lower() in (*TENSOR_SUFFIXES, *IMAGE_SUFFIXES)):
         raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CalibrationError
 from ..support.processes import Ranks
@@ -48,7 +47,8 @@ class Recorder:
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
-        with _disable_current_modes():  # such as `protected_parameters`, which would intercept each operation
+        # Of this thread alone, unlike `_disable_current_modes`: another thread may be exporting a model.
+        with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             moments = moments_of(values)
             finite = isfinite(float((moments.mean + moments.m2).sum()))
         if not finite:

@@ -99,7 +99,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: If it is already certain that they cannot.
     """
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     if not there.is_dir():
         raise CheckpointError(f"cannot write {folder}: {there} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):

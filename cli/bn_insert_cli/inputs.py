@@ -103,7 +103,11 @@ def open_checkpoint(
 
 def check_checkpoint(checkpoint: str) -> None:
     """Raise CheckpointError if an argument is neither a file nor the name of a network in torchvision."""
-    if not is_torchvision_name(checkpoint) and not Path(checkpoint).exists():
+    try:
+        named = is_torchvision_name(checkpoint) or Path(checkpoint).exists()
+    except OSError:  # no permission to look, or too long a name: reading it tells
+        return
+    if not named:
         read_named_checkpoint(checkpoint)  # which says what may be meant
 
 

@@ -1,15 +1,19 @@
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
 from bn_insert import CalibrationError, Moments, Site, calibrate, find_sites, insert_batchnorm
+from bn_insert.statistics.moments import moments_of
+from bn_insert.statistics.recorder import Recorder
 from support.networks import (
     CalledFromTwoSequentials,
     CalledTwice,
@@ -403,3 +407,23 @@ def test_finite_activations_whose_variance_overflows_are_not_called_infinite(sca
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(dtype)
     with pytest.raises(CalibrationError, match=r"^conv layer 0: mean or variance is not finite in torch\.float32$"):
         insert_batchnorm(model, [images(4, 8) * scale])
+
+
+def test_recording_leaves_alone_what_another_thread_is_exporting(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = torch._C._TorchDispatchModeKey.PROXY
+    mode = ProxyTorchDispatchMode(PythonKeyTracer(), "symbolic", pre_dispatch=True)
+    seen: list[object] = []
+
+    def watched(values: Tensor) -> Moments:
+        seen.append(torch._ops._get_dispatch_mode_pre_dispatch(key))
+        return moments_of(values)
+
+    monkeypatch.setattr("bn_insert.statistics.recorder.moments_of", watched)
+    torch._ops._set_mode_pre_dispatch(mode)  # as torch.export does, for all threads
+    try:
+        thread = Thread(target=lambda: Recorder().record("conv", torch.rand(4, 3)))
+        thread.start()
+        thread.join()
+    finally:
+        torch._ops.unset_mode_pre_dispatch(key)
+    assert seen == [mode]
