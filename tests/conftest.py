@@ -69,7 +69,7 @@ def _seeded() -> Iterator[None]:
 
 
 # Whose tests run the functions of the other folders, where shapes are checked, through commands and training runs.
-UNCHECKED = {"cli", "demo", "docs", "report", "training"}
+UNCHECKED = {"cli", "demo", "docs", "end_to_end", "report", "training"}
 
 
 @pytest.fixture(autouse=True)
