@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from .batch_renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
+from .lag_meter import LagMeter
 from .renorm_limits import set_renorm_limits
 
 BatchNormMode = Literal["train", "renorm", "freeze-statistics", "freeze"]
@@ -122,11 +123,14 @@ def _undo_mode(norm: _BatchNorm) -> None:
             norm.__dict__.pop(setting, None)
 
 
-# A module-level function, not a closure: hooks are copied and pickled with a model.
 def has_own_pre_hooks(module: nn.Module) -> bool:
-    """Return whether a module has forward pre-hooks other than that of a frozen mode."""
-    return any(hook is not _hold_in_eval_mode for hook in module._forward_pre_hooks.values())
+    """Return whether a module has forward pre-hooks other than those of a frozen mode and of a RenormScheduler."""
+    return any(
+        hook is not _hold_in_eval_mode and not isinstance(getattr(hook, "__self__", None), LagMeter)
+        for hook in module._forward_pre_hooks.values()
+    )
 
 
+# A module-level function, not a closure: hooks are copied and pickled with a model.
 def _hold_in_eval_mode(norm: nn.Module, _inputs: tuple[Any, ...]) -> None:
     norm.training = False

@@ -223,7 +223,8 @@ def outcomes_of(
 
         def run(batch: Batch) -> None:
             logits = _logits(network, batch, autocast)
-            _names(classes, logits.shape[1], network)
+            if not parts:
+                _names(classes, logits.shape[1], network)
             labels = _labels(batch, logits.shape[1])
             loss = float(F.cross_entropy(logits, labels))
             parts.append(Outcomes(loss, labels, logits.argmax(1), logits.shape[1]))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import VGG, make_layers
 
 import bn_insert.checkpoints.read
+from bn_insert import RenormScheduler, insert_batchnorm, set_batchnorm_mode
 from bn_insert.checkpoints.assumptions import vgg_assumptions
 from bn_insert.checkpoints.load import build_network, load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint, read_settings
@@ -101,6 +102,16 @@ def test_nothing_is_assumed_of_a_vgg_that_was_saved_as_what_its_keys_say(name: s
     assert settings is not None
     assert settings.to_document()["version"] == 3
     assert vgg_assumptions(load_checkpoint(tmp_path / name), settings) == ""
+
+
+def test_a_vgg_that_a_renorm_scheduler_observes_is_saved_as_what_its_keys_say(tmp_path: Path) -> None:
+    network = insert_batchnorm(vgg_of(SPEC).eval(), [torch.rand(4, 3, 32, 32)])
+    set_batchnorm_mode(network, "renorm")
+    with RenormScheduler(network):
+        save_checkpoint(network, tmp_path / "vgg.pth")
+    settings = read_settings(tmp_path / "vgg.pth")
+    assert settings is not None
+    assert settings.rebuilt_from_keys
 
 
 class Conv2d(nn.Conv2d):
