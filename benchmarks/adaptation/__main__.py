@@ -15,7 +15,6 @@ Every severity of a corruption is a line in `adaptation.jsonl`: interrupted, the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -30,6 +29,7 @@ from bn_insert import insert, load_checkpoint
 from bn_insert.surgery.adapt import adapt_inserted
 
 from ..machine import machine
+from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
 from .corruptions import CORRUPTIONS, FOR_CHOOSING, SEVERITIES, corrupted
 
@@ -50,9 +50,8 @@ def main() -> None:
     parser.add_argument("--severities", type=int, nargs="+", default=list(SEVERITIES))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = options.output / "adaptation.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.output / "adaptation.jsonl")
+    lines = record.lines
     done = {(line["corruption"], line["severity"]) for line in lines}
     missing = [case for case in CASES if case not in done and case[1] in options.severities]
     if missing:
@@ -75,9 +74,7 @@ def main() -> None:
                 adapted = adapt_inserted(network, insertion, target).model
                 line["adapted"][str(count)] = accuracy(adapted, images, wanted)
             line["machine"] = machine()
-            lines.append(line)
-            with record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            record.add(line)
             print(name, severity, line["original"], line["adapted"], flush=True)
     (options.output / "adaptation.md").write_text(report(lines))
     figure(lines).savefig(options.output / "adaptation.png", dpi=150)

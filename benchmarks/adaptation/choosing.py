@@ -10,7 +10,6 @@ sets apart for choosing, and contrast. Every way adapts to the same images. Prin
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from bn_insert.statistics import shrinkage
 from bn_insert.surgery.adapt import adapt_inserted
 
 from ..machine import machine
+from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
 from .__main__ import BATCH, CLEAN, RESULTS, SOURCE_IMAGES, accuracy
 from .corruptions import FOR_CHOOSING, corrupted
@@ -67,9 +67,8 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=250)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = options.output / "choosing.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.output / "choosing.jsonl")
+    lines = record.lines
     done = [line["way"] for line in lines]
     network = load_checkpoint(options.network).eval()
     train, _ = load_part(options.folder, "train")
@@ -101,8 +100,7 @@ def main() -> None:
             gains[name] = accuracy(adapted, preprocess(pixels[test]), labels[test]) - before[name]
         corrupt = [gain for name, gain in gains.items() if not name.startswith(CLEAN)]
         line = {"way": asdict(way), "mean": mean(corrupt), "worst": min(corrupt), "gains": gains, "machine": machine()}
-        with record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        record.add(line)
         print(way, f"mean {mean(corrupt):+.2f} worst {min(corrupt):+.1f} clean {gains['clean 0']:+.1f}", flush=True)
 
 

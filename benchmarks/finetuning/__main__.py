@@ -17,14 +17,13 @@ network comes from `python -m benchmarks.renorm.cifar_network`. CLOTHING has `tr
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..machine import machine
+from ..record import Record
 from .cases import CASES, Places
 from .report import write_figure, write_tables
 from .runs import Accuracy, Run, run
@@ -33,15 +32,13 @@ from .ways import WAYS
 SMALL_CASES = tuple(name for name in CASES if name not in ("digits", "photographs", "bare head", "long"))
 
 
-class Record:
-    """The runs that are done, in a file of JSON lines."""
+class Study(Record):
+    """The runs that are done, and those that are still to do."""
 
     def __init__(self, path: Path, places: Places, steps: int | None = None) -> None:
         """Read the lines that are there; `steps` replaces the steps of every case."""
-        self.path, self.places, self.steps = path, places, steps
-        self.lines: list[dict[str, Any]] = []
-        if path.exists():
-            self.lines = [json.loads(line) for line in path.read_text().splitlines()]
+        super().__init__(path)
+        self.places, self.steps = places, steps
 
     def run(self, name: str, way: str, index: int, seed: int) -> Run:
         """Return a run, from the file if it is there."""
@@ -53,9 +50,7 @@ class Record:
                 return Run(accuracies, line["test_before"], line["test"], line["finite"], line["seconds"])
         found = run(case, WAYS[way], rate_of(index), seed, self.places)
         line = key | asdict(found) | {"machine": machine()}
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.add(line)
         print(
             f"{name}: {way}, {rate_of(index):.1g}, seed {seed}: validation {found.validation:.3f}, "
             f"test {found.test:.3f} ({found.seconds:.0f} s)",
@@ -69,7 +64,7 @@ def rate_of(index: int) -> float:
     return float(f"{10 ** (index / 2):.0e}")
 
 
-def best_rate(record: Record, name: str, way: str) -> int:
+def best_rate(record: Study, name: str, way: str) -> int:
     """Return the index of the rate with the best validation accuracy of seed 0, searched uphill from the start."""
 
     def validation(index: int) -> float:
@@ -100,7 +95,7 @@ def main() -> None:
     places = Places(options.vgg16, options.cifar_vgg, options.clothing, options.cifar)
     options.output.mkdir(parents=True, exist_ok=True)
     steps = 30 if options.quick else None
-    record = Record(options.output / ("quick.jsonl" if options.quick else "study.jsonl"), places, steps)
+    record = Study(options.output / ("quick.jsonl" if options.quick else "study.jsonl"), places, steps)
     names = [name for name in options.cases if not options.quick or name in SMALL_CASES]
     for name in [] if options.tables else names:
         for way in options.ways or CASES[name].ways:

@@ -12,12 +12,10 @@ Every finished run is a line in `limit-rules.jsonl`: interrupted, the program co
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,7 +28,8 @@ from bn_insert.batchnorm.lag_meter import Lag, LagMeter
 from bn_insert.batchnorm.renorm_limits import limits_at, set_renorm_limits
 
 from ..machine import machine
-from .small_batches import Data, Run, cifar, digits, sample, train
+from ..record import Record
+from .small_batches import Data, Run, add_arguments, cifar, digits, sample, train
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BATCH = 4
@@ -152,17 +151,12 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is missing, and write the tables of all runs that there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for limit-rules.jsonl and .md")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1600, help="training images seen in each run")
+    add_arguments(parser, "limit-rules")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--cifar", type=Path, help="folder with train/ and val/ of CIFAR-10")
-    parser.add_argument("--network", type=Path, help="checkpoint of a VGG trained on it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = options.output / "limit-rules.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.output / "limit-rules.jsonl")
+    lines = record.lines
     done = {(line["data"], line["rule"], line["head"], line["rate"], line["seed"]) for line in lines}
     name = "cifar" if options.cifar else "digits"
     for seed, head, rate, rule in product(range(options.seeds), ("old", "new"), RATES, options.rules):
@@ -173,9 +167,7 @@ def main() -> None:
         watched = Watched(RULES[rule], data, seed)
         accuracies = train(data, run, options.images, watched.before_step)
         line = asdict(run) | {"rule": rule, "accuracies": accuracies, "lag": watched.largest, "machine": machine()}
-        lines.append(line)
-        with record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        record.add(line)
         print(name, rule, head, rate, seed, accuracies, round(watched.largest, 2), flush=True)
     parts = [f"# Rules for the limits of Batch Renormalization\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"]
     for data_name in sorted({line["data"] for line in lines}):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from bn_insert.demo import network_path
 from bn_insert.demo.training import as_input, load_digits, split
 
 from ..machine import machine
+from ..record import Record
 
 RATES = {"plain": (1e-4, 3e-4, 1e-3, 3e-3), "renorm": (1e-4, 3e-4, 1e-3, 3e-3), "batchnorm": (3e-4, 1e-3, 3e-3, 1e-2)}
 BATCHES = {"plain": (2, 4), "renorm": (2, 4), "batchnorm": (2, 4, 32)}
@@ -229,19 +229,23 @@ def comparison(lines: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    """Run what is missing, and write the table of all runs that there are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for small-batches.jsonl and .md")
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare the options of a program that makes such runs, and writes NAME.jsonl and .md."""
+    parser.add_argument("--output", type=Path, required=True, help=f"folder for {name}.jsonl and .md")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1600, help="training images seen in each run")
     parser.add_argument("--cifar", type=Path, help="folder with train/ and val/ of CIFAR-10")
     parser.add_argument("--network", type=Path, help="checkpoint of a VGG trained on it")
+
+
+def main() -> None:
+    """Run what is missing, and write the table of all runs that there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "small-batches")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = options.output / "small-batches.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    record = Record(options.output / "small-batches.jsonl")
+    lines = record.lines
     done = {tuple(line[name] for name in asdict(Run("", "", 0, 0.0, "", 0))) for line in lines}
     name = "cifar" if options.cifar else "digits"
     for run in plan([name], options.seeds):
@@ -249,9 +253,7 @@ def main() -> None:
             continue
         data = cifar(options.cifar, options.network) if name == "cifar" else digits()
         line = asdict(run) | {"accuracies": train(data, run, options.images), "machine": machine()}
-        lines.append(line)
-        with record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        record.add(line)
         print(run, line["accuracies"], flush=True)
     machines = "\n\n".join(dict.fromkeys(line["machine"] for line in lines))
     about = (__doc__ or "").split("\n\n", 2)[2]
