@@ -25,7 +25,6 @@ from bn_insert import (
     set_batchnorm_mode,
 )
 from bn_insert.graph.copies import deep_copy, working_copy
-from bn_insert.statistics import micro_batches
 from support.networks import images, randomised, small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +84,7 @@ def test_convs_run_on_micro_batches_as_with_batchnorm(monkeypatch: pytest.Monkey
     model = nn.Sequential(convs, nn.Flatten())
     sites = find_sites(model, x, include_output=True)
     set_batchnorm_mode(model, "renorm")
-    monkeypatch.setattr(micro_batches, "_BYTES_AT_A_TIME", 4 * 8 * 30 * 30 * 4)
+    monkeypatch.setattr("bn_insert.statistics.calibrate._MICRO_BATCH_BYTES", 4 * 8 * 30 * 30 * 4)
     monkeypatch.setattr(nn.functional, "batch_norm", counted)
     calibrate(model, sites, [x])
     assert sizes - {1} == {4}  # 1: on the meta device, for the shapes

@@ -58,7 +58,7 @@ def test_large_batches_of_a_small_network_run_in_parts_and_have_the_statistics_o
 ) -> None:
     network, batches = network_of(), images_of(320).split(80)
     whole = Calibrated(network, batches, one_by_one=True)
-    monkeypatch.setattr("bn_insert.statistics.joined_batches._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
+    monkeypatch.setattr("bn_insert.statistics.passes._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
     in_parts = Calibrated(network, batches)
     assert whole.sizes == [80] * 4
     assert in_parts.sizes == [80, 2, 2, 4, *[27, 27, 26] * 3]
@@ -68,7 +68,7 @@ def test_large_batches_of_a_small_network_run_in_parts_and_have_the_statistics_o
 
 
 def test_an_image_that_is_not_finite_is_named_in_a_batch_that_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bn_insert.statistics.joined_batches._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
+    monkeypatch.setattr("bn_insert.statistics.passes._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
     images = images_of(160)
     images[80 + 50] = torch.nan
     with pytest.raises(CalibrationError, match="first for image 50 of batch 1"):

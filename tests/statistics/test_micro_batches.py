@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bn_insert import CalibrationError, Moments, calibrate, find_sites
 from bn_insert.graph.operators import PER_IMAGE_MODULES
-from bn_insert.statistics import micro_batches, recorder
+from bn_insert.statistics.calibrate import run_in_micro_batches
 from bn_insert.statistics.moments import moments_of
 from support.networks import images, randomised, small_vgg
 from support.references import activations, assert_moments
@@ -18,7 +18,7 @@ ONE_IMAGE = 8 * 16 * 16 * 4  # bytes that small_vgg's first conv returns for an 
 
 @pytest.fixture(autouse=True)
 def _room_for_three_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batches, "_BYTES_AT_A_TIME", 3 * ONE_IMAGE)
+    monkeypatch.setattr("bn_insert.statistics.calibrate._MICRO_BATCH_BYTES", 3 * ONE_IMAGE)
 
 
 def prepared(network: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor]]]:
@@ -31,7 +31,7 @@ def prepared(network: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor]]]:
         for name, module in network.named_modules()
         if not list(module.children())
     }
-    micro_batches.run_in_micro_batches(network, Counter(), own)
+    run_in_micro_batches(network, Counter(), own)
     return network, seen
 
 
@@ -71,7 +71,7 @@ def test_calibration_sees_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(len(values))
         return moments_of(values)
 
-    monkeypatch.setattr(recorder, "moments_of", counted)
+    monkeypatch.setattr("bn_insert.statistics.recorder.moments_of", counted)
     model, whole = small_vgg(), images(10, 16)
     calibrate(model, find_sites(model, whole, layers="conv", skip=["features.3"]), [whole])
     assert seen == [3, 3, 2, 2]
