@@ -18,7 +18,7 @@ from ..support.near_names import missing_folder
 from ..support.text import listed
 from .batches import Unreadable
 from .files import find_images
-from .reader import ImageReader
+from .image_batches import ImageReader
 from .transform import Transform
 
 _LAYOUT = "the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"

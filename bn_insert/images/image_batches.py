@@ -1,101 +1,26 @@
-"""A folder of images, or a tensor file, as batches for calibration and comparison."""
+"""Image files as batches: decoded, also by several processes, stacked and normalized."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..errors import ImageError
-from ..support.near_names import did_you_mean
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import ImageError, as_passed
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
-from .files import IMAGE_SUFFIXES, check_has_images, find_images
-from .reader import ImageReader
-from .tensor_batches import TENSOR_SUFFIXES, tensor_batches
+from .files import MODES, find_images, read_pixels
+from .tensor_batches import TENSOR_SUFFIXES
 from .transform import Transform
-
-
-def open_batches(
-    source: str | Path,
-    transform: Transform,
-    *,
-    images: int | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    workers: int = 0,
-    channels: int = 3,
-    dims: int = 2,
-    strict: bool = False,
-    pin_memory: bool = False,
-    shuffle: bool = True,
-) -> Batches:
-    """Return the images of a folder, of a tensor file, or of one image file, as batches, by default in random order.
-
-    Args:
-        source: A folder that is searched recursively, a tensor file, or an image file.
-        transform: Preprocessing of image files; the values of a tensor file are used unchanged.
-        images: Maximum number of images, sampled at random, or without `shuffle` the first ones; None uses all of them.
-        seed: Seed for the sample and for the order.
-        batch_size: Images per batch.
-        workers: Processes that decode image files; 0 decodes in this process.
-        channels: Channels that the network takes.
-        dims: Dimensions of an image; other than 2, the source must be a tensor file, as for `tensor_batches`.
-        strict: Raise an error for the first unreadable image file instead of skipping it.
-        pin_memory: Put batches into page-locked memory where there is a GPU.
-        shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
-
-    Raises:
-        ImageError: For a source of any other kind, and for the reasons of `find_images`, `image_batches` and
-            `tensor_batches`.
-    """
-    source = Path(source)
-    check_at_least(1, images=images)
-    _check_kind(source)
-    if source.is_file() and source.suffix.lower() in TENSOR_SUFFIXES:
-        tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
-        return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
-    if dims != 2:
-        raise ImageError(
-            f"{source} is no tensor file, and the network takes inputs with {dims} dimensions behind the channels, not "
-            f"images; save them as one tensor ({', '.join(TENSOR_SUFFIXES)})"
-        )
-    files = image_batches(
-        source if source.is_dir() else [source],
-        transform,
-        batch_size=batch_size,
-        workers=workers,
-        channels=channels,
-        strict=strict,
-        pin_memory=pin_memory,
-    )
-    return files.sample(images, seed) if shuffle else files.head(images or files.images)
-
-
-def check_source(source: str | Path) -> None:
-    """Check before other work that images can be read from a path, as far as names tell.
-
-    Raises:
-        ImageError: `open_batches` could not open it: it does not exist, is of another kind, or contains no image.
-    """
-    source = Path(source)
-    _check_kind(source)
-    if source.is_dir():
-        check_has_images(source)
-
-
-def _check_kind(source: Path) -> None:
-    known = f"tensor files ({', '.join(TENSOR_SUFFIXES)}) and images ({', '.join(IMAGE_SUFFIXES)})"
-    try:
-        missing = not source.exists()
-    except OSError as error:
-        raise ImageError(
-            f"cannot read {source}: {error.strerror}; pass a folder of images, or a file: {known}"
-        ) from error
-    if missing:
-        raise ImageError(f"{source} does not exist{did_you_mean(source)}; pass a folder of images, or a file: {known}")
-    if not source.is_dir() and not (source.is_file() and source.suffix.lower() in (*TENSOR_SUFFIXES, *IMAGE_SUFFIXES)):
-        raise ImageError(f"{source} is neither a folder of images nor a file of a supported kind: {known}")
+from .worker_processes import begin_worker, signals_held_back
 
 
 def image_batches(
@@ -202,3 +127,177 @@ class ImageBatches(Batches):
             if len(self.paths) == 1:
                 raise ImageError(f"the only image file cannot be read: {path}: {reason}")
             raise ImageError(f"none of the {len(self.paths)} image files can be read; the first is {path}: {reason}")
+
+
+class DecodedBatch(NamedTuple):
+    """One batch of image files; `images` is None when none of them can be read."""
+
+    images: Float32[Tensor, "images channels height width"] | None
+    paths: tuple[Path, ...]
+    unreadable: tuple[Unreadable, ...]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How image files become batches.
+
+    Args:
+        transform: Preprocessing of each picture.
+        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to grey.
+        workers: Processes that decode; 0 decodes in this process.
+        strict: Raise an error for the first unreadable file instead of skipping it.
+
+    Raises:
+        ImageError: For options out of range, and a transform that does not fit the channels.
+    """
+
+    transform: Transform
+    channels: int
+    workers: int
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options before any file is read."""
+        check_at_least(0, workers=self.workers)
+        if self.channels not in MODES:
+            raise ImageError(
+                f"image files provide 1 or 3 channels, but the network takes {self.channels}; such images are read "
+                f"from tensor files only ({', '.join(TENSOR_SUFFIXES)}), of shape N x {self.channels} x H x W"
+            )
+        self.transform.check_channels(self.channels)
+
+    def read(
+        self, paths: tuple[Path, ...], size: int, skipped: dict[Path, str], *, wanted: int | None = None
+    ) -> Generator[DecodedBatch, None, None]:
+        """Yield the files as batches, in their order.
+
+        Args:
+            paths: The files.
+            size: Files per batch.
+            skipped: Receives the files that cannot be read, with the reason for each.
+            wanted: Number of images after which the caller stops; None reads all of them.
+
+        Raises:
+            ImageError: When pictures in one batch differ in size, when a worker process is killed, and with `strict`
+                for the first unreadable file.
+        """
+        # A single batch is ready no earlier with a second process, and is read here without reading ahead.
+        workers = 0 if (len(paths) if wanted is None else wanted) <= size else self.workers
+        chunks = _decode(_Chunks(paths, size, self), workers)
+        with closing(chunks):
+            for chunk in chunks:
+                if self.strict and chunk.unreadable:
+                    path, reason = chunk.unreadable[0]
+                    raise ImageError(
+                        f"cannot read {path}: {reason}; repair or remove the file, or leave out "
+                        f"{as_passed('strict')} to skip unreadable files"
+                    )
+                if chunk.differing:
+                    raise ImageError(
+                        f"pictures in one batch differ in size: {chunk.differing}; set a crop "
+                        f"({as_passed('crop')}), or use a batch size of 1"
+                    )
+                for path, reason in chunk.unreadable:
+                    skipped.setdefault(path, reason)
+                pixels = chunk.pixels
+                images = None if pixels is None else self.transform.normalize(torch.from_numpy(pixels))
+                yield DecodedBatch(images, chunk.paths, chunk.unreadable)
+
+
+class _Chunk(NamedTuple):
+    """The result of decoding one batch of files.
+
+    Args:
+        pixels: The pictures; None when no file can be read, and when sizes differ.
+        paths: The files that were read.
+        unreadable: The files that cannot be read.
+        differing: Two pictures that differ in size, as a phrase; empty when all are alike.
+    """
+
+    pixels: UInt8[np.ndarray, "images channels height width"] | None
+    paths: tuple[Path, ...]
+    unreadable: tuple[Unreadable, ...]
+    differing: str = ""
+
+
+def _decode(chunks: _Chunks, workers: int) -> Generator[_Chunk, None, None]:
+    """Yield the chunks in their order; PyTorch's random state is left alone.
+
+    Args:
+        chunks: The files.
+        workers: Processes that decode; 0 decodes in this process.
+
+    Raises:
+        ImageError: When a worker process is killed.
+    """
+    if workers == 0:
+        yield from map(chunks.__getitem__, range(len(chunks)))
+        return
+    with warnings.catch_warnings():
+        # More workers than cores, and forking a process with threads, as PyTorch's loader always does.
+        warnings.simplefilter("ignore")
+        loader = DataLoader(
+            chunks,
+            batch_size=None,
+            num_workers=min(workers, len(chunks)),
+            collate_fn=_unchanged,
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # otherwise it would draw from the global one
+        )
+        with signals_held_back():
+            decoded = iter(loader)
+    try:
+        yield from decoded
+    except RuntimeError as error:
+        raise ImageError(
+            f"a process that decodes images ended early, perhaps out of memory ({error}); use fewer workers "
+            f"({as_passed('workers')})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Chunks(Dataset[_Chunk]):
+    """Files decoded chunk by chunk, in the worker processes.
+
+    Pixels are sent as uint8, a quarter of the size of the input, and as NumPy arrays: tensors would be sent through
+    shared memory, of which a Docker container has 64 MB, and are no faster.
+    """
+
+    paths: tuple[Path, ...]
+    chunk_size: int
+    reader: ImageReader
+
+    def __len__(self) -> int:
+        return len(range(0, len(self.paths), self.chunk_size))
+
+    def __getitem__(self, number: int) -> _Chunk:
+        start = number * self.chunk_size
+        paths, pixels, unreadable = [], [], []
+        for path in self.paths[start : start + self.chunk_size]:
+            result = read_pixels(path, self.reader.transform, self.reader.channels)
+            if isinstance(result, Unreadable):
+                unreadable.append(result)
+                if self.reader.strict:
+                    break
+            else:
+                paths.append(path)
+                pixels.append(result)
+        differing = _differing(paths, pixels)
+        if differing or not pixels:
+            return _Chunk(None, tuple(paths), tuple(unreadable), differing)
+        # Pillow's memory order is height, width, channels; without `out` stack would keep it.
+        batch = np.stack(pixels, out=np.empty((len(pixels), *pixels[0].shape), np.uint8))
+        return _Chunk(batch, tuple(paths), tuple(unreadable))
+
+
+def _differing(paths: Sequence[Path], pixels: Sequence[UInt8[np.ndarray, "channels _ _"]]) -> str:
+    """Return the first picture and the first that differs from it in size, as a phrase; empty when all are alike."""
+    other = next((number for number, each in enumerate(pixels) if each.shape != pixels[0].shape), None)
+    if other is None:
+        return ""
+    sizes = (f"{paths[number]} has {pixels[number].shape[2]} x {pixels[number].shape[1]}" for number in (0, other))
+    return " and ".join(sizes)
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk
