@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 
     # Fold
     from .surgery.fold import FoldResult as FoldResult, fold as fold, fold_batchnorm as fold_batchnorm
-    from .surgery.inserted import inserted_batchnorms as inserted_batchnorms
+    from .surgery.splice import inserted_batchnorms as inserted_batchnorms
 
     # Insert step by step
     from .batchnorm.identity import identity_batchnorm as identity_batchnorm
@@ -161,7 +161,7 @@ _MODULES = {
     "fold_batchnorm": "surgery.fold",
     "fold": "surgery.fold",
     "FoldResult": "surgery.fold",
-    "inserted_batchnorms": "surgery.inserted",
+    "inserted_batchnorms": "surgery.splice",
     # Insert step by step
     "find_sites": "graph.sites",
     "survey": "graph.sites",

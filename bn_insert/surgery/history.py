@@ -24,8 +24,7 @@ from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.schema import Extent, SchemaError, checked
 from ..support.text import counted
-from .inserted import marked, marked_modules
-from .splice import splice_after, splice_out, splice_over
+from .splice import marked, marked_modules, splice_after, splice_out, splice_over
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """Pattern of a name such as "package.module:function"."""
@@ -61,12 +60,12 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
             if weight is None or layer_kind(layer) is None:
                 raise CheckpointError(f"{site.name} is a {type(layer).__name__}, not a conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            norms[site] = marked(BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype))
+            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
         return splice_after(network, norms)
 
     def outline(self, network: nn.Module) -> None:
         """Make the change, in place, to a network whose layers are placeholders."""
-        splice_after(network, {site: marked(nn.Identity()) for site in self.sites})
+        splice_after(network, {site: nn.Identity() for site in self.sites})
 
 
 class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": "new_biases"}):

@@ -27,7 +27,6 @@ from .edges import Edge, edges_in
 from .equalize import equalize as equalize_channels
 from .first_batches import Peek, peeked
 from .history import History, InsertedBatchNorms
-from .inserted import marked
 from .layer_statistics import layer_statistics
 from .splice import splice_after
 from .verification import fault_of
@@ -311,4 +310,4 @@ def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, moment
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
-    return marked(norm.to(weight.device).train(layer.training))
+    return norm.to(weight.device).train(layer.training)

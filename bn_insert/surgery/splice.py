@@ -1,17 +1,24 @@
-"""Insert modules into a module tree and remove them, keeping its class, attribute names and keys."""
+"""Insert modules into a module tree and remove them, keeping its class, attribute names and keys.
+
+Inserted modules carry a mark, which copies keep.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..graph.copies import AnyModule, unwrapped
 from ..graph.layers import NormalizedLayer
 from ..graph.sites import Site
 
+_MARK = "_bn_insert_inserted"
+
 
 def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module:
-    """Insert each module after its site's anchor, in place, and return the model.
+    """Insert each module after its site's anchor, in place, mark it as inserted, and return the model.
 
     In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
     0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
@@ -25,6 +32,8 @@ def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module
     Returns:
         The model, or `NormalizedLayer(model, module)` if the model itself is an anchor.
     """
+    for each in norms.values():
+        marked(each)
     siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
     wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
     pairs: dict[int, NormalizedLayer] = {}  # by anchor: all containers of an anchor get the same one
@@ -98,6 +107,41 @@ def splice_over(model: nn.Module, first: str, last: str, modules: Sequence[nn.Mo
     for name in names[begin + 1 : stop + 1]:
         delattr(container, name)
     return [f"{first}.{number}" for number in range(len(modules))]
+
+
+def marked(norm: AnyModule) -> AnyModule:
+    """Mark a module as inserted, and return it."""
+    vars(norm)[_MARK] = True
+    return norm
+
+
+def marked_modules(network: nn.Module) -> list[str]:
+    """Return the qualified names of the marked modules."""
+    return [name for name, module in network.named_modules() if _MARK in vars(module)]
+
+
+def inserted_batchnorms(model: nn.Module) -> list[str]:
+    """Return the qualified names of the BatchNorms that bn-insert inserted, and not those that a network had before.
+
+    Those of a new head (`replace_head`) count too. A checkpoint stores the history of its network, so the names are
+    known after loading it.
+
+    Args:
+        model: A network that bn-insert changed, or that `load_checkpoint` returned.
+
+    Examples:
+        >>> import torch
+        >>> from bn_insert import fold, insert_batchnorm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> inserted = insert_batchnorm(model, [images])
+        >>> inserted_batchnorms(inserted)
+        ['4']
+        >>> fold(inserted, images, names=inserted_batchnorms(inserted)).left
+        ('1',)
+    """
+    network = unwrapped(model)
+    return [name for name in marked_modules(network) if isinstance(network.get_submodule(name), _BatchNorm)]
 
 
 def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
