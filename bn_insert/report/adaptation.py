@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
 from typing import Any
 
 from ..errors import as_passed
@@ -13,7 +12,7 @@ from .verdict import Verdict
 
 FORMAT = "bn-insert adaptation report"
 
-_HARDLY = 0.1  # standard deviations, and relative difference of standard deviations
+_HARDLY = 0.1  # standard deviations, and relative difference of standard deviations and entropies
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
@@ -45,7 +44,7 @@ def adaptation_report(
     data = {
         "format": FORMAT,
         "version": 1,
-        "shifts": [_shift(shift) for shift in shifts],
+        "shifts": [dict(shift) for shift in shifts],
         "predictions": {**predictions, "per_class": per_class},
         "comparisons": dict(comparisons),
         "versions": versions(),
@@ -58,33 +57,40 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _shift(shift: Mapping[str, Any]) -> dict[str, Any]:
-    size = math.sqrt(fmean(value * value for value in shift["mean"])) if shift["mean"] else 0.0
-    return dict(shift) | {"mean_size": size, "std_median": median(shift["std"]) if shift["std"] else None}
-
-
 def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
-    predictions = data["predictions"]
-    found = [_moved(data["shifts"])]
+    shifts, predictions = data["shifts"], data["predictions"]
+    found = [_moved(shifts)]
     if predictions["classes"]:
         found.append(_certainty(predictions))
-    if predictions["per_class"]:
-        found.append(_accuracy(predictions["per_class"], predictions["classes"]))
+        if predictions["per_class"]:
+            found.append(_accuracy(predictions["per_class"], predictions["classes"]))
+        else:
+            found.append(_unmeasured(shifts, predictions))
     return found
 
 
 def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
-    ratios = [shift["std_median"] for shift in shifts if shift["std_median"] is not None] or [1.0]
-    smallest, largest = min(ratios), max(ratios)
+    smallest, largest = _factors(shifts)
     factor = f"between {smallest:.2f} and {largest:.2f}" if smallest < largest else f"of {largest:.2f}"
     text = (
-        f"The means moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), and the "
-        f"standard deviations of a layer by a factor {factor}."
+        f"The means of a layer moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), "
+        f"and the standard deviation of its median channel by a factor {factor}."
     )
-    if farthest["mean_size"] < _HARDLY and max(abs(smallest - 1), abs(largest - 1)) < _HARDLY:
+    if _hardly_moved(shifts):
         return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")
     return Verdict("good", "Statistics", text)
+
+
+def _factors(shifts: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the smallest and the largest factor by which the standard deviation of a layer's median channel moved."""
+    medians = [shift["std_median"] for shift in shifts if shift["std_median"] is not None] or [1.0]
+    return min(medians), max(medians)
+
+
+def _hardly_moved(shifts: Sequence[Mapping[str, Any]]) -> bool:
+    means = max(shift["mean_size"] for shift in shifts)
+    return means < _HARDLY and max(abs(factor - 1) for factor in _factors(shifts)) < _HARDLY
 
 
 def _certainty(predictions: Mapping[str, Any]) -> Verdict:
@@ -93,7 +99,7 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
         f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {predictions['images']:,} "
         f"target images; the mean entropy of its predictions is {after:.2g} nats, and was {before:.2g}."
     )
-    if after > _UNDECIDED * math.log(predictions["classes"]):
+    if _undecided(predictions):
         text += (
             f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
             f"{math.log(predictions['classes']):.2g}): the target seems to belong to a different task, or to be "
@@ -102,6 +108,37 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
         )
         return Verdict("check", "Predictions", text)
     return Verdict("good", "Predictions", text)
+
+
+def _undecided(predictions: Mapping[str, Any]) -> bool:
+    return bool(predictions["entropy_after"] > _UNDECIDED * math.log(predictions["classes"]))
+
+
+def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:
+    """Return whether the adapted network is probably better, as far as that can be known without labels."""
+    before, after = predictions["entropy_before"], predictions["entropy_after"]
+    entropies = f"the entropy {{}} from {before:.2g} to {after:.2g} nats"
+    good = False
+    if _hardly_moved(shifts):
+        guess = "probably as before, because the statistics hardly moved"
+    elif _undecided(predictions):
+        guess = "probably low, because the predictions are hardly certain"
+    elif after < (1 - _HARDLY) * before:
+        guess, good = f"probably better than before, because {entropies.format('fell')}", True
+    elif after > (1 + _HARDLY) * before:
+        guess = (
+            f"perhaps worse than before, because {entropies.format('rose')}, as it does if the target lacks some of "
+            "the classes"
+        )
+    else:
+        guess = "probably as before, because the entropy hardly changed"
+    labels = as_passed(
+        "pass labels to compare_predictions",
+        option="sort some target images into one folder per class, and run `bn-insert evaluate` on them with the "
+        "original and the adapted checkpoint",
+    )
+    text = f"Not measured without labels; {guess}. Only labels can tell: {labels}."
+    return Verdict("good" if good else "check", "Accuracy", text)
 
 
 def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isnan, nan
+from statistics import median
 from typing import Any, Generic, cast
 
 import torch
@@ -51,11 +53,26 @@ class StatisticsShift:
         """Root mean square of the differences of the means, in standard deviations; 0 without channels."""
         return float(self.mean.square().mean().sqrt()) if len(self.mean) else 0.0
 
+    @property
+    def std_median(self) -> float:
+        """Median over the channels of `std`; NaN without finite ones."""
+        return median(self._ratios or [nan])
+
+    @property
+    def _ratios(self) -> list[float]:
+        ratios: list[float] = self.std[self.std.isfinite()].tolist()
+        return ratios
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready data, for a report; ratios that are not finite are left out."""
-        error = None if self.sampling_error is None else self.sampling_error.tolist()
-        std = self.std[self.std.isfinite()].tolist()
-        return {"layer": self.layer, "mean": self.mean.tolist(), "std": std, "sampling_error": error}
+        """Return the fields, the size and the median as JSON-ready data; ratios that are not finite are left out."""
+        return {
+            "layer": self.layer,
+            "mean": self.mean.tolist(),
+            "mean_size": self.size,
+            "std": self._ratios,
+            "std_median": None if isnan(self.std_median) else self.std_median,
+            "sampling_error": None if self.sampling_error is None else self.sampling_error.tolist(),
+        }
 
 
 @dataclass(frozen=True, eq=False)

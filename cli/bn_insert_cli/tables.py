@@ -108,15 +108,17 @@ def class_table(evaluation: Evaluation) -> Table:
 
 def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
     """Return one row per layer: how far its statistics moved from source to target."""
-    numbers = ("channels", "means moved by", "std, target / source")
+    numbers = ("channels", "means moved by", "std factor (range)")
     result = table("Statistics, from source to target", "layer", *numbers, right=numbers)
     _keep_whole(result, (shift.layer for shift in shifts))
     for shift in shifts:
-        ratios = [value for value in shift.std.tolist() if not isnan(value)]
-        result.add_row(
-            shift.layer, str(len(shift.mean)), f"{shift.size:.2g}", _range(sorted(ratios)) if ratios else "-"
-        )
-    result.caption = "means moved by: root mean square over the channels, in standard deviations on the source"
+        ratios = shift.std[shift.std.isfinite()].tolist()
+        factor = f"{shift.std_median:.2f} ({_range(ratios)})" if ratios else "-"
+        result.add_row(shift.layer, str(len(shift.mean)), f"{shift.size:.2g}", factor)
+    result.caption = (
+        "means moved by: root mean square over the channels, in standard deviations on the source; std factor: std on "
+        "the target / std on the source, of the median channel (smallest .. largest channel)"
+    )
     return result
 
 

@@ -40,6 +40,9 @@ def test_adapt_writes_a_network_with_the_originals_keys_and_prints_the_accuracy_
     assert not torch.equal(adapted.features[0].weight, original.features[0].weight)
     assert "Accuracy on the target" in result.stdout
     assert "Wrote out.pth: adapted to 20 images." in result.stdout
+    row = r"^ *features\.0 +16 +0\.\d+ +0\.\d\d \(0\.\d+ \.\. "
+    assert re.search(row, result.stdout, re.MULTILINE), result.stdout
+    assert "std factor: std on the target / std on the source, of the median channel" in text_of(result.stdout)
     assert "agrees with the original" in text_of(result.stderr)
     data = json.loads(Path("out.json").read_text())
     before, after = (sum(each[name] for each in data["predictions"]["per_class"]) for name in ("before", "after"))
@@ -96,6 +99,7 @@ def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run:
     assert result.exit_code == 0, result.output
     assert "dark has 3 folders, and the network has 10 classes" in text_of(result.stderr)
     assert "Accuracy" not in result.stdout
+    assert "Accuracy: Not measured without labels; probably better than before" in text_of(result.stderr)
 
 
 def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run, digits: Path, dark: Path) -> None:

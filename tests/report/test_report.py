@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from bn_insert import CheckpointError, PredictionComparison, insert, train_mode_agreement
+from bn_insert import CheckpointError, PredictionComparison, StatisticsShift, insert, train_mode_agreement
 from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
+from bn_insert.errors import messages_name_options
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.report.adaptation import adaptation_report
 from bn_insert.report.insertion_verdicts import next_command, verdicts
@@ -34,10 +35,40 @@ HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
     ("stds", "factor"), [((0.49,), "of 0.49"), ((0.49, 0.9, 1.3), "between 0.49 and 1.30")], ids=["one", "several"]
 )
 def test_the_verdict_on_an_adaptation_has_the_range_of_the_factors(stds: tuple[float, ...], factor: str) -> None:
-    shifts = [{"layer": f"features.{number}", "mean": [0.2], "std": [std]} for number, std in enumerate(stds)]
     unmeasured = PredictionComparison(0, 0, math.nan, math.nan, math.nan)
-    statistics, *_ = adaptation_report(shifts, asdict(unmeasured), {})["verdicts"]
-    assert statistics["text"].endswith(f"the standard deviations of a layer by a factor {factor}.")
+    (statistics,) = adaptation_report(shifts(0.2, *stds), asdict(unmeasured), {})["verdicts"]
+    assert statistics["text"].endswith(f"the standard deviation of its median channel by a factor {factor}.")
+
+
+def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
+    """Return the shifts of layers with one channel each, all by the same mean."""
+    return [
+        StatisticsShift(f"features.{number}", torch.tensor([mean]), torch.tensor([std]), None).to_dict()
+        for number, std in enumerate(stds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mean", "entropies", "wording", "state"),
+    [
+        (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),
+        (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
+        (0.2, (0.101, 0.1), "probably as before, because the entropy hardly changed", "check"),
+        (0.2, (2.2, 1.9), "probably low, because the predictions are hardly certain", "check"),
+        (0.01, (0.46, 0.025), "probably as before, because the statistics hardly moved", "check"),
+    ],
+)
+def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measure_it(
+    mean: float, entropies: tuple[float, float], wording: str, state: str
+) -> None:
+    predictions = PredictionComparison(256, 10, *entropies, 0.7)
+    verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
+    assert (verdict["subject"], verdict["state"]) == ("Accuracy", state)
+    assert f"Not measured without labels; {wording}" in verdict["text"]
+    assert verdict["text"].endswith("Only labels can tell: pass labels to compare_predictions.")
+    with messages_name_options():
+        verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
+    assert "one folder per class, and run `bn-insert evaluate`" in verdict["text"]
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:

@@ -100,7 +100,8 @@ def test_the_shift_is_that_of_the_first_layers_activations() -> None:
     expected = ((after.mean(1) - before.mean(1)) / before.std(1))[varying].detach()
     torch.testing.assert_close(shift.mean, expected, rtol=1e-4, atol=1e-4)
     assert shift.layer == "0"
-    assert shift.to_dict().keys() == {"layer", "mean", "std", "sampling_error"}
+    assert shift.to_dict().keys() == {"layer", "mean", "mean_size", "std", "std_median", "sampling_error"}
+    assert shift.std_median == pytest.approx(float(shift.std.quantile(0.5)))
     assert (found.source_images, found.target_images) == (64, 64)
 
 
