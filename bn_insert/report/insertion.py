@@ -31,7 +31,7 @@ def insertion_report(
             `batchnorm` (statistics per channel of the inserted layer) or `reason` (why none was inserted).
         edges: The fields of an `Edge` for each equalized or blocked layer. Empty without equalization.
         comparisons: The fields of a `Comparison` of original and result, by device.
-        agreements: The fields of a `TrainModeAgreement` for each batch size. Empty if it could not be measured.
+        agreements: For each batch size what `TrainModeAgreement.to_dict` returns. Empty if it could not be measured.
         renorm: The same with Batch Renormalization. Empty if it could not be measured.
         reading: One or two sentences that say what the agreements mean, or why there are none.
     """

@@ -77,7 +77,8 @@ def _train_mode(train_mode: Mapping[str, Any]) -> Verdict:
         return Verdict("check", "Train mode", train_mode["reading"])
     text = (
         f"At a batch size of {usual['batch_size']}, the network in train mode keeps "
-        f"{100 * usual['top1_agreement']:.1f} % of the top-1 classes of eval mode."
+        f"{100 * usual['top1_agreement']:.1f} % (± {100 * usual['top1_margin']:.1f}, measured on {usual['images']:,} "
+        "images) of the top-1 classes of eval mode."
     )
     if usual["top1_agreement"] >= _LEAST_AGREEMENT:
         return Verdict("good", "Train mode", f"{text} Training starts close to the pretrained network.")

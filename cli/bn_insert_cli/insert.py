@@ -229,8 +229,8 @@ def _write_report(
         insertion.layer_statistics(),
         [asdict(edge) for edge in insertion.edges],
         {place: asdict(comparison) for place, comparison in comparisons.items()},
-        [asdict(agreement) for agreement in train_mode.agreements],
-        renorm=[asdict(agreement) for agreement in train_mode.renorm],
+        [agreement.to_dict() for agreement in train_mode.agreements],
+        renorm=[agreement.to_dict() for agreement in train_mode.renorm],
         reading=train_mode.reading,
     )
     now = time.monotonic()

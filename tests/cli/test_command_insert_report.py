@@ -37,11 +37,12 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run) -> None:
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 64), (16, 64), (32, 64)]
     assert [(each["batch_size"], each["top1_agreement"]) for each in found["renorm"]] == [(8, 1), (16, 1), (32, 1)]
     assert found["reading"] in text_of(result.stderr)
+    assert "Measured on 64 images, such a share is uncertain by ±" in found["reading"]
     # The same figures by the command of its own, which reads images and preprocessing as insert did.
     alone = run("compare-modes", "out.pth", *images, "--batch-sizes", "8,32", "-j", 0)
     assert alone.exit_code == 0, alone.output
     for each in (found["agreements"][0], found["agreements"][2]):
-        assert f"{each['top1_agreement']:.2%}" in alone.stdout
+        assert f"{each['top1_agreement']:.2%} ± {each['top1_margin']:.1%}" in alone.stdout
         assert f"{each['kl_divergence']:.3g}" in alone.stdout
     assert alone.stdout.count("100.00%") >= 2
     assert "With Batch Renormalization it keeps 100 % at batch sizes of 8 and above." in text_of(alone.stdout)

@@ -150,6 +150,22 @@ def test_renorm_is_not_measured_where_a_batchnorm_cannot_renormalize() -> None:
         train_mode_agreement(model, [images(8)], (4,), renorm=True)
 
 
+def test_the_margin_covers_the_agreement_of_all_images_for_19_of_20_samples() -> None:
+    for true in (0.6, 0.8, 0.95, 0.99):
+        counts = torch.distributions.Binomial(64, torch.tensor(true)).sample((2000,)).tolist()
+        samples = [TrainModeAgreement(8, 64, count / 64, 0.1, 0.1) for count in counts]
+        covered = sum(abs(each.top1_agreement - true) <= each.top1_margin for each in samples)
+        assert covered > 0.93 * len(samples)
+
+
+def test_the_margin_is_smaller_for_more_images_and_the_reading_has_the_largest() -> None:
+    few, many = (TrainModeAgreement(8, images, 0.8, 0.1, 0.1) for images in (64, 256))
+    assert few.top1_margin == pytest.approx(2 * many.top1_margin, rel=0.05)
+    assert few.to_dict()["top1_margin"] == few.top1_margin
+    message = "Measured on 64 images, such a share is uncertain by ± 10 points."
+    assert message in agreement_reading([TrainModeAgreement(16, 64, 1.0, 0.1, 0.1), few])
+
+
 @pytest.mark.parametrize(("top1", "expected"), [(1.0, "100 %"), (0.98438, "98.44 %")])
 def test_the_reading_has_the_lowest_agreement_with_renorm(top1: float, expected: str) -> None:
     reading = agreement_reading(agreements(n4=0.5, n8=0.96), renorm=agreements(n4=1.0, n8=top1))

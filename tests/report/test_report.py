@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bn_insert import CheckpointError, PredictionComparison, StatisticsShift, insert, train_mode_agreement
+from bn_insert import (
+    CheckpointError,
+    PredictionComparison,
+    StatisticsShift,
+    TrainModeAgreement,
+    insert,
+    train_mode_agreement,
+)
 from bn_insert.compare.outputs import compare_outputs
 from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.errors import messages_name_options
@@ -97,8 +104,8 @@ def _insertion(equalize: bool, agreements: bool) -> dict[str, Any]:
         made.layer_statistics(),
         [asdict(edge) for edge in made.edges],
         {"cpu": asdict(compare_outputs(model, made.model, [x]))},
-        [asdict(agreement) for agreement in found],
-        renorm=[asdict(agreement) for agreement in renorm],
+        [agreement.to_dict() for agreement in found],
+        renorm=[agreement.to_dict() for agreement in renorm],
         reading=agreement_reading(found, renorm=renorm)
         if found
         else "Train mode could not be measured: too few images",
@@ -262,12 +269,12 @@ def test_train_mode_has_a_verdict_at_the_usual_batch_size() -> None:
     data = insertion()
     for top1, state in ((0.97, "good"), (0.5, "check")):
         data["train_mode"]["agreements"] = [
-            {"batch_size": size, "images": 64, "top1_agreement": agreement}
-            for size, agreement in ((8, 0.1), (32, top1))
+            TrainModeAgreement(size, 64, agreement, 0.1, 0.1).to_dict() for size, agreement in ((8, 0.1), (32, top1))
         ]
         verdict = verdicts(data)[2]
         assert verdict.state == state
-        assert f"At a batch size of 32, the network in train mode keeps {100 * top1:.1f} %" in verdict.text
+        assert f"At a batch size of 32, the network in train mode keeps {100 * top1:.1f} % (± " in verdict.text
+        assert ", measured on 64 images) of the top-1 classes" in verdict.text
         assert next_command(data) == "bn-insert finetune vgg.pth DATA --output-dir runs/first"
     data["options"]["model"] = "nets:make it"
     assert "--model 'nets:make it'" in next_command(data)
