@@ -8,6 +8,7 @@ large one in parts, where the network allows it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -270,11 +271,16 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return the batches if they are an iterable other than a tensor, which would be iterated image by image.
+    """Return the batches if they are an iterable other than a path or a tensor, which is iterated image by image.
 
     Raises:
         CalibrationError: If they are not.
     """
+    if isinstance(batches, str | os.PathLike):
+        raise CalibrationError(
+            f"batches is the path {str(batches)!r}, but functions take images, not paths; pass a DataLoader, or read "
+            "the batches with bn_insert.images.open_batches(path, transform), or use a command such as bn-insert insert"
+        )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise CalibrationError(
             f"batches is a {type(batches).__name__}, not an iterable of batches; pass a DataLoader, or a list such as "

@@ -164,7 +164,15 @@ def test_the_command_line_takes_a_float16_checkpoint_there_and_back(
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("batches", [None, Path("photographs")])
+@pytest.mark.parametrize("batches", ["photographs", Path("photographs")])
+def test_a_path_is_not_taken_for_batches_and_the_message_says_how_to_read_it(
+    batches: Any, unchecked: Callable[..., Any]
+) -> None:
+    with pytest.raises(CalibrationError, match=r"^batches is the path 'photographs'.* DataLoader.*open_batches\("):
+        unchecked(checked)(batches)
+
+
+@pytest.mark.parametrize("batches", [None, 3])
 def test_what_holds_no_batches_is_not_taken_for_them(batches: Any, unchecked: Callable[..., Any]) -> None:
     with pytest.raises(CalibrationError, match=r"^batches is a \w+, not an iterable of batches; pass a DataLoader"):
         unchecked(checked)(batches)
