@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
@@ -188,11 +188,14 @@ def agreement_reading(
 
 def _use_batch_statistics(network: nn.Module) -> None:
     """Make a working copy's BatchNorms compute as in train mode, without updating running statistics."""
-    norms = [each for each in network.modules() if isinstance(each, _BatchNorm) and uses_batch_statistics(each)]
+    name, norms = type(network).__name__, [each for each in network.modules() if isinstance(each, _BatchNorm)]
+    if not norms:
+        insert = as_passed("insert_batchnorm", option="bn-insert insert")
+        raise CalibrationError(f"{name} has no BatchNorm, so that both modes are the same; insert it first ({insert})")
+    norms = [each for each in norms if uses_batch_statistics(each)]
     if not norms:
         raise CalibrationError(
-            f"{type(network).__name__} has no BatchNorm that normalizes by the batch in train mode, so that both modes "
-            "are the same"
+            f"{name} has no BatchNorm that normalizes by the batch in train mode, so that both modes are the same"
         )
     for norm in norms:
         if isinstance(norm, BatchRenorm):

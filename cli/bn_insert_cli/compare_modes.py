@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from .console import print_json, print_result, print_table
 from .inputs import ImageOptions, batch_sizes, check_checkpoint, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table
 from .train_mode import measure_train_mode
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_SIZES = "4,8,16,32,64,128"
 
@@ -71,6 +76,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     network, transform, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
+    _check_batchnorm(network, checkpoint, images_from)
     batches = open_calibration(images_from, network, transform, image_options)
     found = measure_train_mode(network, batches, target, wanted, single=sizes is not None)
     if as_json:
@@ -84,3 +90,13 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
         return
     print_table(agreement_table(found.agreements, found.renorm))
     print_result(found.reading)
+
+
+def _check_batchnorm(network: nn.Module, checkpoint: str, images: Path) -> None:
+    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
+
+    from bn_insert import GraphError  # noqa: PLC0415
+
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        words = shlex.join(["bn-insert", "insert", checkpoint, str(images), "-o", f"{Path(checkpoint).stem}-bn.pth"])
+        raise GraphError(f"{checkpoint} has no BatchNorm, so that both modes are the same; insert it first: {words}")

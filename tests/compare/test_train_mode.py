@@ -35,6 +35,12 @@ def with_batchnorm(calibration: Tensor | None = None) -> nn.Module:
     return insert_batchnorm(model, [images(24) if calibration is None else calibration], equalize=True)
 
 
+def frozen() -> nn.Module:
+    model = with_batchnorm()
+    freeze_batchnorm(model, "freeze")
+    return model
+
+
 def logits_in_train_mode(model: nn.Module, x: Tensor) -> Tensor:
     """By PyTorch's own train mode, in float64, on a copy whose dropout layers are gone."""
     network = copy.deepcopy(model).double().train()
@@ -186,7 +192,8 @@ def test_dense_prediction_counts_positions() -> None:
 @pytest.mark.parametrize(
     ("model", "batches", "sizes", "wording"),
     [
-        (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm that normalizes by the batch"),
+        (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm, so that both modes are the same"),
+        (frozen, [images(8)], (4,), "has no BatchNorm that normalizes by the batch in train mode"),
         (with_batchnorm, [images(3)], (4, 8), "3 images do not fill one batch of the smallest size, 4"),
         (with_batchnorm, [], (4,), "0 images do not fill"),
         (with_batchnorm, [images(4)], (), "pass one or more sizes"),
