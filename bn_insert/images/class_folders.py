@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ImageError
 from ..support.near_names import missing_folder
-from ..support.text import listed
+from ..support.text import listed, printable
 from .batches import Unreadable
 from .files import find_images
 from .image_batches import ImageReader
@@ -153,7 +153,7 @@ def _classes_in(folder: Path) -> tuple[list[str], list[str]]:
         raise ImageError(f"{missing_folder(folder)}; {_LAYOUT}")
     for name in ("train", "val"):
         if not (folder / name).is_dir():
-            raise ImageError(f"{folder} has no folder {name}/; {_LAYOUT}")
+            raise ImageError(f"{folder} has no folder {name}/{_parent_meant(folder)}; {_LAYOUT}")
     classes = class_names(folder / "train")
     if len(classes) < 2:
         raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, but at least 2 are needed; {_LAYOUT}")
@@ -166,6 +166,13 @@ def _classes_in(folder: Path) -> tuple[list[str], list[str]]:
             "the same folder names in both"
         )
     return classes, in_val
+
+
+def _parent_meant(folder: Path) -> str:
+    """Return " (did you mean data?)" for data/train, or "" if the parent is not such a folder either."""
+    parent = folder.parent if folder.name else folder.resolve().parent
+    found = (parent / "train").is_dir() and (parent / "val").is_dir()
+    return f" (did you mean {printable(parent)}?)" if found else ""
 
 
 def class_names(folder: Path) -> list[str]:
