@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from bn_insert.errors import messages_name_options
 
-from .console import plain, set_quiet
+from .console import plain, print_result, set_quiet
 
 _TRACEBACK = "bn_insert.traceback"
 _PANEL = "General"
@@ -50,9 +50,10 @@ class Command(TyperCommand):
         return super().parse_args(ctx, parsed)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; messages of the library name its options."""
+        """Run the command, whose messages name its options, and print the line that it may return."""
         with messages_name_options():
-            return super().invoke(ctx)
+            if line := super().invoke(ctx):
+                print_result(line)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words of the usage line; arguments without the braces that newer versions of typer add."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import print_note
+from .console import print_note, print_result
 from .insert import insert
 from .interruption import signals
 
@@ -32,6 +32,5 @@ def demo(
     with tempfile.TemporaryDirectory() as folder, signals.cleaning(lambda: shutil.rmtree(folder, ignore_errors=True)):
         target = output or Path(folder) / "digits-bn.pth"
         print_note(f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}")
-        insert(str(network_path()), images_path(), target)
-    if output is None:
-        print_note("The result was in a temporary folder and has been deleted; to keep it, pass --output digits-bn.pth")
+        written = insert(str(network_path()), images_path(), target)
+    print_result(written if output else "Nothing was kept; to keep the result, pass --output digits-bn.pth.")

@@ -91,7 +91,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = None,
     force: opt.Force = False,
-) -> None:
+) -> str:
     """Insert BatchNorm after conv and dense layers without changing the outputs (bit-identical on a CPU).
 
     The statistics of each layer are measured on the CALIBRATION images in one pass. The result is checked against the
@@ -140,7 +140,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             )
         unreadable = [file for files in ranks.gathered(share.unreadable) for file in files]
     if not ranks.first:
-        return  # one process checks and writes
+        return ""  # one process checks and writes
     _check_inserted(insertion, checkpoint)
     note_unreadable(unreadable)
 
@@ -182,7 +182,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if not accepted:
         print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    print_result(f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted.")
+    # Printed by the caller: not by the demo, which deletes this file.
+    return f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted."
 
 
 def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
