@@ -13,6 +13,7 @@ from .verdict import Verdict
 # falling loss does not mean that more epochs would help.
 _TOO_HIGH = 2.0
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
+_EPOCHS_AFTER_BEST = 2  # after which the first epoch is said to be the best
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
 
 
@@ -24,16 +25,36 @@ def run_health(
     Args:
         epochs: The metrics of each completed epoch.
         settings: The training settings.
-        data: `classes`, the number of classes, and `largest_class`, the share of validation images in the largest one;
-            what depends on a missing one is not checked.
+        data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
+            `output_replaced`, whether the run began with a new output layer. What depends on a missing one is not
+            checked.
     """
     if not epochs:
         return [Verdict("bad", "Epochs", "No epoch was completed.")]
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
+    lower_rate = lower_rate_advice(settings, output_replaced=data.get("output_replaced", False))
     if classes > 1:
-        found += _loss(epochs, classes)
+        found += _loss(epochs, classes, lower_rate)
+    if worst(found) != "bad":
+        found += _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
+
+
+def lower_rate_advice(settings: Mapping[str, Any], *, output_replaced: bool, others: Sequence[str] = ()) -> str:
+    """Return what to try after a run whose learning rate was too high, as a sentence.
+
+    Args:
+        settings: The training settings.
+        output_replaced: Whether the run began with a new output layer on the pretrained dense layers.
+        others: What else might help, as phrases.
+    """
+    rate, lower = settings.get("lr"), f"a lower learning rate ({as_passed('lr')})"
+    if isinstance(rate, float):
+        lower = f"a third of this learning rate ({as_passed('lr', float(f'{rate / 3:.2g}'))})"
+    head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if output_replaced else []
+    *ways, last = [lower, *head, *others]
+    return f"Try {', '.join(ways)} or {last}." if ways else f"Try {last}."
 
 
 def worst(verdicts: Sequence[Verdict]) -> Literal["good", "check", "bad"]:
@@ -62,20 +83,28 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
     return [Verdict("bad", "Accuracy", text)]
 
 
-def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
+def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list[Verdict]:
+    best = _best(epochs)
+    if best["epoch"] > 1 or len(epochs) - 1 < _EPOCHS_AFTER_BEST or best["val_accuracy"] == 1:
+        return []
+    text = "No epoch was better than the first: a lower learning rate may preserve more of the pretrained network."
+    return [Verdict("check", "Epochs", f"{text} {lower_rate}")]
+
+
+def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) -> list[Verdict]:
     guessing, last = math.log(classes), epochs[-1]
     lowest = min(epoch["val_loss"] for epoch in epochs)
     falling = _still_falling(epochs, lowest, guessing)
     found = []
     guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        way_out = f"Train for more epochs ({as_passed('epochs')})." if falling else _lower_rate()
+        way_out = f"Train for more epochs ({as_passed('epochs')})." if falling else lower_rate
         text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
         text = (
             f"The validation loss rose from {lowest:.3g} to {last['val_loss']:.3g}, above {guess}: training diverged. "
-            f"{_lower_rate()}"
+            f"{lower_rate}"
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
@@ -88,10 +117,6 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[Verdict]:
         )
         found.append(Verdict("check", "Length", text))
     return found
-
-
-def _lower_rate() -> str:
-    return f"Try a lower learning rate ({as_passed('lr')})."
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:

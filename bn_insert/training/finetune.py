@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError, as_passed
+from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
+from ..report.run_verdicts import lower_rate_advice
 from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
+from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
@@ -129,7 +132,10 @@ def finetune(
         summary = summarize(
             model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
         )
-        facts = {**(facts or {}), **run_facts(summary, images, ranks)}
+        facts = {
+            **(facts or {}),
+            **run_facts(summary, images, ranks, output_replaced=_replaces_output(model, settings, images)),
+        }
         effective = asdict(settings) | {"dropout": str(dropout)}
         results = RunFolder(folder, images, effective, facts, replaced=() if resume else existing)
         progress = Progress()
@@ -182,12 +188,22 @@ def finetune(
                 progress = loop.run(progress)
             except DivergenceError as error:
                 raise DivergenceError(
-                    f"{error}: training diverged. Try a lower learning rate ({as_passed('lr')}), a warm-up "
-                    f"({as_passed('lr_warmup_epochs', 1)}), or a network with BatchNorm "
-                    f"(bn-insert insert); {results.kept}"
+                    f"{error}: training diverged; {results.kept}. {_advice(effective, facts)}"
                 ) from error
-    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
+    health = run_health([asdict(epoch) for epoch in progress.history], effective, facts["data"])
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
+
+
+def _replaces_output(model: nn.Module, settings: TrainingSettings, images: ClassFolders) -> bool:
+    """Return whether a run gives the model a new output layer on its own other layers."""
+    return settings.head is None and outputs_of(output_layer(model)[1]) != len(images.classes)
+
+
+def _advice(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return what to try after a run with these settings and facts has diverged."""
+    others = [f"a warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings["lr_warmup_epochs"] < 1)
+    others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
+    return lower_rate_advice(settings, output_replaced=facts["data"]["output_replaced"], others=others)
 
 
 def _example(images: ClassFolders) -> Tensor | None:

@@ -49,8 +49,15 @@ def results_in(folder: Path) -> list[str]:
     return [name for name in RESULTS if (folder / name).exists()]
 
 
-def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks) -> dict[str, Any]:
-    """Return what the report shows about a run besides settings and epochs."""
+def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool) -> dict[str, Any]:
+    """Return what the report shows about a run besides settings and epochs.
+
+    Args:
+        summary: What the run is about to do.
+        images: Its images.
+        ranks: Its processes.
+        output_replaced: Whether it begins with a new output layer on the model's other layers.
+    """
     return {
         "data": {
             "folder": str(images.folder),
@@ -59,6 +66,7 @@ def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks) -> dict[s
             "validation_images": len(images.val),
             "largest_class": max(Counter(image.label for image in images.val).values()) / len(images.val),
             "preprocessing": images.transform.to_dict(),
+            "output_replaced": output_replaced,
         },
         "batchnorms": summary.batchnorms,
         "parameters": summary.parameters,

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DIVERGED = 1
 INTERRUPTED = 130
 
-_EPOCHS_BEFORE_ADVICE = 3
 _CLASSES_SHOWN = 20
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
@@ -365,8 +364,6 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
                 print_warning(verdict.text)
             elif verdict.state == "check":
                 print_note(verdict.text)
-        if result.best.epoch == 1 and len(result.epochs) >= _EPOCHS_BEFORE_ADVICE:
-            print_note("No epoch was better than the first: a lower --lr may preserve more of the pretrained network.")
 
 
 def _print_summary(summary: RunSummary) -> None:

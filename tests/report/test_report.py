@@ -383,10 +383,10 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
             (1.9, 1.5, 1.5),
             (0.6, 0.7, 0.7),
             "bad",
-            "1.5 at its lowest, is above 1.39 = ln(4), the loss of guessing. Try a lower",
+            "1.5 at its lowest, is above 1.39 = ln(4), the loss of guessing. Try a third of this learning rate (lr=0",
         ),
         ((3.0, 2.0, 1.5), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Train for more epochs"),
-        ((20.0, 15.0, 9.0), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Try a lower learning rate"),
+        ((20.0, 15.0, 9.0), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Try a third of this learning rate"),
         (
             (0.9, 0.5, 9.0),
             (0.6, 0.7, 0.6),
@@ -396,19 +396,33 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
         ((1.3, 1.2, 1.2), (0.6, 0.7, 0.7), "check", "is little below 1.39"),
         ((0.9, 0.8, 0.6), (0.6, 0.7, 0.8), "check", "still falling, from 0.8 to 0.6 in the last epoch"),
         ((0.9, 0.3), (0.6, 0.9), "check", "2 of 3 epochs were completed"),
+        ((0.5, 0.6, 0.6), (0.9, 0.8, 0.9), "check", "No epoch was better than the first: a lower learning rate may"),
+        ((0.5, 0.6, 0.6), (1.0, 0.8, 0.9), "good", "No sign of trouble"),
     ],
 )
 def test_the_health_of_a_run_is_said_in_words(
     losses: tuple[float, ...], accuracies: tuple[float, ...], state: str, wording: str
 ) -> None:
     data = {"folder": "flowers", "classes": 4, "largest_class": 0.5}
-    report = run_report("a", {"epochs": 3}, epochs(losses, accuracies), {"batchnorms": 0, "data": data})
+    report = run_report("a", {"epochs": 3, "lr": 0.01}, epochs(losses, accuracies), {"batchnorms": 0, "data": data})
     health = report["runs"][0]["health"]
     assert state in {verdict["state"] for verdict in health}
     assert any(wording in verdict["text"] for verdict in health)
     text = page(report)
     assert wording in Page(text).text
     assert ('class="verdict good"' in text) == (state == "good")
+
+
+def test_after_a_failed_run_a_rate_is_named_and_a_new_head_where_the_output_layer_was_replaced() -> None:
+    found, settings = epochs((1.9, 1.9), (0.6, 0.6)), {"epochs": 2, "lr": 0.01}
+    (kept,) = run_health(found, settings, {"classes": 4, "output_replaced": False})
+    assert kept.text.endswith("the loss of guessing. Try a third of this learning rate (lr=0.0033).")
+    with messages_name_options():
+        (replaced,) = run_health(found, settings, {"classes": 4, "output_replaced": True})
+    advice = "Try a third of this learning rate (--lr 0.0033) or a new head with BatchNorm (--head 512)."
+    assert replaced.text.endswith(advice)
+    (unknown,) = run_health(found, {"epochs": 2}, {"classes": 4})
+    assert unknown.text.endswith("Try a lower learning rate (lr).")
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -380,6 +380,8 @@ def test_large_inputs_of_a_new_output_layer_are_noted(
     finetune(model, digits, tmp_path, replace(BRIEF, epochs=1), on_start=told.append)
     assert told[0].output.startswith("4 replaced, 4 to 10 classes")
     assert ("inputs are large (about 30)" in told[0].output) == noted
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert run["data"]["output_replaced"], "for the advice after a failed run"
 
 
 def test_other_classes_get_a_new_output_layer(network: nn.Module, tmp_path: Path) -> None:
@@ -446,6 +448,7 @@ def test_dropout_before_a_batchnorm_is_off_by_default_and_the_report_says_so(
     assert settings is not None
     assert settings.dropout == {"classifier.3": 0.0, "classifier.7": 0.5}
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert not run["data"]["output_replaced"]
     assert run["settings"]["dropout"] == "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)"
 
 
@@ -517,8 +520,12 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
 ) -> None:
     settings = replace(BRIEF, lr=1e6, batch_size=20, batchnorm="freeze")
     model = load_checkpoint(network_path())
-    with pytest.raises(DivergenceError, match=r"epoch 1 .*lr_warmup_epochs=1.*bn-insert insert.*nothing was"):
+    with pytest.raises(DivergenceError, match=r"epoch 1 .*nothing was written\. Try a third") as raised:
         finetune(model, digits, tmp_path / "at once", settings)
+    assert str(raised.value).endswith(
+        "Try a third of this learning rate (lr=330000.0), a warm-up (lr_warmup_epochs=1) or a network with BatchNorm "
+        "(bn-insert insert)."
+    )
     assert not (tmp_path / "at once").exists()
     # The rate explodes in the second epoch: what the first gave is still there.
     finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=1))
