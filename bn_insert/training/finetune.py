@@ -26,7 +26,7 @@ from .loop import TrainingLoop
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network
 from .progress import Progress
-from .results import STATE, TENSORBOARD, RunFolder, results_in, run_facts
+from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
 from .settings import TrainingSettings
 from .state import TrainingState, load_state, random_state, run_data
 from .stopping import StopCheck
@@ -141,7 +141,7 @@ def finetune(
         progress = Progress()
         if resume and existing:
             state = load_state(folder / STATE)
-            state.check_continues(settings, data, folder / STATE)
+            state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress

@@ -16,9 +16,10 @@ from torch import nn
 from ..checkpoints.save import stage_checkpoint
 from ..errors import CheckpointError, TrainingError
 from ..images.class_folders import ClassFolders
-from ..report import run_report, write_report
+from ..report import read_run, run_report, write_report
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
+from ..support.text import printable
 from .metrics import write_curves, write_metrics
 from .state import TrainingState, write_state
 from .summary import RunSummary
@@ -47,6 +48,16 @@ def results_in(folder: Path) -> list[str]:
                 "output folder"
             )
     return [name for name in RESULTS if (folder / name).exists()]
+
+
+def checkpoint_of(folder: Path) -> str:
+    """Return the path of the checkpoint that the run in a folder started from; empty if its report does not tell."""
+    try:
+        run = read_run(folder / REPORTS[0])
+    except CheckpointError:
+        return ""
+    checkpoint = run.get("checkpoint")
+    return printable(checkpoint.get("path", "")) if isinstance(checkpoint, dict) else ""
 
 
 def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool) -> dict[str, Any]:

@@ -50,19 +50,32 @@ class TrainingState:
     renorm: dict[str, float]
     random: list[dict[str, Tensor]]
 
-    def check_continues(self, settings: TrainingSettings, data: Mapping[str, Any], path: Path) -> None:
-        """Raise TrainingError unless this state, read from `path`, is of a run with these settings and data."""
-        advice = "resume with the same options and data, or choose another output folder"
+    def check_continues(
+        self, settings: TrainingSettings, data: Mapping[str, Any], path: Path, *, started_from: str = ""
+    ) -> None:
+        """Raise TrainingError unless this state is of a run with these settings and data.
+
+        Args:
+            settings: Those of the run that is to continue.
+            data: See `run_data`.
+            path: The file that the state was read from, for messages.
+            started_from: The checkpoint that its run started from, for messages; empty if it is not known.
+        """
+        advice = "the same options and data, or choose another output folder"
         wanted = asdict(settings)
         for name in sorted((self.settings.keys() | wanted.keys()) - _MAY_CHANGE):
             before, now = self.settings.get(name), wanted.get(name)
             if before != now:
                 raise TrainingError(
-                    f"{path} belongs to another run: {name} was {before!r} and is now {now!r}; {advice}"
+                    f"{path} belongs to another run: {name} was {before!r} and is now {now!r}; resume with {advice}"
                 )
         for name in sorted(self.data.keys() | data.keys()):
             if self.data.get(name) != data.get(name):
-                raise TrainingError(f"{path} belongs to another run: its {name} differ from this run's; {advice}")
+                if name == "layers":
+                    advice = f"{started_from or 'the network'}, which it started from, and {advice}"
+                raise TrainingError(
+                    f"{path} belongs to another run: its {name} differ from this run's; resume with {advice}"
+                )
 
     def resumed(self, settings: TrainingSettings, steps: int) -> str:
         """Return in words where a run with these settings continues, and what another number of epochs changes.

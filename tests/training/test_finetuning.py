@@ -205,9 +205,15 @@ def test_resuming_in_an_empty_folder_begins(digits: ClassFolders, tmp_path: Path
 def test_resuming_with_other_settings_or_images_names_what_differs(
     folder: Path, digits: ClassFolders, tmp_path: Path
 ) -> None:
-    finetune(dense_network(), digits, tmp_path / "run", BRIEF)
+    finetune(dense_network(), digits, tmp_path / "run", BRIEF, facts={"checkpoint": {"path": "net.pth"}})
     with pytest.raises(TrainingError, match=r"state.pth belongs to another run: lr was 0.003 and is now 0.1"):
         finetune(dense_network(), digits, tmp_path / "run", replace(BRIEF, lr=0.1), resume=True)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    with pytest.raises(TrainingError, match=r"its layers differ .* resume with net.pth, which it started from, and"):
+        finetune(other, digits, tmp_path / "run", BRIEF, resume=True)
+    (tmp_path / "run" / "report.json").write_text("damaged")
+    with pytest.raises(TrainingError, match="resume with the network, which it started from, and"):
+        finetune(other, digits, tmp_path / "run", BRIEF, resume=True)
     shutil.copytree(folder, tmp_path / "fewer", symlinks=True)
     next((tmp_path / "fewer" / "train" / "3").iterdir()).unlink()
     with pytest.raises(TrainingError, match="its images differ from this run's"):
