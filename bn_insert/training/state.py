@@ -88,13 +88,15 @@ class TrainingState:
         where = f"after {counted(self.progress.epoch, 'epoch')}"
         if self.progress.step:
             where += f" and {counted(self.progress.step, 'step')}"
+        if self.progress.epoch >= settings.epochs:
+            return f"{where}: nothing is left to train; more epochs ({as_passed('epochs')}) would extend the run"
         epochs = self.settings["epochs"]
         if epochs == settings.epochs or not isinstance(epochs, int) or epochs < max(1, settings.lr_warmup_epochs):
             return where
         where += f", with {counted(settings.epochs, 'epoch')} in place of {epochs}"
         planned = replace(settings, epochs=epochs)
         rates = [learning_rate(each, done - 1, steps) for each in (planned, settings)]
-        if done == 0 or rates[0] == rates[1] or self.progress.epoch >= settings.epochs:
+        if done == 0 or rates[0] == rates[1]:
             return where
         following = learning_rate(settings, done, steps)
         return (

@@ -189,7 +189,10 @@ def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits
     [
         ({}, "after 1 epoch and 2 steps"),
         ({"lr_scheduler": "constant", "epochs": 4}, "after 1 epoch and 2 steps, with 4 epochs in place of 2"),
-        ({"epochs": 1}, "after 1 epoch and 2 steps, with 1 epoch in place of 2"),
+        (
+            {"epochs": 1},
+            "after 1 epoch and 2 steps: nothing is left to train; more epochs (epochs) would extend the run",
+        ),
     ],
 )
 def test_a_resumed_run_tells_where_it_continues(changes: dict[str, Any], expected: str) -> None:
