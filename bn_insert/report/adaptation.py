@@ -134,7 +134,7 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess = "probably as before, because the entropy hardly changed"
     labels = as_passed(
         "pass labels to compare_predictions",
-        option="sort some target images into one folder per class, and run `bn-insert evaluate` on them with the "
+        option="sort some target images into one folder per class, and run bn-insert evaluate on them with the "
         "original and the adapted checkpoint",
     )
     text = f"Not measured without labels; {guess}. Only labels can tell: {labels}."

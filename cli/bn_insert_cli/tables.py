@@ -154,7 +154,7 @@ def agreement_table(agreements: Sequence[TrainModeAgreement], renorm: Sequence[T
         result.add_row(
             f"{agreement.batch_size:,}",
             f"{agreement.images:,}",
-            f"{agreement.top1_agreement:.2%} ± {agreement.top1_margin:.1%}",
+            f"{agreement.top1_agreement:.1%} ± {agreement.top1_margin:.1%}",
             f"{agreement.kl_divergence:.3g}",
             f"{agreement.relative_logit_error:.3g}",
             renormalized.get(agreement.batch_size, "-"),

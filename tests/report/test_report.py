@@ -75,7 +75,7 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
     assert verdict["text"].endswith("Only labels can tell: pass labels to compare_predictions.")
     with messages_name_options():
         verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
-    assert "one folder per class, and run `bn-insert evaluate`" in verdict["text"]
+    assert "one folder per class, and run bn-insert evaluate on them" in verdict["text"]
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
