@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         check_output_dir as check_output_dir,
         finetune as finetune,
     )
+    from .training.lr_trials import LearningRateTrial as LearningRateTrial
     from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.summary import RunSummary as RunSummary
@@ -156,6 +157,7 @@ _MODULES = {
     "FineTuning": "training.finetune",
     "RunSummary": "training.summary",
     "StepMetrics": "training.metrics",
+    "LearningRateTrial": "training.lr_trials",
     "EpochMetrics": "training.metrics",
     # Fold
     "fold_batchnorm": "surgery.fold",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,8 +66,12 @@ class Classifier:
         """
         memory_format = torch.channels_last if example is None else _memory_format(network, example.to(device))
         network.to(memory_format=memory_format)
-        parallel = network if ranks.count == 1 else _data_parallel(network, device)
-        return cls(network, parallel, classes, device, amp, memory_format)
+        return cls(network, _parallel(network, device, ranks), classes, device, amp, memory_format)
+
+    def copied(self, ranks: Ranks) -> Classifier:
+        """Return a classifier whose network is a copy, for the same processes."""
+        network = copy.deepcopy(self.network)
+        return replace(self, network=network, parallel=_parallel(network, self.device, ranks))
 
     def inputs(self, batch: LabelledBatch) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Return the images, in the network's dtype and memory format, and the labels of a batch, on the device."""
@@ -138,7 +143,9 @@ def batch_totals(
     return torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))]).double()
 
 
-def _data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
+def _parallel(network: nn.Module, device: torch.device, ranks: Ranks) -> nn.Module:
+    if ranks.count == 1:
+        return network
     with warnings.catch_warnings():
         # The replacement of this argument is newer than the oldest PyTorch that we support.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)

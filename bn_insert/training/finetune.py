@@ -23,13 +23,15 @@ from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
+from .lr_trials import LearningRateTrial, choose_learning_rate
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
 from .settings import TrainingSettings
 from .state import TrainingState, load_state, random_state, run_data
-from .stopping import StopCheck
+from .step import TrainingStep
+from .stopping import StopCheck, StoppedError
 from .summary import RunSummary, summarize
 from .tensorboard import TensorBoard, check_tensorboard
 from .training_set import TrainingSet
@@ -62,6 +64,7 @@ def finetune(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
     on_start: Callable[[RunSummary], None] | None = None,
+    on_trial: Callable[[LearningRateTrial], None] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -94,6 +97,7 @@ def finetune(
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
         on_start: Called before the first step, also of a run that is resumed.
+        on_trial: Called after each step of a trial of a learning rate, and at its end, if the settings leave it open.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
@@ -126,9 +130,14 @@ def finetune(
         dropout = set_dropout(network, settings.dropout, example)
         classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, network, settings, ranks)
+        state, data = None, run_data(network, images, ranks)
+        if resume and existing:
+            state = load_state(folder / STATE)
+            settings = state.chosen(settings)
+            state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
         optimizer = make_optimizer(network, settings)
         renorm_scheduler = make_renorm_scheduler(network, settings)
-        data = run_data(network, images, ranks)
+        step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
         summary = summarize(
             model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
         )
@@ -136,44 +145,15 @@ def finetune(
             **(facts or {}),
             **run_facts(summary, images, ranks, output_replaced=_replaces_output(model, settings, images)),
         }
-        effective = asdict(settings) | {"dropout": str(dropout)}
-        results = RunFolder(folder, images, effective, facts, replaced=() if resume else existing)
         progress = Progress()
-        if resume and existing:
-            state = load_state(folder / STATE)
-            state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
+        if state:
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
             summary = replace(summary, resumed=state.resumed(settings, training_set.steps))
             del state  # it has a second copy of the weights
-
-        def save(progress: Progress) -> None:
-            random = ranks.gathered(random_state(device))
-            state = TrainingState(
-                settings=asdict(settings),
-                data=data,
-                progress=progress,
-                model=network.state_dict(),
-                optimizer=optimizer.state_dict(),
-                renorm=renorm_scheduler.state_dict() if renorm_scheduler else {},
-                random=random,
-            )
-            _on_first_rank(lambda: results.write(network, state), ranks)
-
-        loop = TrainingLoop(
-            classifier,
-            optimizer,
-            renorm_scheduler,
-            training_set,
-            images,
-            settings,
-            ranks,
-            StopCheck(stop, ranks),
-            save,
-            on_step,
-            on_epoch,
-        )
+        results = RunFolder(folder, images, facts, dropout=str(dropout), replaced=() if resume else existing)
+        run = _Run(step, training_set, images, data, results, on_trial, on_step)
         ranks.wait()  # no rank looks into the folder after the first rank changes it
         with ExitStack() as writing, renorm_scheduler or nullcontext():
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
@@ -181,17 +161,59 @@ def finetune(
                 _on_first_rank(lambda: results.restore_best(network), ranks)
             if tensorboard and ranks.first:
                 writer = writing.enter_context(closing(TensorBoard(folder / TENSORBOARD, progress.history)))
-                loop = replace(loop, on_epoch=writer.after_epoch(on_epoch))
+                on_epoch = writer.after_epoch(on_epoch)
             if on_start:
                 on_start(summary)
-            try:
-                progress = loop.run(progress)
-            except DivergenceError as error:
-                raise DivergenceError(
-                    f"{error}: training diverged; {results.kept}. {_advice(effective, facts)}"
-                ) from error
+            progress, settings = run.train(progress, on_epoch)
+    effective = asdict(settings) | {"dropout": str(dropout)}
     health = run_health([asdict(epoch) for epoch in progress.history], effective, facts["data"])
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is ready to start, or to continue."""
+
+    step: TrainingStep
+    training_set: TrainingSet
+    images: ClassFolders
+    data: Mapping[str, Any]
+    results: RunFolder
+    on_trial: Callable[[LearningRateTrial], None] | None
+    on_step: Callable[[StepMetrics], None] | None
+
+    def train(
+        self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None
+    ) -> tuple[Progress, TrainingSettings]:
+        """Choose the learning rate if it is open, and train; return the progress, and the settings in effect."""
+        step, settings = self.step, self.step.settings
+        try:
+            if settings.lr is None:
+                rate = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
+                settings = replace(settings, lr=rate)
+            step = replace(step, settings=settings)
+            loop = TrainingLoop(step, self.training_set, self.images, self._save, self.on_step, on_epoch)
+            return loop.run(progress), settings
+        except StoppedError:  # before a learning rate was chosen
+            self._save(progress, settings)
+            return progress, settings
+        except DivergenceError as error:
+            advice = _advice(settings, self.results.facts)
+            raise DivergenceError(f"{error}: training diverged; {self.results.kept}. {advice}") from error
+
+    def _save(self, progress: Progress, settings: TrainingSettings) -> None:
+        classifier, renorm_scheduler, ranks = self.step.classifier, self.step.renorm_scheduler, self.step.ranks
+        random = ranks.gathered(random_state(classifier.device))
+        state = TrainingState(
+            settings=asdict(settings),
+            data=self.data,
+            progress=progress,
+            model=classifier.network.state_dict(),
+            optimizer=self.step.optimizer.state_dict(),
+            renorm=renorm_scheduler.state_dict() if renorm_scheduler else {},
+            random=random,
+        )
+        _on_first_rank(lambda: self.results.write(classifier.network, state), ranks)
 
 
 def _replaces_output(model: nn.Module, settings: TrainingSettings, images: ClassFolders) -> bool:
@@ -199,11 +221,11 @@ def _replaces_output(model: nn.Module, settings: TrainingSettings, images: Class
     return settings.head is None and outputs_of(output_layer(model)[1]) != len(images.classes)
 
 
-def _advice(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _advice(settings: TrainingSettings, facts: Mapping[str, Any]) -> str:
     """Return what to try after a run with these settings and facts has diverged."""
-    others = [f"a warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings["lr_warmup_epochs"] < 1)
+    others = [f"a warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
     others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
-    return lower_rate_advice(settings, output_replaced=facts["data"]["output_replaced"], others=others)
+    return lower_rate_advice(asdict(settings), output_replaced=facts["data"]["output_replaced"], others=others)
 
 
 def _example(images: ClassFolders) -> Tensor | None:

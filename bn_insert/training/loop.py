@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-import torch
-from jaxtyping import Float64
-from torch import Tensor
-
-from ..batchnorm.renorm_limits import RenormScheduler
 from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
-from ..support.processes import Ranks
-from .classifier import Classifier, batch_totals, cross_entropy
-from .metrics import EpochMetrics, StepMetrics, Totals
+from .metrics import EpochMetrics, StepMetrics
 from .progress import Progress
 from .reestimation import reestimate_statistics
 from .remaining_time import RemainingTime
 from .schedule import learning_rate
 from .settings import TrainingSettings
-from .stopping import StopCheck, StoppedError
+from .step import TrainingStep
+from .stopping import StoppedError
 from .training_set import TrainingSet
 from .validation import validate
 
@@ -35,41 +28,31 @@ class TrainingLoop:
     """Trains a classifier, step by step and epoch by epoch.
 
     Args:
-        classifier: The network.
-        optimizer: Its optimizer.
-        renorm_scheduler: Sets the limits of Batch Renormalization after each step.
+        step: Takes the steps of the run.
         training_set: The batches of this process.
         images: Class folders with the validation images.
-        settings: Settings of the run.
-        ranks: The processes of the run.
-        stop: Polled after each step, and during re-estimation and validation.
-        save: Called after each epoch, and when the run is stopped.
+        save: Called after each epoch, and when the run is stopped, with the settings.
         on_step: Called after each step.
         on_epoch: Called after each epoch, when it has been saved.
     """
 
-    classifier: Classifier
-    optimizer: torch.optim.Optimizer
-    renorm_scheduler: RenormScheduler | None
+    step: TrainingStep
     training_set: TrainingSet
     images: ClassFolders
-    settings: TrainingSettings
-    ranks: Ranks
-    stop: StopCheck
-    save: Callable[[Progress], None]
+    save: Callable[[Progress, TrainingSettings], None]
     on_step: Callable[[StepMetrics], None] | None = None
     on_epoch: Callable[[EpochMetrics], None] | None = None
 
     @cached_property
     def _clock(self) -> RemainingTime:
-        settings, trained = self.settings, len(self.images.train)
+        settings, trained = self.step.settings, len(self.images.train)
         reestimated = min(settings.recalibration_images, trained) if settings.recalibrate else 0
         evaluated = (reestimated + len(self.images.val)) / trained
         return RemainingTime(self.training_set.steps, settings.epochs, evaluated)
 
     def run(self, progress: Progress) -> Progress:
         """Train until the run is complete or stopped, and return the progress."""
-        while not progress.complete(self.settings):
+        while not progress.complete(self.step.settings):
             started = time.monotonic()
             progress, stopped = self._train_epoch(progress)
             if not stopped:
@@ -78,83 +61,58 @@ class TrainingLoop:
                 except StoppedError:
                     stopped = True
             if stopped:
-                self.save(progress)
+                self.save(progress, self.step.settings)
                 return progress
             self._clock.after_evaluation()
             progress = progress.after_epoch(metrics)
-            self.save(progress)
+            self.save(progress, self.step.settings)
             if self.on_epoch:
                 self.on_epoch(metrics)
         return progress
 
     def _train_epoch(self, progress: Progress) -> tuple[Progress, bool]:
         """Take the remaining steps of an epoch; return the progress, and whether the run was stopped."""
-        self.classifier.parallel.train()
+        self.step.classifier.parallel.train()
         self._clock.begin()
         batches = self.training_set.batches(progress.epoch, progress.step)
         try:
             while progress.step < self.training_set.steps:
-                progress, stopped = self._train_step(islice(batches, self.settings.accumulate), progress)
+                progress, stopped = self._train_step(islice(batches, self.step.settings.accumulate), progress)
                 if stopped:
                     return progress, True
         except ImageError:
-            if self.stop.alone():  # a signal to the entire process group has ended the processes that decode
+            if self.step.stop.alone():  # a signal to the entire process group has ended the processes that decode
                 return progress, True
             raise
         return progress, False
 
-    def _train_step(self, batches: Iterator[LabelledBatch], progress: Progress) -> tuple[Progress, bool]:
-        step = progress.epoch * self.training_set.steps + progress.step
-        rate = learning_rate(self.settings, step, self.training_set.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        figures = self._accumulate(batches, self.training_set.images_in(progress.step))
-        # One exchange per step: all ranks stop, and see that the loss is not finite, after the same step.
-        asked = figures.new_tensor([self.stop.requested()])
-        *sums, stopping = self.ranks.total(torch.cat([figures, asked])).tolist()
-        totals = Totals(*sums)
-        mean = totals.loss / totals.images
-        if not math.isfinite(mean):
+    def _train_step(self, batches: Iterable[LabelledBatch], progress: Progress) -> tuple[Progress, bool]:
+        number = progress.epoch * self.training_set.steps + progress.step
+        rate = learning_rate(self.step.settings, number, self.training_set.steps)
+        totals, stopping = self.step.take(batches, self.training_set.images_in(progress.step), rate)
+        if not math.isfinite(totals.mean_loss):
             raise DivergenceError(
-                f"the loss is {mean} in step {progress.step + 1} of epoch {progress.epoch + 1} (learning rate "
-                f"{rate:.3g})"
+                f"the loss is {totals.mean_loss} in step {progress.step + 1} of epoch {progress.epoch + 1} (learning "
+                f"rate {rate:.3g})"
             )
-        self.optimizer.step()
-        if self.renorm_scheduler:
-            self.renorm_scheduler.step()
         progress = progress.after_step(totals)
         epoch = progress.epoch + 1
         seconds_left = self._clock.after_step(epoch, progress.step)
         if self.on_step:
-            self.on_step(StepMetrics(epoch, progress.step, self.training_set.steps, mean, seconds_left))
-        return progress, stopping > 0 or self.stop.alone()
-
-    def _accumulate(self, batches: Iterator[LabelledBatch], images: int) -> Float64[Tensor, " totals"]:
-        """Accumulate the gradients of the batches of a step, which have `images` images, and return their totals."""
-        figures, seen = None, 0
-        for batch in batches:
-            inputs, labels = self.classifier.inputs(batch)
-            seen += len(labels)
-            with self.classifier.without_exchange() if seen < images else nullcontext():
-                logits = self.classifier.training_logits(inputs)
-                loss = cross_entropy(logits, labels, self.settings.label_smoothing)
-                (loss if len(labels) == images else loss * (len(labels) / images)).backward()
-            totals = batch_totals(loss, logits, labels)
-            figures = totals if figures is None else figures + totals
-        if figures is None:
-            raise RuntimeError("a step without a batch")
-        return figures
+            metrics = StepMetrics(epoch, progress.step, self.training_set.steps, totals.mean_loss, seconds_left)
+            self.on_step(metrics)
+        return progress, stopping
 
     def _evaluate_epoch(self, progress: Progress, started: float) -> EpochMetrics:
         """Re-estimate the running statistics, validate, and return the metrics of an epoch whose steps are done."""
-        epoch, steps, settings = progress.epoch, self.training_set.steps, self.settings
+        epoch, steps, settings = progress.epoch, self.training_set.steps, self.step.settings
+        classifier, ranks, stop = self.step.classifier, self.step.ranks, self.step.stop
         last_step = epoch * steps + progress.step - 1
-        self.ranks.share_buffers(self.classifier.network)
+        ranks.share_buffers(classifier.network)
         if settings.recalibrate:
             batches = self.training_set.sample(epoch, settings.recalibration_images)
-            reestimate_statistics(self.classifier, batches, self.stop)
-        validation = validate(self.classifier, self.images, settings.batch_size, self.ranks, self.stop)
+            reestimate_statistics(classifier, batches, stop)
+        validation = validate(classifier, self.images, settings.batch_size, ranks, stop)
         rate = learning_rate(settings, last_step, steps)
         if not math.isfinite(validation.loss):
             raise DivergenceError(
@@ -164,7 +122,7 @@ class TrainingLoop:
             epoch=epoch + 1,
             step=last_step + 1,
             lr=rate,
-            train_loss=progress.seen.loss / progress.seen.images,
+            train_loss=progress.seen.mean_loss,
             train_accuracy=progress.seen.correct / progress.seen.images,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,

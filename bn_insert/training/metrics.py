@@ -60,6 +60,11 @@ class Totals(NamedTuple):
     correct: float = 0.0
     images: float = 0.0
 
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of an image."""
+        return self.loss / self.images
+
     def plus(self, other: Totals) -> Totals:
         """Return the sums over the images of both."""
         return Totals(self.loss + other.loss, self.correct + other.correct, self.images + other.images)

@@ -96,11 +96,11 @@ def make_renorm_scheduler(network: nn.Module, settings: TrainingSettings) -> Ren
 
 
 def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of a prepared network."""
+    """Return the optimizer of a prepared network; each step sets the learning rate."""
     groups = parameter_groups(network, settings.weight_decay, settings.norm_weight_decay)
     if settings.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=settings.momentum)
 
 
 def _part(network: nn.Module, name: str) -> nn.Module:

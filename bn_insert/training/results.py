@@ -104,8 +104,9 @@ class RunFolder:
         self,
         folder: Path,
         images: ClassFolders,
-        settings: Mapping[str, Any],
         facts: Mapping[str, Any],
+        *,
+        dropout: str,
         replaced: Sequence[str],
     ) -> None:
         """Describe the folder, and touch nothing.
@@ -113,12 +114,12 @@ class RunFolder:
         Args:
             folder: The folder.
             images: The images of the run, for class names and preprocessing.
-            settings: The settings in effect, for the report.
             facts: JSON-ready values for the report.
+            dropout: The dropout in effect, for the report.
             replaced: Names of another run's results, which stay until this run has results.
         """
         self._folder, self._images, self._replaced = folder, images, tuple(replaced)
-        self._settings, self._facts = settings, facts
+        self.facts, self._dropout = facts, dropout
 
     @property
     def kept(self) -> str:
@@ -174,9 +175,9 @@ class RunFolder:
         # A limit of Batch Renormalization may be infinite, which JSON has no number for.
         settings = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self._settings.items()
+            for name, value in (*state.settings.items(), ("dropout", self._dropout))
         }
-        data = run_report(self._folder.resolve().name, settings, epochs, self._facts)
+        data = run_report(self._folder.resolve().name, settings, epochs, self.facts)
         written = []
         try:
             for name in REPORTS:

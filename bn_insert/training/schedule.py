@@ -16,15 +16,17 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int) -
     and the warm-up may last a fraction of an epoch.
 
     Args:
-        settings: Peak, warm-up and schedule.
+        settings: Peak, which is not None, warm-up and schedule.
         step: Steps since the start of the run, from 0.
         steps_per_epoch: Steps in one epoch.
 
     Examples:
-        >>> settings = TrainingSettings(epochs=2, lr=1.0)
+        >>> settings = TrainingSettings(epochs=2, lr=1.0, lr_warmup_epochs=0)
         >>> [round(learning_rate(settings, step, 2), 3) for step in range(4)]
         [1.0, 0.854, 0.5, 0.146]
     """
+    if settings.lr is None:
+        raise ValueError("the learning rate has not been chosen")
     epoch = step / steps_per_epoch
     if epoch < settings.lr_warmup_epochs:
         return settings.lr * (_WARMUP_START + (1 - _WARMUP_START) * epoch / settings.lr_warmup_epochs)

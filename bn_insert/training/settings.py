@@ -32,7 +32,7 @@ class TrainingSettings:
     Args:
         epochs: Passes over the training images.
         batch_size: Images per step and process.
-        lr: Peak learning rate.
+        lr: Peak learning rate. None lets `finetune` choose it by trials of 20 steps, each on a copy of the network.
         lr_warmup_epochs: Epochs over which the learning rate rises from 1 % of `lr`; 0.5 is half an epoch.
         lr_scheduler: Schedule after warm-up: "constant"; "cosine" falls to 0 at the last step; "step" multiplies by
             `lr_gamma` every `lr_step_size` epochs.
@@ -75,8 +75,8 @@ class TrainingSettings:
 
     epochs: int = 10
     batch_size: int = 32
-    lr: float = 0.01
-    lr_warmup_epochs: float = 0.0
+    lr: float | None = None
+    lr_warmup_epochs: float = 0.5
     lr_scheduler: Schedule = "cosine"
     lr_step_size: int = 30
     lr_gamma: float = 0.1
@@ -111,7 +111,7 @@ class TrainingSettings:
             )
         if not 0 <= self.seed < 1 << 32:
             raise TrainingError(f"{as_passed('seed')} is {self.seed}; use 0 to {(1 << 32) - 1}")
-        if not 0 < self.lr < math.inf:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise TrainingError(f"{as_passed('lr')} is {self.lr}; use a learning rate above 0")
         for name in ("weight_decay", "norm_weight_decay", "lr_gamma", "momentum"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -77,6 +77,11 @@ class TrainingState:
                     f"{path} belongs to another run: its {name} differ from this run's; resume with {advice}"
                 )
 
+    def chosen(self, settings: TrainingSettings) -> TrainingSettings:
+        """Return settings with the learning rate of this state's run, if they leave it open."""
+        rate = self.settings.get("lr")
+        return replace(settings, lr=rate) if settings.lr is None and isinstance(rate, float | int) else settings
+
     def resumed(self, settings: TrainingSettings, steps: int) -> str:
         """Return in words where a run with these settings continues, and what another number of epochs changes.
 

@@ -33,6 +33,7 @@ class RunSummary:
         batchnorms: Number of BatchNorm layers.
         dropout: Which dropout layers are on, and which were switched off, in words.
         output: What became of the output layer, in words.
+        lr: Peak learning rate; None if trials choose it.
         epochs: Epochs of the run.
         steps: Steps per epoch.
         resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.
@@ -46,6 +47,7 @@ class RunSummary:
     batchnorms: int
     dropout: str
     output: str
+    lr: float | None
     epochs: int
     steps: int
     resumed: str = ""
@@ -83,6 +85,7 @@ def summarize(
         sum(isinstance(module, _BatchNorm) for module in network.modules()),
         dropout,
         _output(model, settings, len(images.classes)),
+        settings.lr,
         settings.epochs,
         steps,
     )

@@ -235,10 +235,10 @@ def image_progress(description: str, total: int, *, shown: bool = True) -> Itera
 
 @contextmanager
 def run_progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a progress bar of one epoch on stderr, with images per second; it is hidden if stderr is not a terminal.
+    """Show a progress bar of an epoch or a trial, with images per second, on stderr if that is a terminal.
 
     Args:
-        total: The number of images of the epoch.
+        total: The number of images.
 
     Returns:
         A context manager that yields a function, to be called with the text before the bar and the number of images

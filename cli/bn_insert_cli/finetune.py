@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreada
 from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
-    from bn_insert import EpochMetrics, FineTuning, RunSummary, StepMetrics
+    from bn_insert import EpochMetrics, FineTuning, LearningRateTrial, RunSummary, StepMetrics
 
 DIVERGED = 1
 INTERRUPTED = 130
@@ -86,10 +87,17 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         bool,
         typer.Option("--tensorboard", help="Also write DIR/tensorboard (needs pip install 'bn-insert[tensorboard]')."),
     ] = False,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RATE)] = 0.01,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. [default: chosen by short trials: 0.01 (0.0003 for AdamW), and lower or higher "
+            "while the validation loss falls]",
+            rich_help_panel=_RATE,
+        ),
+    ] = None,
     lr_warmup_epochs: Annotated[
         float, typer.Option(min=0, help="Epochs of linear warm-up; may be fractional.", rich_help_panel=_RATE)
-    ] = 0.0,
+    ] = 0.5,
     lr_scheduler: Annotated[
         Literal["constant", "cosine", "step"], typer.Option(help="Schedule after warm-up.", rich_help_panel=_RATE)
     ] = "cosine",
@@ -274,7 +282,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(chosen) as target, stop_on_signals() as stop:
         first = bn_insert.Ranks.current().first
-        with _Display(epochs, len(images.train)) as display:
+        with _Display(epochs, len(images.train), batch_size * accumulate) as display:
             try:
                 result = bn_insert.finetune(
                     network,
@@ -285,6 +293,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     overwrite=force,
                     device=target,
                     on_start=display.start if first else None,
+                    on_trial=display.trial if first else None,
                     on_step=display.step if first else None,
                     on_epoch=display.epoch if first else None,
                     stop=stop,
@@ -304,10 +313,10 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 
 
 class _Display:
-    """A progress bar during an epoch, and a line when it is complete."""
+    """A progress bar during a trial or an epoch, and a line when it is complete."""
 
-    def __init__(self, epochs: int, images: int) -> None:
-        self._epochs, self._images = epochs, images
+    def __init__(self, epochs: int, images: int, images_per_step: int) -> None:
+        self._epochs, self._images, self._images_per_step = epochs, images, images_per_step
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -321,6 +330,17 @@ class _Display:
     def start(self, summary: RunSummary) -> None:
         """Print what the run is about to do."""
         _print_summary(summary)
+
+    def trial(self, trial: LearningRateTrial) -> None:
+        """Advance the bar of a trial, and print its line when it is complete."""
+        if trial.loss is not None:
+            self.close()
+            outcome = "diverged" if math.isinf(trial.loss) else f"validation loss {trial.loss:.4f}"
+            print_note(f"Trial of learning rate {trial.lr:g}: {outcome} after {counted(trial.steps, 'step')}.")
+            return
+        if self._update is None:
+            self._update = self._bar.enter_context(run_progress(trial.steps * self._images_per_step))
+        self._update(f"trial of learning rate {trial.lr:g}", trial.step * self._images_per_step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Advance the bar, and print the estimated time once it is known."""
@@ -374,6 +394,8 @@ def _print_summary(summary: RunSummary) -> None:
     print_note(f"Output layer: {summary.output}.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
     print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")
+    rate = f"{summary.lr:g}" if summary.lr else "chosen by short trials (--lr sets it)"
+    print_note(f"Learning rate: {rate}.")
     print_note(f"Dropout: {summary.dropout}.")
     print_note(f"Steps: {summary.epochs * summary.steps:,} ({counted(summary.epochs, 'epoch')} of {summary.steps:,}).")
     print_note(f"Device: {summary.device}.")

@@ -1,0 +1,269 @@
+"""`bn-insert insert` and `bn-insert finetune` with their defaults, against the best that `finetune` reaches without.
+
+    python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
+        --clothing CLOTHING --output benchmarks/finetuning/results
+
+Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
+the defaults: no option is chosen. The side without tries SGD and AdamW, with and without dropout, each at several
+learning rates (factor 3.16, uphill from a usual one), with a warm-up of half an epoch; validation images choose among
+them. Then both repeat with other seeds. `best.pth` is evaluated on test images, which choose nothing. Every finished
+run is a line in `command-line.jsonl`: interrupted, the program continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..machine import machine
+from ..record import Record
+from .__main__ import rate_of
+from .images import Part, Split, clothing, digits, per_class
+
+WARM_UP = ("--lr-warmup-epochs", "0.5")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checkpoint and the images that it is fine-tuned on.
+
+    Attributes:
+        title: The task in words.
+        checkpoint: Name of the option with the checkpoint.
+        images: Returns the images.
+        preprocessing: Options of the commands.
+        epochs: Epochs of every run.
+        options: Options of every run besides.
+    """
+
+    title: str
+    checkpoint: str
+    images: Callable[[argparse.Namespace], Split]
+    preprocessing: tuple[str, ...]
+    epochs: int = 5
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A way to fine-tune without BatchNorm.
+
+    Attributes:
+        title: The way in words.
+        options: Options of `finetune`.
+        start: Index of the learning rate that the search starts from: 10 ** (start / 2).
+    """
+
+    title: str
+    options: tuple[str, ...]
+    start: int
+
+
+def _photographs(count: int, side: int) -> Callable[[argparse.Namespace], Split]:
+    def images(places: argparse.Namespace) -> Split:
+        split = clothing(places.clothing, side)
+        return Split(per_class(split.train, count, 0), split.validation, split.test)
+
+    return images
+
+
+_UNIT = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
+_IMAGENET = ("--resize", "0", "--crop", "0")
+_CIFAR = ("--resize", "0", "--crop", "0", "--mean", "0.4914,0.4822,0.4465", "--std", "0.247,0.2435,0.2616")
+TASKS = {
+    "digits": Task("VGG16 and its own dense head, 300 digits, 48 px", "vgg16", lambda _: digits(48), _UNIT),
+    "photographs": Task(
+        "VGG16 and its own dense head, 600 photographs of clothing, 48 px", "vgg16", _photographs(60, 48), _UNIT
+    ),
+    "other preprocessing": Task(
+        "the same, with ImageNet's mean and standard deviation, which this network does not expect",
+        "vgg16",
+        _photographs(60, 48),
+        _IMAGENET,
+    ),
+    "10 a class": Task(
+        "CIFAR-10 network, 10 photographs of each kind of clothing, 32 px, 20 epochs",
+        "cifar_vgg",
+        _photographs(10, 32),
+        _CIFAR,
+        epochs=20,
+    ),
+    "50 a class": Task(
+        "CIFAR-10 network, 50 photographs of each kind of clothing, 32 px, 10 epochs",
+        "cifar_vgg",
+        _photographs(50, 32),
+        _CIFAR,
+        epochs=10,
+    ),
+}
+OPPONENTS = (
+    Opponent("SGD, no dropout", ("--dropout", "0"), -6),
+    Opponent("SGD, the checkpoint's dropout", (), -6),
+    Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
+)
+INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
+
+`python -m benchmarks.finetuning.command_line` produces these tables from `command-line.jsonl`. With BatchNorm: `insert`
+on the training images, then `finetune`, both with their defaults. Without: `finetune` on the checkpoint itself, with a
+warm-up of half an epoch, at the learning rate that is best on validation images (factor 3.16, seed 0). Test accuracy of
+`best.pth`, mean over the seeds with its standard error; test images choose nothing.
+"""
+
+
+class Comparison(Record):
+    """The runs that are done, and those that are still to do."""
+
+    def __init__(self, path: Path, places: argparse.Namespace, work: Path) -> None:
+        """Read the lines that are there; images and checkpoints are made in the folder `work`."""
+        super().__init__(path)
+        self.places, self.work = places, work
+
+    def run(self, name: str, way: str, options: Sequence[str], seed: int) -> dict[str, Any]:
+        """Return the line of a run, from the file if it is there; the way "inserted" starts from inserted BatchNorm."""
+        key = {"task": name, "way": way, "options": list(options), "seed": seed}
+        for line in self.lines:
+            if all(line[part] == value for part, value in key.items()):
+                return line
+        task = TASKS[name]
+        data = self._data(name)
+        checkpoint = self._inserted(name, data) if way == "inserted" else getattr(self.places, task.checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            options = (*task.preprocessing, *task.options, "--epochs", str(task.epochs), *options, "--seed", str(seed))
+            finished = _command("finetune", checkpoint, data, "-o", Path(folder) / "run", *options)
+            validation, test = 0.0, 0.0
+            if finished.returncode == 0:
+                metrics = json.loads((Path(folder) / "run" / "report.json").read_text())["runs"][0]
+                validation = max(epoch["val_accuracy"] for epoch in metrics["epochs"])
+                evaluated = _command("evaluate", Path(folder) / "run" / "best.pth", data / "test", "--json", check=True)
+                test = json.loads(evaluated.stdout)["accuracy"]
+        line = key | {"validation": validation, "test": test, "code": finished.returncode, "machine": machine()}
+        self.add(line)
+        print(
+            f"{name}: {way} {' '.join(key['options'])} seed {seed}: validation {validation:.3f}, test {test:.3f}",
+            flush=True,
+        )
+        return line
+
+    def _data(self, name: str) -> Path:
+        folder = self.work / name.replace(" ", "-")
+        if not (folder / "complete").exists():
+            split = TASKS[name].images(self.places)
+            for part, images in (("train", split.train), ("val", split.validation), ("test", split.test)):
+                _write(images, folder / part)
+            (folder / "complete").touch()
+        return folder
+
+    def _inserted(self, name: str, data: Path) -> Path:
+        output, task = self.work / f"{name.replace(' ', '-')}-bn.pth", TASKS[name]
+        if not output.exists():
+            checkpoint = getattr(self.places, task.checkpoint)
+            _command("insert", checkpoint, data / "train", "-o", output, *task.preprocessing, check=True)
+        return output
+
+
+def _write(images: Part, folder: Path) -> None:
+    for number, (pixels, label) in enumerate(zip(images.pixels, images.classes.tolist(), strict=True)):
+        path = folder / f"class-{label}" / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+
+def _command(name: str, *arguments: object, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command; one that fails otherwise than by diverging ends the program with what it says."""
+    command = [sys.executable, "-m", "bn_insert", name, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode and (check or finished.returncode != 1):
+        sys.exit(f"{' '.join(command)}\n{finished.stderr}")
+    return finished
+
+
+def best_without(record: Comparison, name: str) -> tuple[Opponent, float]:
+    """Return the opponent and the learning rate that are best on validation images with seed 0."""
+    found = {}
+    for opponent in OPPONENTS:
+
+        def validation(index: int, opponent: Opponent = opponent) -> float:
+            line = record.run(name, opponent.title, _plain(opponent, rate_of(index)), 0)
+            return float(line["validation"])
+
+        best = opponent.start
+        direction = 1 if validation(best + 1) > validation(best) else -1
+        if direction == 1:
+            best += 1
+        while validation(best + direction) > validation(best):
+            best += direction
+        found[opponent.title] = (validation(best), opponent, rate_of(best))
+    _, opponent, rate = max(found.values(), key=lambda each: each[0])
+    return opponent, rate
+
+
+def _plain(opponent: Opponent, rate: float) -> tuple[str, ...]:
+    return (*opponent.options, *WARM_UP, "--lr", f"{rate:g}")
+
+
+def table(record: Comparison, name: str, seeds: int) -> str:
+    """Run what is missing of a task, and return its table."""
+    ours = [record.run(name, "inserted", (), seed) for seed in range(seeds)]
+    opponent, rate = best_without(record, name)
+    theirs = [record.run(name, opponent.title, _plain(opponent, rate), seed) for seed in range(seeds)]
+    rows = [
+        f"| inserted BatchNorm, defaults | {_accuracy(ours)} |",
+        f"| without BatchNorm: {opponent.title}, learning rate {rate:g} | {_accuracy(theirs)} |",
+    ]
+    difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
+    error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
+    title = TASKS[name].title
+    return "\n".join(
+        [
+            f"## {title[0].upper()}{title[1:]}",
+            "",
+            f"| {TASKS[name].epochs} epochs, {seeds} seeds | test accuracy |",
+            "|---|---|",
+            *rows,
+            "",
+            f"Difference: {100 * difference:+.1f} ± {100 * error:.1f} points.",
+        ]
+    )
+
+
+def _standard_error(side: Sequence[dict[str, Any]]) -> float:
+    return stdev(line["test"] for line in side) / math.sqrt(len(side)) if len(side) > 1 else math.nan
+
+
+def _accuracy(side: Sequence[dict[str, Any]]) -> str:
+    return f"{mean(line['test'] for line in side):.3f} ± {_standard_error(side):.3f}"
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("vgg16", "cifar-vgg", "clothing", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as work:
+        record = Comparison(options.output / "command-line.jsonl", options, Path(work))
+        for name in options.tasks:
+            table(record, name, options.seeds)
+        tasks = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
+        sections = [table(record, name, options.seeds) for name in tasks]
+    machines = sorted({line["machine"] for line in record.lines})
+    (options.output / "command-line.md").write_text("\n\n".join([INTRODUCTION.rstrip(), *sections, *machines]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
