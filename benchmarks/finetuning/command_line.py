@@ -142,16 +142,18 @@ class Comparison(Record):
         with tempfile.TemporaryDirectory() as folder:
             options = (*task.preprocessing, *task.options, "--epochs", str(task.epochs), *options, "--seed", str(seed))
             finished = _command("finetune", checkpoint, data, "-o", Path(folder) / "run", *options)
-            validation, test = 0.0, 0.0
+            validation, test, lr = 0.0, 0.0, None
             if finished.returncode == 0:
                 metrics = json.loads((Path(folder) / "run" / "report.json").read_text())["runs"][0]
+                lr = metrics["settings"]["lr"]
                 validation = max(epoch["val_accuracy"] for epoch in metrics["epochs"])
                 evaluated = _command("evaluate", Path(folder) / "run" / "best.pth", data / "test", "--json", check=True)
                 test = json.loads(evaluated.stdout)["accuracy"]
-        line = key | {"validation": validation, "test": test, "code": finished.returncode, "machine": machine()}
+        figures = {"lr": lr, "validation": validation, "test": test, "code": finished.returncode}
+        line = key | figures | {"machine": machine()}
         self.add(line)
         print(
-            f"{name}: {way} {' '.join(key['options'])} seed {seed}: validation {validation:.3f}, test {test:.3f}",
+            f"{name}: {way} {' '.join(options)} seed {seed}, lr {lr}: validation {validation:.3f}, test {test:.3f}",
             flush=True,
         )
         return line

@@ -101,8 +101,8 @@ def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:
         replaced += (
-            f"; its inputs are large (about {size:.2g}), so that training may diverge: use a new head "
-            f"({as_passed('head', 512)}), or a lower learning rate ({as_passed('lr')})"
+            f"; its inputs are large (about {size:.2g}), which makes training difficult: check the preprocessing, or "
+            f"use a new head ({as_passed('head', 512)})"
         )
     return replaced
 
