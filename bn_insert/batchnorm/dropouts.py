@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..graph.operators import Role, has_role
+from ..graph.operator_rules import Role, has_role
 from ..graph.trace import Trace
 from .modes import uses_batch_statistics
 

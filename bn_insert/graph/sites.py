@@ -19,7 +19,7 @@ from ..errors import GraphError
 from ..support.schema import Count, Extent
 from ..support.text import listed
 from .layers import Kind, layer_kind
-from .operators import is_layer
+from .operator_rules import is_layer
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]

@@ -24,7 +24,7 @@ from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, layer_kind
-from .operators import Role, has_role, is_activation, is_layer, operation
+from .operator_rules import Role, has_role, is_activation, is_layer, operation
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)

@@ -24,11 +24,11 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import reference_tensor
-from ..graph.operators import PER_IMAGE_MODULES
+from ..graph.operator_rules import PER_IMAGE_MODULES
 from ..graph.sites import Site
 from .moments import Moments
 from .passes import ForwardDone, NotFiniteError, Progress
-from .pooling import Statistics, pooled_over_ranks
+from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
 
 # Size of the input or output of a module for one micro-batch: half of a usual last-level cache, and small enough for

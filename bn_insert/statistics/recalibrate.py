@@ -17,7 +17,7 @@ from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
 from .moments import Moments
 from .passes import NotFiniteError, Progress
-from .pooling import Statistics, pooled_over_ranks
+from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
 from .shrinkage import Prior
 

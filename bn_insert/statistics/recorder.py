@@ -18,7 +18,7 @@ from ..graph.inputs import Inputs, reference_tensor
 from ..support.processes import Ranks
 from .moments import Moments, merge, moments_of
 from .passes import Batch, ForwardDone, JoinedBatches, NotFiniteError, Progress, for_each_batch
-from .pooling import Statistics, merged_moments
+from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches

@@ -1,6 +1,6 @@
 """The layers that read a site's channels, and whether the channels can be rescaled on the way to them.
 
-What an operation does to channels is in the table `OPERATORS` of `graph/operators.py`.
+What an operation does to channels is in the table `OPERATORS` of `graph/operator_rules.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from ..graph.operators import (
+from ..graph.operator_rules import (
     Role,
     argument,
     fits_positions,

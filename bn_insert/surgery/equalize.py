@@ -1,6 +1,7 @@
 """Scale channels between neighbouring layers by powers of two, so that activations have unit-like scale.
 
-Which operations between the layers allow it is in the table `OPERATORS` of `graph/operators.py`, read by `edges.py`.
+Which operations between the layers allow it is in the table `OPERATORS` of `graph/operator_rules.py`, which `edges.py`
+reads.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphError, as_passed
 from ..graph.layers import layer_kind
-from ..graph.operators import (
+from ..graph.operator_rules import (
     Role,
     argument,
     fits_positions,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import CalibrationError, Moments, calibrate, find_sites
-from bn_insert.graph.operators import PER_IMAGE_MODULES
+from bn_insert.graph.operator_rules import PER_IMAGE_MODULES
 from bn_insert.statistics.calibrate import run_in_micro_batches
 from bn_insert.statistics.moments import moments_of
 from support.networks import images, randomised, small_vgg

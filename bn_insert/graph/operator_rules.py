@@ -1,6 +1,6 @@
 """What each operation of a graph does to channels: one table, read by tracing, equalization, folding, micro-batches.
 
-Adding an operation is one row in `OPERATORS` and one sample in `tests/graph/test_operators.py`, which checks every
+Adding an operation is one row in `OPERATORS` and one sample in `tests/graph/test_operator_rules.py`, which checks every
 claim of the row on numbers. An operation without a row is an obstacle wherever it matters, which is safe.
 """
 

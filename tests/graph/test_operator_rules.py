@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bn_insert.graph.operators import (
+from bn_insert.graph.operator_rules import (
     OPERATORS,
     PER_IMAGE_MODULES,
     Operator,
