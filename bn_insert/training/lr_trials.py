@@ -15,6 +15,7 @@ from ..images.batches import sample
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import preserved_random_state
 from .classifier import Classifier
+from .metrics import Totals
 from .preparation import make_optimizer, make_renorm_scheduler
 from .reestimation import reestimate_statistics
 from .schedule import learning_rate
@@ -41,7 +42,8 @@ class LearningRateTrial:
         lr: Peak learning rate.
         step: Steps that have been taken.
         steps: Steps of the trial.
-        loss: Validation loss after the trial, infinite if it diverged; None before its end.
+        loss: Outcome of the trial: the mean of the validation loss after it and of the training loss over its second
+            half. Infinite if it diverged; None before its end.
     """
 
     lr: float
@@ -56,12 +58,13 @@ def choose_learning_rate(
     images: ClassFolders,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
 ) -> float:
-    """Return the learning rate whose trial ends at the lowest validation loss.
+    """Return the learning rate whose trial has the lowest loss.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
-    the first batches of the run. Each learning rate is about three times the one before (0.001, 0.003, 0.01, ...):
-    from 0.01 (0.0003 for AdamW), the search follows the direction in which the loss falls until it rises. A run of
-    fewer steps than a trial gets the first rate untried.
+    the first batches of the run. Its loss is the mean of two: the validation loss at its end, when the learning rate
+    has fallen, and the training loss over its second half, which shows steps that are too large. Each learning rate is
+    about three times the one before (0.001, 0.003, 0.01, ...): from 0.01 (0.0003 for AdamW), the search follows the
+    direction in which the loss falls until it rises. A run of fewer steps than a trial gets the first rate untried.
 
     Args:
         step: The step of the run, for its network, settings and processes; the network is not changed.
@@ -115,25 +118,26 @@ class _Trial:
     report: Callable[[LearningRateTrial], None]
 
     def run(self) -> float:
-        """Return the validation loss after it; infinity if it diverged."""
+        """Return its loss; infinity if it diverged."""
         with preserved_random_state():
             torch.manual_seed(self.step.settings.seed * 1000 + self.step.ranks.rank)  # as for the run itself
             classifier = self.step.classifier.copied(self.step.ranks)
             try:
-                loss = self._loss_after_training(classifier)
+                loss = self._loss(classifier)
             except DivergenceError:
                 loss = math.inf
         loss = loss if math.isfinite(loss) else math.inf
         self.report(LearningRateTrial(self.lr, TRIAL_STEPS, TRIAL_STEPS, loss))
         return loss
 
-    def _loss_after_training(self, classifier: Classifier) -> float:
+    def _loss(self, classifier: Classifier) -> float:
         settings, ranks, stop = self.step.settings, self.step.ranks, self.step.stop
         schedule = replace(settings, epochs=1, lr=self.lr, lr_scheduler="cosine", lr_warmup_epochs=_WARM_UP)
         optimizer = make_optimizer(classifier.network, settings)
         with make_renorm_scheduler(classifier.network, settings) or nullcontext() as renorm_scheduler:
             step = replace(self.step, classifier=classifier, optimizer=optimizer, renorm_scheduler=renorm_scheduler)
             classifier.parallel.train()
+            second_half = Totals()
             try:
                 for number, (batches, images) in enumerate(islice(self._steps(), TRIAL_STEPS)):
                     totals, stopping = step.take(batches, images, learning_rate(schedule, number, TRIAL_STEPS))
@@ -141,6 +145,8 @@ class _Trial:
                         raise StoppedError
                     if not math.isfinite(totals.mean_loss):
                         return math.inf
+                    if number >= TRIAL_STEPS // 2:
+                        second_half = second_half.plus(totals)
                     self.report(LearningRateTrial(self.lr, number + 1, TRIAL_STEPS))
             except ImageError:
                 stop.check()  # a signal to the entire process group has ended the processes that decode
@@ -148,7 +154,8 @@ class _Trial:
         ranks.share_buffers(classifier.network)
         if settings.recalibrate:
             reestimate_statistics(classifier, self.training_set.sample(0, _SCORED_IMAGES), stop)
-        return validate(classifier, self.images, settings.batch_size, ranks, stop).loss
+        validation = validate(classifier, self.images, settings.batch_size, ranks, stop)
+        return (validation.loss + second_half.mean_loss) / 2
 
     def _steps(self) -> Iterator[tuple[Iterator[LabelledBatch], int]]:
         """Yield the batches of each step and the number of their images, epoch after epoch."""

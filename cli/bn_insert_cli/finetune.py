@@ -91,7 +91,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             help="Peak learning rate. [default: chosen by short trials: 0.01 (0.0003 for AdamW), and lower or higher "
-            "while the validation loss falls]",
+            "while the loss falls]",
             rich_help_panel=_RATE,
         ),
     ] = None,
@@ -335,7 +335,7 @@ class _Display:
         """Advance the bar of a trial, and print its line when it is complete."""
         if trial.loss is not None:
             self.close()
-            outcome = "diverged" if math.isinf(trial.loss) else f"validation loss {trial.loss:.4f}"
+            outcome = "diverged" if math.isinf(trial.loss) else f"loss {trial.loss:.4f}"
             print_note(f"Trial of learning rate {trial.lr:g}: {outcome} after {counted(trial.steps, 'step')}.")
             return
         if self._update is None:
