@@ -90,8 +90,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. [default: chosen by short trials: 0.01 (0.0003 for AdamW), and lower or higher "
-            "while the loss falls]",
+            help="Peak learning rate. [default: chosen in short trials, starting at 0.01 (0.0003 for AdamW)]",
             rich_help_panel=_RATE,
         ),
     ] = None,
@@ -281,8 +280,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(chosen) as target, stop_on_signals() as stop:
-        first = bn_insert.Ranks.current().first
-        with _Display(epochs, len(images.train), batch_size * accumulate) as display:
+        ranks = bn_insert.Ranks.current()
+        first = ranks.first
+        with _Display(epochs, len(images.train), batch_size * accumulate * ranks.count) as display:
             try:
                 result = bn_insert.finetune(
                     network,
@@ -316,7 +316,8 @@ class _Display:
     """A progress bar during a trial or an epoch, and a line when it is complete."""
 
     def __init__(self, epochs: int, images: int, images_per_step: int) -> None:
-        self._epochs, self._images, self._images_per_step = epochs, images, images_per_step
+        self._epochs, self._images, self._images_per_step = epochs, images, min(images, images_per_step)
+        self._trials: list[LearningRateTrial] = []
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -332,18 +333,22 @@ class _Display:
         _print_summary(summary)
 
     def trial(self, trial: LearningRateTrial) -> None:
-        """Advance the bar of a trial, and print its line when it is complete."""
+        """Advance the bar of a trial, and print a line at its end."""
         if trial.loss is not None:
             self.close()
             outcome = "diverged" if math.isinf(trial.loss) else f"loss {trial.loss:.4f}"
-            print_note(f"Trial of learning rate {trial.lr:g}: {outcome} after {counted(trial.steps, 'step')}.")
+            self._trials.append(trial)
+            print_note(f"Trial with learning rate {trial.lr:g}: {outcome} after {counted(trial.step, 'step')}.")
             return
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(trial.steps * self._images_per_step))
-        self._update(f"trial of learning rate {trial.lr:g}", trial.step * self._images_per_step)
+        self._update(f"trial with learning rate {trial.lr:g}", trial.step * self._images_per_step)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Advance the bar, and print the estimated time once it is known."""
+        """Advance the bar; print the chosen learning rate first, and the estimated time once it is known."""
+        if self._trials:
+            print_note(f"Learning rate: {min(self._trials, key=lambda trial: trial.loss or 0).lr:g}.")
+            self._trials.clear()
         if metrics.seconds_left is not None and not self._estimated:
             self._estimated = True
             print_note(f"Estimated time: {_duration(metrics.seconds_left)}.")
@@ -394,8 +399,8 @@ def _print_summary(summary: RunSummary) -> None:
     print_note(f"Output layer: {summary.output}.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
     print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")
-    rate = f"{summary.lr:g}" if summary.lr else "chosen by short trials (--lr sets it)"
-    print_note(f"Learning rate: {rate}.")
+    lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
+    print_note(f"Learning rate: {lr}.")
     print_note(f"Dropout: {summary.dropout}.")
     print_note(f"Steps: {summary.epochs * summary.steps:,} ({counted(summary.epochs, 'epoch')} of {summary.steps:,}).")
     print_note(f"Device: {summary.device}.")

@@ -15,6 +15,7 @@ import torch
 
 from bn_insert.checkpoints.load import load_checkpoint
 from bn_insert.demo import network_path
+from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state
 from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
 from support.charts import leave_out_charts
@@ -109,6 +110,24 @@ def test_two_processes_write_the_same_files_and_finish(run: Run, digits: Path) -
     assert all((float(row["val_accuracy"]) * 20).is_integer() for row in csv.DictReader(lines))
     assert len(load_state(Path("run/state.pth")).random) == 2
     assert load_checkpoint("run/best.pth").state_dict().keys() == load_checkpoint("bn.pth").state_dict().keys()
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_trials_and_the_learning_rate_that_they_choose_are_printed(
+    run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lr_trials, "TRIAL_STEPS", 2)
+    command = ("finetune", network_path(), digits, *AS_STORED, "--device", "cpu", "--output-dir")
+    result = run(*command, "run", "--epochs", 1, "-b", 20)
+    assert result.exit_code == 0, result.output
+    assert "Learning rate: to be chosen in short trials (--lr sets it)." in text_of(result.stderr)
+    trials = re.findall(r"^Trial with learning rate (\S+): loss .* after 2 steps\.$", result.stderr, re.M)
+    assert len(trials) >= 3
+    chosen = load_state(Path("run/state.pth")).settings["lr"]
+    assert chosen in map(float, trials)
+    assert f"Learning rate: {chosen:g}." in result.stderr.splitlines()
+    short = run(*command, "short", "--epochs", 1, "-b", 40)
+    assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.01."]
 
 
 def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
