@@ -108,7 +108,7 @@ def _health(run: Mapping[str, Any]) -> list[Verdict]:
 
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with words for those whose None does not mean that there is none."""
-    words = {"dropout": "as in the checkpoint", "head": "kept", "lr": "chosen by trials"}
+    words = {"dropout": "as in the checkpoint", "head": "kept", "lr": "not chosen yet"}
     return {name: words.get(name) if value is None else value for name, value in settings.items()}
 
 

@@ -15,6 +15,7 @@ Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 """A number that is neither NaN nor infinite."""
 
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError, as_passed, out_of_memory
-from ..graph.copies import working_copy
+from ..graph.copies import deep_copy, working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
@@ -69,8 +68,8 @@ class Classifier:
         return cls(network, _parallel(network, device, ranks), classes, device, amp, memory_format)
 
     def copied(self, ranks: Ranks) -> Classifier:
-        """Return a classifier whose network is a copy, for the same processes."""
-        network = copy.deepcopy(self.network)
+        """Return a classifier with a copy of the network; all processes call this together."""
+        network = deep_copy(self.network)
         return replace(self, network=network, parallel=_parallel(network, self.device, ranks))
 
     def inputs(self, batch: LabelledBatch) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:

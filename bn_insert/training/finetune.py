@@ -23,7 +23,7 @@ from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
-from .lr_trials import LearningRateTrial, choose_learning_rate
+from .lr_trials import LearningRateTrial, choose_learning_rate, untried_learning_rate
 from .metrics import EpochMetrics, StepMetrics
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network
 from .progress import Progress
@@ -46,12 +46,14 @@ class FineTuning:
         best: The first epoch with the highest validation accuracy; None before the first epoch is complete.
         interrupted: Whether the run was stopped before its last epoch, so that it can be resumed.
         health: What is wrong with the run, in words, or that nothing is; see `run_health` in `bn_insert.report`.
+        lr: Peak learning rate, given or chosen; None if the run was stopped before it was chosen.
     """
 
     epochs: tuple[EpochMetrics, ...]
     best: EpochMetrics | None
     interrupted: bool
     health: tuple[Verdict, ...] = ()
+    lr: float | None = None
 
 
 def finetune(
@@ -72,6 +74,10 @@ def finetune(
     tensorboard: bool = False,
 ) -> FineTuning:
     """Train a copy of a classifier on labeled images, and write the results into a folder.
+
+    The learning rate is chosen first if `settings.lr` is None: copies of the network are trained for 20 steps each at
+    several learning rates, and the one with the lowest loss is used. In a run of fewer than 20 steps it is
+    0.01, or 0.0003 for AdamW.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
     the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,
@@ -96,8 +102,8 @@ def finetune(
             an uninterrupted run. A run is started if the folder has no results.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
-        on_start: Called before the first step, also of a run that is resumed.
-        on_trial: Called after each step of a trial of a learning rate, and at its end, if the settings leave it open.
+        on_start: Called before the trials and the first step, also of a run that is resumed.
+        on_trial: Called after each step of a learning rate trial, and once more with its loss.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
@@ -133,8 +139,10 @@ def finetune(
         state, data = None, run_data(network, images, ranks)
         if resume and existing:
             state = load_state(folder / STATE)
-            settings = state.chosen(settings)
+            settings = state.with_lr(settings)
             state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
+        if settings.lr is None:
+            settings = replace(settings, lr=untried_learning_rate(settings, training_set.steps))
         optimizer = make_optimizer(network, settings)
         renorm_scheduler = make_renorm_scheduler(network, settings)
         step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
@@ -167,7 +175,7 @@ def finetune(
             progress, settings = run.train(progress, on_epoch)
     effective = asdict(settings) | {"dropout": str(dropout)}
     health = run_health([asdict(epoch) for epoch in progress.history], effective, facts["data"])
-    return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health))
+    return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
 
 @dataclass(frozen=True)
@@ -185,12 +193,12 @@ class _Run:
     def train(
         self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None
     ) -> tuple[Progress, TrainingSettings]:
-        """Choose the learning rate if it is open, and train; return the progress, and the settings in effect."""
+        """Train, after choosing the learning rate if it is None; return the progress and the settings in effect."""
         step, settings = self.step, self.step.settings
         try:
             if settings.lr is None:
-                rate = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
-                settings = replace(settings, lr=rate)
+                lr = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
+                settings = replace(settings, lr=lr)
             step = replace(step, settings=settings)
             loop = TrainingLoop(step, self.training_set, self.images, self._save, self.on_step, on_epoch)
             return loop.run(progress), settings
@@ -223,7 +231,9 @@ def _replaces_output(model: nn.Module, settings: TrainingSettings, images: Class
 
 def _advice(settings: TrainingSettings, facts: Mapping[str, Any]) -> str:
     """Return what to try after a run with these settings and facts has diverged."""
-    others = [f"a warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
+    if settings.lr is None:  # all trials diverged
+        return "Check the preprocessing and the weights of the network."
+    others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
     others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
     return lower_rate_advice(asdict(settings), output_replaced=facts["data"]["output_replaced"], others=others)
 

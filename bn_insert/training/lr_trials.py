@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import count, islice
-
-import torch
 
 from ..errors import DivergenceError, ImageError
 from ..images.batches import sample
@@ -19,37 +18,47 @@ from .metrics import Totals
 from .preparation import make_optimizer, make_renorm_scheduler
 from .reestimation import reestimate_statistics
 from .schedule import learning_rate
-from .settings import Optimizer
+from .settings import Optimizer, TrainingSettings
 from .step import TrainingStep
 from .stopping import StoppedError
 from .training_set import TrainingSet
 from .validation import validate
 
 TRIAL_STEPS = 20
-"""Steps of a trial; a run of fewer steps is too short for trials."""
 
-_SCORED_IMAGES = 256  # for re-estimation, and for validation
-_WARM_UP = 0.1  # fraction of the steps
+_EVALUATION_IMAGES = 256  # at most, for re-estimation and for validation
+_WARMUP = 0.1  # fraction of the steps
+# Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -4, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
 
 
 @dataclass(frozen=True)
 class LearningRateTrial:
-    """How far a trial of a learning rate has come.
+    """Progress of a trial of a learning rate, and its result at the end.
 
     Args:
         lr: Peak learning rate.
-        step: Steps that have been taken.
-        steps: Steps of the trial.
-        loss: Outcome of the trial: the mean of the validation loss after it and of the training loss over its second
-            half. Infinite if it diverged; None before its end.
+        step: Steps taken so far.
+        steps: Steps of a complete trial.
+        loss: Mean of the validation loss after the trial and the training loss of its second half; infinite if the
+            trial diverged, None while it is running.
     """
 
     lr: float
     step: int
     steps: int
     loss: float | None = None
+
+
+def untried_learning_rate(settings: TrainingSettings, steps: int) -> float | None:
+    """Return the learning rate of a run that is too short for trials; None for a run that is long enough.
+
+    Args:
+        settings: Settings of the run.
+        steps: Steps per epoch.
+    """
+    return _rate(_FIRST[settings.opt]) if settings.epochs * steps < TRIAL_STEPS else None
 
 
 def choose_learning_rate(
@@ -61,13 +70,13 @@ def choose_learning_rate(
     """Return the learning rate whose trial has the lowest loss.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
-    the first batches of the run. Its loss is the mean of two: the validation loss at its end, when the learning rate
-    has fallen, and the training loss over its second half, which shows steps that are too large. Each learning rate is
-    about three times the one before (0.001, 0.003, 0.01, ...): from 0.01 (0.0003 for AdamW), the search follows the
-    direction in which the loss falls until it rises. A run of fewer steps than a trial gets the first rate untried.
+    the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
+    fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
+    learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). Starting at 0.01 (0.0003 for AdamW), the
+    search moves in the direction in which the loss falls, until it rises again.
 
     Args:
-        step: The step of the run, for its network, settings and processes; the network is not changed.
+        step: The step of the run, with its network, settings and processes; the network is not changed.
         training_set: The batches of this process.
         images: Class folders with the validation images.
         on_trial: Called after each step of a trial, and at its end.
@@ -76,18 +85,15 @@ def choose_learning_rate(
         DivergenceError: If all trials diverge.
         StoppedError: If the run was asked to stop.
     """
-    settings = step.settings
-    first = _FIRST[settings.opt]
-    if settings.epochs * training_set.steps < TRIAL_STEPS:
-        return _rate(first)
-    scored = replace(images, val=tuple(sample(images.val, _SCORED_IMAGES, settings.seed)))
+    first = _FIRST[step.settings.opt]
+    images = replace(images, val=tuple(sample(images.val, _EVALUATION_IMAGES, step.settings.seed)))
     losses: dict[int, float] = {}
 
     def loss(index: int) -> float:
         if not _LOWEST <= index <= _HIGHEST:
             return math.inf
         if index not in losses:
-            trial = _Trial(step, training_set, scored, _rate(index), on_trial or (lambda _trial: None))
+            trial = _Trial(step, training_set, images, _rate(index), on_trial or (lambda _trial: None))
             losses[index] = trial.run()
         return losses[index]
 
@@ -98,7 +104,7 @@ def choose_learning_rate(
     while loss(best + direction) < loss(best):
         best += direction
     if math.isinf(loss(best)):
-        raise DivergenceError(f"no learning rate from {_rate(first):g} down to {_rate(best):g} kept the loss finite")
+        raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
     return _rate(best)
 
 
@@ -119,43 +125,49 @@ class _Trial:
 
     def run(self) -> float:
         """Return its loss; infinity if it diverged."""
-        with preserved_random_state():
-            torch.manual_seed(self.step.settings.seed * 1000 + self.step.ranks.rank)  # as for the run itself
+        with preserved_random_state():  # each trial begins in the state in which the run will
             classifier = self.step.classifier.copied(self.step.ranks)
-            try:
-                loss = self._loss(classifier)
-            except DivergenceError:
-                loss = math.inf
-        loss = loss if math.isfinite(loss) else math.inf
-        self.report(LearningRateTrial(self.lr, TRIAL_STEPS, TRIAL_STEPS, loss))
+            steps = self._train(classifier)
+            loss = math.inf
+            if len(steps) == TRIAL_STEPS:
+                second_half = reduce(Totals.plus, steps[TRIAL_STEPS // 2 :])
+                loss = (self._validation_loss(classifier) + second_half.mean_loss) / 2
+        self.report(LearningRateTrial(self.lr, len(steps), TRIAL_STEPS, loss))
         return loss
 
-    def _loss(self, classifier: Classifier) -> float:
-        settings, ranks, stop = self.step.settings, self.step.ranks, self.step.stop
-        schedule = replace(settings, epochs=1, lr=self.lr, lr_scheduler="cosine", lr_warmup_epochs=_WARM_UP)
+    def _train(self, classifier: Classifier) -> list[Totals]:
+        """Take the steps of the trial until it diverges, and return the totals of each."""
+        taken: list[Totals] = []
+        settings = self.step.settings
+        schedule = replace(settings, epochs=1, lr=self.lr, lr_scheduler="cosine", lr_warmup_epochs=_WARMUP)
         optimizer = make_optimizer(classifier.network, settings)
         with make_renorm_scheduler(classifier.network, settings) or nullcontext() as renorm_scheduler:
             step = replace(self.step, classifier=classifier, optimizer=optimizer, renorm_scheduler=renorm_scheduler)
             classifier.parallel.train()
-            second_half = Totals()
             try:
                 for number, (batches, images) in enumerate(islice(self._steps(), TRIAL_STEPS)):
                     totals, stopping = step.take(batches, images, learning_rate(schedule, number, TRIAL_STEPS))
                     if stopping:
                         raise StoppedError
                     if not math.isfinite(totals.mean_loss):
-                        return math.inf
-                    if number >= TRIAL_STEPS // 2:
-                        second_half = second_half.plus(totals)
+                        return taken
+                    taken.append(totals)
                     self.report(LearningRateTrial(self.lr, number + 1, TRIAL_STEPS))
             except ImageError:
-                stop.check()  # a signal to the entire process group has ended the processes that decode
+                step.stop.check()  # a signal to the entire process group has ended the processes that decode
                 raise
+        return taken
+
+    def _validation_loss(self, classifier: Classifier) -> float:
+        settings, ranks, stop = self.step.settings, self.step.ranks, self.step.stop
         ranks.share_buffers(classifier.network)
-        if settings.recalibrate:
-            reestimate_statistics(classifier, self.training_set.sample(0, _SCORED_IMAGES), stop)
-        validation = validate(classifier, self.images, settings.batch_size, ranks, stop)
-        return (validation.loss + second_half.mean_loss) / 2
+        try:
+            if settings.recalibrate:
+                reestimate_statistics(classifier, self.training_set.sample(0, _EVALUATION_IMAGES), stop)
+        except DivergenceError:
+            return math.inf
+        loss = validate(classifier, self.images, settings.batch_size, ranks, stop).loss
+        return loss if math.isfinite(loss) else math.inf
 
     def _steps(self) -> Iterator[tuple[Iterator[LabelledBatch], int]]:
         """Yield the batches of each step and the number of their images, epoch after epoch."""

@@ -16,7 +16,7 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int) -
     and the warm-up may last a fraction of an epoch.
 
     Args:
-        settings: Peak, which is not None, warm-up and schedule.
+        settings: Peak (not None), warm-up and schedule.
         step: Steps since the start of the run, from 0.
         steps_per_epoch: Steps in one epoch.
 

@@ -32,7 +32,7 @@ class TrainingSettings:
     Args:
         epochs: Passes over the training images.
         batch_size: Images per step and process.
-        lr: Peak learning rate. None lets `finetune` choose it by trials of 20 steps, each on a copy of the network.
+        lr: Peak learning rate; with None, `finetune` chooses it in short trials.
         lr_warmup_epochs: Epochs over which the learning rate rises from 1 % of `lr`; 0.5 is half an epoch.
         lr_scheduler: Schedule after warm-up: "constant"; "cosine" falls to 0 at the last step; "step" multiplies by
             `lr_gamma` every `lr_step_size` epochs.

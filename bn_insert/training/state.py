@@ -17,7 +17,7 @@ from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.safe_torch_load import load_torch_file
-from ..support.schema import Count, Finite, NotNegative, SchemaError, checked
+from ..support.schema import Count, Finite, NotNegative, Positive, SchemaError, checked
 from ..support.text import counted, first_line, printable
 from .metrics import EpochMetrics, Totals
 from .progress import Progress
@@ -55,6 +55,8 @@ class TrainingState:
     ) -> None:
         """Raise TrainingError unless this state is of a run with these settings and data.
 
+        A run that was stopped before its learning rate was chosen can continue with any.
+
         Args:
             settings: Those of the run that is to continue.
             data: See `run_data`.
@@ -63,7 +65,8 @@ class TrainingState:
         """
         advice = "the same options and data, or choose another output folder"
         wanted = asdict(settings)
-        for name in sorted((self.settings.keys() | wanted.keys()) - _MAY_CHANGE):
+        may_change = _MAY_CHANGE if self._lr else {"lr", *_MAY_CHANGE}
+        for name in sorted((self.settings.keys() | wanted.keys()) - may_change):
             before, now = self.settings.get(name), wanted.get(name)
             if before != now:
                 raise TrainingError(
@@ -77,10 +80,14 @@ class TrainingState:
                     f"{path} belongs to another run: its {name} differ from this run's; resume with {advice}"
                 )
 
-    def chosen(self, settings: TrainingSettings) -> TrainingSettings:
-        """Return settings with the learning rate of this state's run, if they leave it open."""
-        rate = self.settings.get("lr")
-        return replace(settings, lr=rate) if settings.lr is None and isinstance(rate, float | int) else settings
+    @property
+    def _lr(self) -> float | None:
+        """Peak learning rate of the run; None if it was stopped before it was chosen."""
+        return self.settings.get("lr")
+
+    def with_lr(self, settings: TrainingSettings) -> TrainingSettings:
+        """Return settings with the learning rate of this state's run, if they have none."""
+        return replace(settings, lr=self._lr) if settings.lr is None else settings
 
     def resumed(self, settings: TrainingSettings, steps: int) -> str:
         """Return in words where a run with these settings continues, and what another number of epochs changes.
@@ -99,9 +106,11 @@ class TrainingState:
         if epochs == settings.epochs or not isinstance(epochs, int) or epochs < max(1, settings.lr_warmup_epochs):
             return where
         where += f", with {counted(settings.epochs, 'epoch')} in place of {epochs}"
+        if done == 0:
+            return where
         planned = replace(settings, epochs=epochs)
         rates = [learning_rate(each, done - 1, steps) for each in (planned, settings)]
-        if done == 0 or rates[0] == rates[1]:
+        if rates[0] == rates[1]:
             return where
         following = learning_rate(settings, done, steps)
         return (
@@ -221,6 +230,7 @@ def load_state(path: Path) -> TrainingState:
     try:
         content: _Content = checked(dict(dict.items(loaded)), _Content)
         _check_progress(content)
+        _check_lr(content)
         for number, states in enumerate(content.random):
             _check_random(states, f"random[{number}]")
     except SchemaError as error:
@@ -243,6 +253,13 @@ def _damaged(path: Path, error: SchemaError) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged: {printable(error)[:300]}; start again with {as_passed('overwrite', True, '--force')}"
     )
+
+
+def _check_lr(content: _Content) -> None:
+    lr = content.settings.get("lr")
+    if lr is None and content.epoch == content.step == 0:
+        return  # stopped before it was chosen
+    checked(lr, Positive, "settings.lr")
 
 
 def _check_progress(content: _Content) -> None:

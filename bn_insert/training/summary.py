@@ -33,7 +33,7 @@ class RunSummary:
         batchnorms: Number of BatchNorm layers.
         dropout: Which dropout layers are on, and which were switched off, in words.
         output: What became of the output layer, in words.
-        lr: Peak learning rate; None if trials choose it.
+        lr: Peak learning rate; None if it will be chosen in trials.
         epochs: Epochs of the run.
         steps: Steps per epoch.
         resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.

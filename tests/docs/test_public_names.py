@@ -156,7 +156,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"),
         (),
     ),
-    "FineTuning": (("epochs", "best", "interrupted", "health"), ()),
+    "FineTuning": (("epochs", "best", "interrupted", "health", "lr"), ()),
     "Evaluation": (("images", "accuracy", "loss", "classes", "class_accuracy", "confusion"), ()),
     "Prediction": (("path", "labels", "classes", "probabilities"), ()),
     "FoldResult": (("model", "folded", "left"), ()),

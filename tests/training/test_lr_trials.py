@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +24,11 @@ from bn_insert import (
     insert_batchnorm,
 )
 from bn_insert.images import ClassFolders
+from bn_insert.support.processes import Ranks
 from bn_insert.training import lr_trials
+from bn_insert.training.classifier import Classifier
+from bn_insert.training.state import load_state
+from support.commands import forked_ranks
 from support.digits import copy_labelled_digits, open_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
@@ -65,12 +73,17 @@ def with_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[float, float]
     return use
 
 
+def dense() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+
 def chosen(digits: ClassFolders, folder: Path, settings: TrainingSettings = SHORT) -> float:
     """Return the learning rate of a run that was stopped at its first step."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    finetune(model, digits, folder, settings, stop=lambda: True)
-    return float(torch.load(folder / "state.pth", weights_only=True)["settings"]["lr"])
+    run = finetune(dense(), digits, folder, settings, stop=lambda: True)
+    assert run.lr is not None
+    assert load_state(folder / "state.pth").settings["lr"] == run.lr
+    return run.lr
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,12 @@ def test_a_run_shorter_than_a_trial_has_none(
     digits: ClassFolders, tmp_path: Path, with_losses: Callable[[dict[float, float]], list[float]]
 ) -> None:
     rates = with_losses({})
-    assert chosen(digits, tmp_path, replace(SHORT, epochs=3)) == 0.01
+    summaries: list[RunSummary] = []
+    short = replace(SHORT, epochs=3)
+    for settings, rate in ((short, 0.01), (replace(short, opt="adamw"), 0.0003)):
+        folder = tmp_path / settings.opt
+        run = finetune(dense(), digits, folder, settings, stop=lambda: True, on_start=summaries.append)
+        assert run.lr == summaries[-1].lr == rate
     assert rates == []
 
 
@@ -117,7 +135,7 @@ def test_a_run_that_diverges_at_every_rate_writes_nothing(
     with_losses: Callable[[dict[float, float]], list[float]],
 ) -> None:
     with_losses({})
-    with pytest.raises(DivergenceError, match=r"no learning rate from 0\.01 down to 1e-06 kept the loss finite"):
+    with pytest.raises(DivergenceError, match=r"not finite at any learning rate from 0\.01 to 1e-06: .* Check the pre"):
         finetune(network, digits, tmp_path / "run", SHORT)
     assert not (tmp_path / "run").exists()
 
@@ -164,6 +182,91 @@ def test_a_run_stopped_in_a_trial_is_resumed_with_trials(
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
+def test_a_run_stopped_in_a_trial_is_resumed_with_other_epochs_or_a_learning_rate(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    assert finetune(dense(), digits, tmp_path, SHORT, stop=lambda: True).lr is None
+    longer = replace(SHORT, epochs=5)
+    assert finetune(dense(), digits, tmp_path, longer, resume=True, stop=lambda: True).lr is None
+    given = replace(SHORT, lr=0.003)
+    assert finetune(dense(), digits, tmp_path, given, resume=True, stop=lambda: True).lr == 0.003
+
+
+def test_a_diverged_trial_reports_the_steps_before_it_diverged(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lr_trials, "_rate", lambda index: 1e38 if index == -4 else 10.0**index)
+    trials: list[LearningRateTrial] = []
+    finetune(dense(), digits, tmp_path, SHORT, on_trial=trials.append, stop=lambda: len(trials) > 20)
+    steps = len([trial for trial in trials if trial.lr == 1e38 and trial.loss is None])
+    assert 0 < steps < 20
+    assert trials[steps] == LearningRateTrial(1e38, steps, 20, math.inf)
+
+
+def test_the_network_of_a_trial_is_freed_before_the_next(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By reference counts alone: the garbage collector does not run when a GPU's memory gets scarce."""
+    copies: list[weakref.ref[nn.Module]] = []
+    copied = Classifier.copied
+
+    def recorded(classifier: Classifier, ranks: Ranks) -> Classifier:
+        assert [copy for copy in copies if copy()] == []
+        result = copied(classifier, ranks)
+        copies.append(weakref.ref(result.network))
+        return result
+
+    monkeypatch.setattr(Classifier, "copied", recorded)
+    gc.disable()
+    try:
+        finetune(dense(), digits, tmp_path, SHORT, stop=lambda: len(copies) > 2)
+    finally:
+        gc.enable()
+    assert len(copies) > 2
+
+
+RANKS = """
+import json
+import torch.distributed as dist
+from bn_insert import Ranks, TrainingSettings, finetune
+from bn_insert.images import Transform, open_class_folders
+from bn_insert.training import lr_trials
+from torch import nn
+
+lr_trials.TRIAL_STEPS = 2
+dist.init_process_group("gloo")
+first = Ranks.current().first
+trials = []
+images = open_class_folders("digits", Transform(None, None, (0.0,), (1.0,)))
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+model(next(images.batches(images.train, 4)).images)
+
+def result(folder, stop):
+    trials.clear()
+    settings = TrainingSettings(epochs=1, batch_size=4)
+    run = finetune(model, images, folder, settings, stop=stop, on_trial=trials.append)
+    return [run.lr, run.interrupted, [(trial.lr, trial.step, trial.loss) for trial in trials]]
+
+results = [result("whole", None), result("stopped", lambda: not first and len(trials) >= 4)]
+print(json.dumps(results))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_choose_the_same_rate_and_stop_together_in_a_trial(tmp_path: Path) -> None:
+    folder = copy_labelled_digits(tmp_path / "digits", train=2, val=1)
+    for unused in sorted((folder / "val").iterdir())[1:]:
+        shutil.rmtree(unused)  # the second rank has no share of the one image left
+    (tmp_path / "script.py").write_text(RANKS)
+    done = forked_ranks(2, "script.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == second
+    (rate, interrupted, trials), stopped = first
+    assert (rate in [trial[0] for trial in trials], interrupted) == (True, False)
+    assert stopped == [None, True, trials[:4]]
+
+
 def test_a_resumed_run_keeps_its_rate_without_further_trials(
     network: nn.Module, digits: ClassFolders, tmp_path: Path
 ) -> None:
@@ -177,7 +280,8 @@ def test_a_resumed_run_keeps_its_rate_without_further_trials(
         on_step=lambda metrics: started.append(metrics.step),
         stop=lambda: len(started) >= 3,
     )
-    rate = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["settings"]["lr"]
-    finetune(network, digits, tmp_path / "run", SHORT, resume=True, on_trial=trials.append)
+    rate = load_state(tmp_path / "run" / "state.pth").settings["lr"]
+    run = finetune(network, digits, tmp_path / "run", SHORT, resume=True, on_trial=trials.append)
     assert trials == []
-    assert torch.load(tmp_path / "run" / "state.pth", weights_only=True)["settings"]["lr"] == rate
+    assert run.lr == rate
+    assert load_state(tmp_path / "run" / "state.pth").settings["lr"] == rate

@@ -76,6 +76,7 @@ WRONG = [
     *(("history/0/val_accuracy", value) for value in (NAN, 2.0, "1", None, ...)),
     *(("history/0/epoch", value) for value in (2, 0, 1.5)),
     *(("settings", value) for value in (1, [], None, {"lr": torch.ones(2)}, ...)),
+    *(("settings/lr", value) for value in (NAN, INF, -0.003, 0.0, 10**400, "x", True, None, ...)),
     *(("data", value) for value in (1, {"layers": torch.ones(2)}, {"images": {"a": {"b": 1}}}, ...)),
     *(("model", value) for value in (1, {}, {"x": torch.ones(1)}, ...)),
     *(("model/1.weight", value) for value in (torch.ones(2), torch.ones(8, 3072, dtype=torch.int8), None, 1.0, ...)),
