@@ -97,7 +97,7 @@ class TrainingState:
             steps: Steps per epoch.
         """
         done = self.progress.epoch * steps + self.progress.step
-        where = f"after {counted(self.progress.epoch, 'epoch')}"
+        where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "before the first step"
         if self.progress.step:
             where += f" and {counted(self.progress.step, 'step')}"
         if self.progress.epoch >= settings.epochs:

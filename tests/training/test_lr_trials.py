@@ -186,8 +186,11 @@ def test_a_run_stopped_in_a_trial_is_resumed_with_other_epochs_or_a_learning_rat
     digits: ClassFolders, tmp_path: Path
 ) -> None:
     assert finetune(dense(), digits, tmp_path, SHORT, stop=lambda: True).lr is None
+    summaries: list[RunSummary] = []
     longer = replace(SHORT, epochs=5)
-    assert finetune(dense(), digits, tmp_path, longer, resume=True, stop=lambda: True).lr is None
+    run = finetune(dense(), digits, tmp_path, longer, resume=True, stop=lambda: True, on_start=summaries.append)
+    assert run.lr is None
+    assert summaries[0].resumed == "before the first step, with 5 epochs in place of 4"
     given = replace(SHORT, lr=0.003)
     assert finetune(dense(), digits, tmp_path, given, resume=True, stop=lambda: True).lr == 0.003
 
