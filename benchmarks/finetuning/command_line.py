@@ -110,8 +110,8 @@ TASKS = {
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--dropout", "0"), -6),
-    Opponent("SGD, the checkpoint's dropout", (), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
+    Opponent("SGD, the checkpoint's dropout", (), -6),
 )
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
@@ -191,9 +191,10 @@ def _command(name: str, *arguments: object, check: bool = False) -> subprocess.C
     return finished
 
 
-def best_without(record: Comparison, name: str) -> tuple[Opponent, float]:
-    """Return the opponent and the learning rate that are best on validation images with seed 0."""
-    found = {}
+def run_task(record: Comparison, name: str, seeds: int) -> None:
+    """Run what is missing of a task: both sides with seed 0, then what is best without BatchNorm with other seeds."""
+    for seed in range(seeds):
+        record.run(name, "inserted", (), seed)
     for opponent in OPPONENTS:
 
         def validation(index: int, opponent: Opponent = opponent) -> float:
@@ -206,46 +207,59 @@ def best_without(record: Comparison, name: str) -> tuple[Opponent, float]:
             best += 1
         while validation(best + direction) > validation(best):
             best += direction
-        found[opponent.title] = (validation(best), opponent, rate_of(best))
-    _, opponent, rate = max(found.values(), key=lambda each: each[0])
-    return opponent, rate
+    best_line = _best_without(record.lines, name)
+    for seed in range(1, seeds):
+        record.run(name, best_line["way"], best_line["options"], seed)
 
 
 def _plain(opponent: Opponent, rate: float) -> tuple[str, ...]:
     return (*opponent.options, *WARM_UP, "--lr", f"{rate:g}")
 
 
-def table(record: Comparison, name: str, seeds: int) -> str:
-    """Run what is missing of a task, and return its table."""
-    ours = [record.run(name, "inserted", (), seed) for seed in range(seeds)]
-    opponent, rate = best_without(record, name)
-    theirs = [record.run(name, opponent.title, _plain(opponent, rate), seed) for seed in range(seeds)]
-    rows = [
-        f"| inserted BatchNorm, defaults | {_accuracy(ours)} |",
-        f"| without BatchNorm: {opponent.title}, learning rate {rate:g} | {_accuracy(theirs)} |",
-    ]
+def _best_without(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the line of the run without BatchNorm that is best on validation images with seed 0."""
+    plain = [line for line in lines if line["task"] == name and line["way"] != "inserted" and line["seed"] == 0]
+    return max(plain, key=lambda line: line["validation"])
+
+
+def table(lines: Sequence[dict[str, Any]], name: str) -> str:
+    """Return the table of a task, from the runs that there are."""
+    of_task = [line for line in lines if line["task"] == name]
+    ours = [line for line in of_task if line["way"] == "inserted"]
+    best = _best_without(lines, name)
+    theirs = [line for line in of_task if (line["way"], line["options"]) == (best["way"], best["options"])]
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
+    searched = dict.fromkeys(line["way"] for line in of_task if line["way"] != "inserted")
     return "\n".join(
         [
             f"## {title[0].upper()}{title[1:]}",
             "",
-            f"| {TASKS[name].epochs} epochs, {seeds} seeds | test accuracy |",
-            "|---|---|",
-            *rows,
+            f"{TASKS[name].epochs} epochs. Without BatchNorm: {'; '.join(searched)}; the best on validation images is "
+            "shown.",
             "",
-            f"Difference: {100 * difference:+.1f} ± {100 * error:.1f} points.",
+            "| | learning rate | seeds | test accuracy |",
+            "|---|---|---|---|",
+            _row("inserted BatchNorm, defaults", ours),
+            _row(f"without BatchNorm: {best['way']}", theirs),
+            "",
+            f"Difference: {100 * difference:+.1f}"
+            + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+            + " points.",
         ]
     )
 
 
+def _row(title: str, side: Sequence[dict[str, Any]]) -> str:
+    rates = ", ".join(dict.fromkeys(f"{line['lr']:g}" for line in side))
+    error = _standard_error(side)
+    test = f"{mean(line['test'] for line in side):.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+    return f"| {title} | {rates} | {len(side)} | {test} |"
+
+
 def _standard_error(side: Sequence[dict[str, Any]]) -> float:
     return stdev(line["test"] for line in side) / math.sqrt(len(side)) if len(side) > 1 else math.nan
-
-
-def _accuracy(side: Sequence[dict[str, Any]]) -> str:
-    return f"{mean(line['test'] for line in side):.3f} ± {_standard_error(side):.3f}"
 
 
 def main() -> None:
@@ -255,16 +269,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tables", action="store_true", help="write the tables from what there is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         record = Comparison(options.output / "command-line.jsonl", options, Path(work))
-        for name in options.tasks:
-            table(record, name, options.seeds)
-        tasks = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
-        sections = [table(record, name, options.seeds) for name in tasks]
+        for name in () if options.tables else options.tasks:
+            run_task(record, name, options.seeds)
+    names = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
     machines = sorted({line["machine"] for line in record.lines})
-    (options.output / "command-line.md").write_text("\n\n".join([INTRODUCTION.rstrip(), *sections, *machines]) + "\n")
+    sections = [INTRODUCTION.rstrip(), *(table(record.lines, name) for name in names), *machines]
+    (options.output / "command-line.md").write_text("\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":

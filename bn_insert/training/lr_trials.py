@@ -31,6 +31,8 @@ _WARMUP = 0.1  # fraction of the steps
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -4, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
+# Losses that differ by less say little after so few steps, and a rate that is too low costs less than one too high.
+_ALMOST = 1.1
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ def choose_learning_rate(
     images: ClassFolders,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
 ) -> float:
-    """Return the learning rate whose trial has the lowest loss.
+    """Return the lowest learning rate whose trial has almost the lowest loss of all.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
     fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
     learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). Starting at 0.01 (0.0003 for AdamW), the
-    search moves in the direction in which the loss falls, until it rises again.
+    search moves in the direction in which the loss falls, until it rises again. Of those tried, the lowest is chosen
+    whose loss is at most a tenth above the lowest loss.
 
     Args:
         step: The step of the run, with its network, settings and processes; the network is not changed.
@@ -105,7 +108,7 @@ def choose_learning_rate(
         best += direction
     if math.isinf(loss(best)):
         raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
-    return _rate(best)
+    return _rate(min(index for index in losses if losses[index] <= _ALMOST * losses[best]))
 
 
 def _rate(index: int) -> float:

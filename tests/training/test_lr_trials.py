@@ -107,6 +107,18 @@ def test_the_search_follows_the_falling_loss_until_it_rises(
     assert rates == tried
 
 
+@pytest.mark.parametrize(("higher", "rate"), [(1.85, 0.003), (1.75, 0.01)])
+def test_a_higher_rate_needs_a_loss_lower_by_more_than_a_tenth(
+    digits: ClassFolders,
+    tmp_path: Path,
+    with_losses: Callable[[dict[float, float]], list[float]],
+    higher: float,
+    rate: float,
+) -> None:
+    with_losses({0.01: higher, 0.003: 2, 0.03: 3})
+    assert chosen(digits, tmp_path) == rate
+
+
 def test_adamw_starts_at_a_lower_rate(
     digits: ClassFolders, tmp_path: Path, with_losses: Callable[[dict[float, float]], list[float]]
 ) -> None:
@@ -144,12 +156,9 @@ def test_trials_leave_no_trace_in_the_run(network: nn.Module, digits: ClassFolde
     trials: list[LearningRateTrial] = []
     summaries: list[RunSummary] = []
     settings = replace(SHORT, dropout=0.5, hflip=0.5)
-    finetune(
-        network, digits, tmp_path / "open", settings, on_start=summaries.append, on_trial=trials.append, device="cpu"
-    )
+    rate = finetune(network, digits, tmp_path / "open", settings, on_start=summaries.append, on_trial=trials.append).lr
     complete = [trial for trial in trials if trial.loss is not None]
     assert [trial.step for trial in trials if trial.lr == complete[0].lr] == [*range(1, 21), 20]
-    rate = min(complete, key=lambda trial: trial.loss or 0).lr
     finetune(network, digits, tmp_path / "given", replace(settings, lr=rate), on_start=summaries.append)
     opened, given = (weights_of(tmp_path / name) for name in ("open", "given"))
     assert [name for name in given if not torch.equal(opened[name], given[name])] == []
