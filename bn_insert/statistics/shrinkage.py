@@ -90,7 +90,7 @@ def caution(images: int) -> float:
     images. To take what is chance costs accuracy in each layer. A real shift soon exceeds it many times, as E falls
     with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
     """
-    return 1.5 + 4 / images
+    return 1.5 + 32 / images**2
 
 
 def _factor(differences: Float64[Tensor, " channels"], by_chance: Float64[Tensor, " channels"]) -> float:
