@@ -76,8 +76,8 @@ def finetune(
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
     The learning rate is chosen first if `settings.lr` is None: copies of the network are trained for 20 steps each at
-    several learning rates, and the lowest of those with almost the lowest loss is used. In a run of fewer than 20 steps
-    it is 0.01, or 0.0003 for AdamW.
+    several learning rates, and the lowest at which the loss falls almost as far as at the best one is used. In a run of
+    fewer than 20 steps it is 0.01, or 0.0003 for AdamW.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
     the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,

@@ -63,9 +63,9 @@ def with_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[float, float]
     def use(losses: dict[float, float]) -> list[float]:
         tried: list[float] = []
 
-        def run(trial: lr_trials._Trial) -> float:
+        def run(trial: lr_trials._Trial) -> tuple[float, float]:
             tried.append(trial.lr)
-            return losses.get(trial.lr, math.inf)
+            return 3.0, losses.get(trial.lr, math.inf)
 
         monkeypatch.setattr(lr_trials._Trial, "run", run)
         return tried
@@ -107,8 +107,8 @@ def test_the_search_follows_the_falling_loss_until_it_rises(
     assert rates == tried
 
 
-@pytest.mark.parametrize(("higher", "rate"), [(1.85, 0.003), (1.75, 0.01)])
-def test_a_higher_rate_needs_a_loss_lower_by_more_than_a_tenth(
+@pytest.mark.parametrize(("higher", "rate"), [(1.95, 0.003), (1.75, 0.01), (2.05, 0.003)])
+def test_a_higher_rate_needs_a_loss_that_falls_further_by_more_than_a_tenth(
     digits: ClassFolders,
     tmp_path: Path,
     with_losses: Callable[[dict[float, float]], list[float]],
