@@ -103,7 +103,7 @@ def finetune(
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
         on_start: Called before the trials and the first step, also of a run that is resumed.
-        on_trial: Called after each step of a learning rate trial, and once more with its loss.
+        on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The

@@ -46,12 +46,14 @@ class LearningRateTrial:
         steps: Steps of a complete trial.
         loss: Mean of the validation loss after the trial and the training loss of its second half; infinite if the
             trial diverged, None while it is running.
+        chosen: Whether the run uses this learning rate; reported once more after all trials.
     """
 
     lr: float
     step: int
     steps: int
     loss: float | None = None
+    chosen: bool = False
 
 
 def untried_learning_rate(settings: TrainingSettings, steps: int) -> float | None:
@@ -83,7 +85,7 @@ def choose_learning_rate(
         step: The step of the run, with its network, settings and processes; the network is not changed.
         training_set: The batches of this process.
         images: Class folders with the validation images.
-        on_trial: Called after each step of a trial, and at its end.
+        on_trial: Called after each step of a trial and at its end, and with the chosen one.
 
     Raises:
         DivergenceError: If all trials diverge.
@@ -112,7 +114,10 @@ def choose_learning_rate(
     if math.isinf(loss(best)):
         raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
     enough = loss(best) + (1 - _ALMOST) * max(0.0, start - loss(best))
-    return _rate(min(index for index in losses if losses[index] <= enough))
+    chosen = min(index for index in losses if losses[index] <= enough)
+    if on_trial:
+        on_trial(LearningRateTrial(_rate(chosen), TRIAL_STEPS, TRIAL_STEPS, loss(chosen), chosen=True))
+    return _rate(chosen)
 
 
 def _rate(index: int) -> float:

@@ -317,7 +317,6 @@ class _Display:
 
     def __init__(self, epochs: int, images: int, images_per_step: int) -> None:
         self._epochs, self._images, self._images_per_step = epochs, images, min(images, images_per_step)
-        self._trials: list[LearningRateTrial] = []
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -333,11 +332,13 @@ class _Display:
         _print_summary(summary)
 
     def trial(self, trial: LearningRateTrial) -> None:
-        """Advance the bar of a trial, and print a line at its end."""
+        """Advance the bar of a trial; print a line at its end, and the chosen learning rate."""
+        if trial.chosen:
+            print_note(f"Learning rate: {trial.lr:g}.")
+            return
         if trial.loss is not None:
             self.close()
             outcome = "diverged" if math.isinf(trial.loss) else f"loss {trial.loss:.4f}"
-            self._trials.append(trial)
             print_note(f"Trial with learning rate {trial.lr:g}: {outcome} after {counted(trial.step, 'step')}.")
             return
         if self._update is None:
@@ -345,10 +346,7 @@ class _Display:
         self._update(f"trial with learning rate {trial.lr:g}", trial.step * self._images_per_step)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Advance the bar; print the chosen learning rate first, and the estimated time once it is known."""
-        if self._trials:
-            print_note(f"Learning rate: {min(self._trials, key=lambda trial: trial.loss or 0).lr:g}.")
-            self._trials.clear()
+        """Advance the bar, and print the estimated time once it is known."""
         if metrics.seconds_left is not None and not self._estimated:
             self._estimated = True
             print_note(f"Estimated time: {_duration(metrics.seconds_left)}.")

@@ -169,7 +169,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("classes", "preprocessing", "device", "parameters", "trained_parameters", "batchnorms", "dropout", "output"),
         (),
     ),
-    "LearningRateTrial": (("lr", "step", "steps", "loss"), ()),
+    "LearningRateTrial": (("lr", "step", "steps", "loss", "chosen"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss", "seconds_left"), ()),
     "Settings": (("batchnorm", "dropout", "transform", "history", "classes", "rebuilt_from_keys"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),

@@ -532,8 +532,8 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
     with pytest.raises(DivergenceError, match=r"epoch 1 .*nothing was written\. Try a third") as raised:
         finetune(model, digits, tmp_path / "at once", settings)
     assert str(raised.value).endswith(
-        "Try a third of this learning rate (lr=330000.0), a warm-up (lr_warmup_epochs=1) or a network with BatchNorm "
-        "(bn-insert insert)."
+        "Try a third of this learning rate (lr=330000.0), a longer warm-up (lr_warmup_epochs=1) or a network with "
+        "BatchNorm (bn-insert insert)."
     )
     assert not (tmp_path / "at once").exists()
     # The rate explodes in the second epoch: what the first gave is still there.

@@ -157,7 +157,9 @@ def test_trials_leave_no_trace_in_the_run(network: nn.Module, digits: ClassFolde
     summaries: list[RunSummary] = []
     settings = replace(SHORT, dropout=0.5, hflip=0.5)
     rate = finetune(network, digits, tmp_path / "open", settings, on_start=summaries.append, on_trial=trials.append).lr
+    assert [trial.lr for trial in trials if trial.chosen] == [rate]
     complete = [trial for trial in trials if trial.loss is not None]
+    trials = [trial for trial in trials if not trial.chosen]
     assert [trial.step for trial in trials if trial.lr == complete[0].lr] == [*range(1, 21), 20]
     finetune(network, digits, tmp_path / "given", replace(settings, lr=rate), on_start=summaries.append)
     opened, given = (weights_of(tmp_path / name) for name in ("open", "given"))
