@@ -132,7 +132,7 @@ def main() -> None:
             gains[f"{name} {severity}"] = after - before[name, severity]
         record.add({"way": asdict(way), "gains": gains, "machine": machine()})
         print(" | ".join(row(way, gains)), flush=True)
-        chance = chance_ratios(insertions["all"], preprocess(val[pool]))
+    chance = chance_ratios(inserted("all"), preprocess(val[pool]))
     (options.output / "choosing.md").write_text(report(record.lines, chance))
 
 

@@ -17,6 +17,7 @@ network comes from `python -m benchmarks.renorm.cifar_network`. CLOTHING has `tr
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -67,10 +68,12 @@ def rate_of(index: int) -> float:
 def best_rate(record: Study, name: str, way: str) -> int:
     """Return the index of the rate with the best validation accuracy of seed 0, searched uphill from the start."""
 
-    def validation(index: int) -> float:
-        return record.run(name, way, index, 0).validation
+    return uphill(lambda index: record.run(name, way, index, 0).validation, WAYS[way].start)
 
-    best = WAYS[way].start
+
+def uphill(validation: Callable[[int], float], start: int) -> int:
+    """Return the index with the best validation accuracy, searched from the start in the direction that is better."""
+    best = start
     direction = 1 if validation(best + 1) > validation(best) else -1
     if direction == 1:
         best += 1

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ..machine import machine
 from ..record import Record
-from .__main__ import rate_of
+from .__main__ import rate_of, uphill
 from .images import Part, Split, clothing, digits, per_class
 
 WARM_UP = ("--lr-warmup-epochs", "0.5")
@@ -201,12 +201,7 @@ def run_task(record: Comparison, name: str, seeds: int) -> None:
             line = record.run(name, opponent.title, _plain(opponent, rate_of(index)), 0)
             return float(line["validation"])
 
-        best = opponent.start
-        direction = 1 if validation(best + 1) > validation(best) else -1
-        if direction == 1:
-            best += 1
-        while validation(best + direction) > validation(best):
-            best += direction
+        uphill(validation, opponent.start)
     best_line = _best_without(record.lines, name)
     for seed in range(1, seeds):
         record.run(name, best_line["way"], best_line["options"], seed)

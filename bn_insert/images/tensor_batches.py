@@ -68,7 +68,7 @@ class TensorBatches(Batches):
     """
 
     path: Path
-    values: Shaped[Tensor, rows * shape] = field(repr=False)
+    values: Shaped[Tensor, " rows *shape"] = field(repr=False)
     rows: Sequence[int] = field(repr=False)
     batch_size: int
     pin_memory: bool
@@ -115,7 +115,7 @@ class TensorBatches(Batches):
         """Return `count` images (None: all) drawn as by the function `sample`, as a new set."""
         return replace(self, rows=sample(self.rows, count, seed))
 
-    def _check_finite(self, images: Float32[Tensor, rows * shape], rows: Sequence[int]) -> None:
+    def _check_finite(self, images: Float32[Tensor, " rows *shape"], rows: Sequence[int]) -> None:
         finite = images.isfinite()
         if finite.all():
             return

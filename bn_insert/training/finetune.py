@@ -12,20 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError, as_passed
-from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
 from ..statistics.passes import preserved_random_state
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
-from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
 from .lr_trials import LearningRateTrial, choose_learning_rate, untried_learning_rate
 from .metrics import EpochMetrics, StepMetrics
-from .preparation import make_optimizer, make_renorm_scheduler, prepared_network
+from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
 from .settings import TrainingSettings
@@ -151,7 +149,7 @@ def finetune(
         )
         facts = {
             **(facts or {}),
-            **run_facts(summary, images, ranks, output_replaced=_replaces_output(model, settings, images)),
+            **run_facts(summary, images, ranks, output_replaced=replaces_output(model, settings, len(images.classes))),
         }
         progress = Progress()
         if state:
@@ -173,8 +171,7 @@ def finetune(
             if on_start:
                 on_start(summary)
             progress, settings = run.train(progress, on_epoch)
-    effective = asdict(settings) | {"dropout": str(dropout)}
-    health = run_health([asdict(epoch) for epoch in progress.history], effective, facts["data"])
+    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
 
@@ -222,11 +219,6 @@ class _Run:
             random=random,
         )
         _on_first_rank(lambda: self.results.write(classifier.network, state), ranks)
-
-
-def _replaces_output(model: nn.Module, settings: TrainingSettings, images: ClassFolders) -> bool:
-    """Return whether a run gives the model a new output layer on its own other layers."""
-    return settings.head is None and outputs_of(output_layer(model)[1]) != len(images.classes)
 
 
 def _advice(settings: TrainingSettings, facts: Mapping[str, Any]) -> str:

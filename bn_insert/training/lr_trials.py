@@ -93,6 +93,7 @@ def choose_learning_rate(
     """
     first = _FIRST[step.settings.opt]
     images = replace(images, val=tuple(sample(images.val, _EVALUATION_IMAGES, step.settings.seed)))
+    report = on_trial or (lambda _trial: None)
     losses: dict[int, float] = {}
     start = 0.0
 
@@ -101,7 +102,7 @@ def choose_learning_rate(
             return math.inf
         nonlocal start
         if index not in losses:
-            trial = _Trial(step, training_set, images, _rate(index), on_trial or (lambda _trial: None))
+            trial = _Trial(step, training_set, images, _rate(index), report)
             start, losses[index] = trial.run()  # the first step is the same in all trials
         return losses[index]
 
@@ -115,8 +116,7 @@ def choose_learning_rate(
         raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
     enough = loss(best) + (1 - _ALMOST) * max(0.0, start - loss(best))
     chosen = min(index for index in losses if losses[index] <= enough)
-    if on_trial:
-        on_trial(LearningRateTrial(_rate(chosen), TRIAL_STEPS, TRIAL_STEPS, loss(chosen), chosen=True))
+    report(LearningRateTrial(_rate(chosen), TRIAL_STEPS, TRIAL_STEPS, losses[chosen], chosen=True))
     return _rate(chosen)
 
 

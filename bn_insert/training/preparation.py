@@ -61,11 +61,16 @@ def prepared_network(
     return network
 
 
+def replaces_output(model: nn.Module, settings: TrainingSettings, classes: int) -> bool:
+    """Return whether a run gives a model a new output layer on its own other layers."""
+    return settings.head is None and outputs_of(output_layer(model)[1]) != classes
+
+
 def _head(network: nn.Module, settings: TrainingSettings, classes: int) -> list[str]:
     """Give a network its head, in place, and return the names of the head's modules."""
     if settings.head is not None:
         return replace_head(network, settings.head, classes)
-    if outputs_of(output_layer(network)[1]) != classes:
+    if replaces_output(network, settings, classes):
         replace_output(network, classes)
     return [output_layer(network)[0]]
 

@@ -15,6 +15,7 @@ from ..errors import as_passed
 from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..surgery.replace_output import output_layer
+from .preparation import replaces_output
 from .settings import TrainingSettings
 
 _LARGE_INPUTS = 8.0  # gradients of the output layer grow with them; those of trained VGGs are about 1 to 4
@@ -95,7 +96,7 @@ def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
     name, layer = output_layer(model)
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
-    if outputs_of(layer) == classes:
+    if not replaces_output(model, settings, classes):
         return f"{name} kept, {classes} classes"
     replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
     size = _size_of_inputs(model, layer)
