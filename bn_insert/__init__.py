@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoints.settings import Settings as Settings
     from .checkpoints.save import check_output as check_output, save_checkpoint as save_checkpoint
     from .checkpoints.torchvision_weights import torchvision_checkpoint as torchvision_checkpoint
-    from .checkpoints.assumptions import vgg_assumptions as vgg_assumptions
+    from .checkpoints.vgg_assumptions import vgg_assumptions as vgg_assumptions
     from .compare.outputs import (
         Comparison as Comparison,
         compare_outputs as compare_outputs,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     )
 
     # In a training script
-    from .batchnorm.dropouts import dropouts_before_batchnorm as dropouts_before_batchnorm
+    from .batchnorm.dropout_before_batchnorm import dropouts_before_batchnorm as dropouts_before_batchnorm
     from .batchnorm.modes import freeze_batchnorm as freeze_batchnorm, set_batchnorm_mode as set_batchnorm_mode
     from .batchnorm.batch_renorm import (
         BatchRenorm1d as BatchRenorm1d,
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from .graph.sites import Layer as Layer, Site as Site, find_sites as find_sites, survey as survey
     from .statistics.calibrate import calibrate as calibrate
     from .statistics.moments import Moments as Moments
-    from .surgery.edges import Edge as Edge, find_edges as find_edges
+    from .surgery.equalize import Edge as Edge, find_edges as find_edges
     from .surgery.equalize import equalize as equalize
     from .surgery.insert import insert_at as insert_at
 
@@ -114,7 +114,7 @@ _MODULES = {
     "load_checkpoint": "checkpoints.load",
     "save_checkpoint": "checkpoints.save",
     "torchvision_checkpoint": "checkpoints.torchvision_weights",
-    "vgg_assumptions": "checkpoints.assumptions",
+    "vgg_assumptions": "checkpoints.vgg_assumptions",
     "insert_batchnorm": "surgery.insert",
     "insert": "surgery.insert",
     "Insertion": "surgery.insert",
@@ -138,7 +138,7 @@ _MODULES = {
     "replace_output": "surgery.replace_output",
     "replace_head": "surgery.replace_output",
     "parameter_groups": "training.parameter_groups",
-    "dropouts_before_batchnorm": "batchnorm.dropouts",
+    "dropouts_before_batchnorm": "batchnorm.dropout_before_batchnorm",
     "set_batchnorm_mode": "batchnorm.modes",
     "freeze_batchnorm": "batchnorm.modes",
     "BatchRenorm1d": "batchnorm.batch_renorm",
@@ -172,8 +172,8 @@ _MODULES = {
     "calibrate": "statistics.calibrate",
     "Moments": "statistics.moments",
     "identity_batchnorm": "batchnorm.identity",
-    "find_edges": "surgery.edges",
-    "Edge": "surgery.edges",
+    "find_edges": "surgery.equalize",
+    "Edge": "surgery.equalize",
     "equalize": "surgery.equalize",
     "insert_at": "surgery.insert",
     # Several processes

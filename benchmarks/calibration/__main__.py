@@ -30,8 +30,8 @@ from bn_insert import calibrate, find_sites
 
 from ..machine import machine
 from .commands import around_calibration, end_to_end, processes, start_up
+from .methods import OTHER_TOOLS, WAYS, error, plain, reference
 from .small_networks import SMALL_NETWORKS
-from .ways import OTHER_TOOLS, WAYS, error, plain, reference
 
 MIB = 2**20
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from bn_insert.images.files import read_pixels
-from bn_insert.images.sources import open_batches
+from bn_insert.images.image_files import read_pixels
+from bn_insert.images.image_sources import open_batches
 from bn_insert.images.transform import Transform
 
 from ..machine import machine

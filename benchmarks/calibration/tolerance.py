@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bn_insert import Moments, Site, calibrate, find_sites, load_checkpoint
 from bn_insert.demo import images_path, network_path
-from bn_insert.images.sources import open_batches
+from bn_insert.images.image_sources import open_batches
 from bn_insert.images.transform import Transform
 from bn_insert.report import versions
 

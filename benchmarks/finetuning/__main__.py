@@ -26,9 +26,9 @@ import torch
 from ..machine import machine
 from ..record import Record
 from .cases import CASES, Places
+from .methods import WAYS
 from .report import write_figure, write_tables
 from .runs import Accuracy, Run, run
-from .ways import WAYS
 
 SMALL_CASES = tuple(name for name in CASES if name not in ("digits", "photographs", "bare head", "long"))
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .cases import CASES
-from .ways import WAYS
+from .methods import WAYS
 
 Line = dict[str, Any]
 COLOURS = {"plain": "#8a8a8a", "fresh": "#4c78a8", "other": "#e0a030"}

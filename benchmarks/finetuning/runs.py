@@ -16,7 +16,7 @@ from bn_insert import recalibrate
 
 from .cases import Case, Places
 from .images import Part, Split
-from .ways import Way, optimizer, prepared
+from .methods import Way, optimizer, prepared
 
 CALIBRATION_IMAGES, WEIGHT_DECAY, WARM_UP = 512, 1e-4, 0.1
 EVALUATED_AT = (0.25, 1.0)  # fractions of the steps

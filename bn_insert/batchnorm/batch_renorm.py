@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from .batch_renorm_function import Normalization, batch_moments, pool_over_ranks, renormalize
-from .recomputation import kept_passes
+from .gradient_checkpointing import kept_passes
 
 
 def check_limits(r_max: float = 1.0, d_max: float = 0.0) -> None:

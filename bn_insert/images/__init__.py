@@ -2,10 +2,10 @@
 
 from .batches import Batch, Batches, Unreadable, sample
 from .class_folders import ClassFolders, check_class_folders, open_class_folders
-from .files import IMAGE_SUFFIXES, find_images
 from .image_batches import ImageBatches, image_batches
+from .image_files import IMAGE_SUFFIXES, find_images
+from .image_sources import check_source, open_batches
 from .labelled_batches import LabelledBatches, check_labelled_folder, folder_classes, open_labelled_batches, with_labels
-from .sources import check_source, open_batches
 from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
 from .transform import Transform
 

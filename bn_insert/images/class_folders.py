@@ -17,8 +17,8 @@ from ..errors import ImageError
 from ..support.near_names import missing_folder
 from ..support.text import listed, printable
 from .batches import Unreadable
-from .files import find_images
 from .image_batches import ImageReader
+from .image_files import find_images
 from .transform import Transform
 
 _LAYOUT = "the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ImageError, as_passed
 from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
-from .files import MODES, find_images, read_pixels
+from .image_files import MODES, find_images, read_pixels
 from .tensor_batches import TENSOR_SUFFIXES
 from .transform import Transform
 from .worker_processes import begin_worker, signals_held_back

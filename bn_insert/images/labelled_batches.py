@@ -13,8 +13,8 @@ from ..support.near_names import missing_folder
 from ..support.text import listed
 from .batches import Batch, Unreadable
 from .class_folders import NAMES_SHOWN, LabelledBatch, class_names
-from .files import find_images
 from .image_batches import ImageBatches, image_batches
+from .image_files import find_images
 from .transform import Transform
 
 _LAYOUT = "the layout is CLASS/IMAGE, or val/CLASS/IMAGE"

@@ -22,7 +22,7 @@ from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
-from .first_batches import peeked
+from .example_input import peeked
 from .fold import fold
 from .insert import Insertion, insert
 

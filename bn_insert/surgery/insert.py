@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..batchnorm.dropouts import dropouts_upstream
+from ..batchnorm.dropout_before_batchnorm import dropouts_upstream
 from ..batchnorm.identity import check_eps, identity_batchnorm
 from ..errors import CalibrationError, GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
@@ -23,11 +23,11 @@ from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..support.processes import Ranks
-from .edges import Edge, edges_in
+from .equalize import Edge, edges_in
 from .equalize import equalize as equalize_channels
-from .first_batches import Peek, peeked
+from .example_input import Peek, peeked
 from .history import History, InsertedBatchNorms
-from .layer_statistics import layer_statistics
+from .report_data import layer_statistics
 from .splice import splice_after
 from .verification import fault_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..batchnorm.dropouts import dropouts_before_batchnorm
+from ..batchnorm.dropout_before_batchnorm import dropouts_before_batchnorm
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import GraphError, TrainingError, as_passed
 from ..graph.copies import unwrapped

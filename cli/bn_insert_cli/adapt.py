@@ -13,16 +13,7 @@ import typer
 
 from bn_insert.support.text import counted, listed
 
-from . import options as opt
-from .checking import (
-    CHECK_FAILED,
-    CHECK_IMAGES,
-    check_files,
-    compare_on_devices,
-    note_calibration,
-    report_facts,
-    saying_what_is_written,
-)
+from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
 from .inputs import (
     ImageOptions,
@@ -36,6 +27,15 @@ from .inputs import (
     share_of,
 )
 from .interruption import signals
+from .output_checks import (
+    CHECK_FAILED,
+    CHECK_IMAGES,
+    check_files,
+    compare_on_devices,
+    note_calibration,
+    report_facts,
+    saying_what_is_written,
+)
 from .tables import accuracy_table, comparison_table, shift_table
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import typer
 from bn_insert.errors import BNInsertError, out_of_memory
 
 from .adapt import adapt
-from .command import Command, CommandGroup, wants_traceback
 from .compare import compare
 from .compare_modes import compare_modes
 from .console import print_error
@@ -18,6 +17,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
 from .fold import fold
+from .general_options import Command, CommandGroup, wants_traceback
 from .insert import insert
 from .inspect import inspect
 from .interruption import signals

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .checking import CHECK_FAILED
+from . import shared_options as opt
 from .console import image_progress, print_json, print_result, print_table
 from .inputs import ImageOptions, check_checkpoint, is_torchvision_name, open_calibration, open_checkpoint, open_device
+from .output_checks import CHECK_FAILED
 from .tables import comparison_table
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options as opt
+from . import shared_options as opt
 from .console import print_json, print_result, print_table
 from .inputs import ImageOptions, batch_sizes, check_checkpoint, open_calibration, open_checkpoint, open_device
 from .tables import agreement_table

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .checking import CHECK_FAILED
+from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
 from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
 from .interruption import signals
+from .output_checks import CHECK_FAILED
 from .tables import class_table
 
 

@@ -12,7 +12,7 @@ import typer
 
 from bn_insert.support.text import counted, listed
 
-from . import options as opt
+from . import shared_options as opt
 from .console import (
     print_error,
     print_line,

@@ -9,11 +9,11 @@ import typer
 
 from bn_insert.support.text import counted
 
-from . import options as opt
-from .checking import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
+from . import shared_options as opt
 from .console import print_note, print_result, print_table
 from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
 from .interruption import signals
+from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
 from .tables import comparison_table
 
 if TYPE_CHECKING:

@@ -12,16 +12,7 @@ import typer
 
 from bn_insert.support.text import counted
 
-from . import options as opt
-from .checking import (
-    CHECK_FAILED,
-    CHECK_IMAGES,
-    check_files,
-    compare_on_devices,
-    note_calibration,
-    report_facts,
-    saying_what_is_written,
-)
+from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table
 from .inputs import (
     ImageOptions,
@@ -36,6 +27,15 @@ from .inputs import (
     share_of,
 )
 from .interruption import signals
+from .output_checks import (
+    CHECK_FAILED,
+    CHECK_IMAGES,
+    check_files,
+    compare_on_devices,
+    note_calibration,
+    report_facts,
+    saying_what_is_written,
+)
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import LEAST_BATCHES, REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 

@@ -10,7 +10,7 @@ import typer
 
 from bn_insert.support.text import counted, listed
 
-from . import options as opt
+from . import shared_options as opt
 from .console import plain, print_json, print_line, print_result, print_table, table
 from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import layer_rows, layer_table

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .checking import CHECK_FAILED
+from . import shared_options as opt
 from .console import image_progress, print_error, print_json, print_line, print_note
 from .inputs import (
     ImageOptions,
@@ -20,6 +19,7 @@ from .inputs import (
     open_checkpoint,
     open_device,
 )
+from .output_checks import CHECK_FAILED
 
 
 def predict(  # noqa: PLR0917 - options are keyword-only on the command line

@@ -9,7 +9,7 @@ import typer
 
 from bn_insert.support.text import counted
 
-from . import options as opt
+from . import shared_options as opt
 from .console import print_result
 from .interruption import signals
 

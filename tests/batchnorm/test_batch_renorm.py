@@ -24,7 +24,7 @@ from bn_insert.batchnorm.batch_renorm import (
     to_batchnorm,
     to_renorm,
 )
-from bn_insert.batchnorm.recomputation import kept_passes
+from bn_insert.batchnorm.gradient_checkpointing import kept_passes
 from bn_insert.errors import TrainingError
 from support.commands import forked_ranks
 

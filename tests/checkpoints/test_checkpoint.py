@@ -19,11 +19,11 @@ from torchvision.models.vgg import VGG, make_layers
 
 import bn_insert.checkpoints.read
 from bn_insert import RenormScheduler, insert_batchnorm, set_batchnorm_mode
-from bn_insert.checkpoints.assumptions import vgg_assumptions
 from bn_insert.checkpoints.load import build_network, load_checkpoint
 from bn_insert.checkpoints.read import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
+from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
 from bn_insert.errors import CheckpointError
 from bn_insert.support.files import write_atomically
 from support.commands import run_forked

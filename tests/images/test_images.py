@@ -28,7 +28,7 @@ from bn_insert.images import (
     sample,
 )
 from bn_insert.images.batches import Unreadable
-from bn_insert.images.files import read_image, read_pixels
+from bn_insert.images.image_files import read_image, read_pixels
 from support.commands import start_forked
 from support.photographs import photograph
 
@@ -328,11 +328,11 @@ def fail_for_lack_of_memory(*_: object) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_picture_is_left_out_for_lack_of_memory(workers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bn_insert.images.files.read_image", fail_for_lack_of_memory)
+    monkeypatch.setattr("bn_insert.images.image_files.read_image", fail_for_lack_of_memory)
     batches = image_batches(folder, PLAIN, batch_size=2, workers=workers)
     with pytest.raises(ImageError, match=r"none of the 10 image files can be read.*takes more memory than any picture"):
         list(batches)  # there is memory for any picture within the limits: the files are to blame
-    monkeypatch.setattr("bn_insert.images.files._MAX_BYTES", 1 << 60)
+    monkeypatch.setattr("bn_insert.images.image_files._MAX_BYTES", 1 << 60)
     with pytest.raises(MemoryError):
         list(batches)
 
@@ -587,7 +587,7 @@ def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
 
 
 def test_a_killed_worker_is_reported_as_such(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bn_insert.images.files.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("bn_insert.images.image_files.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ImageError, match=r"a process that decodes images ended early, .*; use fewer workers"):
         list(image_batches(folder, PLAIN, batch_size=2, workers=2))
 

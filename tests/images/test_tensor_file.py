@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bn_insert.errors import ImageError
 from bn_insert.images.batches import sample
-from bn_insert.images.sources import open_batches
+from bn_insert.images.image_sources import open_batches
 from bn_insert.images.tensor_batches import tensor_batches
 from bn_insert.images.transform import Transform
 

@@ -1,0 +1,114 @@
+"""What is wrong with a file that cannot be read as a checkpoint: truncated, damaged, refused, or of another format."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..support.safe_torch_load import RefusedError
+from ..support.text import printable
+
+# Files that save_pretrained of Hugging Face's libraries, timm, and accelerate write into a folder.
+_USUAL_NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+_TAR_MAGIC = slice(257, 262)
+START = _TAR_MAGIC.stop
+_SAVE_STATE_DICT = "save the weights as a state dict: torch.save(model.state_dict(), path)"
+_OTHER_FORMATS = {
+    b"\x89HDF\r\n": f"an HDF5 file, as Keras writes; {_SAVE_STATE_DICT}",
+    b"GGUF": f"a GGUF file; {_SAVE_STATE_DICT}",
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"\x93NUMPY": f"one NumPy array; {_SAVE_STATE_DICT}",
+    b"\x08": f"perhaps an ONNX model; {_SAVE_STATE_DICT}",
+}
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Return the error for a file that is truncated, damaged or refused, or that torch.save did not write."""
+    if isinstance(error, RefusedError):
+        kind = _kind_of_archive(path) if "torch.save does not write" in str(error) else None
+        refused = f"was refused: {printable(error)}; download or write it again"
+        return CheckpointError(f"{path} {f'is not a checkpoint: it is {kind}' if kind else refused}")
+    text = str(error)
+    if wanted := re.search(r"(?:Unsupported (?:global: GLOBAL|class)|unsupported GLOBAL) ([\w.]+)", text):
+        return CheckpointError(
+            f"{path} contains code or objects other than tensors ({wanted[1]}), which could run anything, so it is not "
+            "read; where it was made, save only the weights: torch.save(model.state_dict(), path)"
+        )
+    if "TorchScript" in text:
+        return CheckpointError(
+            f"{path} is a TorchScript program, not a state dict; "
+            "save one with torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
+    if "Unsupported operand" in text and zipfile.is_zipfile(path):
+        return CheckpointError(
+            f"{path} has a newer pickle protocol than PyTorch reads without running code; where it was made, save it "
+            "with the default: torch.save(model.state_dict(), path)"
+        )
+    if "Unsupported operand" in text or "Invalid magic number" in text:
+        return CheckpointError(
+            f"{path} is a pickle that torch.save did not write, and reading it could run code; where you trust it, "
+            "convert it: torch.save(pickle.load(open(path, 'rb')), other_path), with tensors as values"
+        )
+    reason = printable(re.split(r"\. |\n", text.rpartition("WeightsUnpickler error:")[2].strip())[0][:200])
+    fault = f"is damaged, or was not written by torch.save or safetensors ({reason or type(error).__name__})"
+    if _is_truncated_zip(path):
+        fault = "is incomplete: it ends before its zip directory, as after an interrupted download or copy"
+    return CheckpointError(f"{path} {fault}; download or write it again")
+
+
+def _is_truncated_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
+
+
+def _kind_of_archive(path: Path) -> str | None:
+    """Return what a zip archive is that torch.save did not write, and the way out; None if it may be its own."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        return None
+    if any("/data/weights/" in name for name in names):
+        return "a torch.export program; save its weights: torch.save(torch.export.load(path).state_dict, other_path)"
+    if "model.weights.h5" in names:
+        return f"a Keras model; {_SAVE_STATE_DICT}"
+    if any(name.endswith((".pth", ".pt", ".bin", ".safetensors")) for name in names):
+        return "a zip archive with a checkpoint in it: unpack it first"
+    return None
+
+
+def file_in(folder: Path) -> str:
+    """Return the way from a folder to a file that can be read."""
+    try:
+        names = {file.name for file in folder.iterdir()}
+    except OSError:
+        names = set()
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return (
+            "it has the parts of a distributed checkpoint, which PyTorch makes one file of: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        )
+    found = next((name for name in _USUAL_NAMES if name in names), None)
+    return f"name the file in it: {folder / found}" if found else "name a file in it"
+
+
+def guess(start: bytes) -> str:
+    """Return what a file is that is not a checkpoint, from its first `START` bytes."""
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    if start[_TAR_MAGIC] == b"ustar":
+        return "it is a tar archive: unpack it first"
+    for beginning, what in _OTHER_FORMATS.items():
+        if start.startswith(beginning):
+            return f"it is {what}"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
+        return "it is a text file"
+    return "neither torch.save nor safetensors wrote it"
