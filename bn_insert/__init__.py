@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # Load, insert, check, save
-    from .checkpoints.load import build_network as build_network, load_checkpoint as load_checkpoint
-    from .checkpoints.read import Checkpoint as Checkpoint, read_checkpoint as read_checkpoint
+    from .checkpoints.load_network import build_network as build_network, load_checkpoint as load_checkpoint
+    from .checkpoints.read_file import Checkpoint as Checkpoint, read_checkpoint as read_checkpoint
     from .checkpoints.settings import Settings as Settings
     from .checkpoints.save import check_output as check_output, save_checkpoint as save_checkpoint
     from .checkpoints.torchvision_weights import torchvision_checkpoint as torchvision_checkpoint
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from .surgery.splice import inserted_batchnorms as inserted_batchnorms
 
     # Insert step by step
-    from .batchnorm.identity import identity_batchnorm as identity_batchnorm
+    from .batchnorm.identity_parameters import identity_batchnorm as identity_batchnorm
     from .graph.sites import Layer as Layer, Site as Site, find_sites as find_sites, survey as survey
     from .statistics.calibrate import calibrate as calibrate
     from .statistics.moments import Moments as Moments
@@ -107,11 +107,11 @@ if TYPE_CHECKING:
 _MODULES = {
     # Load, insert, check, save
     "check_output": "checkpoints.save",
-    "read_checkpoint": "checkpoints.read",
-    "Checkpoint": "checkpoints.read",
+    "read_checkpoint": "checkpoints.read_file",
+    "Checkpoint": "checkpoints.read_file",
     "Settings": "checkpoints.settings",
-    "build_network": "checkpoints.load",
-    "load_checkpoint": "checkpoints.load",
+    "build_network": "checkpoints.load_network",
+    "load_checkpoint": "checkpoints.load_network",
     "save_checkpoint": "checkpoints.save",
     "torchvision_checkpoint": "checkpoints.torchvision_weights",
     "vgg_assumptions": "checkpoints.vgg_assumptions",
@@ -171,7 +171,7 @@ _MODULES = {
     "Layer": "graph.sites",
     "calibrate": "statistics.calibrate",
     "Moments": "statistics.moments",
-    "identity_batchnorm": "batchnorm.identity",
+    "identity_batchnorm": "batchnorm.identity_parameters",
     "find_edges": "surgery.equalize",
     "Edge": "surgery.equalize",
     "equalize": "surgery.equalize",

@@ -43,8 +43,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bn_insert.checkpoints.load import build_network
-from bn_insert.checkpoints.read import read_checkpoint
+from bn_insert.checkpoints.load_network import build_network
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.report import versions
 from bn_insert.training.metrics import write_curves

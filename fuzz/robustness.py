@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import BNInsertError, load_checkpoint
-from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.images.class_folders import open_class_folders
 from bn_insert.images.image_sources import open_batches
 from bn_insert.images.transform import Transform

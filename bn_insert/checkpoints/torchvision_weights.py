@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, as_passed
 from ..support.near_names import near_names
-from .read import Checkpoint
+from .read_file import Checkpoint
 
 NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 

@@ -31,7 +31,7 @@ class Role(Enum):
     COPY = "each value by itself, unchanged"
     ITEM = "takes one result of an operation that returns several"
     RESHAPE = "the same values in the same order, under another shape"
-    POOLING = "combines neighbouring positions of a channel; the last `dims` axes are positions"
+    POOLING = "combines neighboring positions of a channel; the last `dims` axes are positions"
     RESIZING = "interpolates between positions of a channel; the last `dims` axes are positions"
     PADDING = "adds positions around the last axes"
     REDUCTION = "combines all values along the axes of its argument `dim`"

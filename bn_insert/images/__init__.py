@@ -1,6 +1,6 @@
 """Folders of images and tensor files, read as batches; knows nothing of networks."""
 
-from .batches import Batch, Batches, Unreadable, sample
+from .batch_interface import Batch, Batches, Unreadable, sample
 from .class_folders import ClassFolders, check_class_folders, open_class_folders
 from .image_batches import ImageBatches, image_batches
 from .image_files import IMAGE_SUFFIXES, find_images

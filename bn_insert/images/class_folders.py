@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ImageError
 from ..support.near_names import missing_folder
 from ..support.text import listed, printable
-from .batches import Unreadable
+from .batch_interface import Unreadable
 from .image_batches import ImageReader
 from .image_files import find_images
 from .transform import Transform

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ImageError, as_passed
-from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
+from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .image_files import MODES, find_images, read_pixels
 from .tensor_batches import TENSOR_SUFFIXES
 from .transform import Transform

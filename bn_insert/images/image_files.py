@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from ..errors import ImageError
 from ..support.near_names import missing_folder
-from .batches import Unreadable
+from .batch_interface import Unreadable
 from .transform import Transform
 
 # The formats that Pillow may recognize. It looks at the content of a file, not at its suffix, and without this list

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import ImageError
 from ..support.near_names import did_you_mean
-from .batches import Batches, check_at_least
+from .batch_interface import Batches, check_at_least
 from .image_batches import image_batches
 from .image_files import IMAGE_SUFFIXES, check_has_images
 from .tensor_batches import TENSOR_SUFFIXES, tensor_batches

@@ -11,7 +11,7 @@ import torch
 from ..errors import ImageError
 from ..support.near_names import missing_folder
 from ..support.text import listed
-from .batches import Batch, Unreadable
+from .batch_interface import Batch, Unreadable
 from .class_folders import NAMES_SHOWN, LabelledBatch, class_names
 from .image_batches import ImageBatches, image_batches
 from .image_files import find_images

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ImageError, out_of_memory
 from ..support.safe_torch_load import load_torch_file
 from ..support.text import printable
-from .batches import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
+from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
 _LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")

@@ -266,7 +266,7 @@ def _shortened(name: str) -> str:
 
 
 def _power_of_ten(value: float, _position: float | int) -> str:
-    """Return a tick label short enough not to overlap its neighbours: 1e5, not 1e+05."""
+    """Return a tick label short enough not to overlap its neighbors: 1e5, not 1e+05."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:g}"
     return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")

@@ -13,8 +13,8 @@ twice. Then the two can only find the same bytes. For the same reason only the f
 tensors and plain containers may be called, fewer than `weights_only` allows: each of them is known to take memory in
 proportion to its arguments.
 
-What is raised here, and by torch.load, says only what is wrong. `checkpoints/read.py` turns it into the messages about
-damaged files, which name the file and the way out.
+What is raised here, and by torch.load, says only what is wrong. `checkpoints/damaged_files.py` turns it into messages
+that name the file and the way out.
 
 Other ways were considered. fickling decides whether a pickle would run code, not what it would allocate, and does not
 read the archive as torch does. A reader of tensors without torch.load would have to follow every format that torch.save

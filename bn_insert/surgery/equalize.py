@@ -1,4 +1,4 @@
-"""Scale channels between neighbouring layers by powers of two, so that activations have unit-like scale.
+"""Scale channels between neighboring layers by powers of two, so that activations have unit-like scale.
 
 An edge leads from a site to the layers that read its channels. Where an operation on it, such as ReLU6, does not
 preserve the scale, the edge has a reason instead, and stays as it is. What an operation does to channels is in the
@@ -31,7 +31,7 @@ from ..graph.operator_rules import (
 from ..graph.sites import Site
 from ..graph.trace import Trace
 from ..statistics.moments import Moments
-from .layer_weights import exact_inputs, exact_outputs, multiply_inputs, multiply_outputs, number_of_inputs
+from .scale_weights import exact_inputs, exact_outputs, multiply_inputs, multiply_outputs, number_of_inputs
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _keeps_channels_apart(node: fx.Node, channels: _Channels) -> bool:
     """Return whether a homogeneous operation on positions never combines values of different channels."""
     shape = _shape_of(channels.node)
     if has_role(node, Role.PADDING):
-        # Constant padding puts nothing but zeros next to a channel; any other repeats values of neighbours.
+        # Constant padding puts nothing but zeros next to a channel; any other repeats values of neighbors.
         copies_values = operation(node) == "pad" and argument(node, "mode") != "constant"
         return fits_positions(node, shape) and (channels.repeat == 1 or not copies_values)
     if channels.repeat != 1:

@@ -1,6 +1,6 @@
 """Merge each BatchNorm into a conv or dense layer: the inverse of an insertion.
 
-Which can be merged, and into which layers, is planned in `fold_plan.py`; weights are changed in `layer_weights.py`.
+Which can be merged, and into which layers, is planned in `fold_plan.py`; weights are changed in `fold_weights.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
 from .fold_plan import Fold, plan_folds
+from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
-from .layer_weights import merge_into_inputs, merge_into_outputs
 from .splice import splice_out
 
 

@@ -26,7 +26,7 @@ from ..graph.operator_rules import (
     writes_in_place,
 )
 from ..graph.trace import Trace
-from .layer_weights import Affine, batchnorm_affine
+from .fold_weights import Affine, batchnorm_affine
 
 # Operations that pass values on, and may return the very tensor that they take.
 _ALIASES = (Role.DROPOUT, Role.COPY, Role.RESHAPE)

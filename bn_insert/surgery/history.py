@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.identity import BATCHNORMS
+from ..batchnorm.identity_parameters import BATCHNORMS
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..graph.layers import layer_kind, outputs_of

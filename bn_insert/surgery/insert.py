@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropouts_upstream
-from ..batchnorm.identity import check_eps, identity_batchnorm
+from ..batchnorm.identity_parameters import check_eps, identity_batchnorm
 from ..errors import CalibrationError, GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor

@@ -10,7 +10,7 @@ from functools import reduce
 from itertools import count, islice
 
 from ..errors import DivergenceError, ImageError
-from ..images.batches import sample
+from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import preserved_random_state
 from .classifier import Classifier

@@ -10,12 +10,12 @@ from torch import nn
 from ..batchnorm.modes import needs_several_values
 from ..errors import TrainingError, as_passed
 from ..images.augmentation import augmented
-from ..images.batches import sample
+from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
 from ..support.processes import Ranks
 from .settings import TrainingSettings
 
-# Seeds of epochs and of batches are this far apart, so that neighbouring seeds of users share none of them.
+# Seeds of epochs and of batches are this far apart, so that neighboring seeds of users share none of them.
 _SEED_STRIDE = 1_000_003
 
 _LEAST_RENORM_SAMPLE = 32  # images in a batch of re-estimation

@@ -10,6 +10,7 @@ import typer
 from bn_insert.errors import BNInsertError, out_of_memory
 
 from .adapt import adapt
+from .base_command import Command, CommandGroup, wants_traceback
 from .compare import compare
 from .compare_modes import compare_modes
 from .console import print_error
@@ -17,7 +18,6 @@ from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune
 from .fold import fold
-from .general_options import Command, CommandGroup, wants_traceback
 from .insert import insert
 from .inspect import inspect
 from .interruption import signals

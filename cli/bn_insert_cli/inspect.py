@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,14 +12,14 @@ import typer
 from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
-from .console import plain, print_json, print_line, print_result, print_table, table
+from .console import plain, print_json, print_line, print_result, print_table, stdout, table
 from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
-from .tables import layer_rows, layer_table
+from .tables import NARROW, keep_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bn_insert import Settings
+    from bn_insert import Layer, Settings
 
 
 _CLASSES_SHOWN = 10
@@ -74,10 +75,10 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     if as_json:
         settings = content.settings and json.loads(content.settings.to_json())
         print_json(
-            {"layers": layer_rows(found, weights), "settings": settings, "parameters": parameters, "batchnorms": sites}
+            {"layers": _layer_rows(found, weights), "settings": settings, "parameters": parameters, "batchnorms": sites}
         )
         return
-    print_table(layer_table(found, weights, example.shape[1:]))
+    print_table(_layer_table(found, weights, example.shape[1:]))
     print_assumptions(network, content.settings, checkpoint, model)
     if content.settings is None:
         print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")
@@ -85,6 +86,55 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         print_table(_settings_table(content.settings, content.settings_place))
     insertable = f"BatchNorm can be inserted after {sites}" if sites else "no BatchNorm can be inserted"
     print_result(f"{counted(len(found), 'conv or dense layer')}, {parameters:,} parameters; {insertable}.")
+
+
+def _layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]], inputs: Sequence[int]) -> Table:
+    """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it.
+
+    Args:
+        layers: One for each row.
+        weights: Shapes of their weights, by name.
+        inputs: Shape of the input that the outputs are for.
+    """
+    wide = stdout().width >= NARROW
+    result = table(
+        "Conv and dense layers",
+        *("layer", *["type"] * wide, "weight", "output", "parameters", "BatchNorm"),
+        right=("parameters",),
+    )
+    keep_whole(result, (layer.name for layer in layers))
+    for layer in layers:
+        result.add_row(
+            layer.name,
+            *[layer.type_name] * wide,
+            _dimensions(weights[layer.name]),
+            _dimensions(layer.shape[1:]) or "-",
+            f"{layer.parameters:,}",
+            plain(f"after {layer.site.anchor}", style="green") if layer.site else _reason(layer, wide=wide),
+        )
+    result.caption = f"output: for an input of {_dimensions(inputs)} (see --size)"
+    return result
+
+
+def _reason(layer: Layer, *, wide: bool) -> str:
+    """Return why a layer has no site; in a narrow table, in fewer words."""
+    return layer.reason if wide else layer.reason.replace("already followed by a normalization: ", "normalized by ")
+
+
+def _layer_rows(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
+    """Return the contents of `_layer_table` as JSON-ready data."""
+    return [
+        {
+            "name": layer.name,
+            "type": layer.type_name,
+            "weight": list(weights[layer.name]),
+            "output": list(layer.shape[1:]),
+            "parameters": layer.parameters,
+            "batchnorm_after": layer.site.anchor if layer.site else None,
+            "reason": layer.reason,
+        }
+        for layer in layers
+    ]
 
 
 def _settings_table(settings: Settings, place: str) -> Table:
@@ -114,3 +164,7 @@ def _settings_table(settings: Settings, place: str) -> Table:
 
 def _value(value: object) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return "x".join(str(extent) for extent in shape)

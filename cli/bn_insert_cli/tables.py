@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         Comparison,
         Edge,
         Evaluation,
-        Layer,
         Moments,
         PredictionComparison,
         Site,
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 # An error estimated from the spread between fewer batches is not reliable.
 FEWEST_BATCHES = 8
 GOOD_ERROR = 0.1  # of mean and std, in stds
-_NARROW = 100  # columns of a terminal; narrower tables have fewer columns
+NARROW = 100  # columns of a terminal; narrower tables have fewer columns
 _MOST_CLASSES = 30  # rows; the report has all
 _LONGEST_NAME = 30  # characters that are kept on one line
 
@@ -42,10 +41,10 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
     """
     reliable = batches >= FEWEST_BATCHES and all(moments[site.name].standard_error is not None for site in sites)
     constant = any(moments[site.name].constant_channels for site in sites)
-    wide = stdout().width >= _NARROW
+    wide = stdout().width >= NARROW
     numbers = ("channels", "mean", "std", *["error"] * reliable, *["constant"] * constant)
     result = table("Activation statistics per layer", "layer", *["kind"] * wide, *numbers, right=numbers)
-    _keep_whole(result, (site.name for site in sites))
+    keep_whole(result, (site.name for site in sites))
     for site in sites:
         found = moments[site.name]
         result.add_row(
@@ -110,7 +109,7 @@ def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
     """Return one row per layer: how far its statistics moved from source to target."""
     numbers = ("channels", "means moved by", "std factor (range)")
     result = table("Statistics, from source to target", "layer", *numbers, right=numbers)
-    _keep_whole(result, (shift.layer for shift in shifts))
+    keep_whole(result, (shift.layer for shift in shifts))
     for shift in shifts:
         ratios = shift.std[shift.std.isfinite()].tolist()
         factor = f"{shift.std_median:.2f} ({_range(ratios)})" if ratios else "-"
@@ -168,69 +167,16 @@ def edge_table(edges: Sequence[Edge]) -> Table:
     result = table(
         f"Equalized: {equalized} of {len(edges)} layers", "layer", "next layers, or why it was not equalized"
     )
-    _keep_whole(result, (edge.site for edge in edges))
+    keep_whole(result, (edge.site for edge in edges))
     for edge in edges:
         result.add_row(edge.site, edge.reason or ", ".join(consumer.name for consumer in edge.consumers))
     return result
 
 
-def layer_table(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]], inputs: Sequence[int]) -> Table:
-    """Return one row per conv or dense layer, and whether a BatchNorm can be inserted after it.
-
-    Args:
-        layers: One for each row.
-        weights: Shapes of their weights, by name.
-        inputs: Shape of the input that the outputs are for.
-    """
-    wide = stdout().width >= _NARROW
-    result = table(
-        "Conv and dense layers",
-        *("layer", *["type"] * wide, "weight", "output", "parameters", "BatchNorm"),
-        right=("parameters",),
-    )
-    _keep_whole(result, (layer.name for layer in layers))
-    for layer in layers:
-        result.add_row(
-            layer.name,
-            *[layer.type_name] * wide,
-            _dimensions(weights[layer.name]),
-            _dimensions(layer.shape[1:]) or "-",
-            f"{layer.parameters:,}",
-            plain(f"after {layer.site.anchor}", style="green") if layer.site else _reason(layer, wide=wide),
-        )
-    result.caption = f"output: for an input of {_dimensions(inputs)} (see --size)"
-    return result
-
-
-def _reason(layer: Layer, *, wide: bool) -> str:
-    """Return why a layer has no site; in a narrow table, in fewer words."""
-    return layer.reason if wide else layer.reason.replace("already followed by a normalization: ", "normalized by ")
-
-
-def layer_rows(layers: Sequence[Layer], weights: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
-    """Return the contents of `layer_table` as JSON-ready data."""
-    return [
-        {
-            "name": layer.name,
-            "type": layer.type_name,
-            "weight": list(weights[layer.name]),
-            "output": list(layer.shape[1:]),
-            "parameters": layer.parameters,
-            "batchnorm_after": layer.site.anchor if layer.site else None,
-            "reason": layer.reason,
-        }
-        for layer in layers
-    ]
-
-
-def _keep_whole(result: Table, names: Iterable[str]) -> None:
+def keep_whole(result: Table, names: Iterable[str]) -> None:
     """Keep the names in the first column on one line, unless they are very long."""
     result.columns[0].min_width = min(max(map(len, names), default=0), _LONGEST_NAME)
 
 
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.3g} .. {max(values):.3g}"
-
-
-def _dimensions(shape: Sequence[int]) -> str:
-    return "x".join(str(extent) for extent in shape)

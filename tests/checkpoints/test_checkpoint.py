@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG, make_layers
 
-import bn_insert.checkpoints.read
+import bn_insert.checkpoints.read_file
 from bn_insert import RenormScheduler, insert_batchnorm, set_batchnorm_mode
-from bn_insert.checkpoints.load import build_network, load_checkpoint
-from bn_insert.checkpoints.read import read_checkpoint, read_settings
+from bn_insert.checkpoints.load_network import build_network, load_checkpoint
+from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
@@ -622,7 +622,7 @@ def test_a_file_that_is_replaced_while_it_is_mapped_is_refused(
         return replace_first
 
     monkeypatch.setattr(torch, "load", replaced(torch.load))
-    monkeypatch.setattr(bn_insert.checkpoints.read, "safe_open", replaced(safe_open))
+    monkeypatch.setattr(bn_insert.checkpoints.read_file, "safe_open", replaced(safe_open))
     message = refusal_of(lambda: load_checkpoint(path, mmap=True))
     assert f"{path} was refused: it was replaced while it was being read" in message
 
@@ -832,7 +832,7 @@ KILLED = """
 import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from torch import nn
-from bn_insert.checkpoints.load import build_network, load_checkpoint
+from bn_insert.checkpoints.load_network import build_network, load_checkpoint
 from bn_insert.checkpoints.save import save_checkpoint
 
 CHANGES = {"os.rename", "os.link", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "os.utime"}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bn_insert.checkpoints.load import load_checkpoint
-from bn_insert.checkpoints.read import read_checkpoint, read_settings
+from bn_insert.checkpoints.load_network import load_checkpoint
+from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.errors import CheckpointError

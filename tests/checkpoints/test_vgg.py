@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG
 
-from bn_insert.checkpoints.load import build_network
+from bn_insert.checkpoints.load_network import build_network
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.torchvision_weights import torchvision_checkpoint
 from bn_insert.checkpoints.vgg import vgg_from_state_dict

@@ -155,7 +155,7 @@ def test_finetune_sees_before_the_work_that_its_folder_is_read_only(inputs: Path
     ],
     ids=lambda error: f"{type(error).__name__}-{error!s:.20}",
 )
-@pytest.mark.parametrize("place", ["checkpoints.read.load_torch_file", "checkpoints.vgg.nn.Conv2d"])
+@pytest.mark.parametrize("place", ["checkpoints.read_file.load_torch_file", "checkpoints.vgg.nn.Conv2d"])
 def test_too_little_memory_is_one_message_and_never_a_damaged_file(
     place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

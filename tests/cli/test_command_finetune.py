@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state

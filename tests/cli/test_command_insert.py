@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bn_insert.surgery.insert
 from bn_insert import load_checkpoint
-from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused
 from support.digits import images_of

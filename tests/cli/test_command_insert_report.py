@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bn_insert import load_checkpoint, save_checkpoint
-from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
 

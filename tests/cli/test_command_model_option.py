@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from bn_insert import load_checkpoint
-from bn_insert.checkpoints.read import read_checkpoint
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, INSTALLED, Run, assert_refused, run, run_process, text_of
 from support.digits import copy_labelled_digits

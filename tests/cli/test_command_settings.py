@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import bn_insert.checkpoints.read
+import bn_insert.checkpoints.read_file
 from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.demo import images_path, network_path
 from bn_insert.images import Transform
@@ -60,13 +60,13 @@ def test_settings_from_a_stranger_are_shown_without_markup_and_escapes(run: Run)
 def test_a_command_reads_its_checkpoint_once(run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(network_path(), "net.pth")
     read: list[str] = []
-    original = bn_insert.checkpoints.read.load_torch_file
+    original = bn_insert.checkpoints.read_file.load_torch_file
 
     def counted(file: BufferedReader, *, mapped: bool) -> object:
         read.append(Path(file.name).name)
         return original(file, mapped=mapped)
 
-    monkeypatch.setattr(bn_insert.checkpoints.read, "load_torch_file", counted)
+    monkeypatch.setattr(bn_insert.checkpoints.read_file, "load_torch_file", counted)
     run("insert", "net.pth", digits, "-o", "out.pth", *FEW)
     run("fold", "out.pth", "-o", "folded.pth")
     run("inspect", "folded.pth")

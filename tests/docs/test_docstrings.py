@@ -55,7 +55,7 @@ def test_the_examples_in_a_docstring_print_what_they_show(name: str) -> None:
     "name",
     [
         "graph.sites.find_sites",
-        "batchnorm.identity.identity_batchnorm",
+        "batchnorm.identity_parameters.identity_batchnorm",
         "surgery.insert.insert_batchnorm",
         "compare.outputs.compare_outputs",
     ],

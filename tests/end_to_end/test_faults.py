@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bn_insert import CalibrationError, calibrate, find_sites, insert_batchnorm
 from bn_insert.checkpoints.save import save_checkpoint
-from bn_insert.images.batches import Batch
+from bn_insert.images.batch_interface import Batch
 from bn_insert.statistics.passes import checked
 from support.commands import AS_STORED, assert_refused, run
 from support.networks import images, sequential, small_vgg

@@ -27,7 +27,7 @@ from bn_insert.images import (
     open_labelled_batches,
     sample,
 )
-from bn_insert.images.batches import Unreadable
+from bn_insert.images.batch_interface import Unreadable
 from bn_insert.images.image_files import read_image, read_pixels
 from support.commands import start_forked
 from support.photographs import photograph

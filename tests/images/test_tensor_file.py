@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bn_insert.errors import ImageError
-from bn_insert.images.batches import sample
+from bn_insert.images.batch_interface import sample
 from bn_insert.images.image_sources import open_batches
 from bn_insert.images.tensor_batches import tensor_batches
 from bn_insert.images.transform import Transform

@@ -480,7 +480,7 @@ def test_one_edge_divides_rows_of_the_layer_and_multiplies_columns_of_its_reader
 
 
 def test_weights_larger_than_a_block_lose_no_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bn_insert.surgery.layer_weights._WEIGHTS_AT_A_TIME", 10)
+    monkeypatch.setattr("bn_insert.surgery.scale_weights._WEIGHTS_AT_A_TIME", 10)
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)))
     with torch.no_grad():
         model[2].weight[5, 4, 2, 2] = 2.0**-140  # in the last block; 2**-149 is the smallest number

@@ -25,7 +25,7 @@ from bn_insert import (
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.surgery.fold import fold
-from bn_insert.surgery.layer_weights import Affine, batchnorm_affine, fold_inputs, fold_outputs
+from bn_insert.surgery.fold_weights import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from support.networks import (
     AWKWARD,
     AnyModule,

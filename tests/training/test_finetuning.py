@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import EpochMetrics, RunSummary, TrainingSettings, finetune, insert_batchnorm
-from bn_insert.checkpoints.load import load_checkpoint
-from bn_insert.checkpoints.read import read_settings
+from bn_insert.checkpoints.load_network import load_checkpoint
+from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
 from bn_insert.images import ClassFolders, open_class_folders

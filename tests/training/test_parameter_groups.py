@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError
 from bn_insert.training.parameter_groups import parameter_groups

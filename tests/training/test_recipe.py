@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import RunSummary, StepMetrics, TrainingSettings, finetune, fold_batchnorm, insert_batchnorm
-from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.errors import CalibrationError, DivergenceError, TrainingError
 from bn_insert.images import ClassFolders, Unreadable
 from bn_insert.images.augmentation import augmented

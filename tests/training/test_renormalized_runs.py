@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bn_insert import BatchRenorm2d, TrainingSettings, finetune, insert_batchnorm, save_checkpoint
 from bn_insert.batchnorm.renorm_limits import RenormScheduler
-from bn_insert.checkpoints.load import load_checkpoint
+from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError
 from bn_insert.images import ClassFolders

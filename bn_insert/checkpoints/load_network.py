@@ -13,8 +13,8 @@ from ..graph.inputs import reference_tensor
 from ..support.files import StrPath
 from ..support.text import printable
 from ..surgery.history import Change, History
-from .model_function import make_network
-from .read import Checkpoint, read_checkpoint
+from .model_option import make_network
+from .read_file import Checkpoint, read_checkpoint
 from .settings import Settings
 from .state_dict import independent, without_prefix
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bn_insert import CalibrationError, Moments, identity_batchnorm
-from bn_insert.batchnorm.identity import kernel_factor
+from bn_insert.batchnorm.identity_parameters import kernel_factor
 from bn_insert.statistics.moments import moments_of
 from support.references import mean_and_var
 
