@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         finetune as finetune,
     )
     from .training.lr_trials import LearningRateTrial as LearningRateTrial
+    from .training.output_fit import OutputFit as OutputFit
     from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.summary import RunSummary as RunSummary
@@ -158,6 +159,7 @@ _MODULES = {
     "RunSummary": "training.summary",
     "StepMetrics": "training.metrics",
     "LearningRateTrial": "training.lr_trials",
+    "OutputFit": "training.output_fit",
     "EpochMetrics": "training.metrics",
     # Fold
     "fold_batchnorm": "surgery.fold",

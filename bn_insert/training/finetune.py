@@ -23,6 +23,7 @@ from .dropout import set_dropout
 from .loop import TrainingLoop
 from .lr_trials import LearningRateTrial, choose_learning_rate, untried_learning_rate
 from .metrics import EpochMetrics, StepMetrics
+from .output_fit import OutputFit, fit_output
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
@@ -64,6 +65,7 @@ def finetune(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
     on_start: Callable[[RunSummary], None] | None = None,
+    on_fit: Callable[[OutputFit], None] | None = None,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -73,7 +75,11 @@ def finetune(
 ) -> FineTuning:
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
-    The learning rate is chosen first if `settings.lr` is None: copies of the network are trained for 20 steps each at
+    A new, dense output layer is first fitted to the features that the network computes for training images
+    (`settings.fit_output`; Kumar et al., 2022, arXiv:2202.10054), by logistic regression, whose penalty is chosen on
+    validation images.
+
+    The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, and the lowest at which the loss falls almost as far as at the best one is used. In a run of
     fewer than 20 steps it is 0.01, or 0.0003 for AdamW.
 
@@ -101,6 +107,7 @@ def finetune(
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
         on_start: Called before the trials and the first step, also of a run that is resumed.
+        on_fit: Called after each batch of the fit of a new output layer, and at its end.
         on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
@@ -159,7 +166,7 @@ def finetune(
             summary = replace(summary, resumed=state.resumed(settings, training_set.steps))
             del state  # it has a second copy of the weights
         results = RunFolder(folder, images, facts, dropout=str(dropout), replaced=() if resume else existing)
-        run = _Run(step, training_set, images, data, results, on_trial, on_step)
+        run = _Run(step, training_set, images, data, results, on_fit, on_trial, on_step)
         ranks.wait()  # no rank looks into the folder after the first rank changes it
         with ExitStack() as writing, renorm_scheduler or nullcontext():
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
@@ -184,15 +191,22 @@ class _Run:
     images: ClassFolders
     data: Mapping[str, Any]
     results: RunFolder
+    on_fit: Callable[[OutputFit], None] | None
     on_trial: Callable[[LearningRateTrial], None] | None
     on_step: Callable[[StepMetrics], None] | None
 
     def train(
         self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None
     ) -> tuple[Progress, TrainingSettings]:
-        """Train, after choosing the learning rate if it is None; return the progress and the settings in effect."""
+        """Train, after the fit of a new output layer and the choice of the learning rate, if it is None.
+
+        Returns:
+            The progress, and the settings in effect.
+        """
         step, settings = self.step, self.step.settings
         try:
+            if settings.fit_output and self.results.facts["data"]["output_replaced"] and progress == Progress():
+                fit_output(step.classifier, self.training_set, self.images, step.stop, self.on_fit)
             if settings.lr is None:
                 lr = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
                 settings = replace(settings, lr=lr)

@@ -25,7 +25,7 @@ from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreada
 from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
-    from bn_insert import EpochMetrics, FineTuning, LearningRateTrial, RunSummary, StepMetrics
+    from bn_insert import EpochMetrics, FineTuning, LearningRateTrial, OutputFit, RunSummary, StepMetrics
 
 DIVERGED = 1
 INTERRUPTED = 130
@@ -163,6 +163,13 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
             rich_help_panel=_NETWORK,
         ),
     ] = "keep",
+    fit_output: Annotated[
+        bool,
+        typer.Option(
+            help="Fit a new output layer to the features of the network before anything is trained.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = True,
     batchnorm: Annotated[
         Literal["train", "renorm", "freeze-statistics", "freeze"],
         typer.Option(
@@ -260,6 +267,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         renorm_d_max=renorm_d_max,
         train=train,
         head=_head_width(head),
+        fit_output=fit_output,
         freeze_features=freeze_features,
         dropout=dropout,
         recalibrate=recalibrate,
@@ -293,6 +301,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     overwrite=force,
                     device=target,
                     on_start=display.start if first else None,
+                    on_fit=display.fit if first else None,
                     on_trial=display.trial if first else None,
                     on_step=display.step if first else None,
                     on_epoch=display.epoch if first else None,
@@ -330,6 +339,17 @@ class _Display:
     def start(self, summary: RunSummary) -> None:
         """Print what the run is about to do."""
         _print_summary(summary)
+
+    def fit(self, fit: OutputFit) -> None:
+        """Advance the bar of the fit of a new output layer; print a line at its end."""
+        if fit.seen == fit.images:
+            self.close()
+            if fit.accuracy is not None:
+                print_note(f"New output layer fitted to the features: validation accuracy {fit.accuracy:.2%}.")
+            return
+        if self._update is None:
+            self._update = self._bar.enter_context(run_progress(fit.images))
+        self._update("fitting the new output layer", fit.seen)
 
     def trial(self, trial: LearningRateTrial) -> None:
         """Advance the bar of a trial; print a line at its end, and the chosen learning rate."""
