@@ -4,9 +4,9 @@
         --clothing CLOTHING --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
-the defaults: no option is chosen. The side without tries SGD and AdamW, with and without dropout, each at several
-learning rates (factor 3.16, uphill from a usual one), with a warm-up of half an epoch; validation images choose among
-them. Then both repeat with other seeds. `best.pth` is evaluated on test images, which choose nothing. Every finished
+the defaults: no option is chosen. The side without tries SGD and AdamW, with and without dropout, with and without a
+fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
+half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test images, which choose nothing. Every finished
 run is a line in `command-line.jsonl`: interrupted, the program continues where it was.
 """
 
@@ -112,6 +112,8 @@ OPPONENTS = (
     Opponent("SGD, no dropout", ("--dropout", "0"), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
     Opponent("SGD, the checkpoint's dropout", (), -6),
+    Opponent("SGD, no dropout, output layer from zeros", ("--dropout", "0", "--no-fit-output"), -6),
+    Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
