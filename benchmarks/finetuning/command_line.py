@@ -6,8 +6,9 @@
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
 the defaults: no option is chosen. The side without tries SGD and AdamW, with and without dropout, with and without a
 fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
-half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test images, which choose nothing. Every finished
-run is a line in `command-line.jsonl`: interrupted, the program continues where it was.
+half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
+images, which choose nothing. Every finished run is a line in `command-line.jsonl`: interrupted, the program continues
+where it was.
 """
 
 from __future__ import annotations
