@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     )
     from .statistics.recalibrate import recalibrate as recalibrate
     from .surgery.replace_output import replace_head as replace_head, replace_output as replace_output
+    from .training.output_fit import fit_output as fit_output
     from .training.parameter_groups import parameter_groups as parameter_groups
 
     # Fine-tune on class folders
@@ -73,8 +74,8 @@ if TYPE_CHECKING:
         finetune as finetune,
     )
     from .training.lr_trials import LearningRateTrial as LearningRateTrial
-    from .training.output_fit import OutputFit as OutputFit
     from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
+    from .training.output_fit import OutputFit as OutputFit
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.summary import RunSummary as RunSummary
 
@@ -138,6 +139,7 @@ _MODULES = {
     # In a training script
     "replace_output": "surgery.replace_output",
     "replace_head": "surgery.replace_output",
+    "fit_output": "training.output_fit",
     "parameter_groups": "training.parameter_groups",
     "dropouts_before_batchnorm": "batchnorm.dropout_before_batchnorm",
     "set_batchnorm_mode": "batchnorm.modes",

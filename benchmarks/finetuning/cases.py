@@ -58,7 +58,8 @@ class Case:
 
 PLAIN = ("plain SGD", "plain AdamW")
 INSERTED = ("fresh", "identity", "identity AdamW", "renorm", "equalized", "gamma, beta and head")
-EVERY = (*PLAIN, *INSERTED)
+FITTED = ("plain SGD, fitted", "plain AdamW, fitted", "identity, fitted", "identity AdamW, fitted")
+EVERY = (*PLAIN, *INSERTED, *FITTED)
 SHIFTED = (*PLAIN, "fresh", "identity", "source", "source renorm", "source, gamma, beta and head")
 DENSE_HEAD = (
     "plain SGD",
@@ -68,6 +69,7 @@ DENSE_HEAD = (
     "identity, dropout",
     "dense alone",
     "conv alone",
+    *FITTED,
 )
 
 
@@ -209,13 +211,13 @@ CASES = {
         title="real VGG16's conv layers in their own preprocessing, output layer on pooled features, clothing, 48 px",
         load=vgg16_bare_head,
         preprocess=keras_range,
-        ways=(*PLAIN, "fresh", "identity", "identity AdamW", "renorm"),
+        ways=(*PLAIN, "fresh", "identity", "identity AdamW", "renorm", *FITTED),
     ),
     "wrong scale": replace(
         _SMALL_PHOTOGRAPHS,
         title="CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
         preprocess=unit_range,
-        ways=(*PLAIN, "fresh", "identity", "identity AdamW"),
+        ways=(*PLAIN, "fresh", "identity", "identity AdamW", *FITTED),
     ),
     "digits": replace(
         _PHOTOGRAPHS,
@@ -227,6 +229,6 @@ CASES = {
         _SMALL_PHOTOGRAPHS,
         title="CIFAR network, new output layer, 2,848 photographs of clothing, 32 px, 10 epochs",
         steps=890,
-        ways=(*PLAIN, "identity", "fresh"),
+        ways=(*PLAIN, "identity", "fresh", *FITTED),
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ class Way:
         norm_decay: Weight decay of gamma and beta.
         momentum: Momentum of the running statistics.
         reestimate: Re-estimate the running statistics before each evaluation.
+        fit: Fit the output layer to the features before training; otherwise it starts with zeros.
     """
 
     title: str
@@ -51,12 +52,19 @@ class Way:
     norm_decay: float = 0.0
     momentum: float = 0.1
     reestimate: bool = True
+    fit: bool = False
 
 
 PLAIN_SGD = Way("no BatchNorm, SGD", layers=(), start=-6)
 PLAIN_ADAMW = Way("no BatchNorm, AdamW", layers=(), start=-8, optimizer="adamw")
 IDENTITY = Way("identity BatchNorm", start=-5)
 WAYS = {
+    "plain SGD, fitted": replace(PLAIN_SGD, title="no BatchNorm, SGD, output layer fitted first", fit=True),
+    "plain AdamW, fitted": replace(PLAIN_ADAMW, title="no BatchNorm, AdamW, output layer fitted first", fit=True),
+    "identity, fitted": replace(IDENTITY, title="identity BatchNorm, output layer fitted first", fit=True),
+    "identity AdamW, fitted": Way(
+        "identity BatchNorm, AdamW, output layer fitted first", start=-7, optimizer="adamw", fit=True
+    ),
     "plain SGD": PLAIN_SGD,
     "plain SGD, dropout": Way("no BatchNorm, SGD, dropout on", layers=(), start=-6, dropout=True),
     "plain AdamW": PLAIN_ADAMW,

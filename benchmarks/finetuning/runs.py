@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_insert import recalibrate
+from bn_insert import fit_output, recalibrate
 
 from .cases import Case, Places
 from .images import Part, Split
 from .methods import Way, optimizer, prepared
 
 CALIBRATION_IMAGES, WEIGHT_DECAY, WARM_UP = 512, 1e-4, 0.1
+FITTED_TO, FITTED_BY = 1024, 256  # images that an output layer is fitted to, and validation images for its penalty
 EVALUATED_AT = (0.25, 1.0)  # fractions of the steps
 
 
@@ -61,6 +62,12 @@ def run(case: Case, way: Way, rate: float, seed: int, places: Places) -> Run:
     calibration = _sample(case, split, generator)
     source = None if case.source is None else _chosen(case, case.source(places), CALIBRATION_IMAGES, generator)
     network = prepared(case.load(places), way, calibration, source)
+    if way.fit:
+        train, validation = (
+            _batches(case, part, count, generator)
+            for part, count in ((split.train, FITTED_TO), (split.validation, FITTED_BY))
+        )
+        fit_output(network, train, validation)
     network = network.to(memory_format=torch.channels_last)
     steps = optimizer(network, way, rate, WEIGHT_DECAY)
     evaluated, accuracies, test_before = network, [], None
@@ -116,6 +123,11 @@ def _mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def _chosen(case: Case, part: Part, count: int, generator: torch.Generator) -> Tensor:
     rows = torch.randperm(len(part), generator=generator)[:count]
     return case.preprocess(part.pixels[rows])
+
+
+def _batches(case: Case, part: Part, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in torch.randperm(len(part), generator=generator)[:count].split(64):
+        yield case.preprocess(part.pixels[rows]), part.classes[rows]
 
 
 def _sample(case: Case, split: Split, generator: torch.Generator) -> Tensor:

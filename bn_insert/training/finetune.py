@@ -23,7 +23,7 @@ from .dropout import set_dropout
 from .loop import TrainingLoop
 from .lr_trials import LearningRateTrial, choose_learning_rate, untried_learning_rate
 from .metrics import EpochMetrics, StepMetrics
-from .output_fit import OutputFit, fit_output
+from .output_fit import OutputFit, fit_new_output
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
@@ -206,7 +206,7 @@ class _Run:
         step, settings = self.step, self.step.settings
         try:
             if settings.fit_output and self.results.facts["data"]["output_replaced"] and progress == Progress():
-                fit_output(step.classifier, self.training_set, self.images, step.stop, self.on_fit)
+                fit_new_output(step.classifier, self.training_set, self.images, step.stop, self.on_fit)
             if settings.lr is None:
                 lr = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
                 settings = replace(settings, lr=lr)

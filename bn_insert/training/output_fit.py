@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ..compare.evaluation import outcomes_of
-from ..graph.copies import working_copy
+from ..errors import TrainingError
+from ..graph.copies import check_module, unwrapped, working_copy
 from ..images.batch_interface import sample
-from ..images.class_folders import ClassFolders, LabelledBatch
+from ..images.class_folders import ClassFolders
+from ..statistics.passes import Progress
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
 from .classifier import Classifier
@@ -43,6 +45,116 @@ class OutputFit:
     accuracy: float | None = None
 
 
+def fit_output(
+    model: nn.Module,
+    train: Iterable[Any],
+    validation: Iterable[Any],
+    *,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> float | None:
+    """Fit a dense output layer, in place, to the features that the network computes in eval mode.
+
+    Training with an output layer that knows nothing distorts features that are good already (Kumar et al., "Fine-Tuning
+    can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054). The fit is logistic
+    regression with an L2 penalty, by L-BFGS; the penalty with the lowest loss on the validation images is chosen. No
+    other layer is changed.
+
+    In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
+    be empty.
+
+    Args:
+        model: A classifier, such as one whose output layer `replace_output` has replaced.
+        train: Batches of images and labels, as for `evaluate`; iterated once. Their features are kept in memory.
+        validation: The same, of images to choose the penalty by.
+        autocast: Dtype for the forward passes.
+        progress: Called after each batch with the number of images so far, of both passes together.
+
+    Returns:
+        The accuracy on the validation images with the fitted layer. None if it was left as it was: no fit has a lower
+        validation loss than log(classes), or the features are not finite, or not one vector for each image.
+
+    Raises:
+        CalibrationError: As for `evaluate`.
+        TrainingError: If the output layer is not dense.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> images = torch.randn(64, 3, 2, 2)
+        >>> labels = (images.mean((1, 2, 3)) > 0).long()
+        >>> accuracy = fit_output(model, [(images[:48], labels[:48])], [(images[48:], labels[48:])])
+        >>> accuracy > 0.8
+        True
+    """
+    check_module(model)
+    model, ranks = unwrapped(model), Ranks.current()
+    name, layer = output_layer(model)
+    if not isinstance(layer, nn.Linear):
+        raise TrainingError(f"the output layer {name} is a {type(layer).__name__}; only a dense layer can be fitted")
+    known, seen = _examples(model, train, autocast, progress)
+    known_val, _ = _examples(model, validation, autocast, progress, seen)
+    if known is None or known_val is None:
+        return None
+    size = known.features.square().sum(1).mean().sqrt().clamp(min=torch.finfo().tiny)
+    known, known_val = (part.prepared(size, bias=layer.bias is not None) for part in (known, known_val))
+    # The first rank computes, so that all ranks get the same values to the last bit.
+    fit, *_ = on_every_rank(lambda: _best_fit(known, known_val, layer.out_features) if ranks.first else None)
+    if fit is None:
+        return None
+    with torch.no_grad():
+        layer.weight.copy_(fit.weights[:, : layer.in_features] / size)
+        if layer.bias is not None:
+            layer.bias.copy_(fit.weights[:, -1])
+    return fit.accuracy
+
+
+def fit_new_output(
+    classifier: Classifier,
+    training_set: TrainingSet,
+    images: ClassFolders,
+    stop: StopCheck,
+    on_fit: Callable[[OutputFit], None] | None = None,
+) -> None:
+    """Fit the output layer of a run that begins with a new one, in place, as `fit_output` does.
+
+    A conv stays as it is, and so does a layer that has other weights than zeros: it was fitted before the run was
+    interrupted.
+
+    Args:
+        classifier: The network, whose output layer has just been replaced.
+        training_set: Where training images are taken from.
+        images: Class folders with the validation images.
+        stop: Checked after each batch.
+        on_fit: Called after each batch, and at the end.
+
+    Raises:
+        CalibrationError: When the network is no classifier, or cannot run.
+        StoppedError: When the run was asked to stop.
+    """
+    settings, ranks = training_set.settings, training_set.ranks
+    _, layer = output_layer(classifier.network)
+    if not isinstance(layer, nn.Linear) or bool(layer.weight.detach().any()):
+        return
+    val = ranks.share(sample(images.val, _VALIDATION_IMAGES, settings.seed), equal=False)
+    count = min(settings.recalibration_images, len(images.train))
+    total = -(-count // ranks.count) + len(val)
+    report = on_fit or (lambda _fit: None)
+
+    def progress(seen: int) -> None:
+        report(OutputFit(min(seen, total), total))
+        stop.check()
+
+    accuracy = fit_output(
+        classifier.network,
+        map(classifier.inputs, training_set.sample(0, count)),
+        map(classifier.inputs, images.batches(val, settings.batch_size)) if val else (),
+        autocast=torch.bfloat16 if classifier.amp else None,
+        progress=progress,
+    )
+    report(OutputFit(total, total, accuracy))
+
+
 class _Examples(NamedTuple):
     """The inputs of the output layer for some images, and the labels of the images."""
 
@@ -55,96 +167,32 @@ class _Examples(NamedTuple):
         return _Examples(F.pad(features, (0, 1), value=1.0) if bias else features, self.labels)
 
 
-def fit_output(
-    classifier: Classifier,
-    training_set: TrainingSet,
-    images: ClassFolders,
-    stop: StopCheck,
-    on_fit: Callable[[OutputFit], None] | None = None,
-) -> None:
-    """Fit a new, dense output layer, in place, to the features that the network computes in eval mode.
-
-    Starting to train with an output layer that knows nothing distorts features that are good already: Kumar et al.,
-    "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054. The fit
-    is logistic regression with an L2 penalty, by L-BFGS. The penalty with the lowest loss on validation images is
-    chosen. The layer stays as it is, with zeros, where no fit has a lower loss than that, where features are not finite
-    or not one vector for each image, and where it has been fitted before, as in a run that is resumed.
+def _examples(
+    model: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None, progress: Progress | None, before: int = 0
+) -> tuple[_Examples | None, int]:
+    """Return the examples of all ranks, None if their features are of no use, and the number of this rank's images.
 
     Args:
-        classifier: The network, whose output layer has just been replaced.
-        training_set: Where training images are taken from.
-        images: Class folders with the validation images.
-        stop: Checked after each batch.
-        on_fit: Called after each batch, and at the end with the accuracy.
-
-    Raises:
-        CalibrationError: When the network is no classifier, or cannot run.
-        StoppedError: When the run was asked to stop.
+        model: The classifier.
+        batches: Images and labels.
+        autocast: Dtype for the forward passes.
+        progress: Called after each batch with the number of images.
+        before: The number of images before these.
     """
-    settings, ranks = training_set.settings, training_set.ranks
-    _, layer = output_layer(classifier.network)
-    if not isinstance(layer, nn.Linear) or bool(layer.weight.detach().any()):
-        return
-    val = ranks.share(sample(images.val, _VALIDATION_IMAGES, settings.seed), equal=False)
-    count = min(settings.recalibration_images, len(images.train))
-    reported = _Reported(-(-count // ranks.count) + len(val), stop, on_fit)
-    train = _examples(classifier, training_set.sample(0, count), ranks, reported)
-    validation = _examples(classifier, images.batches(val, settings.batch_size) if val else (), ranks, reported)
-    fit = None
-    if train and validation:
-        size = train.features.square().sum(1).mean().sqrt().clamp(min=torch.finfo().tiny)
-        train, validation = (part.prepared(size, bias=layer.bias is not None) for part in (train, validation))
-        # The first rank computes, so that all ranks get the same values to the last bit.
-        fit, *_ = on_every_rank(lambda: _best_fit(train, validation, classifier.classes) if ranks.first else None)
-        if fit:
-            _assign(layer, fit.weights, size)
-    reported.end(fit.accuracy if fit else None)
-
-
-def _assign(layer: nn.Linear, weights: Float[Tensor, "classes features"], size: Float[Tensor, ""]) -> None:
-    """Give a layer the weights of prepared examples."""
-    with torch.no_grad():
-        layer.weight.copy_(weights[:, : layer.in_features] / size)
-        if layer.bias is not None:
-            layer.bias.copy_(weights[:, -1])
-
-
-@dataclass
-class _Reported:
-    """Reports the progress of several passes over images as one."""
-
-    images: int
-    stop: StopCheck
-    on_fit: Callable[[OutputFit], None] | None
-    before: int = 0
-
-    def during(self, seen: int) -> None:
-        if self.on_fit:
-            self.on_fit(OutputFit(min(self.before + seen, self.images), self.images))
-        self.stop.check()
-
-    def end(self, accuracy: float | None) -> None:
-        if self.on_fit:
-            self.on_fit(OutputFit(self.images, self.images, accuracy))
-
-
-def _examples(
-    classifier: Classifier, batches: Iterable[LabelledBatch], ranks: Ranks, reported: _Reported
-) -> _Examples | None:
-    """Return the examples of all processes; None if their features are of no use, or there are none."""
-    network = working_copy(classifier.network)
+    network = working_copy(model)
     inputs: list[Tensor] = []
     output_layer(network)[1].register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
-    autocast = torch.bfloat16 if classifier.amp else None
-    outcomes = outcomes_of(network, map(classifier.inputs, batches), autocast=autocast, progress=reported.during)
-    reported.before += sum(map(len, inputs))
-    parts = [part for each in ranks.gathered(inputs) for part in each]
+    outcomes = outcomes_of(
+        network, batches, autocast=autocast, progress=progress and (lambda seen: progress(before + seen))
+    )
+    parts = [part for each in Ranks.current().gathered(inputs) for part in each]
+    seen = before + sum(map(len, inputs))
     if not parts or any(part.ndim != 2 for part in parts):
-        return None
+        return None, seen
     features = torch.cat(parts)
     if len(features) != outcomes.images or not bool(features.isfinite().all()):
-        return None
-    return _Examples(features, outcomes.labels.cpu())
+        return None, seen
+    return _Examples(features, outcomes.labels.cpu()), seen
 
 
 class _Fit(NamedTuple):

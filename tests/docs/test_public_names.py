@@ -68,6 +68,10 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "replace_head": ({"model": REQUIRED, "width": REQUIRED, "classes": REQUIRED}, {}),
     "replace_output": ({"model": REQUIRED, "classes": REQUIRED}, {}),
+    "fit_output": (
+        {"model": REQUIRED, "train": REQUIRED, "validation": REQUIRED},
+        {"autocast": None, "progress": None},
+    ),
     "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "classes": (), "overwrite": False}),
     "smallest_agreeing": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "survey": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),

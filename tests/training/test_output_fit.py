@@ -13,7 +13,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from bn_insert import CalibrationError, OutputFit, TrainingSettings, finetune, load_checkpoint
+from bn_insert import (
+    CalibrationError,
+    OutputFit,
+    TrainingError,
+    TrainingSettings,
+    finetune,
+    fit_output,
+    load_checkpoint,
+)
 from bn_insert.demo import network_path
 from bn_insert.images import ClassFolders
 from support.commands import forked_ranks
@@ -142,6 +150,26 @@ def test_a_conv_as_the_output_layer_is_not_fitted(digits: ClassFolders, tmp_path
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     finetune(convs, digits, tmp_path, SETTINGS, on_fit=fits.append)
     assert fits == []
+
+
+def test_a_network_whose_output_layer_is_a_conv_cannot_be_fitted() -> None:
+    convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(TrainingError, match="the output layer 0 is a Conv2d; only a dense layer can be fitted"):
+        fit_output(convs, [], [])
+
+
+def test_a_fit_without_images_changes_nothing(network: nn.Module) -> None:
+    before = network.classifier[-1].weight.clone()
+    assert fit_output(network, [], []) is None
+    assert torch.equal(network.classifier[-1].weight, before)
+
+
+def test_progress_counts_the_images_of_both_passes(network: nn.Module, digits: ClassFolders) -> None:
+    seen: list[int] = []
+    train, val = (list(digits.batches(part, 30)) for part in (digits.train, digits.val))
+    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, 10)
+    assert (fit_output(network, train, val, progress=seen.append) or 0) > 0.8
+    assert seen == [30, 40, 60]
 
 
 def test_a_run_stopped_during_the_fit_is_resumed_with_it(
