@@ -88,8 +88,7 @@ if TYPE_CHECKING:
     from .graph.sites import Layer as Layer, Site as Site, find_sites as find_sites, survey as survey
     from .statistics.calibrate import calibrate as calibrate
     from .statistics.moments import Moments as Moments
-    from .surgery.equalize import Edge as Edge, find_edges as find_edges
-    from .surgery.equalize import equalize as equalize
+    from .surgery.equalize import Edge as Edge, equalize as equalize, find_edges as find_edges
     from .surgery.insert import insert_at as insert_at
 
     # Several processes

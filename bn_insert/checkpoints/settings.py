@@ -1,7 +1,7 @@
 """Network settings that a state dict does not store: eps, momentum, dropout, preprocessing, classes and history.
 
 A checkpoint carries them as JSON text: a .pth in the metadata of its state dict (`_metadata[""]`), which PyTorch
-saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read.py` reads it.
+saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read_file.py` reads it.
 
 A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
 refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys.

@@ -40,7 +40,8 @@ def image_batches(
         transform: Preprocessing of each picture.
         batch_size: Images per batch.
         workers: Processes that decode; 0 decodes in this process.
-        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to grey; see `files.read_image`.
+        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to grey; see `read_image` in
+            `image_files.py`.
         strict: Raise an error for the first unreadable file; otherwise such files are skipped and listed in
             `unreadable`.
         pin_memory: Put batches into page-locked memory where there is a GPU.

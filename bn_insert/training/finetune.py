@@ -75,9 +75,8 @@ def finetune(
 ) -> FineTuning:
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
-    A new, dense output layer is first fitted to the features that the network computes for training images
-    (`settings.fit_output`; Kumar et al., 2022, arXiv:2202.10054), by logistic regression, whose penalty is chosen on
-    validation images.
+    If the output layer is new, it is first fitted to the features that the network computes for up to 1,024 training
+    images (`settings.fit_output`, see `fit_output`). A new head of `settings.head` is not.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, and the lowest at which the loss falls almost as far as at the best one is used. In a run of
@@ -106,13 +105,13 @@ def finetune(
             an uninterrupted run. A run is started if the folder has no results.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
-        on_start: Called before the trials and the first step, also of a run that is resumed.
+        on_start: Called before the fit, the trials and the first step, also of a run that is resumed.
         on_fit: Called after each batch of the fit of a new output layer, and at its end.
         on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
-        stop: Polled after each step; once it returns True the run ends there, with state.pth and last.pth written. The
-            statistics are not re-estimated in that case, to stop without delay.
+        stop: Polled during the fit and after each step; once it returns True the run ends there, with state.pth and
+            last.pth written. The statistics are not re-estimated in that case, to stop without delay.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
         tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
             the output folder; the package tensorboard must be installed.
@@ -151,12 +150,13 @@ def finetune(
         optimizer = make_optimizer(network, settings)
         renorm_scheduler = make_renorm_scheduler(network, settings)
         step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
+        new_output = replaces_output(model, settings, len(images.classes))
         summary = summarize(
             model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
         )
         facts = {
             **(facts or {}),
-            **run_facts(summary, images, ranks, output_replaced=replaces_output(model, settings, len(images.classes))),
+            **run_facts(summary, images, ranks, output_replaced=new_output),
         }
         progress = Progress()
         if state:
@@ -166,7 +166,7 @@ def finetune(
             summary = replace(summary, resumed=state.resumed(settings, training_set.steps))
             del state  # it has a second copy of the weights
         results = RunFolder(folder, images, facts, dropout=str(dropout), replaced=() if resume else existing)
-        run = _Run(step, training_set, images, data, results, on_fit, on_trial, on_step)
+        run = _Run(step, training_set, images, data, results, new_output, on_fit, on_trial, on_step)
         ranks.wait()  # no rank looks into the folder after the first rank changes it
         with ExitStack() as writing, renorm_scheduler or nullcontext():
             _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
@@ -191,6 +191,7 @@ class _Run:
     images: ClassFolders
     data: Mapping[str, Any]
     results: RunFolder
+    new_output: bool
     on_fit: Callable[[OutputFit], None] | None
     on_trial: Callable[[LearningRateTrial], None] | None
     on_step: Callable[[StepMetrics], None] | None
@@ -205,7 +206,7 @@ class _Run:
         """
         step, settings = self.step, self.step.settings
         try:
-            if settings.fit_output and self.results.facts["data"]["output_replaced"] and progress == Progress():
+            if self.new_output and settings.fit_output and progress == Progress():
                 fit_new_output(step.classifier, self.training_set, self.images, step.stop, self.on_fit)
             if settings.lr is None:
                 lr = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
@@ -213,7 +214,7 @@ class _Run:
             step = replace(step, settings=settings)
             loop = TrainingLoop(step, self.training_set, self.images, self._save, self.on_step, on_epoch)
             return loop.run(progress), settings
-        except StoppedError:  # before a learning rate was chosen
+        except StoppedError:  # before the first step
             self._save(progress, settings)
             return progress, settings
         except DivergenceError as error:

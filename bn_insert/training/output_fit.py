@@ -1,19 +1,20 @@
-"""A new output layer, fitted to the features of the network before anything else is trained."""
+"""An output layer fitted to the features of a network, before anything else is trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..compare.evaluation import outcomes_of
-from ..errors import TrainingError
+from ..errors import CalibrationError, TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
 from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders
@@ -23,10 +24,11 @@ from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .stopping import StopCheck
 from .training_set import TrainingSet
+from .validation import validate
 
-_VALIDATION_IMAGES = 256  # at most
-_PENALTIES = tuple(10.0**-exponent for exponent in range(1, 8))  # strong ones first
-_ITERATIONS = 100
+_TRAINING_IMAGES, _VALIDATION_IMAGES = 1024, 256  # at most
+_PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(2, 13))  # 0.1 to 1e-6, strong ones first
+_ITERATIONS, _HISTORY = 100, 10  # of L-BFGS; each entry of its history takes twice the memory of the layer
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class OutputFit:
     Args:
         seen: Images that this process has run through the network so far.
         images: Images that it runs through the network.
-        accuracy: Accuracy on up to 256 validation images with the fitted layer; None until it is fitted, and at the end
-            if it was not.
+        done: Whether the fit is complete.
+        accuracy: Accuracy of the network with the fitted layer on up to 256 validation images; None before the fit is
+            complete, and if the layer was left as it was.
     """
 
     seen: int
     images: int
+    done: bool = False
     accuracy: float | None = None
 
 
@@ -52,61 +56,77 @@ def fit_output(
     *,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> float | None:
-    """Fit a dense output layer, in place, to the features that the network computes in eval mode.
+) -> bool:
+    """Fit a dense output layer, in place, to the features that the network computes in training.
 
-    Training with an output layer that knows nothing distorts features that are good already (Kumar et al., "Fine-Tuning
+    An untrained output layer distorts pretrained features in the first steps of training (Kumar et al., "Fine-Tuning
     can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054). The fit is logistic
-    regression with an L2 penalty, by L-BFGS; the penalty with the lowest loss on the validation images is chosen. No
-    other layer is changed.
+    regression with an L2 penalty on the weights, by L-BFGS. Features are normalized as in training, by the statistics
+    of their batch, so use batches of the size that you train with. Of the penalties, the one with the lowest loss on
+    the validation images is chosen, with the dropout of training, which large weights would not get along with. No
+    other layer is changed, and no running statistics.
 
     In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
     be empty.
 
     Args:
         model: A classifier, such as one whose output layer `replace_output` has replaced.
-        train: Batches of images and labels, as for `evaluate`; iterated once. Their features are kept in memory.
-        validation: The same, of images to choose the penalty by.
+        train: Batches of images and labels in random order, as for `evaluate`; iterated once. The inputs of the output
+            layer are kept in memory.
+        validation: The same for the images that choose the penalty; iterated once.
         autocast: Dtype for the forward passes.
-        progress: Called after each batch with the number of images so far, of both passes together.
+        progress: Called after each batch with the number of images so far, of both passes together, and before each
+            fit.
 
     Returns:
-        The accuracy on the validation images with the fitted layer. None if it was left as it was: no fit has a lower
-        validation loss than log(classes), or the features are not finite, or not one vector for each image.
+        Whether the layer was fitted. It is left as it was if no fit has a lower validation loss than log(classes), if
+        there are no images, or if the features are not finite, or not one vector for each image.
 
     Raises:
-        CalibrationError: As for `evaluate`.
-        TrainingError: If the output layer is not dense.
+        CalibrationError: As for `evaluate`, but not if there are no images.
+        TrainingError: If the output layer is not an nn.Linear with a weight of its own, or does not have one output for
+            each logit.
 
     Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
         >>> images = torch.randn(64, 3, 2, 2)
         >>> labels = (images.mean((1, 2, 3)) > 0).long()
-        >>> accuracy = fit_output(model, [(images[:48], labels[:48])], [(images[48:], labels[48:])])
-        >>> accuracy > 0.8
+        >>> fit_output(model, [(images[:48], labels[:48])], [(images[48:], labels[48:])])
+        True
+        >>> (model(images).argmax(1) == labels).double().mean().item() > 0.9
         True
     """
     check_module(model)
     model, ranks = unwrapped(model), Ranks.current()
     name, layer = output_layer(model)
-    if not isinstance(layer, nn.Linear):
-        raise TrainingError(f"the output layer {name} is a {type(layer).__name__}; only a dense layer can be fitted")
-    known, seen = _examples(model, train, autocast, progress)
-    known_val, _ = _examples(model, validation, autocast, progress, seen)
-    if known is None or known_val is None:
-        return None
-    size = known.features.square().sum(1).mean().sqrt().clamp(min=torch.finfo().tiny)
-    known, known_val = (part.prepared(size, bias=layer.bias is not None) for part in (known, known_val))
+    if not can_be_fitted(layer):
+        raise TrainingError(
+            f"the output layer {name} is a {type(layer).__name__} that cannot be fitted; only an nn.Linear with a "
+            "weight of its own can be"
+        )
+    train_set, seen = _features(_as_trained(model, dropout=False), train, autocast, progress)
+    val_set, seen = _features(_as_trained(model, dropout=True), validation, autocast, progress, seen)
+    if train_set is None or val_set is None:
+        return False
+
+    def fit() -> _Layer | None:
+        with torch.enable_grad(), torch.autocast(layer.weight.device.type, enabled=False):
+            return _best_fit(train_set, val_set, layer, lambda: progress and progress(seen))
+
     # The first rank computes, so that all ranks get the same values to the last bit.
-    fit, *_ = on_every_rank(lambda: _best_fit(known, known_val, layer.out_features) if ranks.first else None)
-    if fit is None:
-        return None
-    with torch.no_grad():
-        layer.weight.copy_(fit.weights[:, : layer.in_features] / size)
-        if layer.bias is not None:
-            layer.bias.copy_(fit.weights[:, -1])
-    return fit.accuracy
+    found, *_ = on_every_rank(lambda: fit() if ranks.first else None)
+    if found:
+        with torch.no_grad():
+            layer.weight.copy_(found.weight)
+            if layer.bias is not None:
+                layer.bias.copy_(found.bias)
+    return found is not None
+
+
+def can_be_fitted(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether `fit_output` can fit a layer: a dense one whose weight is not computed from other parameters."""
+    return isinstance(layer, nn.Linear) and "weight" in layer._parameters
 
 
 def fit_new_output(
@@ -118,26 +138,29 @@ def fit_new_output(
 ) -> None:
     """Fit the output layer of a run that begins with a new one, in place, as `fit_output` does.
 
-    A conv stays as it is, and so does a layer that has other weights than zeros: it was fitted before the run was
-    interrupted.
+    A layer that `fit_output` cannot fit stays as it is, and so does one that has other weights than zeros: it was
+    fitted before the run was interrupted.
 
     Args:
         classifier: The network, whose output layer has just been replaced.
         training_set: Where training images are taken from.
         images: Class folders with the validation images.
-        stop: Checked after each batch.
+        stop: Checked after each batch, and before each fit.
         on_fit: Called after each batch, and at the end.
 
     Raises:
-        CalibrationError: When the network is no classifier, or cannot run.
+        CalibrationError: When it fails on another rank.
         StoppedError: When the run was asked to stop.
     """
-    settings, ranks = training_set.settings, training_set.ranks
+    settings, ranks, size = training_set.settings, training_set.ranks, training_set.settings.batch_size
     _, layer = output_layer(classifier.network)
-    if not isinstance(layer, nn.Linear) or bool(layer.weight.detach().any()):
+    if not can_be_fitted(layer) or bool(layer.weight.detach().any()):
         return
-    val = ranks.share(sample(images.val, _VALIDATION_IMAGES, settings.seed), equal=False)
-    count = min(settings.recalibration_images, len(images.train))
+    images = replace(images, val=tuple(sample(images.val, _VALIDATION_IMAGES, settings.seed)))
+    val = ranks.share(images.val, equal=False)
+    if len(val) % size == 1:
+        val = val[:-1]  # a BatchNorm cannot normalize a batch of one
+    count = min(_TRAINING_IMAGES, len(images.train))
     total = -(-count // ranks.count) + len(val)
     report = on_fit or (lambda _fit: None)
 
@@ -145,14 +168,20 @@ def fit_new_output(
         report(OutputFit(min(seen, total), total))
         stop.check()
 
-    accuracy = fit_output(
-        classifier.network,
-        map(classifier.inputs, training_set.sample(0, count)),
-        map(classifier.inputs, images.batches(val, settings.batch_size)) if val else (),
-        autocast=torch.bfloat16 if classifier.amp else None,
-        progress=progress,
-    )
-    report(OutputFit(total, total, accuracy))
+    try:
+        fitted = fit_output(
+            classifier.network,
+            map(classifier.inputs, training_set.sample(0, count)),
+            map(classifier.inputs, images.batches(val, size)) if val else (),
+            autocast=torch.bfloat16 if classifier.amp else None,
+            progress=progress,
+        )
+    except CalibrationError:
+        if ranks.count > 1:
+            raise
+        fitted = False  # the first step fails too, and says more
+    accuracy = validate(classifier, images, size, ranks, stop).accuracy if fitted else None
+    report(OutputFit(total, total, True, accuracy))
 
 
 class _Examples(NamedTuple):
@@ -161,70 +190,97 @@ class _Examples(NamedTuple):
     features: Float[Tensor, "images features"]
     labels: Int64[Tensor, " images"]
 
-    def prepared(self, size: Float[Tensor, ""], *, bias: bool) -> _Examples:
-        """Return the features divided by `size`, with one more that is always 1, whose weights are the biases."""
-        features = self.features / size
-        return _Examples(F.pad(features, (0, 1), value=1.0) if bias else features, self.labels)
+
+def _as_trained(model: nn.Module, *, dropout: bool) -> nn.Module:
+    """Return a copy in train mode, with its dropout or without."""
+    network = working_copy(model).train()
+    for module in network.modules():
+        if isinstance(module, _DropoutNd) and not dropout:
+            module.eval()
+    return network
 
 
-def _examples(
-    model: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None, progress: Progress | None, before: int = 0
+def _features(
+    network: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None, progress: Progress | None, before: int = 0
 ) -> tuple[_Examples | None, int]:
-    """Return the examples of all ranks, None if their features are of no use, and the number of this rank's images.
+    """Return the examples of all ranks, or None if their features are of no use, and the number of images so far.
 
     Args:
-        model: The classifier.
+        network: A copy of the classifier.
         batches: Images and labels.
         autocast: Dtype for the forward passes.
-        progress: Called after each batch with the number of images.
-        before: The number of images before these.
+        progress: Called after each batch with the number of images so far.
+        before: Number of this rank's images before these.
+
+    Raises:
+        TrainingError: If the output layer does not have one output for each logit.
     """
-    network = working_copy(model)
     inputs: list[Tensor] = []
-    output_layer(network)[1].register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+    name, layer = output_layer(network)
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        (features,) = args or kwargs.values()
+        # A copy: of a view, the entire tensor would be kept.
+        inputs.append(features.detach().to(layer.weight.device, torch.float32, copy=True))
+
+    layer.register_forward_pre_hook(keep, with_kwargs=True)
     outcomes = outcomes_of(
         network, batches, autocast=autocast, progress=progress and (lambda seen: progress(before + seen))
     )
-    parts = [part for each in Ranks.current().gathered(inputs) for part in each]
     seen = before + sum(map(len, inputs))
+    parts = [part.to(layer.weight.device) for each in Ranks.current().gathered(inputs) for part in each]
     if not parts or any(part.ndim != 2 for part in parts):
         return None, seen
+    if outcomes.classes != layer.out_features:
+        raise TrainingError(
+            f"{name} has {layer.out_features} outputs, and the network returns {outcomes.classes} logits, so it is "
+            "not the output layer, and cannot be fitted"
+        )
     features = torch.cat(parts)
     if len(features) != outcomes.images or not bool(features.isfinite().all()):
         return None, seen
-    return _Examples(features, outcomes.labels.cpu()), seen
+    return _Examples(features, outcomes.labels.to(features.device)), seen
 
 
-class _Fit(NamedTuple):
-    """Weights of the output layer, for each feature, and their accuracy on validation images."""
+class _Layer(NamedTuple):
+    """Weight and bias of a dense layer; the bias is zero for a layer without one."""
 
-    weights: Float[Tensor, "classes features"]
-    accuracy: float
+    weight: Float[Tensor, "classes features"]
+    bias: Float[Tensor, " classes"]
 
 
-def _best_fit(train: _Examples, validation: _Examples, classes: int) -> _Fit | None:
+def _best_fit(
+    train_set: _Examples, val_set: _Examples, layer: nn.Linear, before_each: Callable[[], object]
+) -> _Layer | None:
     """Return the fit with the lowest validation loss; None if it is not lower than that of zeros."""
-    weights = torch.zeros(classes, train.features.shape[1], requires_grad=True)
-    best, lowest = None, math.log(classes)
+    scale = train_set.features.square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    train_set, val_set = (part._replace(features=part.features / scale) for part in (train_set, val_set))
+    weight = train_set.features.new_zeros(layer.weight.shape, requires_grad=True)
+    bias = train_set.features.new_zeros(layer.out_features, requires_grad=layer.bias is not None)
+    best, lowest = None, math.log(layer.out_features)
     for penalty in _PENALTIES:
-        _minimize(weights, train, penalty)
-        logits = F.linear(validation.features, weights.detach())
-        loss = F.cross_entropy(logits, validation.labels).item()
-        if not loss < lowest:
+        before_each()
+        _minimize(weight, bias, train_set, penalty)
+        with torch.no_grad():
+            loss = F.cross_entropy(F.linear(val_set.features, weight, bias), val_set.labels).item()
+        if loss < lowest:
+            best, lowest = _Layer(weight.detach() / scale, bias.detach().clone()), loss
+        elif best:
             break
-        accuracy = (logits.argmax(1) == validation.labels).double().mean().item()
-        best, lowest = _Fit(weights.detach().clone(), accuracy), loss
     return best
 
 
-def _minimize(weights: Tensor, examples: _Examples, penalty: float) -> None:
-    """Minimize cross-entropy plus penalty * |weights|^2, in place, from the weights as they are."""
-    optimizer = torch.optim.LBFGS([weights], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+def _minimize(weight: Tensor, bias: Tensor, examples: _Examples, penalty: float) -> None:
+    """Minimize cross-entropy plus penalty * |weight|^2, in place, from the values as they are."""
+    parameters = [parameter for parameter in (weight, bias) if parameter.requires_grad]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=_ITERATIONS, history_size=_HISTORY, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        fitted = F.cross_entropy(F.linear(examples.features, weights), examples.labels)
-        total = fitted + penalty * weights.square().sum()
+        fitted = F.cross_entropy(F.linear(examples.features, weight, bias), examples.labels)
+        total = fitted + penalty * weight.square().sum()
         total.backward()
         return total
 

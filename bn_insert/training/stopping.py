@@ -9,7 +9,7 @@ from ..support.processes import Ranks
 
 
 class StoppedError(Exception):
-    """Ends re-estimation or validation early; both are repeated when the run is resumed."""
+    """Ends a fit, a trial, re-estimation or validation early; it is repeated when the run is resumed."""
 
 
 @dataclass(frozen=True)

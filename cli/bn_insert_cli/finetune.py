@@ -166,7 +166,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     fit_output: Annotated[
         bool,
         typer.Option(
-            help="Fit a new output layer to the features of the network before anything is trained.",
+            help="Fit a new output layer, unless it is part of a new head, before anything is trained.",
             rich_help_panel=_NETWORK,
         ),
     ] = True,
@@ -342,10 +342,10 @@ class _Display:
 
     def fit(self, fit: OutputFit) -> None:
         """Advance the bar of the fit of a new output layer; print a line at its end."""
-        if fit.seen == fit.images:
+        if fit.done:
             self.close()
-            if fit.accuracy is not None:
-                print_note(f"New output layer fitted to the features: validation accuracy {fit.accuracy:.2%}.")
+            outcome = "not fitted" if fit.accuracy is None else f"fitted, validation accuracy {fit.accuracy:.2%}"
+            print_note(f"New output layer: {outcome}.")
             return
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(fit.images))

@@ -14,12 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bn_insert import (
-    CalibrationError,
     OutputFit,
     TrainingError,
     TrainingSettings,
     finetune,
     fit_output,
+    insert_batchnorm,
     load_checkpoint,
 )
 from bn_insert.demo import network_path
@@ -30,7 +30,9 @@ from support.digits import copy_labelled_digits, open_digits
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
 # Steps so small that they change no weight.
-SETTINGS = TrainingSettings(epochs=1, batch_size=8, lr=1e-30)
+SETTINGS = TrainingSettings(epochs=1, batch_size=10, lr=1e-30)
+
+Batches = list[tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -39,179 +41,268 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
     return open_digits(copy_labelled_digits(tmp_path_factory.mktemp("digits")))
 
 
-@pytest.fixture
-def network() -> nn.Module:
-    """A network that knows digits, but has an output layer for three other classes."""
-    result = load_checkpoint(network_path())
-    result.classifier[-1] = nn.Linear(result.classifier[-1].in_features, 3)
-    return result
+@pytest.fixture(scope="module")
+def train(digits: ClassFolders) -> Batches:
+    return shuffled(digits, "train")
+
+
+@pytest.fixture(scope="module")
+def val(digits: ClassFolders) -> Batches:
+    return shuffled(digits, "val")
+
+
+def shuffled(digits: ClassFolders, part: str) -> Batches:
+    """Return batches of 10."""
+    (batch,) = digits.batches(getattr(digits, part), 100)
+    order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(0))
+    return list(zip(batch.images[order].split(10), batch.labels[order].split(10), strict=True))
+
+
+def new_network(classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """Return a network that knows digits, but has an output layer of zeros."""
+    network = load_checkpoint(network_path())
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, classes)
+    nn.init.zeros_(network.classifier[-1].weight)
+    nn.init.zeros_(network.classifier[-1].bias)
+    return network
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, batches: Batches) -> float:
+    network.eval()
+    return float(torch.cat([network(images).argmax(1) == labels for images, labels in batches]).double().mean())
+
+
+@torch.no_grad()
+def features(network: nn.Module, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs of the output layer in float64, and the labels."""
+    network.double().eval()
+    images = torch.cat([images for images, _ in batches]).double()
+    found = network.classifier[:-1](network.avgpool(network.features(images)).flatten(1))
+    network.float()
+    return found.numpy(), torch.cat([labels for _, labels in batches]).numpy()
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
     return dict(torch.load(folder / "state.pth", weights_only=True)["model"])
 
 
-def logits(network: nn.Module, weights: dict[str, Tensor], features: Tensor) -> Tensor:
-    name = next(reversed(dict(network.named_modules())))
-    return features @ weights[f"{name}.weight"].double().T + weights[f"{name}.bias"].double()
-
-
-def features_of(network: nn.Module, digits: ClassFolders, part: str) -> tuple[Tensor, np.ndarray]:
-    """Return the inputs of the output layer in float64, and the labels."""
-    network.double().eval()
-    (batch,) = digits.batches(getattr(digits, part), 100)
-    with torch.no_grad():
-        features = network.classifier[:-1](network.avgpool(network.features(batch.images.double())).flatten(1))
-    network.float()
-    return features, batch.labels.numpy()
-
-
-def test_the_fit_is_the_logistic_regression_that_is_best_on_validation_images(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
-    finetune(network, digits, tmp_path, SETTINGS)
-    (train, train_labels), (val, val_labels) = (features_of(network, digits, part) for part in ("train", "val"))
-    size = float(train.square().sum(1).mean().sqrt())
-    with_ones = [np.pad(features.numpy() / size, ((0, 0), (0, 1)), constant_values=1) for features in (train, val)]
+def test_the_fit_is_the_logistic_regression_that_is_best_on_validation_images(train: Batches, val: Batches) -> None:
+    network = new_network()
+    assert fit_output(network, train, val)
+    (train_features, train_labels), (val_features, val_labels) = features(network, train), features(network, val)
+    scale = np.sqrt((train_features**2).sum(1).mean())
     fits = []
-    for penalty in [10.0**-exponent for exponent in range(1, 8)]:
+    for penalty in (10.0 ** (-exponent / 2) for exponent in range(2, 13)):
         # scikit-learn's loss is C times the sum of the cross-entropies plus half the sum of the squared weights.
-        strength = 1 / (2 * penalty * len(train))
-        fit = LogisticRegression(C=strength, fit_intercept=False, tol=1e-8, max_iter=10_000)
-        fit.fit(with_ones[0], train_labels)
-        loss = -float(fit.predict_log_proba(with_ones[1])[range(20), val_labels].mean())
-        fits.append((loss, fit.decision_function(with_ones[1])))
+        fit = LogisticRegression(C=1 / (2 * penalty * len(train_features)), tol=1e-8, max_iter=10_000)
+        fit.fit(train_features / scale, train_labels)
+        loss = -float(fit.predict_log_proba(val_features / scale)[range(20), val_labels].mean())
+        fits.append((loss, fit.decision_function(val_features / scale)))
     expected = torch.from_numpy(min(fits, key=lambda fit: fit[0])[1])
-    found = logits(network, trained(tmp_path), val)
+    output = network.classifier[-1].double()
+    with torch.no_grad():
+        found = output(torch.from_numpy(val_features))
     error = (found - found.mean(1, True) - expected + expected.mean(1, True)).abs().max()
     assert error < 0.05 * expected.std()  # L-BFGS ends after 100 iterations
 
 
-def test_the_accuracy_that_is_reported_is_that_of_a_network_that_is_not_trained_further(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
-    fits: list[OutputFit] = []
-    run = finetune(network, digits, tmp_path, SETTINGS, on_fit=fits.append)
-    assert [fit.seen for fit in fits] == [8, 16, 24, 32, 40, 48, 56, 60, 60]
-    assert {fit.images for fit in fits} == {60}
-    assert [fit.accuracy for fit in fits[:-1]] == [None] * 8
-    assert fits[-1].accuracy == run.epochs[0].val_accuracy > 0.8
-
-
-def test_nothing_but_the_output_layer_is_changed(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
+def test_nothing_but_the_output_layer_is_changed(train: Batches, val: Batches) -> None:
+    network = insert_batchnorm(new_network(), train).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    finetune(network, digits, tmp_path, SETTINGS)
-    after = trained(tmp_path)
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed == list(before)[-2:]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert fit_output(network, train, val)
+    assert all(module.training for module in network.modules())
+    changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == [name for name in before if "running" not in name and "tracked" not in name][-2:]
 
 
-def test_an_output_layer_that_is_kept_is_not_fitted(digits: ClassFolders, tmp_path: Path) -> None:
+def test_features_are_normalized_by_their_batch(train: Batches, val: Batches) -> None:
+    network = insert_batchnorm(new_network(), train)
+    assert fit_output(network, train, val)
+    expected = network.classifier[-1].weight.clone()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += 100
+    nn.init.zeros_(network.classifier[-1].weight)
+    assert fit_output(network, train, val)
+    assert torch.equal(network.classifier[-1].weight, expected)
+
+
+def test_dropout_leads_to_smaller_weights(train: Batches, val: Batches) -> None:
+    norms = []
+    for dropout in (0.0, 0.5):
+        network = new_network(dropout=dropout)
+        torch.manual_seed(0)
+        assert fit_output(network, train, val)
+        norms.append(float(network.classifier[-1].weight.detach().norm()))
+    assert norms[1] < 0.7 * norms[0]
+
+
+def test_few_images_of_most_classes_are_enough(train: Batches, val: Batches) -> None:
+    """The strongest penalties give no more than the shares of the classes, which are worse than guessing."""
+    images, labels = (torch.cat([batch[part] for batch in train]) for part in (0, 1))
+    few = [(labels == number).nonzero()[:1, 0] for number in range(1, 10)]
+    kept = torch.cat([(labels == 0).nonzero()[:, 0].repeat(12), *few])
+    network = new_network()
+    assert fit_output(network, [(images[kept], labels[kept])], val)
+    assert accuracy(network, val) > 0.8
+
+
+def test_features_that_say_nothing_change_nothing(train: Batches, val: Batches) -> None:
+    for value in (0.0, math.nan, math.inf):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4), nn.Linear(4, 10))
+        nn.init.constant_(network[1].weight, value)
+        before = network[2].weight.clone()
+        assert not fit_output(network, train, val)
+        assert torch.equal(network[2].weight, before)
+
+
+def test_a_fit_without_images_changes_nothing(train: Batches) -> None:
+    network = new_network()
+    assert not fit_output(network, [], [])
+    assert not fit_output(network, train, [])
+    assert not network.classifier[-1].weight.any()
+
+
+def test_features_of_several_positions_change_nothing() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(3, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.dense(images.flatten(2).transpose(1, 2)).mean(1)
+
+    network = Positions()
+    before = network.dense.weight.clone()
+    batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))]
+    assert not fit_output(network, batches, batches)
+    assert torch.equal(network.dense.weight, before)
+
+
+def test_an_output_layer_without_bias_is_fitted_too(train: Batches, val: Batches) -> None:
+    network = new_network()
+    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, 10, bias=False)
+    assert fit_output(network, train, val)
+    assert accuracy(network, val) > 0.8
+
+
+def test_a_layer_that_cannot_be_fitted_is_refused(train: Batches, val: Batches) -> None:
+    convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        TrainingError, match=r"the output layer 0 is a Conv2d that cannot be fitted; only an nn\.Linear"
+    ):
+        fit_output(convs, train, val)
+    computed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3 * 32 * 32, 10)))
+    with pytest.raises(TrainingError, match="the output layer 1 is a ParametrizedLinear that cannot be fitted"):
+        fit_output(computed, train, val)
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy, self.value = nn.Linear(3 * 32 * 32, 10), nn.Linear(3 * 32 * 32, 1)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return self.policy(images.flatten(1)), self.value(images.flatten(1))
+
+    with pytest.raises(TrainingError, match="value has 1 outputs, and the network returns 10 logits"):
+        fit_output(TwoHeads(), train, val)
+
+
+def test_ambient_modes_and_defaults_make_no_difference(train: Batches, val: Batches) -> None:
+    plain, no_grad, double, half = (new_network() for _ in range(4))
+    assert fit_output(plain, train, val)
+    with torch.no_grad():
+        assert fit_output(no_grad, train, val)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fit_output(double, train, val)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert fit_output(half, train, val, autocast=torch.bfloat16)
+    weights = [network.classifier[-1].weight for network in (plain, no_grad, double, half)]
+    assert all(torch.equal(weight, weights[0]) for weight in weights[:3])
+    assert not torch.equal(weights[3], weights[0])
+    assert accuracy(half, val) > 0.8
+
+
+def test_progress_counts_the_images_of_both_passes(train: Batches, val: Batches) -> None:
+    seen: list[int] = []
+    fit_output(new_network(), train, val, progress=seen.append)
+    assert seen[:7] == [10, 20, 30, 40, 50, 60, 60]
+    assert set(seen[7:]) == {60}
+
+
+def test_a_run_reports_the_accuracy_of_its_fit(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
-    finetune(load_checkpoint(network_path()), digits, tmp_path, SETTINGS, on_fit=fits.append)
-    assert fits == []
-    kept = load_checkpoint(network_path()).state_dict()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path).items())
-
-
-def test_without_the_fit_a_new_output_layer_starts_with_zeros(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
-    run = finetune(network, digits, tmp_path, replace(SETTINGS, fit_output=False))
-    assert run.epochs[0].val_loss == pytest.approx(math.log(10))
-
-
-def test_features_that_say_nothing_leave_zeros(digits: ClassFolders, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    blind = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4), nn.Linear(4, 3))
-    nn.init.zeros_(blind[1].weight)
-    fits: list[OutputFit] = []
-    run = finetune(blind, digits, tmp_path, SETTINGS, on_fit=fits.append)
-    assert fits[-1] == OutputFit(60, 60, None)
-    assert run.epochs[0].val_loss == pytest.approx(math.log(10))
-
-
-def test_an_output_layer_without_bias_is_fitted_too(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
-    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, 3, bias=False)
-    run = finetune(network, digits, tmp_path, SETTINGS)
+    run = finetune(new_network(3), digits, tmp_path, SETTINGS, on_fit=fits.append)
+    assert [fit.seen for fit in fits[:6]] == [10, 20, 30, 40, 50, 60]
+    assert {fit.images for fit in fits} == {60}
+    assert [(fit.done, fit.accuracy) for fit in fits[:-1]] == [(False, None)] * (len(fits) - 1)
+    assert (fits[-1].done, fits[-1].accuracy) == (True, run.epochs[0].val_accuracy)
     assert run.epochs[0].val_accuracy > 0.8
 
 
-def test_dropout_is_off_while_features_are_computed(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
-    for name, dropout in (("on", 0.9), ("off", 0.0)):
-        finetune(network, digits, tmp_path / name, replace(SETTINGS, dropout=dropout))
-    on, off = (trained(tmp_path / name) for name in ("on", "off"))
-    assert all(torch.equal(on[name], off[name]) for name in on)
-
-
-def test_a_conv_as_the_output_layer_is_not_fitted(digits: ClassFolders, tmp_path: Path) -> None:
+def test_a_run_with_its_own_output_layer_has_no_fit(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
+    own = load_checkpoint(network_path())
+    finetune(own, digits, tmp_path / "own", SETTINGS, on_fit=fits.append)
+    kept = own.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path / "own").items())
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    finetune(convs, digits, tmp_path, SETTINGS, on_fit=fits.append)
+    finetune(convs, digits, tmp_path / "convs", SETTINGS, on_fit=fits.append)
+    finetune(new_network(3), digits, tmp_path / "head", replace(SETTINGS, head=4), on_fit=fits.append)
+    run = finetune(new_network(3), digits, tmp_path / "off", replace(SETTINGS, fit_output=False), on_fit=fits.append)
+    assert run.epochs[0].val_loss == pytest.approx(math.log(10))
     assert fits == []
 
 
-def test_a_network_whose_output_layer_is_a_conv_cannot_be_fitted() -> None:
-    convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(TrainingError, match="the output layer 0 is a Conv2d; only a dense layer can be fitted"):
-        fit_output(convs, [], [])
+def test_a_last_validation_batch_of_one_image_is_left_out(digits: ClassFolders, tmp_path: Path) -> None:
+    network = insert_batchnorm(new_network(3), [batch.images for batch in digits.batches(digits.train, 20)])
+    fits: list[OutputFit] = []
+    finetune(network, digits, tmp_path, replace(SETTINGS, batch_size=19), on_fit=fits.append)
+    assert fits[-1].images == 40 + 19
+    assert fits[-1].accuracy is not None
 
 
-def test_a_fit_without_images_changes_nothing(network: nn.Module) -> None:
-    before = network.classifier[-1].weight.clone()
-    assert fit_output(network, [], []) is None
-    assert torch.equal(network.classifier[-1].weight, before)
+def test_a_run_that_cannot_be_fitted_says_why_in_its_first_step(digits: ClassFolders, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 3))
+    with pytest.raises(TrainingError, match=r"cannot run on a batch of shape \(10, 3, 32, 32\): .* must have one size"):
+        finetune(network, digits, tmp_path / "run", SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
-def test_progress_counts_the_images_of_both_passes(network: nn.Module, digits: ClassFolders) -> None:
-    seen: list[int] = []
-    train, val = (list(digits.batches(part, 30)) for part in (digits.train, digits.val))
-    network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, 10)
-    assert (fit_output(network, train, val, progress=seen.append) or 0) > 0.8
-    assert seen == [30, 40, 60]
-
-
-def test_a_run_stopped_during_the_fit_is_resumed_with_it(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
+def test_a_run_stopped_during_the_fit_is_resumed_with_it(digits: ClassFolders, tmp_path: Path) -> None:
     settings = replace(SETTINGS, lr=1e-3)
     fits: list[OutputFit] = []
-    run = finetune(network, digits, tmp_path / "parts", settings, on_fit=fits.append, stop=lambda: len(fits) >= 2)
-    assert (run.interrupted, len(fits)) == (True, 2)
-    finetune(network, digits, tmp_path / "parts", settings, on_fit=fits.append, resume=True)
+    for seen in (2, 8):  # in the first pass, and between two fits
+        fits.clear()
+        run = finetune(
+            new_network(3),
+            digits,
+            tmp_path / "parts",
+            settings,
+            on_fit=fits.append,
+            stop=lambda seen=seen: len(fits) >= seen,
+            overwrite=True,
+        )
+        assert (run.interrupted, len(fits)) == (True, seen)
+    finetune(new_network(3), digits, tmp_path / "parts", settings, on_fit=fits.append, resume=True)
     assert fits[-1].accuracy is not None
-    finetune(network, digits, tmp_path / "whole", settings)
+    finetune(new_network(3), digits, tmp_path / "whole", settings)
     parts, whole = (trained(tmp_path / name) for name in ("parts", "whole"))
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
-def test_a_run_stopped_after_the_fit_is_resumed_without_it(
-    network: nn.Module, digits: ClassFolders, tmp_path: Path
-) -> None:
+def test_a_run_stopped_after_the_fit_is_resumed_without_it(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
-
-    def fitted() -> bool:
-        return bool(fits) and fits[-1].accuracy is not None
-
-    finetune(network, digits, tmp_path, SETTINGS, on_fit=fits.append, stop=fitted)
+    finetune(new_network(3), digits, tmp_path, SETTINGS, on_fit=fits.append, stop=lambda: bool(fits) and fits[-1].done)
     fits.clear()
-    finetune(network, digits, tmp_path, SETTINGS, on_fit=fits.append, resume=True)
+    finetune(new_network(3), digits, tmp_path, SETTINGS, on_fit=fits.append, resume=True)
     assert fits == []
-
-
-def test_a_network_that_is_no_classifier_is_refused(digits: ClassFolders, tmp_path: Path) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dense = nn.Linear(3 * 32 * 32, 3)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.dense(images.flatten(1))[:, None]
-
-    with pytest.raises(CalibrationError, match="not one logit per class for each image"):
-        finetune(Twice(), digits, tmp_path / "run", SETTINGS)
-    assert not (tmp_path / "run").exists()
 
 
 RANKS = """
@@ -227,20 +318,20 @@ network = load_checkpoint(network_path())
 network.classifier[-1] = torch.nn.Linear(network.classifier[-1].in_features, 3)
 images = open_class_folders("digits", Transform(None, None, (0.0,), (1.0,)))
 fits = []
-finetune(network, images, "ranks", TrainingSettings(epochs=1, batch_size=8, lr=1e-30), on_fit=fits.append)
-print(json.dumps([[fit.seen, fit.images, fit.accuracy] for fit in fits]))
+settings = TrainingSettings(epochs=1, batch_size=10, lr=1e-30, dropout=0.0)
+finetune(network, images, "ranks", settings, on_fit=fits.append)
+print(json.dumps([fits[-1].seen, fits[-1].images, fits[-1].accuracy]))
 dist.destroy_process_group()
 """
 
 
-def test_two_ranks_fit_the_same_layer_to_the_images_of_both(network: nn.Module, tmp_path: Path) -> None:
+def test_two_ranks_fit_the_same_layer_to_the_images_of_both(tmp_path: Path) -> None:
     folder = copy_labelled_digits(tmp_path / "digits")
-    alone = finetune(network, open_digits(folder), tmp_path / "alone", SETTINGS)
+    alone = finetune(new_network(3), open_digits(folder), tmp_path / "alone", replace(SETTINGS, dropout=0.0))
     (tmp_path / "script.py").write_text(RANKS)
     done = forked_ranks(2, "script.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
-    assert first == second
-    assert first[-1] == [30, 30, alone.epochs[0].val_accuracy]
+    assert first == second == [30, 30, alone.epochs[0].val_accuracy]
     ranks, one = (trained(tmp_path / name) for name in ("ranks", "alone"))
     assert all((ranks[name] - one[name]).norm() <= 0.05 * one[name].norm() for name in one)
