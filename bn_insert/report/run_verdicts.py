@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import as_passed
 from .verdict import Verdict
 
-# Times the loss of guessing, at which a new output layer of zeros starts: above this, training has failed, and a
+# Times the loss of guessing, at which an output layer of zeros starts: above this, training has failed, and a
 # falling loss does not mean that more epochs would help.
 _TOO_HIGH = 2.0
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images

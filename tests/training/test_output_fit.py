@@ -133,7 +133,7 @@ def test_features_are_normalized_by_their_batch(train: Batches, val: Batches) ->
 
 def test_dropout_leads_to_smaller_weights(train: Batches, val: Batches) -> None:
     norms = []
-    for dropout in (0.0, 0.5):
+    for dropout in (0.0, 0.9):
         network = new_network(dropout=dropout)
         torch.manual_seed(0)
         assert fit_output(network, train, val)
@@ -192,9 +192,7 @@ def test_an_output_layer_without_bias_is_fitted_too(train: Batches, val: Batches
 
 def test_a_layer_that_cannot_be_fitted_is_refused(train: Batches, val: Batches) -> None:
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(
-        TrainingError, match=r"the output layer 0 is a Conv2d that cannot be fitted; only an nn\.Linear"
-    ):
+    with pytest.raises(TrainingError, match="the output layer 0 is a Conv2d that cannot be fitted"):
         fit_output(convs, train, val)
     computed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3 * 32 * 32, 10)))
     with pytest.raises(TrainingError, match="the output layer 1 is a ParametrizedLinear that cannot be fitted"):
