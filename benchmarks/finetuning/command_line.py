@@ -111,9 +111,9 @@ TASKS = {
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--dropout", "0"), -6),
+    Opponent("SGD, no dropout, output layer from zeros", ("--dropout", "0", "--no-fit-output"), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
     Opponent("SGD, the checkpoint's dropout", (), -6),
-    Opponent("SGD, no dropout, output layer from zeros", ("--dropout", "0", "--no-fit-output"), -6),
     Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
