@@ -194,11 +194,11 @@ def _command(name: str, *arguments: object, check: bool = False) -> subprocess.C
     return finished
 
 
-def run_task(record: Comparison, name: str, seeds: int) -> None:
+def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Opponent]) -> None:
     """Run what is missing of a task: both sides with seed 0, then what is best without BatchNorm with other seeds."""
     for seed in range(seeds):
         record.run(name, "inserted", (), seed)
-    for opponent in OPPONENTS:
+    for opponent in opponents:
 
         def validation(index: int, opponent: Opponent = opponent) -> float:
             line = record.run(name, opponent.title, _plain(opponent, rate_of(index)), 0)
@@ -267,13 +267,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
+    titles = [opponent.title for opponent in OPPONENTS]
+    parser.add_argument("--ways", nargs="+", choices=titles, default=titles, help="without BatchNorm")
     parser.add_argument("--tables", action="store_true", help="write the tables from what there is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         record = Comparison(options.output / "command-line.jsonl", options, Path(work))
         for name in () if options.tables else options.tasks:
-            run_task(record, name, options.seeds)
+            run_task(record, name, options.seeds, [each for each in OPPONENTS if each.title in options.ways])
     names = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
     machines = sorted({line["machine"] for line in record.lines})
     sections = [INTRODUCTION.rstrip(), *(table(record.lines, name) for name in names), *machines]

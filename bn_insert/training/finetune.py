@@ -79,8 +79,8 @@ def finetune(
     images (`settings.fit_output`, see `fit_output`). A new head of `settings.head` is not.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
-    several learning rates, and the lowest at which the loss falls almost as far as at the best one is used. In a run of
-    fewer than 20 steps it is 0.01, or 0.0003 for AdamW.
+    several learning rates, from 0.003 (0.0003 for AdamW) on in the direction in which the loss is clearly lower. A run
+    of fewer than 20 steps uses the value that they start from.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
     the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,

@@ -29,11 +29,9 @@ TRIAL_STEPS = 20
 _EVALUATION_IMAGES = 256  # at most, for re-estimation and for validation
 _WARMUP = 0.1  # fraction of the steps
 # Learning rates by their index, see `_rate`.
-_FIRST: dict[Optimizer, int] = {"sgd": -4, "adamw": -7}
+_FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
-# Of the fall of the loss: smaller differences say little after so few steps, and a rate that is too low costs less than
-# one that is too high.
-_ALMOST = 0.9
+_CLEARLY = 0.05  # of the loss: smaller differences say little after so few steps
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,14 @@ def choose_learning_rate(
     images: ClassFolders,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
 ) -> float:
-    """Return the lowest learning rate at which the loss of a trial falls almost as far as at the best one.
+    """Return the learning rate that no neighbor is clearly better than, in short trials.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
     fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
-    learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). Starting at 0.01 (0.0003 for AdamW), the
-    search moves in the direction in which the loss falls, until it rises again. Of those tried, the lowest is chosen
-    at which the loss, from that of the first step, falls at least 90 % as far as at the best one.
+    learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). From 0.003 (0.0003 for AdamW), the
+    search moves on to a neighbor whose loss is at least 5 % lower, as long as there is one. If trials diverge, it first
+    moves down to the highest learning rate at which they do not.
 
     Args:
         step: The step of the run, with its network, settings and processes; the network is not changed.
@@ -95,29 +93,24 @@ def choose_learning_rate(
     images = replace(images, val=tuple(sample(images.val, _EVALUATION_IMAGES, step.settings.seed)))
     report = on_trial or (lambda _trial: None)
     losses: dict[int, float] = {}
-    start = 0.0
 
     def loss(index: int) -> float:
         if not _LOWEST <= index <= _HIGHEST:
             return math.inf
-        nonlocal start
         if index not in losses:
-            trial = _Trial(step, training_set, images, _rate(index), report)
-            start, losses[index] = trial.run()  # the first step is the same in all trials
+            losses[index] = _Trial(step, training_set, images, _rate(index), report).run()
         return losses[index]
 
     best = first
     while math.isinf(loss(best)) and best > _LOWEST:
         best -= 1
-    direction = -1 if loss(best - 1) < loss(best) else 1
-    while loss(best + direction) < loss(best):
-        best += direction
     if math.isinf(loss(best)):
         raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
-    enough = loss(best) + (1 - _ALMOST) * max(0.0, start - loss(best))
-    chosen = min(index for index in losses if losses[index] <= enough)
-    report(LearningRateTrial(_rate(chosen), TRIAL_STEPS, TRIAL_STEPS, losses[chosen], chosen=True))
-    return _rate(chosen)
+    for direction in (1, -1):
+        while loss(best + direction) < (1 - _CLEARLY) * loss(best):
+            best += direction
+    report(LearningRateTrial(_rate(best), TRIAL_STEPS, TRIAL_STEPS, losses[best], chosen=True))
+    return _rate(best)
 
 
 def _rate(index: int) -> float:
@@ -135,8 +128,8 @@ class _Trial:
     lr: float
     report: Callable[[LearningRateTrial], None]
 
-    def run(self) -> tuple[float, float]:
-        """Return the loss of its first step, and the loss of the trial, infinity if it diverged."""
+    def run(self) -> float:
+        """Return the loss of the trial; infinity if it diverged."""
         with preserved_random_state():  # each trial begins in the state in which the run will
             classifier = self.step.classifier.copied(self.step.ranks)
             steps = self._train(classifier)
@@ -145,7 +138,7 @@ class _Trial:
                 second_half = reduce(Totals.plus, steps[TRIAL_STEPS // 2 :])
                 loss = (self._validation_loss(classifier) + second_half.mean_loss) / 2
         self.report(LearningRateTrial(self.lr, len(steps), TRIAL_STEPS, loss))
-        return steps[0].mean_loss if steps else math.inf, loss
+        return loss
 
     def _train(self, classifier: Classifier) -> list[Totals]:
         """Take the steps of the trial until it diverges, and return the totals of each."""

@@ -90,7 +90,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. [default: chosen in short trials, starting at 0.01 (0.0003 for AdamW)]",
+            help="Peak learning rate. [default: chosen in short trials, starting at 0.003 (0.0003 for AdamW)]",
             rich_help_panel=_RATE,
         ),
     ] = None,

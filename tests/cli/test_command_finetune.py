@@ -127,7 +127,7 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     assert chosen in map(float, trials)
     assert f"Learning rate: {chosen:g}." in result.stderr.splitlines()
     short = run(*command, "short", "--epochs", 1, "-b", 40)
-    assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.01."]
+    assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.003."]
 
 
 def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
