@@ -290,7 +290,7 @@ def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, .
         return tuple(map(str, range(count)))
     if len(classes) != count:
         raise CalibrationError(
-            f"{type(model).__name__} returns {count} logits for each image, but {len(classes)} classes are named; name "
-            "each of its classes, in the order of the logits"
+            f"{type(model).__name__} returns {count} logits for each image, but there are {len(classes)} class "
+            "names; name each of its classes, in the order of the logits, or fine-tune it first, if these are others"
         )
     return tuple(classes)

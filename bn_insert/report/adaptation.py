@@ -24,6 +24,7 @@ def adaptation_report(
     comparisons: Mapping[str, Mapping[str, Any]],
     *,
     classes: Sequence[str] = (),
+    source_entropy: float | None = None,
 ) -> dict[str, Any]:
     """Return the findings of an adaptation as one JSON-ready dictionary.
 
@@ -36,8 +37,9 @@ def adaptation_report(
         predictions: The fields of a `PredictionComparison` of original and adapted network on the target.
         comparisons: The fields of a `Comparison` that checks the result, by device.
         classes: Names of the classes that the labels number; empty without labels.
+        source_entropy: Mean entropy of the original's predictions on source images, in nats; None if it is not known.
     """
-    predictions = {name: _finite(value) for name, value in predictions.items()}
+    predictions = {name: _finite(value) for name, value in predictions.items()} | {"entropy_source": source_entropy}
     per_class = [dict(each) for each in predictions["per_class"]]
     for each in per_class:
         each["name"] = classes[each["label"]]
@@ -99,19 +101,24 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
         f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {predictions['images']:,} "
         f"target images; the mean entropy of its predictions is {after:.2g} nats, and was {before:.2g}."
     )
-    if _undecided(predictions):
+    source = predictions["entropy_source"]
+    if source is not None:
+        text += f" On source images, that of the original is {source:.2g}."
+    if _undecided(predictions) and not predictions["per_class"]:
         text += (
-            f" Of {predictions['classes']} classes it is hardly certain of any (a guess has "
-            f"{math.log(predictions['classes']):.2g}): the target seems to belong to a different task, or to be "
-            "preprocessed differently from the network's training images, unless the network is as uncertain of those. "
-            f"Check that they show its classes, and {_preprocessing()}."
+            f" It is rarely certain of a class (guessing among {predictions['classes']} has "
+            f"{math.log(predictions['classes']):.2g}): the target images may belong to a different task, or be "
+            "preprocessed differently from the images that the network was trained on. Check that they show the "
+            f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
     return Verdict("good", "Predictions", text)
 
 
 def _undecided(predictions: Mapping[str, Any]) -> bool:
-    return bool(predictions["entropy_after"] > _UNDECIDED * math.log(predictions["classes"]))
+    """Return whether the predictions are nearly guesses, and more so than those on source images."""
+    usual = (1 + _HARDLY) * (predictions["entropy_source"] or 0.0)
+    return bool(predictions["entropy_after"] > max(usual, _UNDECIDED * math.log(predictions["classes"])))
 
 
 def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:
@@ -122,7 +129,7 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
     if _hardly_moved(shifts):
         guess = "probably as before, because the statistics hardly moved"
     elif _undecided(predictions):
-        guess = "probably low, because the predictions are hardly certain"
+        guess = "probably low, because the network is rarely certain of a class"
     elif after < (1 - _HARDLY) * before:
         guess, good = f"probably better than before, because {entropies.format('fell')}", True
     elif after > (1 + _HARDLY) * before:

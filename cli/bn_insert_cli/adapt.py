@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,7 +172,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)
-        findings = _findings(adaptation, comparisons, *predictions, stored=bool(classes))
+        entropy = None if predictions[0].per_class else _entropy(network, source, place)
+        findings = _findings(adaptation, comparisons, *predictions, entropy, stored=bool(classes))
     if report:
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
         facts: dict[str, Any] = {
@@ -201,6 +202,7 @@ def _findings(
     comparisons: dict[str, Comparison],
     predictions: PredictionComparison,
     classes: Sequence[str],
+    source_entropy: float | None,
     *,
     stored: bool,
 ) -> dict[str, Any]:
@@ -215,6 +217,7 @@ def _findings(
         asdict(predictions),
         {place: asdict(comparison) for place, comparison in comparisons.items()},
         classes=classes,
+        source_entropy=source_entropy,
     )
     for verdict in findings["verdicts"]:
         print_verdict = print_note if verdict["state"] == "good" else print_warning
@@ -272,6 +275,22 @@ def _predictions(
     finally:
         for each in networks:
             each.cpu()
+
+
+def _entropy(network: nn.Module, source: Batches | None, device: torch.device) -> float | None:
+    """Return the mean entropy of the network's predictions on source images; None without any, or without classes."""
+    from bn_insert import compare_predictions, finite_part  # noqa: PLC0415
+
+    if source is None or finite_part(network)[1]:
+        return None
+    head = source.head(UNLABELLED_IMAGES)
+    network.to(device)
+    try:
+        with image_progress("predicting source images", head.images) as progress:
+            entropy = compare_predictions(network, network, head, progress=progress).entropy_before
+    finally:
+        network.cpu()
+    return None if isnan(entropy) else entropy
 
 
 def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequence[str]:

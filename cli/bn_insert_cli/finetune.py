@@ -344,8 +344,10 @@ class _Display:
         """Advance the bar of the fit of a new output layer; print a line at its end."""
         if fit.done:
             self.close()
-            outcome = "not fitted" if fit.accuracy is None else f"fitted, validation accuracy {fit.accuracy:.2%}"
-            print_note(f"New output layer: {outcome}.")
+            if fit.accuracy is None:
+                print_note("The new output layer starts from zeros: no fit to the features is better than guessing.")
+            else:
+                print_note(f"New output layer fitted to the features: validation accuracy {fit.accuracy:.2%}.")
             return
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(fit.images))
@@ -415,6 +417,8 @@ def _print_summary(summary: RunSummary) -> None:
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
     print_note(f"Output layer: {summary.output}.")
+    if not summary.batchnorms:
+        print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
     trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
     print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"

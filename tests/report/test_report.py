@@ -17,6 +17,7 @@ import torch
 
 from bn_insert import (
     CheckpointError,
+    ClassAccuracy,
     PredictionComparison,
     StatisticsShift,
     TrainModeAgreement,
@@ -61,7 +62,7 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
         (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),
         (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
         (0.2, (0.101, 0.1), "probably as before, because the entropy hardly changed", "check"),
-        (0.2, (2.2, 1.9), "probably low, because the predictions are hardly certain", "check"),
+        (0.2, (2.2, 1.9), "probably low, because the network is rarely certain of a class", "check"),
         (0.01, (0.46, 0.025), "probably as before, because the statistics hardly moved", "check"),
     ],
 )
@@ -76,6 +77,25 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
     with messages_name_options():
         verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
     assert "one folder per class, and run bn-insert evaluate on them" in verdict["text"]
+
+
+@pytest.mark.parametrize(("source", "doubtful"), [(None, True), (0.5, True), (1.8, False)])
+def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_source_images(
+    source: float | None, doubtful: bool
+) -> None:
+    predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7))
+    certainty, accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=source)["verdicts"][1:]
+    assert (certainty["state"], accuracy["state"]) == (("check", "check") if doubtful else ("good", "good"))
+    assert ("may belong to a different task" in certainty["text"]) is doubtful
+    assert ("On source images, that of the original is 1.8." in certainty["text"]) is (source == 1.8)
+
+
+def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:
+    labels = (ClassAccuracy(0, 256, 0.2, 0.6),)
+    predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7, labels))
+    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=["shirt"])["verdicts"][1:]
+    assert [verdict["state"] for verdict in found] == ["good", "good"]
+    assert "different task" not in found[0]["text"]
 
 
 def insertion(*, equalize: bool = True, agreements: bool = True, name: str = "vgg.pth") -> dict[str, Any]:
