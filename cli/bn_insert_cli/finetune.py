@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -53,8 +53,13 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training images; can be changed when resuming.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Passes over the training images; can be changed when resuming. [default: 10, or those of the "
+            "resumed run]",
+        ),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -247,6 +252,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert.images import check_class_folders, open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
 
+    epochs = epochs or _epochs_of(output_dir, resume=resume)
     settings = bn_insert.TrainingSettings(
         epochs=epochs,
         batch_size=batch_size,
@@ -435,6 +441,17 @@ def _duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _epochs_of(folder: Path, *, resume: bool) -> int:
+    """Return the epochs of the run in a folder if it is to be resumed, and otherwise the default."""
+    from bn_insert import BNInsertError, TrainingSettings  # noqa: PLC0415
+    from bn_insert.report import read_run  # noqa: PLC0415
+
+    if resume:
+        with suppress(BNInsertError):  # there is no run, or its report cannot be read
+            return int(read_run(folder / "report.json")["settings"]["epochs"])
+    return TrainingSettings().epochs
 
 
 def _head_width(text: str) -> int | None:

@@ -130,6 +130,18 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.003."]
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_a_run_is_resumed_with_its_own_epochs_unless_others_are_given(run: Run, digits: Path) -> None:
+    command = ("finetune", network_path(), digits, *AS_STORED, "--device", "cpu", "--output-dir", "run", "-b", 40)
+    assert run(*command, "--epochs", 1).exit_code == 0
+    resumed = run(*command, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Steps: 1 (1 epoch of 1)." in resumed.stderr
+    assert len(Path("run/metrics.csv").read_text().splitlines()) == 2
+    assert "Steps: 2 (2 epochs of 1)." in run(*command, "--resume", "--epochs", 2).stderr
+    assert "Steps: 10 (10 epochs of 1)." in run(*command[:-3], "new", "-b", 40, "--resume", "--lr", 1e-9).stderr
+
+
 def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
     result = run("finetune", network_path(), digits, "--output-dir", "run", *BRIEF, "--lr", "1e6")
     assert_refused(result, "--lr-warmup-epochs", "bn-insert insert", "nothing was written", code=1)
