@@ -44,7 +44,7 @@ def _way_out(name: str) -> str:
     """Return in words what to use in place of a name that is not in NAMES."""
     plain = name.lower().removesuffix("_bn")
     if plain in NAMES and plain != name.lower():
-        return f"torchvision's {plain}_bn has BatchNorm already; to insert it, use {plain}"
+        return f"torchvision's {plain}_bn already has BatchNorm; to insert BatchNorm, use {plain}"
     if close := near_names(name, NAMES):
         return f"did you mean {' or '.join(close)}?"
     option = as_passed("model", option="--model, such as --model torchvision.models:alexnet")

@@ -43,7 +43,7 @@ class TrainModeAgreement:
 
     @property
     def top1_margin(self) -> float:
-        """Margin of `top1_agreement` as an estimate for all such images, at 95 % confidence; a fraction, as it is.
+        """Margin of `top1_agreement` as an estimate for all such images, at 95% confidence; a fraction, as it is.
 
         Two binomial standard errors, with two images added that agree and two that do not: without them, the margin of
         a perfect agreement would be 0. Of dense predictions the images are counted, because positions of one image
@@ -159,30 +159,30 @@ def agreement_reading(
 
     Examples:
         >>> print(*agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)]).split(". "), sep=".\n")
-        Train mode keeps at least 95 % of the top-1 classes at batch sizes of 8 and above.
-        Measured on 64 images, such a share is uncertain by ± 5.7 points.
+        Train mode keeps at least 95% of the top-1 classes at batch sizes of 8 and above.
+        This was measured on 64 images; the margin is ± 5.7 points.
     """
     least_certain = max(agreements, key=lambda agreement: agreement.top1_margin)
     further = (
-        f" Measured on {least_certain.images:,} images, such a share is uncertain by ± "
+        f" This was measured on {least_certain.images:,} images; the margin is ± "
         f"{100 * least_certain.top1_margin:.2g} points."
     )
     if renorm:
         lowest = min(agreement.top1_agreement for agreement in renorm)
         further += (
-            f" With Batch Renormalization it keeps {100 * lowest:.4g} % at batch sizes of "
+            f" With Batch Renormalization it keeps {100 * lowest:.4g}% at batch sizes of "
             f"{min(agreement.batch_size for agreement in renorm)} and above."
         )
     smallest = smallest_agreeing(agreements, least)
     if smallest is not None:
         return (
-            f"Train mode keeps at least {100 * least:g} % of the top-1 classes at batch sizes of {smallest} and above."
+            f"Train mode keeps at least {100 * least:g}% of the top-1 classes at batch sizes of {smallest} and above."
             f"{further}"
         )
     largest = max(agreement.batch_size for agreement in agreements)
     return (
-        f"Train mode keeps at least {100 * least:g} % of the top-1 classes at no batch size up to {largest}: train "
-        f"with larger batches, or with Batch Renormalization.{further}"
+        f"Train mode keeps less than {100 * least:g}% of the top-1 classes, even at a batch size of {largest}. If you "
+        f"keep the output layer, train with larger batches, or with Batch Renormalization.{further}"
     )
 
 
@@ -191,11 +191,13 @@ def _use_batch_statistics(network: nn.Module) -> None:
     name, norms = type(network).__name__, [each for each in network.modules() if isinstance(each, _BatchNorm)]
     if not norms:
         insert = as_passed("insert_batchnorm", option="bn-insert insert")
-        raise CalibrationError(f"{name} has no BatchNorm, so that both modes are the same; insert it first ({insert})")
+        raise CalibrationError(
+            f"{name} has no BatchNorm, so both modes are the same; insert BatchNorm first ({insert})"
+        )
     norms = [each for each in norms if uses_batch_statistics(each)]
     if not norms:
         raise CalibrationError(
-            f"{name} has no BatchNorm that normalizes by the batch in train mode, so that both modes are the same"
+            f"{name} has no BatchNorm that normalizes by the batch in train mode, so both modes are the same"
         )
     for norm in norms:
         if isinstance(norm, BatchRenorm):

@@ -125,7 +125,7 @@ def agreement_chart(agreements: Sequence[Mapping[str, Any]], renorm: Sequence[Ma
     lower.set_xlabel("batch size")
     title = "Train mode compared with eval mode"
     labels = ((1, "BatchNorm"), (2, "Batch Renormalization")) if renorm else ()
-    return Chart("agreement", title, "Dashed: 95 %.", _svg(figure, "agreement", title), labels)
+    return Chart("agreement", title, "Dashed: 95%.", _svg(figure, "agreement", title), labels)
 
 
 @mpl.rc_context(_STYLE)
@@ -246,7 +246,7 @@ def _constant(norms: Mapping[str, Mapping[str, Any]]) -> Chart:
         left += share
     axes.set_xlabel("% of the layer's channels")
     axes.set_xlim(0, 1.05 * float(left.max()))
-    note = "Near-constant: a standard deviation below 1 % of the layer's median."
+    note = "Near-constant: a standard deviation below 1% of the layer's median."
     return Chart("constant", title, note, _svg(figure, "constant", title), ((1, "constant"), (2, "near-constant")))
 
 
@@ -285,7 +285,7 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _symmetric_logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    """Make the axis logarithmic on both sides of zero, and linear within 1 % of the largest value."""
+    """Make the axis logarithmic on both sides of zero, and linear within 1% of the largest value."""
     largest = max(map(abs, values), default=0) or 1.0
     top = 10.0 ** math.ceil(math.log10(largest))
     axes.set_xscale("symlog", linthresh=top / 100)

@@ -67,7 +67,7 @@ def _preprocessing(preprocessing: Mapping[str, Any]) -> Verdict:
         return Verdict("bad", "Preprocessing", text)
     if preprocessing["origin"] == "from the checkpoint":
         return Verdict("good", "Preprocessing", text)
-    text += " It must be that of the network's training, which the comparison of the outputs cannot check."
+    text += " Make sure that the network was trained with this preprocessing: comparing the outputs cannot show that."
     return Verdict("check", "Preprocessing", text)
 
 
@@ -77,12 +77,13 @@ def _train_mode(train_mode: Mapping[str, Any]) -> Verdict:
         return Verdict("check", "Train mode", train_mode["reading"])
     text = (
         f"At a batch size of {usual['batch_size']}, the network in train mode keeps "
-        f"{100 * usual['top1_agreement']:.1f} % (± {100 * usual['top1_margin']:.1f}, measured on {usual['images']:,} "
+        f"{100 * usual['top1_agreement']:.1f}% (± {100 * usual['top1_margin']:.1f}, measured on {usual['images']:,} "
         "images) of the top-1 classes of eval mode."
     )
     if usual["top1_agreement"] >= _LEAST_AGREEMENT:
         return Verdict("good", "Train mode", f"{text} Training starts close to the pretrained network.")
-    text += " Training starts from a different function than the pretrained network's: use larger batches"
+    text += " Training therefore starts from outputs that differ from the pretrained network's. If you keep the"
+    text += " output layer, use larger batches"
     renorm = " or Batch Renormalization" if train_mode["renorm"] else ""
     return Verdict("check", "Train mode", f"{text}{renorm}.")
 

@@ -151,7 +151,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "figure": lambda value: f"{value:.3g}",
-        "percent": lambda value: f"{100 * value:.2f} %",
+        "percent": lambda value: f"{100 * value:.2f}%",
         "thousands": lambda value: f"{value:,}",
         "flat": _flat,
         "quantile": np.quantile,

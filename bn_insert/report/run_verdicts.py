@@ -152,10 +152,10 @@ def runs_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
     (first, highest), (second, other), *_ = accuracies
     tied = [name for name, accuracy in accuracies if accuracy == highest]
     if len(tied) > 1:
-        return f"{len(tied)} runs share the best validation accuracy, {100 * highest:.2f} %: {', '.join(tied)}."
+        return f"{len(tied)} runs share the best validation accuracy, {100 * highest:.2f}%: {', '.join(tied)}."
     return (
-        f"{first} has the best validation accuracy, {100 * highest:.2f} %: {100 * (highest - other):.1f} points above "
-        f"{second} ({100 * other:.2f} %)."
+        f"{first} has the best validation accuracy, {100 * highest:.2f}%: {100 * (highest - other):.1f} points above "
+        f"{second} ({100 * other:.2f}%)."
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 from ..errors import CheckpointError, as_passed
 from ..support.near_names import did_you_mean
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
-from ..support.text import printable
+from ..support.text import counted, printable
 from .provenance import versions
 from .run_verdicts import run_health
 
@@ -88,8 +88,12 @@ def read_run(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has more than {_MAX_BYTES:,} bytes; {_ADVICE}")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        meant = did_you_mean(path) or _runs_meant(path.parent)
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}{meant}; {_ADVICE}") from error
+        folder = path.parent
+        if found := len(list(folder.glob("*/report.json"))):
+            raise CheckpointError(
+                f"{folder} contains {counted(found, 'run')}; pass {printable(folder / '*')} to compare them"
+            ) from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{did_you_mean(path)}; {_ADVICE}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; {_rewriting()}") from error
     runs = data.get("runs") if isinstance(data, dict) and data.get("format") == FORMAT else None
@@ -101,12 +105,6 @@ def read_run(path: Path) -> dict[str, Any]:
     except SchemaError as error:
         raise CheckpointError(f"{path} is damaged: {printable(error)}; {_rewriting()}") from error
     return cast("dict[str, Any]", runs[0])
-
-
-def _runs_meant(folder: Path) -> str:
-    """Return " (did you mean runs/*?)" for a folder whose folders are runs, or ""."""
-    is_of_runs = any(folder.glob("*/report.json"))
-    return f" (did you mean {printable(folder / '*')}?)" if is_of_runs else ""
 
 
 def _rewriting() -> str:

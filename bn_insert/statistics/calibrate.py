@@ -61,7 +61,7 @@ def calibrate(
         batches: Tensors, or tuples, lists or dicts whose first value is the input, of any batch size.
         device: Where to run; by default the model's device.
         autocast: Dtype for the forward pass; statistics are computed in float32 or better in any case.
-        tolerance: Stop early, once the error of mean and std is below this for 99 % of the channels of every site.
+        tolerance: Stop early, once the error of mean and std is below this for 99% of the channels of every site.
             The error is three standard errors, estimated from the spread between batches and relative to std.
         progress: Called after each batch with the number of images so far.
 

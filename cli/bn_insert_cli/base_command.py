@@ -19,6 +19,8 @@ _TRACEBACK = "bn_insert.traceback"
 _PANEL = "General"
 _VALUES = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT", "path": "FILE"}
 _EXAMPLE = re.compile("Example: `([^`]+)`")
+# Names that other tools have for our options, and that are not spelled like them.
+_OTHER_NAMES = {"--learning-rate": "--lr", "--bs": "--batch-size"}
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 
 
@@ -98,7 +100,7 @@ def _plain_usage_errors() -> Iterator[None]:
     """Make usage errors, which typer itself prints, readable.
 
     They quote what the user typed, whose control characters are replaced. One about something that is missing gets the
-    example of the command's help page.
+    example of the command's help page. One about an option that does not exist names the option that does the same.
     """
     try:
         yield
@@ -107,6 +109,9 @@ def _plain_usage_errors() -> Iterator[None]:
         example = _EXAMPLE.search(error.ctx.command.help or "") if error.ctx else None
         if example and not error.message and isinstance(error, typer.BadParameter):  # a missing one has no message
             error.message = f"Example: {' '.join(example[1].split())}"
+        ours = _OTHER_NAMES.get(getattr(error, "option_name", None) or "")
+        if ours and error.ctx and any(ours in param.opts for param in error.ctx.command.params):
+            error.possibilities = [ours]
         raise
 
 

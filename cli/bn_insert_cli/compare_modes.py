@@ -62,7 +62,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     the one in eval mode. The difference is larger for small batches, and for images that differ from the calibration
     images. With Batch Renormalization (`finetune --batchnorm renorm`) both modes compute the same function; this is
     measured too, on the first 64 images, or on one batch of the largest size if that is larger. Dropout is off in both
-    modes. The margin (±) of an agreement, at 95 % confidence, becomes smaller with more --images.
+    modes. The margin (±) of an agreement, at 95% confidence, becomes smaller with more --images.
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """
@@ -99,4 +99,4 @@ def _check_batchnorm(network: nn.Module, checkpoint: str, images: Path) -> None:
 
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         words = shlex.join(["bn-insert", "insert", checkpoint, str(images), "-o", f"{Path(checkpoint).stem}-bn.pth"])
-        raise GraphError(f"{checkpoint} has no BatchNorm, so that both modes are the same; insert it first: {words}")
+        raise GraphError(f"{checkpoint} has no BatchNorm, so both modes are the same; insert BatchNorm first: {words}")

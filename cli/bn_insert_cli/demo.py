@@ -33,4 +33,4 @@ def demo(
         target = output or Path(folder) / "digits-bn.pth"
         print_note(f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}")
         written = insert(str(network_path()), images_path(), target)
-    print_result(written if output else "Nothing was kept; to keep the result, pass --output digits-bn.pth.")
+    print_result(written if output else "The result was not saved. To save it, pass --output digits-bn.pth.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,7 +148,12 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     print_table(site_table(insertion.sites, insertion.moments, batches=number_of_batches))
     if equalize:
         print_table(edge_table(insertion.edges))
-    note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches)
+
+    def limited() -> bool:
+        every = replace(image_options, images=images + 1)
+        return batches.images == images and open_calibration(calibration, network, transform, every).images > images
+
+    note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches, limited=limited)
     _note_dropouts(insertion, checkpoint)
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
@@ -222,8 +227,8 @@ def _write_report(
 
     report_started = time.monotonic()
     print_note(
-        f"Measuring train mode for the report, on {min(TRAIN_MODE_IMAGES, batches.images)} images, or as many as can "
-        f"be done in {REPORT_SECONDS:.0f} s (at least {LEAST_BATCHES} batches of {REPORT_SIZES[0]})."
+        f"Measuring train mode for the report, on up to {min(TRAIN_MODE_IMAGES, batches.images)} images, for at most "
+        f"{REPORT_SECONDS:.0f} s (but at least {LEAST_BATCHES} batches of {REPORT_SIZES[0]})."
     )
     train_mode = _train_mode(insertion.model, batches, device)
     findings = insertion_report(

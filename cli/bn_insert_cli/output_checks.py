@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from math import ceil, isnan, nan
@@ -54,7 +54,14 @@ def check_files(
         check_source(source)
 
 
-def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: float | None, batches: int) -> None:
+def note_calibration(
+    moments: Mapping[str, Moments],
+    images: int,
+    tolerance: float | None,
+    batches: int,
+    *,
+    limited: Callable[[], bool] = lambda: False,
+) -> None:
     """Print the number of images, and what to do if the statistics are not as exact as they should be.
 
     Args:
@@ -62,6 +69,7 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
         images: How many images they were measured on.
         tolerance: The sampling error that was asked for; None means that all images were used.
         batches: How many batches the images came in.
+        limited: Returns whether `--images` left images out.
     """
     if not moments:
         return  # nothing was inserted: a network may be adapted by the BatchNorms that it has
@@ -81,10 +89,11 @@ def note_calibration(moments: Mapping[str, Moments], images: int, tolerance: flo
     elif tolerance is None and batches >= FEWEST_BATCHES and error > GOOD_ERROR:
         inexact = [name for name, each in moments.items() if each.error_of(0.99) > GOOD_ERROR]
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
+        hint = " (see --images)" if limited() else ""
         print_note(
-            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}. The outputs stay the same in any "
-            f"case; for more accurate running statistics, use about {needed:,} images instead of {images:,}; "
-            "--images limits their number."
+            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}. This does not change the "
+            "outputs, and `finetune` re-estimates the running statistics anyway. More images would reduce the error: "
+            f"about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
         )
 
 

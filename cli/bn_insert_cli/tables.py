@@ -59,7 +59,8 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
     result.caption = "mean, std: smallest .. largest channel; "
     if reliable:
         result.caption += (
-            f"error: of mean and std, estimated, in stds, for 99 % of the channels ({GOOD_ERROR:g} or less is good)"
+            "error: estimated sampling error of mean and std relative to std, not exceeded by 99% of the channels "
+            f"({GOOD_ERROR:g} or less is good)"
         )
     else:
         result.caption += f"their error is not estimated from fewer than {FEWEST_BATCHES} batches (see --images and -b)"

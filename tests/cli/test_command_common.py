@@ -70,6 +70,27 @@ def test_help_names_values_in_words(run: Run, monkeypatch: pytest.MonkeyPatch, c
     assert "adapt [OPTIONS] CHECKPOINT [SOURCE] TARGET\n" in re.sub(" +\n", "\n", run("adapt", "--help").stdout)
 
 
+@pytest.mark.parametrize(
+    ("command", "other", "ours"),
+    [
+        ("finetune", "--learning-rate", "--lr"),
+        ("finetune", "--bs", "--batch-size"),
+        ("finetune", "--epoch", "--epochs"),
+        ("finetune", "--output", "--output-dir"),
+        ("finetune", "--optimizer", "--opt"),
+    ],
+)
+def test_an_option_by_another_name_is_refused_with_ours(run: Run, command: str, other: str, ours: str) -> None:
+    result = run(command, "net.pth", "data", other, "1")
+    assert result.exit_code == 2
+    message = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert re.search(rf"No such option: {other}\b.*{ours}\b", message), message
+
+
+def test_an_option_that_the_command_does_not_have_is_not_named(run: Run) -> None:
+    assert "--lr" not in run("inspect", "net.pth", "--learning-rate", "1").stderr
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, before: bool) -> None:
     words = ["inspect", "missing.pth"]
@@ -84,7 +105,7 @@ def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, 
         ("VGG16", "did you mean vgg16?"),
         ("vgg61", "did you mean vgg16?"),
         ("vgg7", "pass the file with --model, such as --model torchvision.models:alexnet"),
-        ("vgg16_bn", "torchvision's vgg16_bn has BatchNorm already; to insert it, use vgg16"),
+        ("vgg16_bn", "torchvision's vgg16_bn already has BatchNorm; to insert BatchNorm, use vgg16"),
         ("resnet50", "pass the file with --model, such as --model torchvision.models:alexnet"),
     ],
 )
@@ -212,11 +233,14 @@ def test_inexact_statistics_are_noted_with_the_number_of_images_that_would_do(ru
     words = ("insert", network_path(), digits, *AS_STORED)
     inexact = text_of(run(*words, "-o", "a.pth", "-b", 2).stderr)
     found = re.search(
-        r"Sampling error above 0.1 in features.6, .* more\. .* about ([\d,]+) images instead of 20;", inexact
+        r"Sampling error above 0.1 in features.6, .* more\. .* about ([\d,]+) instead of 20 for an error of 0.1\.",
+        inexact,
     )
     assert found
     assert int(found[1].replace(",", "")) > 20
     assert "Sampling error" not in run(*words, "-o", "b.pth", "-b", 10).stderr  # not known
+    limited = text_of(run(*words, "-o", "c.pth", "-b", 2, "--images", 18).stderr)
+    assert "instead of 18 for an error of 0.1 (see --images)." in limited
 
 
 def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -> None:

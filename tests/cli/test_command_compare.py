@@ -34,7 +34,7 @@ def test_compare_exits_with_1_past_the_tolerance(run: Run, digits: Path) -> None
 def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) -> None:
     assert_refused(
         run("compare-modes", network_path(), digits, *AS_STORED),
-        f"{network_path()} has no BatchNorm, so that both modes are the same; insert it first: bn-insert insert",
+        f"{network_path()} has no BatchNorm, so both modes are the same; insert BatchNorm first: bn-insert insert",
         f"{digits} -o network-bn.pth",
     )
     assert_refused(

@@ -12,7 +12,7 @@ def test_demo_runs_start_to_finish(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "classifier.3" in result.stdout
     assert "Wrote" not in result.output
-    assert "Nothing was kept; to keep the result, pass --output digits-bn.pth." in result.stdout
+    assert "The result was not saved. To save it, pass --output digits-bn.pth." in result.stdout
     assert not list(tmp_path.iterdir())
 
 

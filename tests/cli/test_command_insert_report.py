@@ -37,7 +37,7 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run) -> None:
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 64), (16, 64), (32, 64)]
     assert [(each["batch_size"], each["top1_agreement"]) for each in found["renorm"]] == [(8, 1), (16, 1), (32, 1)]
     assert found["reading"] in text_of(result.stderr)
-    assert "Measured on 64 images, such a share is uncertain by ±" in found["reading"]
+    assert "This was measured on 64 images; the margin is ±" in found["reading"]
     # The same figures by the command of its own, which reads images and preprocessing as insert did.
     alone = run("compare-modes", "out.pth", *images, "--batch-sizes", "8,32", "-j", 0)
     assert alone.exit_code == 0, alone.output
@@ -45,7 +45,7 @@ def test_the_report_says_how_far_train_mode_is_from_eval_mode(run: Run) -> None:
         assert f"{each['top1_agreement']:.1%} ± {each['top1_margin']:.1%}" in alone.stdout
         assert f"{each['kl_divergence']:.3g}" in alone.stdout
     assert alone.stdout.count("100.00%") >= 2
-    assert "With Batch Renormalization it keeps 100 % at batch sizes of 8 and above." in text_of(alone.stdout)
+    assert "With Batch Renormalization it keeps 100% at batch sizes of 8 and above." in text_of(alone.stdout)
 
 
 def test_a_batch_size_with_a_single_batch_is_left_out(run: Run, digits: Path) -> None:
@@ -62,7 +62,7 @@ def test_train_mode_is_measured_within_a_time(run: Run, monkeypatch: pytest.Monk
     found = json.loads(Path("r.json").read_text())["train_mode"]
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
     message = text_of(result.stderr)
-    assert "on 64 images, or as many as can be done in 0 s (at least 2 batches of 8)." in message
+    assert "on up to 64 images, for at most 0 s (but at least 2 batches of 8)." in message
     assert "Batch sizes left out of train mode: 16, 32 (its time was up)." in message
     assert "fewer" not in message
 

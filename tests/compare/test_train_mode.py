@@ -168,11 +168,11 @@ def test_the_margin_is_smaller_for_more_images_and_the_reading_has_the_largest()
     few, many = (TrainModeAgreement(8, images, 0.8, 0.1, 0.1) for images in (64, 256))
     assert few.top1_margin == pytest.approx(2 * many.top1_margin, rel=0.05)
     assert few.to_dict()["top1_margin"] == few.top1_margin
-    message = "Measured on 64 images, such a share is uncertain by ± 10 points."
+    message = "This was measured on 64 images; the margin is ± 10 points."
     assert message in agreement_reading([TrainModeAgreement(16, 64, 1.0, 0.1, 0.1), few])
 
 
-@pytest.mark.parametrize(("top1", "expected"), [(1.0, "100 %"), (0.98438, "98.44 %")])
+@pytest.mark.parametrize(("top1", "expected"), [(1.0, "100%"), (0.98438, "98.44%")])
 def test_the_reading_has_the_lowest_agreement_with_renorm(top1: float, expected: str) -> None:
     reading = agreement_reading(agreements(n4=0.5, n8=0.96), renorm=agreements(n4=1.0, n8=top1))
     assert reading.endswith(f" With Batch Renormalization it keeps {expected} at batch sizes of 4 and above.")
@@ -192,7 +192,7 @@ def test_dense_prediction_counts_positions() -> None:
 @pytest.mark.parametrize(
     ("model", "batches", "sizes", "wording"),
     [
-        (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm, so that both modes are the same"),
+        (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm, so both modes are the same"),
         (frozen, [images(8)], (4,), "has no BatchNorm that normalizes by the batch in train mode"),
         (with_batchnorm, [images(3)], (4, 8), "3 images do not fill one batch of the smallest size, 4"),
         (with_batchnorm, [], (4,), "0 images do not fill"),

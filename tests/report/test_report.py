@@ -272,7 +272,7 @@ def test_outputs_without_classes_have_no_column_for_the_top_class() -> None:
     ("preprocessing", "state", "wording"),
     [
         ({}, "good", "(from the checkpoint)."),
-        ({"origin": "the default"}, "check", "must be that of the network's training"),
+        ({"origin": "the default"}, "check", "Make sure that the network was trained with this preprocessing"),
         ({"mean": [123.68, 116.78, 103.94]}, "bad", "above 1"),
         ({"tensors": True}, "check", "the values of a tensor file are used unchanged"),
     ],
@@ -293,7 +293,7 @@ def test_train_mode_has_a_verdict_at_the_usual_batch_size() -> None:
         ]
         verdict = verdicts(data)[2]
         assert verdict.state == state
-        assert f"At a batch size of 32, the network in train mode keeps {100 * top1:.1f} % (± " in verdict.text
+        assert f"At a batch size of 32, the network in train mode keeps {100 * top1:.1f}% (± " in verdict.text
         assert ", measured on 64 images) of the top-1 classes" in verdict.text
         assert next_command(data) == "bn-insert finetune vgg.pth DATA --output-dir runs/first"
     data["options"]["model"] = "nets:make it"
@@ -342,7 +342,7 @@ def test_runs_are_compared() -> None:
     found = Page(page(runs_report([run("plain"), run("batchnorm", (0.4, 0.9), lr=0.1)])))
     for words in (
         "2 fine-tuning runs",
-        "batchnorm has the best validation accuracy, 90.00 %: 15.0 points above plain (75.00 %).",
+        "batchnorm has the best validation accuracy, 90.00%: 15.0 points above plain (75.00%).",
         "Differences between the runs",
         "Epochs of plain",
     ):
@@ -364,7 +364,7 @@ def test_runs_are_ranked_and_the_best_is_marked() -> None:
         "none",
     ]
     assert results.count(" best ") == 2  # a heading, and the mark
-    assert "first best 90.00 %" in results
+    assert "first best 90.00%" in results
 
 
 def test_identical_runs_are_named_and_their_curves_told_apart() -> None:
@@ -376,14 +376,14 @@ def test_identical_runs_are_named_and_their_curves_told_apart() -> None:
 
 
 def test_runs_with_the_same_accuracy_share_the_first_place() -> None:
-    assert runs_verdict([run("a"), run("b")]) == "2 runs share the best validation accuracy, 75.00 %: a, b."
+    assert runs_verdict([run("a"), run("b")]) == "2 runs share the best validation accuracy, 75.00%: a, b."
     assert runs_verdict([run("a")]) == ""
 
 
 def test_one_run_has_curves_for_training_and_validation() -> None:
     found = Page(page(runs_report([run("plain")])))
     assert found.charts == 3
-    assert "Best validation accuracy 75.00 %, in epoch 2; 3 of 3 epochs completed." in found.text
+    assert "Best validation accuracy 75.00%, in epoch 2; 3 of 3 epochs completed." in found.text
 
 
 def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dict[str, Any]]:
