@@ -76,7 +76,7 @@ def choose_learning_rate(
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
     fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
     learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). From 0.003 (0.0003 for AdamW), the
-    search moves on to a neighbor whose loss is at least 5 % lower, as long as there is one. If trials diverge, it first
+    search moves on to a neighbor whose loss is at least 5% lower, as long as there is one. If trials diverge, it first
     moves down to the highest learning rate at which they do not.
 
     Args:

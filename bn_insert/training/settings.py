@@ -33,7 +33,7 @@ class TrainingSettings:
         epochs: Passes over the training images.
         batch_size: Images per step and process.
         lr: Peak learning rate; with None, `finetune` chooses it in short trials.
-        lr_warmup_epochs: Epochs over which the learning rate rises from 1 % of `lr`; 0.5 is half an epoch.
+        lr_warmup_epochs: Epochs over which the learning rate rises from 1% of `lr`; 0.5 is half an epoch.
         lr_scheduler: Schedule after warm-up: "constant"; "cosine" falls to 0 at the last step; "step" multiplies by
             `lr_gamma` every `lr_step_size` epochs.
         lr_step_size: Epochs between steps of the schedule "step".

@@ -163,7 +163,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if adaptation.insertion:
         moments = adaptation.insertion.moments
         source_batches = -(-adaptation.source_images // batch_size)
-        note_calibration(moments, adaptation.source_images, tolerance, source_batches)
+        note_calibration(moments, adaptation.source_images, tolerance, source_batches, trainable=False)
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:

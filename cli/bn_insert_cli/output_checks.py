@@ -60,6 +60,7 @@ def note_calibration(
     tolerance: float | None,
     batches: int,
     *,
+    trainable: bool = True,
     limited: Callable[[], bool] = lambda: False,
 ) -> None:
     """Print the number of images, and what to do if the statistics are not as exact as they should be.
@@ -69,6 +70,7 @@ def note_calibration(
         images: How many images they were measured on.
         tolerance: The sampling error that was asked for; None means that all images were used.
         batches: How many batches the images came in.
+        trainable: Whether the result is made for `finetune`, which re-estimates the statistics.
         limited: Returns whether `--images` left images out.
     """
     if not moments:
@@ -90,10 +92,14 @@ def note_calibration(
         inexact = [name for name, each in moments.items() if each.error_of(0.99) > GOOD_ERROR]
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
         hint = " (see --images)" if limited() else ""
+        harmless = (
+            " This does not change the outputs, and `finetune` re-estimates the running statistics anyway."
+            if trainable
+            else ""
+        )
         print_note(
-            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}. This does not change the "
-            "outputs, and `finetune` re-estimates the running statistics anyway. More images would reduce the error: "
-            f"about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
+            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images would "
+            f"reduce the error: about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
         )
 
 
