@@ -97,15 +97,15 @@ class TrainingState:
             steps: Steps per epoch.
         """
         done = self.progress.epoch * steps + self.progress.step
-        where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "before the first step"
+        where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "at the first step"
         if self.progress.step:
-            where += f" and {counted(self.progress.step, 'step')}"
+            where = f"in epoch {self.progress.epoch + 1}, after {counted(self.progress.step, 'step')}"
         if self.progress.epoch >= settings.epochs:
-            return f"{where}: nothing is left to train; more epochs ({as_passed('epochs')}) would extend the run"
+            return f"{where}: the run is complete; to extend it, use a larger number of epochs ({as_passed('epochs')})"
         epochs = self.settings["epochs"]
         if epochs == settings.epochs or not isinstance(epochs, int) or epochs < max(1, settings.lr_warmup_epochs):
             return where
-        where += f", with {counted(settings.epochs, 'epoch')} in place of {epochs}"
+        where += f", for {counted(settings.epochs, 'epoch')} in total instead of {epochs}"
         if done == 0:
             return where
         planned = replace(settings, epochs=epochs)
@@ -114,8 +114,8 @@ class TrainingState:
             return where
         following = learning_rate(settings, done, steps)
         return (
-            f"{where}: the {settings.lr_scheduler} schedule now ends there, so the learning rate goes from "
-            f"{rates[0]:.3g} in the last step to {following:.3g} in the next"
+            f"{where}: the {settings.lr_scheduler} schedule now ends after the last of these, so the learning rate "
+            f"goes from {rates[0]:.3g} in the last step to {following:.3g} in the next"
         )
 
     def check_fits(

@@ -179,19 +179,19 @@ def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits
     longer = finetune(dense_network(), digits, tmp_path, more, resume=True, on_start=told.append)
     assert [epoch.epoch for epoch in longer.epochs] == [1, 2, 3]
     assert [summary.resumed for summary in told] == [
-        "after 1 epoch, with 3 epochs in place of 1: the cosine schedule now ends there, so the learning rate goes "
-        f"from {learning_rate(settings, 4, 5):.3g} in the last step to {learning_rate(more, 5, 5):.3g} in the next"
+        "after 1 epoch, for 3 epochs in total instead of 1: the cosine schedule now ends after the last of these, so "
+        f"the learning rate goes from {learning_rate(settings, 4, 5):.3g} in the last step to {learning_rate(more, 5, 5):.3g} in the next"
     ]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "after 1 epoch and 2 steps"),
-        ({"lr_scheduler": "constant", "epochs": 4}, "after 1 epoch and 2 steps, with 4 epochs in place of 2"),
+        ({}, "in epoch 2, after 2 steps"),
+        ({"lr_scheduler": "constant", "epochs": 4}, "in epoch 2, after 2 steps, for 4 epochs in total instead of 2"),
         (
             {"epochs": 1},
-            "after 1 epoch and 2 steps: nothing is left to train; more epochs (epochs) would extend the run",
+            "in epoch 2, after 2 steps: the run is complete; to extend it, use a larger number of epochs (epochs)",
         ),
     ],
 )
