@@ -103,7 +103,7 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
     )
     source = predictions["entropy_source"]
     if source is not None:
-        text += f" On source images, that of the original is {source:.2g}."
+        text += f" On source images, the mean entropy of the original's predictions is {source:.2g}."
     if _undecided(predictions) and not predictions["per_class"]:
         text += (
             f" It is rarely certain of a class (guessing among {predictions['classes']} has "

@@ -76,7 +76,7 @@ def finetune(
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
     If the output layer is new, it is first fitted to the features that the network computes for up to 1,024 training
-    images (`settings.fit_output`, see `fit_output`). A new head of `settings.head` is not.
+    images (`settings.fit_output`, see `fit_output`). The output layer of a new head (`settings.head`) is not fitted.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, from 0.003 (0.0003 for AdamW) on in the direction in which the loss is clearly lower. A run
@@ -110,8 +110,9 @@ def finetune(
         on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
-        stop: Polled during the fit and after each step; once it returns True the run ends there, with state.pth and
-            last.pth written. The statistics are not re-estimated in that case, to stop without delay.
+        stop: Polled after each step, and with one process also during the fit; once it returns True the run ends there,
+            with state.pth and last.pth written. The statistics are not re-estimated in that case, to stop without
+            delay.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
         tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
             the output folder; the package tensorboard must be installed.

@@ -13,11 +13,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..batchnorm.batch_renorm import BatchRenorm
+from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import outcomes_of
-from ..errors import CalibrationError, TrainingError
+from ..errors import CalibrationError, ImageError, TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
 from ..images.batch_interface import sample
-from ..images.class_folders import ClassFolders
+from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import Progress
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
@@ -145,7 +147,7 @@ def fit_new_output(
         classifier: The network, whose output layer has just been replaced.
         training_set: Where training images are taken from.
         images: Class folders with the validation images.
-        stop: Checked after each batch, and before each fit.
+        stop: Checked after each batch and before each fit, if this is the only process.
         on_fit: Called after each batch, and at the end.
 
     Raises:
@@ -158,8 +160,7 @@ def fit_new_output(
         return
     images = replace(images, val=tuple(sample(images.val, _VALIDATION_IMAGES, settings.seed)))
     val = ranks.share(images.val, equal=False)
-    if len(val) % size == 1:
-        val = val[:-1]  # a BatchNorm cannot normalize a batch of one
+    least = 2 if any(map(needs_several_values, classifier.network.modules())) else 1
     count = min(_TRAINING_IMAGES, len(images.train))
     total = -(-count // ranks.count) + len(val)
     report = on_fit or (lambda _fit: None)
@@ -168,19 +169,25 @@ def fit_new_output(
         report(OutputFit(min(seen, total), total))
         stop.check()
 
+    def inputs(batches: Iterable[LabelledBatch]) -> Iterable[Any]:
+        return (classifier.inputs(batch) for batch in batches if len(batch.labels) >= least)
+
     try:
         fitted = fit_output(
             classifier.network,
-            map(classifier.inputs, training_set.sample(0, count)),
-            map(classifier.inputs, images.batches(val, size)) if val else (),
+            inputs(training_set.sample(0, count)),
+            inputs(images.batches(val, size)) if val else (),
             autocast=torch.bfloat16 if classifier.amp else None,
             progress=progress,
         )
+        accuracy = validate(classifier, images, size, ranks, stop).accuracy if fitted else None
+    except ImageError:
+        stop.check()  # a signal to the entire process group has ended the processes that decode
+        raise
     except CalibrationError:
         if ranks.count > 1:
             raise
-        fitted = False  # the first step fails too, and says more
-    accuracy = validate(classifier, images, size, ranks, stop).accuracy if fitted else None
+        accuracy = None  # the first step fails too, and says more
     report(OutputFit(total, total, True, accuracy))
 
 
@@ -195,8 +202,11 @@ def _as_trained(model: nn.Module, *, dropout: bool) -> nn.Module:
     """Return a copy in train mode, with its dropout or without."""
     network = working_copy(model).train()
     for module in network.modules():
-        if isinstance(module, _DropoutNd) and not dropout:
+        # Ranks may have different numbers of batches, so that none may wait for the statistics of the others.
+        if isinstance(module, nn.SyncBatchNorm) or (isinstance(module, _DropoutNd) and not dropout):
             module.eval()
+        elif isinstance(module, BatchRenorm):
+            module.synchronize = False
     return network
 
 
@@ -228,7 +238,9 @@ def _features(
         network, batches, autocast=autocast, progress=progress and (lambda seen: progress(before + seen))
     )
     seen = before + sum(map(len, inputs))
-    parts = [part.to(layer.weight.device) for each in Ranks.current().gathered(inputs) for part in each]
+    ranks = Ranks.current()
+    sent = inputs if ranks.count == 1 else [part.cpu() for part in inputs]  # not to the GPUs of other ranks
+    parts = [part.to(layer.weight.device) for each in ranks.gathered(sent) for part in each]
     if not parts or any(part.ndim != 2 for part in parts):
         return None, seen
     if outcomes.classes != layer.out_features:
@@ -264,7 +276,7 @@ def _best_fit(
         with torch.no_grad():
             loss = F.cross_entropy(F.linear(val_set.features, weight, bias), val_set.labels).item()
         if loss < lowest:
-            best, lowest = _Layer(weight.detach() / scale, bias.detach().clone()), loss
+            best, lowest = _Layer((weight.detach() / scale).cpu(), bias.detach().cpu().clone()), loss
         elif best:
             break
     return best

@@ -114,8 +114,8 @@ class TrainingState:
             return where
         following = learning_rate(settings, done, steps)
         return (
-            f"{where}: the {settings.lr_scheduler} schedule now ends after the last of these, so the learning rate "
-            f"goes from {rates[0]:.3g} in the last step to {following:.3g} in the next"
+            f"{where}: the {settings.lr_scheduler} schedule now ends after epoch {settings.epochs}, so the learning "
+            f"rate goes from {rates[0]:.3g} in the last step to {following:.3g} in the next"
         )
 
     def check_fits(

@@ -35,8 +35,8 @@ class StopCheck:
     def check(self) -> None:
         """Raise StoppedError if a process without others was asked to stop.
 
-        In re-estimation and validation the shares of several processes differ in size, so that they could not agree on
-        a batch to stop after; they finish the epoch.
+        In the fit, re-estimation and validation the shares of several processes differ in size, so that they could not
+        agree on a batch to stop after; they finish it.
         """
         if self.alone():
             raise StoppedError

@@ -172,7 +172,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)
-        entropy = None if predictions[0].per_class else _entropy(network, source, place)
+        entropy = _entropy(network, source, place, predictions[0])
         findings = _findings(adaptation, comparisons, *predictions, entropy, stored=bool(classes))
     if report:
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
@@ -277,11 +277,13 @@ def _predictions(
             each.cpu()
 
 
-def _entropy(network: nn.Module, source: Batches | None, device: torch.device) -> float | None:
-    """Return the mean entropy of the network's predictions on source images; None without any, or without classes."""
+def _entropy(
+    network: nn.Module, source: Batches | None, device: torch.device, predictions: PredictionComparison
+) -> float | None:
+    """Return the mean entropy of the network's predictions on source images; None without any, or if labels decide."""
     from bn_insert import compare_predictions, finite_part  # noqa: PLC0415
 
-    if source is None or finite_part(network)[1]:
+    if source is None or not predictions.classes or predictions.per_class or finite_part(network)[1]:
         return None
     head = source.head(UNLABELLED_IMAGES)
     network.to(device)
@@ -290,7 +292,7 @@ def _entropy(network: nn.Module, source: Batches | None, device: torch.device) -
             entropy = compare_predictions(network, network, head, progress=progress).entropy_before
     finally:
         network.cpu()
-    return None if isnan(entropy) else entropy
+    return None if isnan(entropy) or entropy == 0 else entropy  # 0 where logits are not finite
 
 
 def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequence[str]:

@@ -351,7 +351,7 @@ class _Display:
         if fit.done:
             self.close()
             if fit.accuracy is None:
-                print_note("The new output layer starts from zeros: no fit to the features is better than guessing.")
+                print_note("The new output layer was not fitted, and starts from zeros.")
             else:
                 print_note(f"New output layer fitted to the features: validation accuracy {fit.accuracy:.2%}.")
             return
@@ -448,9 +448,12 @@ def _epochs_of(folder: Path, *, resume: bool) -> int:
     from bn_insert import BNInsertError, TrainingSettings  # noqa: PLC0415
     from bn_insert.report import read_run  # noqa: PLC0415
 
-    if resume:
-        with suppress(BNInsertError):  # there is no run, or its report cannot be read
+    if resume and (folder / "state.pth").exists():
+        with suppress(BNInsertError, KeyError, TypeError, ValueError):
             return int(read_run(folder / "report.json")["settings"]["epochs"])
+        raise typer.BadParameter(
+            f"{folder / 'report.json'} does not say how many epochs the run has; pass the number", param_hint="--epochs"
+        )
     return TrainingSettings().epochs
 
 

@@ -87,7 +87,9 @@ def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_sour
     certainty, accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=source)["verdicts"][1:]
     assert (certainty["state"], accuracy["state"]) == (("check", "check") if doubtful else ("good", "good"))
     assert ("may belong to a different task" in certainty["text"]) is doubtful
-    assert ("On source images, that of the original is 1.8." in certainty["text"]) is (source == 1.8)
+    assert ("On source images, the mean entropy of the original's predictions is 1.8." in certainty["text"]) is (
+        source == 1.8
+    )
 
 
 def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:

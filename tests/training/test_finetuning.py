@@ -180,7 +180,7 @@ def test_a_complete_run_is_resumed_to_nothing_and_more_epochs_lengthen_it(digits
     assert [epoch.epoch for epoch in longer.epochs] == [1, 2, 3]
     rates = f"{learning_rate(settings, 4, 5):.3g} in the last step to {learning_rate(more, 5, 5):.3g} in the next"
     assert [summary.resumed for summary in told] == [
-        "after 1 epoch, for 3 epochs in total instead of 1: the cosine schedule now ends after the last of these, so "
+        "after 1 epoch, for 3 epochs in total instead of 1: the cosine schedule now ends after epoch 3, so "
         f"the learning rate goes from {rates}"
     ]
 

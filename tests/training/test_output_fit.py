@@ -258,11 +258,12 @@ def test_a_run_with_its_own_output_layer_has_no_fit(digits: ClassFolders, tmp_pa
     assert fits == []
 
 
-def test_a_last_validation_batch_of_one_image_is_left_out(digits: ClassFolders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [13, 19])
+def test_a_last_batch_of_one_image_is_left_out(digits: ClassFolders, tmp_path: Path, batch_size: int) -> None:
     network = insert_batchnorm(new_network(3), [batch.images for batch in digits.batches(digits.train, 20)])
     fits: list[OutputFit] = []
-    finetune(network, digits, tmp_path, replace(SETTINGS, batch_size=19), on_fit=fits.append)
-    assert fits[-1].images == 40 + 19
+    finetune(network, digits, tmp_path, replace(SETTINGS, batch_size=batch_size), on_fit=fits.append)
+    assert fits[-2].seen == 59
     assert fits[-1].accuracy is not None
 
 
