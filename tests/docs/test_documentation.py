@@ -173,6 +173,7 @@ def test_a_page_that_is_filled_when_the_site_is_built_says_so_in_the_repository_
 def test_accuracies_that_are_quoted_are_among_those_that_the_benchmarks_wrote(name: str) -> None:
     results = (
         "finetuning/results/finetuning.md",
+        "finetuning/results/command-line.md",
         *(f"renorm/results/{name}.md" for name in ("small-batches", "limit-rules")),
     )
     measured = "\n".join((ROOT / "benchmarks" / result).read_text(encoding="utf-8") for result in results)
