@@ -116,9 +116,10 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
 
 
 def _undecided(predictions: Mapping[str, Any]) -> bool:
-    """Return whether the predictions are nearly guesses, and more so than those on source images."""
-    usual = (1 + _HARDLY) * (predictions["entropy_source"] or 0.0)
-    return bool(predictions["entropy_after"] > max(usual, _UNDECIDED * math.log(predictions["classes"])))
+    """Return whether the predictions are more like guesses than like those on source images."""
+    guess = math.log(predictions["classes"])
+    between = ((predictions["entropy_source"] or 0.0) + guess) / 2
+    return bool(predictions["entropy_after"] > max(between, _UNDECIDED * guess))
 
 
 def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:

@@ -79,7 +79,7 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
     assert "one folder per class, and run bn-insert evaluate on them" in verdict["text"]
 
 
-@pytest.mark.parametrize(("source", "doubtful"), [(None, True), (0.5, True), (1.8, False)])
+@pytest.mark.parametrize(("source", "doubtful"), [(None, True), (0.5, True), (1.4, True), (1.6, False), (1.8, False)])
 def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_source_images(
     source: float | None, doubtful: bool
 ) -> None:
