@@ -98,7 +98,9 @@ def compare_predictions(
         >>> compare_predictions(model, model, [(torch.rand(8, 4), torch.zeros(8, dtype=torch.long))]).agreement
         1.0
     """
-    networks = {"original": working_copy(original), "changed network": working_copy(changed)}
+    networks = {"original": working_copy(original)}
+    if changed is not original:
+        networks["changed network"] = working_copy(changed)
     totals = _Totals()
 
     def run(batch: Batch) -> None:
@@ -107,7 +109,7 @@ def compare_predictions(
             inputs = Inputs.of(batch.value, batch.number, network)
             with failures_named(f"the {role} ({type(network).__name__})", batch):
                 logits.append(next(leaf for leaf in tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)))
-        totals.add(logits[0].cpu().double(), logits[1].cpu().double(), labels_in(batch.value, batch))
+        totals.add(logits[0].cpu().double(), logits[-1].cpu().double(), labels_in(batch.value, batch))
 
     images = for_each_batch(original, batches, run, progress=progress)
     if images == 0:

@@ -10,7 +10,6 @@ from functools import reduce
 from itertools import count, islice
 
 from ..errors import DivergenceError, ImageError
-from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import preserved_random_state
 from .classifier import Classifier
@@ -22,11 +21,10 @@ from .settings import Optimizer, TrainingSettings
 from .step import TrainingStep
 from .stopping import StoppedError
 from .training_set import TrainingSet
-from .validation import validate
+from .validation import SAMPLE, validate, with_sampled_validation
 
 TRIAL_STEPS = 20
 
-_EVALUATION_IMAGES = 256  # at most, for re-estimation and for validation
 _WARMUP = 0.1  # fraction of the steps
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
@@ -90,7 +88,7 @@ def choose_learning_rate(
         StoppedError: If the run was asked to stop.
     """
     first = _FIRST[step.settings.opt]
-    images = replace(images, val=tuple(sample(images.val, _EVALUATION_IMAGES, step.settings.seed)))
+    images = with_sampled_validation(images, step.settings.seed)
     report = on_trial or (lambda _trial: None)
     losses: dict[int, float] = {}
 
@@ -168,7 +166,7 @@ class _Trial:
         ranks.share_buffers(classifier.network)
         try:
             if settings.recalibrate:
-                reestimate_statistics(classifier, self.training_set.sample(0, _EVALUATION_IMAGES), stop)
+                reestimate_statistics(classifier, self.training_set.sample(0, SAMPLE), stop)
         except DivergenceError:
             return math.inf
         loss = validate(classifier, self.images, settings.batch_size, ranks, stop).loss

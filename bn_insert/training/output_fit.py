@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -18,7 +18,6 @@ from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import outcomes_of
 from ..errors import CalibrationError, ImageError, TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
-from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import Progress
 from ..support.processes import Ranks, on_every_rank
@@ -26,9 +25,9 @@ from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .stopping import StopCheck
 from .training_set import TrainingSet
-from .validation import validate
+from .validation import validate, with_sampled_validation
 
-_TRAINING_IMAGES, _VALIDATION_IMAGES = 1024, 256  # at most
+_TRAINING_IMAGES = 1024  # at most
 _PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(2, 13))  # 0.1 to 1e-6, strong ones first
 _ITERATIONS, _HISTORY = 100, 10  # of L-BFGS; each entry of its history takes twice the memory of the layer
 
@@ -158,7 +157,7 @@ def fit_new_output(
     _, layer = output_layer(classifier.network)
     if not can_be_fitted(layer) or bool(layer.weight.detach().any()):
         return
-    images = replace(images, val=tuple(sample(images.val, _VALIDATION_IMAGES, settings.seed)))
+    images = with_sampled_validation(images, settings.seed)
     val = ranks.share(images.val, equal=False)
     least = 2 if any(map(needs_several_values, classifier.network.modules())) else 1
     count = min(_TRAINING_IMAGES, len(images.train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,18 @@ import torch
 from ..compare.evaluation import outcomes_of
 from ..errors import TrainingError
 from ..graph.copies import working_copy
+from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from .classifier import Classifier
 from .stopping import StopCheck
+
+SAMPLE = 256  # images at most, where an estimate is enough
+
+
+def with_sampled_validation(images: ClassFolders, seed: int) -> ClassFolders:
+    """Return class folders with at most `SAMPLE` of the validation images."""
+    return replace(images, val=tuple(sample(images.val, SAMPLE, seed)))
 
 
 class Validation(NamedTuple):
