@@ -73,9 +73,12 @@ if TYPE_CHECKING:
         check_output_dir as check_output_dir,
         finetune as finetune,
     )
-    from .training.lr_trials import LearningRateTrial as LearningRateTrial
-    from .training.metrics import EpochMetrics as EpochMetrics, StepMetrics as StepMetrics
-    from .training.output_fit import OutputFit as OutputFit
+    from .training.metrics import (
+        EpochMetrics as EpochMetrics,
+        LearningRateTrial as LearningRateTrial,
+        OutputFit as OutputFit,
+        StepMetrics as StepMetrics,
+    )
     from .training.settings import TrainingSettings as TrainingSettings
     from .training.summary import RunSummary as RunSummary
 
@@ -159,8 +162,8 @@ _MODULES = {
     "FineTuning": "training.finetune",
     "RunSummary": "training.summary",
     "StepMetrics": "training.metrics",
-    "LearningRateTrial": "training.lr_trials",
-    "OutputFit": "training.output_fit",
+    "LearningRateTrial": "training.metrics",
+    "OutputFit": "training.metrics",
     "EpochMetrics": "training.metrics",
     # Fold
     "fold_batchnorm": "surgery.fold",

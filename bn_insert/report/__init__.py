@@ -4,7 +4,9 @@ from .adaptation import adaptation_report
 from .confusion import check_confusion_matrix, write_confusion_matrix
 from .insertion import insertion_report
 from .output import check_report, write_report
+from .preprocessing import preprocessing_text
 from .provenance import file_facts, versions
+from .run_beginning import output_fit_text, trials_text
 from .run_verdicts import run_health, worst
 from .runs import read_run, run_report, runs_report
 from .verdict import Verdict
@@ -16,10 +18,13 @@ __all__ = [
     "check_report",
     "file_facts",
     "insertion_report",
+    "output_fit_text",
+    "preprocessing_text",
     "read_run",
     "run_health",
     "run_report",
     "runs_report",
+    "trials_text",
     "versions",
     "worst",
     "write_confusion_matrix",

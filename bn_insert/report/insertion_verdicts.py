@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import as_passed
+from .preprocessing import preprocessing_text
 from .verdict import Verdict
 
 _LEAST_AGREEMENT = 0.95
@@ -53,16 +54,9 @@ def _preprocessing(preprocessing: Mapping[str, Any]) -> Verdict:
             "None: the values of a tensor file are used unchanged. They must be preprocessed "
             "as in the training of the network.",
         )
-    mean, std = preprocessing["mean"], preprocessing["std"]
-    steps = [
-        f"resize {preprocessing['resize']}" if preprocessing["resize"] else "no resizing",
-        f"crop {preprocessing['crop']}" if preprocessing["crop"] else "no crop",
-        f"mean {_listed(mean)}",
-        f"std {_listed(std)}",
-    ]
-    text = f"{'; '.join(steps)} ({preprocessing['origin']})."
+    text = f"{preprocessing_text(preprocessing)} ({preprocessing['origin']})."
     text = text[0].upper() + text[1:]
-    if max(mean) > 1:
+    if max(preprocessing["mean"]) > 1:
         text += " This mean is above 1, but it is subtracted from pixels in 0..1: the statistics are of no use."
         return Verdict("bad", "Preprocessing", text)
     if preprocessing["origin"] == "from the checkpoint":
@@ -91,7 +85,3 @@ def _train_mode(train_mode: Mapping[str, Any]) -> Verdict:
 def _usual(agreements: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the figures of the batch size that is closest to the usual one."""
     return min(agreements, key=lambda agreement: abs(agreement["batch_size"] - _USUAL_BATCH), default=None)
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)

@@ -19,6 +19,13 @@ from .verdict import Verdict
 
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
 _BATCH = 32  # images, for the error of the statistics of one training batch
+# Settings that have an effect only if another one has a certain value.
+_DEPENDENT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("lr_scheduler", "step", ("lr_step_size", "lr_gamma")),
+    ("opt", "sgd", ("momentum",)),
+    ("batchnorm", "renorm", ("renorm_r_max", "renorm_d_max")),
+    ("recalibrate", True, ("recalibration_images",)),
+)
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -81,7 +88,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for verdict in found
         if verdict.state != "good"
     ]
-    facts = [_flat(_effective(run.get("settings", {}))) | _flat(_facts(run)) for run in runs]
+    facts = [_flat(_effective(run)) | _flat(_facts(run)) for run in runs]
     names = dict.fromkeys(name for run in facts for name in run)
     rows = {name: [run.get(name, "") for run in facts] for name in names}
     different = {name: values for name, values in rows.items() if len(set(values)) > 1}
@@ -106,14 +113,20 @@ def _health(run: Mapping[str, Any]) -> list[Verdict]:
     return run_health(run["epochs"], run["settings"], {})
 
 
-def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with words for those whose None does not mean that there is none."""
+def _effective(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that have an effect, with words for those whose None does not mean that there is none."""
+    settings = run.get("settings", {})
     words = {"dropout": "as in the checkpoint", "head": "kept", "lr": "not chosen yet"}
-    return {name: words.get(name) if value is None else value for name, value in settings.items()}
+    effective = {name: words.get(name) if value is None else value for name, value in settings.items()}
+    for name, value, dependent in _DEPENDENT:
+        if name in settings and settings[name] != value:
+            for each in dependent:
+                effective.pop(each, None)
+    return effective
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    shown_elsewhere = ("name", "settings", "epochs", "best_epoch", "health")
+    shown_elsewhere = ("name", "settings", "epochs", "best_epoch", "health", "overview", "lr_trials")
     return {name: value for name, value in run.items() if name not in shown_elsewhere}
 
 

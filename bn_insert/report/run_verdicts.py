@@ -26,8 +26,8 @@ def run_health(
         epochs: The metrics of each completed epoch.
         settings: The training settings.
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
-            `output_replaced`, whether the run began with a new output layer. What depends on a missing one is not
-            checked.
+            `output_replaced`, whether the run began with a new output layer; `accuracy_before`, the validation accuracy
+            before training. What depends on a missing one is not checked.
     """
     if not epochs:
         return [Verdict("bad", "Epochs", "No epoch was completed.")]
@@ -37,7 +37,7 @@ def run_health(
     if classes > 1:
         found += _loss(epochs, classes, lower_rate)
     if worst(found) != "bad":
-        found += _best_at_first(epochs, lower_rate)
+        found += _not_better(epochs, data, lower_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
@@ -81,6 +81,17 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
         "a network that always answers with this class is as good."
     )
     return [Verdict("bad", "Accuracy", text)]
+
+
+def _not_better(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], lower_rate: str) -> list[Verdict]:
+    before, best = data.get("accuracy_before"), _best(epochs)["val_accuracy"]
+    if before is None or best > before or best == 1:
+        return []
+    text = (
+        f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}, measured on up to "
+        "256 of the validation images."
+    )
+    return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
 
 
 def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list[Verdict]:

@@ -31,7 +31,8 @@ def run_report(
         settings: The training settings.
         epochs: The metrics of each completed epoch, with the fields of `EpochMetrics`.
         facts: Further values, which the page lists as they are. `batchnorms`, the number of BatchNorm layers, is
-            required; the verdicts on the run need `data`, as for `run_health`.
+            required; the verdicts on the run need `data`, as for `run_health`; `overview` is a dictionary of texts that
+            the page of a single run shows first.
     """
     best = max(epochs, key=lambda epoch: epoch["val_accuracy"], default=None)
     health = [verdict._asdict() for verdict in run_health(epochs, settings, facts.get("data", {}))]
@@ -74,6 +75,7 @@ class _Run(msgspec.Struct):
     batchnorms: Count
     best_epoch: Count | None
     health: list[_Verdict] = []
+    overview: dict[str, str] = {}
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
-from .lr_trials import LearningRateTrial, choose_learning_rate, untried_learning_rate
-from .metrics import EpochMetrics, StepMetrics
-from .output_fit import OutputFit, fit_new_output
+from .lr_trials import choose_learning_rate, untried_learning_rate
+from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
 from .settings import TrainingSettings
+from .starting_output import fit_starting_output
 from .state import TrainingState, load_state, random_state, run_data
 from .step import TrainingStep
 from .stopping import StopCheck, StoppedError
@@ -62,6 +62,7 @@ def finetune(
     settings: TrainingSettings | None = None,
     *,
     resume: bool = False,
+    resume_epochs: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
     on_start: Callable[[RunSummary], None] | None = None,
@@ -75,8 +76,9 @@ def finetune(
 ) -> FineTuning:
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
-    If the output layer is new, it is first fitted to the features that the network computes for up to 1,024 training
-    images (`settings.fit_output`, see `fit_output`). The output layer of a new head (`settings.head`) is not fitted.
+    The output layer is first fitted to the features that the network computes for up to 1,024 training images
+    (`settings.fit_output`, see `fit_output`) if it is new, or if it only guesses the classes of the validation images,
+    because the checkpoint was trained on as many others. That of a new head (`settings.head`) is not fitted.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, from 0.003 (0.0003 for AdamW) on in the direction in which the loss is clearly lower. A run
@@ -103,10 +105,11 @@ def finetune(
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
             an uninterrupted run. A run is started if the folder has no results.
+        resume_epochs: Resume the run for as many epochs as it was to have, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
         on_start: Called before the fit, the trials and the first step, also of a run that is resumed.
-        on_fit: Called after each batch of the fit of a new output layer, and at its end.
+        on_fit: Called after each batch of the fit of the output layer, and at its end, also if it was not necessary.
         on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
@@ -145,6 +148,8 @@ def finetune(
         if resume and existing:
             state = load_state(folder / STATE)
             settings = state.with_lr(settings)
+            if resume_epochs:
+                settings = state.with_epochs(settings)
             state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
         if settings.lr is None:
             settings = replace(settings, lr=untried_learning_rate(settings, training_set.steps))
@@ -179,7 +184,7 @@ def finetune(
             if on_start:
                 on_start(summary)
             progress, settings = run.train(progress, on_epoch)
-    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), facts["data"])
+    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), results.data(progress))
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
 
@@ -200,18 +205,22 @@ class _Run:
     def train(
         self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None
     ) -> tuple[Progress, TrainingSettings]:
-        """Train, after the fit of a new output layer and the choice of the learning rate, if it is None.
+        """Train, after the fit of the output layer and the choice of the learning rate, if they are not done yet.
 
         Returns:
             The progress, and the settings in effect.
         """
         step, settings = self.step, self.step.settings
         try:
-            if self.new_output and settings.fit_output and progress == Progress():
-                fit_new_output(step.classifier, self.training_set, self.images, step.stop, self.on_fit)
+            begun = progress.epoch or progress.step
+            if settings.fit_output and settings.head is None and not progress.fit and not begun:
+                fit = fit_starting_output(
+                    step.classifier, self.training_set, self.images, step.stop, self.on_fit, new=self.new_output
+                )
+                progress = replace(progress, fit=fit)
             if settings.lr is None:
-                lr = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
-                settings = replace(settings, lr=lr)
+                trials = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
+                progress, settings = replace(progress, trials=trials), replace(settings, lr=trials[-1].lr)
             step = replace(step, settings=settings)
             loop = TrainingLoop(step, self.training_set, self.images, self._save, self.on_step, on_epoch)
             return loop.run(progress), settings
@@ -219,7 +228,7 @@ class _Run:
             self._save(progress, settings)
             return progress, settings
         except DivergenceError as error:
-            advice = _advice(settings, self.results.facts)
+            advice = _advice(settings, self.results, progress)
             raise DivergenceError(f"{error}: training diverged; {self.results.kept}. {advice}") from error
 
     def _save(self, progress: Progress, settings: TrainingSettings) -> None:
@@ -237,13 +246,14 @@ class _Run:
         _on_first_rank(lambda: self.results.write(classifier.network, state), ranks)
 
 
-def _advice(settings: TrainingSettings, facts: Mapping[str, Any]) -> str:
-    """Return what to try after a run with these settings and facts has diverged."""
+def _advice(settings: TrainingSettings, results: RunFolder, progress: Progress) -> str:
+    """Return what to try after a run has diverged."""
     if settings.lr is None:  # all trials diverged
         return "Check the preprocessing and the weights of the network."
     others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
-    others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
-    return lower_rate_advice(asdict(settings), output_replaced=facts["data"]["output_replaced"], others=others)
+    others += ["a network with BatchNorm (bn-insert insert)"] * (not results.facts["batchnorms"])
+    replaced = results.data(progress)["output_replaced"]
+    return lower_rate_advice(asdict(settings), output_replaced=replaced, others=others)
 
 
 def _example(images: ClassFolders) -> Tensor | None:
@@ -268,10 +278,16 @@ def check_output_dir(
             weights come from state.pth.
 
     Raises:
-        TrainingError: The folder contains results that are not to be replaced, or cannot be resumed from.
+        TrainingError: The folder contains results that are not to be replaced, or cannot be resumed from; or both
+            resuming and replacing are asked for.
         CheckpointError: No file can be written into the folder.
     """
     folder = Path(output_dir)
+    if resume and overwrite:
+        raise TrainingError(
+            f"{as_passed('resume', True)} continues the run in {folder}, and {as_passed('overwrite', True, '--force')} "
+            "replaces it; leave out one of them"
+        )
     existing = results_in(folder)
     check_folder(folder)
     for each in inputs:

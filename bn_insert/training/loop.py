@@ -14,7 +14,7 @@ from ..images.class_folders import ClassFolders, LabelledBatch
 from .metrics import EpochMetrics, StepMetrics
 from .progress import Progress
 from .reestimation import reestimate_statistics
-from .remaining_time import RemainingTime
+from .remaining_time import RemainingTime, evaluated_images
 from .schedule import learning_rate
 from .settings import TrainingSettings
 from .step import TrainingStep
@@ -45,10 +45,8 @@ class TrainingLoop:
 
     @cached_property
     def _clock(self) -> RemainingTime:
-        settings, trained = self.step.settings, len(self.images.train)
-        reestimated = min(settings.recalibration_images, trained) if settings.recalibrate else 0
-        evaluated = (reestimated + len(self.images.val)) / trained
-        return RemainingTime(self.training_set.steps, settings.epochs, evaluated)
+        settings = self.step.settings
+        return RemainingTime(self.training_set.steps, settings.epochs, evaluated_images(settings, self.images))
 
     def run(self, progress: Progress) -> Progress:
         """Train until the run is complete or stopped, and return the progress."""

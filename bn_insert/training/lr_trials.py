@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from ..errors import DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import preserved_random_state
 from .classifier import Classifier
-from .metrics import Totals
+from .metrics import LearningRateTrial, Totals
 from .preparation import make_optimizer, make_renorm_scheduler
 from .reestimation import reestimate_statistics
+from .remaining_time import seconds_with_trials
 from .schedule import learning_rate
 from .settings import Optimizer, TrainingSettings
 from .step import TrainingStep
@@ -26,30 +28,12 @@ from .validation import SAMPLE, validate, with_sampled_validation
 TRIAL_STEPS = 20
 
 _WARMUP = 0.1  # fraction of the steps
+_USUAL = 3  # trials: one, and one on either side of it
+_STEPS_BEFORE_ESTIMATE = 3  # the first ones allocate memory and fill caches
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
 _CLEARLY = 0.05  # of the loss: smaller differences say little after so few steps
-
-
-@dataclass(frozen=True)
-class LearningRateTrial:
-    """Progress of a trial of a learning rate, and its result at the end.
-
-    Args:
-        lr: Peak learning rate.
-        step: Steps taken so far.
-        steps: Steps of a complete trial.
-        loss: Mean of the validation loss after the trial and the training loss of its second half; infinite if the
-            trial diverged, None while it is running.
-        chosen: Whether the run uses this learning rate; reported once more after all trials.
-    """
-
-    lr: float
-    step: int
-    steps: int
-    loss: float | None = None
-    chosen: bool = False
 
 
 def untried_learning_rate(settings: TrainingSettings, steps: int) -> float | None:
@@ -67,8 +51,8 @@ def choose_learning_rate(
     training_set: TrainingSet,
     images: ClassFolders,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
-) -> float:
-    """Return the learning rate that no neighbor is clearly better than, in short trials.
+) -> tuple[LearningRateTrial, ...]:
+    """Find the learning rate that no neighbor is clearly better than, in short trials.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
@@ -83,21 +67,29 @@ def choose_learning_rate(
         images: Class folders with the validation images.
         on_trial: Called after each step of a trial and at its end, and with the chosen one.
 
+    Returns:
+        The results of the trials in their order, and last once more the chosen one.
+
     Raises:
         DivergenceError: If all trials diverge.
         StoppedError: If the run was asked to stop.
     """
     first = _FIRST[step.settings.opt]
-    images = with_sampled_validation(images, step.settings.seed)
+    sampled = with_sampled_validation(images, step.settings.seed)
     report = on_trial or (lambda _trial: None)
-    losses: dict[int, float] = {}
+    trials: dict[int, LearningRateTrial] = {}
+
+    def seconds_left(per_step: float, taken: int) -> float:
+        trial_steps = max(1, _USUAL - len(trials)) * TRIAL_STEPS - taken
+        return seconds_with_trials(per_step, trial_steps, step.settings, images, training_set.steps)
 
     def loss(index: int) -> float:
         if not _LOWEST <= index <= _HIGHEST:
             return math.inf
-        if index not in losses:
-            losses[index] = _Trial(step, training_set, images, _rate(index), report).run()
-        return losses[index]
+        if index not in trials:
+            trials[index] = _Trial(step, training_set, sampled, _rate(index), report, seconds_left).run()
+        reached = trials[index].loss
+        return math.inf if reached is None else reached
 
     best = first
     while math.isinf(loss(best)) and best > _LOWEST:
@@ -107,8 +99,9 @@ def choose_learning_rate(
     for direction in (1, -1):
         while loss(best + direction) < (1 - _CLEARLY) * loss(best):
             best += direction
-    report(LearningRateTrial(_rate(best), TRIAL_STEPS, TRIAL_STEPS, losses[best], chosen=True))
-    return _rate(best)
+    chosen = replace(trials[best], chosen=True)
+    report(chosen)
+    return (*trials.values(), chosen)
 
 
 def _rate(index: int) -> float:
@@ -125,9 +118,10 @@ class _Trial:
     images: ClassFolders
     lr: float
     report: Callable[[LearningRateTrial], None]
+    seconds_left: Callable[[float, int], float]
 
-    def run(self) -> float:
-        """Return the loss of the trial; infinity if it diverged."""
+    def run(self) -> LearningRateTrial:
+        """Return the result of the trial."""
         with preserved_random_state():  # each trial begins in the state in which the run will
             classifier = self.step.classifier.copied(self.step.ranks)
             steps = self._train(classifier)
@@ -135,8 +129,9 @@ class _Trial:
             if len(steps) == TRIAL_STEPS:
                 second_half = reduce(Totals.plus, steps[TRIAL_STEPS // 2 :])
                 loss = (self._validation_loss(classifier) + second_half.mean_loss) / 2
-        self.report(LearningRateTrial(self.lr, len(steps), TRIAL_STEPS, loss))
-        return loss
+        result = LearningRateTrial(self.lr, len(steps), TRIAL_STEPS, loss)
+        self.report(result)
+        return result
 
     def _train(self, classifier: Classifier) -> list[Totals]:
         """Take the steps of the trial until it diverges, and return the totals of each."""
@@ -147,6 +142,7 @@ class _Trial:
         with make_renorm_scheduler(classifier.network, settings) or nullcontext() as renorm_scheduler:
             step = replace(self.step, classifier=classifier, optimizer=optimizer, renorm_scheduler=renorm_scheduler)
             classifier.parallel.train()
+            started = time.monotonic()
             try:
                 for number, (batches, images) in enumerate(islice(self._steps(), TRIAL_STEPS)):
                     totals, stopping = step.take(batches, images, learning_rate(schedule, number, TRIAL_STEPS))
@@ -155,11 +151,15 @@ class _Trial:
                     if not math.isfinite(totals.mean_loss):
                         return taken
                     taken.append(totals)
-                    self.report(LearningRateTrial(self.lr, number + 1, TRIAL_STEPS))
+                    self._report_step(number + 1, time.monotonic() - started)
             except ImageError:
                 step.stop.check()  # a signal to the entire process group has ended the processes that decode
                 raise
         return taken
+
+    def _report_step(self, taken: int, seconds: float) -> None:
+        left = None if taken < _STEPS_BEFORE_ESTIMATE else self.seconds_left(seconds / taken, taken)
+        self.report(LearningRateTrial(self.lr, taken, TRIAL_STEPS, seconds_left=left))
 
     def _validation_loss(self, classifier: Classifier) -> float:
         settings, ranks, stop = self.step.settings, self.step.ranks, self.step.stop

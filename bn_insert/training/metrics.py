@@ -1,4 +1,4 @@
-"""What each step and each epoch of a training run measured: as values, as a table in a file, as a figure."""
+"""What the steps and epochs of a run, and what comes before them, measured: as values, a table and a figure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,53 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class OutputFit:
+    """Progress of the fit of an output layer before training, and its result at the end.
+
+    Args:
+        seen: Images that this process has run through the network so far.
+        images: Images that it runs through the network.
+        done: Whether the fit is complete.
+        accuracy: Accuracy with which training begins, on up to 256 validation images; None before the fit is complete,
+            and if the layer is new and was not fitted.
+        fitted: Whether the layer was fitted; if not, it is as it was.
+        own_accuracy: Accuracy of the model's own output layer on these images; None if the model's does not have one
+            output per class.
+        reason: Why the layer was not fitted although it is new or guesses, as a clause; otherwise empty.
+    """
+
+    seen: int
+    images: int
+    done: bool = False
+    accuracy: float | None = None
+    fitted: bool = False
+    own_accuracy: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LearningRateTrial:
+    """Progress of a trial of a learning rate, and its result at the end.
+
+    Args:
+        lr: Peak learning rate.
+        step: Steps taken so far.
+        steps: Steps of a complete trial.
+        loss: Mean of the validation loss after the trial and the training loss of its second half; infinite if the
+            trial diverged, None while it is running.
+        chosen: Whether the run uses this learning rate; reported once more after all trials.
+        seconds_left: Estimated time until the run ends, after three trials; None while it is not known.
+    """
+
+    lr: float
+    step: int
+    steps: int
+    loss: float | None = None
+    chosen: bool = False
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)

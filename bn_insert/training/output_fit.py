@@ -1,10 +1,9 @@
-"""An output layer fitted to the features of a network, before anything else is trained."""
+"""An output layer fitted to the features of a network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -14,40 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.batch_renorm import BatchRenorm
-from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import outcomes_of
-from ..errors import CalibrationError, ImageError, TrainingError
+from ..errors import TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
-from ..images.class_folders import ClassFolders, LabelledBatch
 from ..statistics.passes import Progress
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
-from .classifier import Classifier
-from .stopping import StopCheck
-from .training_set import TrainingSet
-from .validation import validate, with_sampled_validation
 
-_TRAINING_IMAGES = 1024  # at most
 _PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(2, 13))  # 0.1 to 1e-6, strong ones first
 _ITERATIONS, _HISTORY = 100, 10  # of L-BFGS; each entry of its history takes twice the memory of the layer
-
-
-@dataclass(frozen=True)
-class OutputFit:
-    """Progress of the fit of a new output layer, and its result at the end.
-
-    Args:
-        seen: Images that this process has run through the network so far.
-        images: Images that it runs through the network.
-        done: Whether the fit is complete.
-        accuracy: Accuracy of the network with the fitted layer on up to 256 validation images; None before the fit is
-            complete, and if the layer was left as it was.
-    """
-
-    seen: int
-    images: int
-    done: bool = False
-    accuracy: float | None = None
 
 
 def fit_output(
@@ -99,95 +73,50 @@ def fit_output(
         True
     """
     check_module(model)
-    model, ranks = unwrapped(model), Ranks.current()
+    model = unwrapped(model)
     name, layer = output_layer(model)
     if not can_be_fitted(layer):
         raise TrainingError(
             f"the output layer {name} is a {type(layer).__name__} that cannot be fitted; only an nn.Linear with a "
             "weight of its own can be"
         )
+    return not fit_layer(model, layer, train, validation, autocast=autocast, progress=progress)
+
+
+def fit_layer(
+    model: nn.Module,
+    layer: nn.Linear,
+    train: Iterable[Any],
+    validation: Iterable[Any],
+    *,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Fit the output layer `layer` of a model, as `fit_output` does; return why it was not fitted, empty if it was."""
     train_set, seen = _features(_as_trained(model, dropout=False), train, autocast, progress)
     val_set, seen = _features(_as_trained(model, dropout=True), validation, autocast, progress, seen)
     if train_set is None or val_set is None:
-        return False
+        return "its inputs are not one vector of finite numbers for each image" if seen else "there are no images"
 
     def fit() -> _Layer | None:
         with torch.enable_grad(), torch.autocast(layer.weight.device.type, enabled=False):
             return _best_fit(train_set, val_set, layer, lambda: progress and progress(seen))
 
     # The first rank computes, so that all ranks get the same values to the last bit.
+    ranks = Ranks.current()
     found, *_ = on_every_rank(lambda: fit() if ranks.first else None)
-    if found:
-        with torch.no_grad():
-            layer.weight.copy_(found.weight)
-            if layer.bias is not None:
-                layer.bias.copy_(found.bias)
-    return found is not None
+    if found is None:
+        return f"no fit has a lower validation loss than guessing among {layer.out_features} classes"
+    with torch.no_grad():
+        layer.weight.copy_(found.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(found.bias)
+    return ""
 
 
 def can_be_fitted(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether `fit_output` can fit a layer: a dense one whose weight is not computed from other parameters."""
     return isinstance(layer, nn.Linear) and "weight" in layer._parameters
-
-
-def fit_new_output(
-    classifier: Classifier,
-    training_set: TrainingSet,
-    images: ClassFolders,
-    stop: StopCheck,
-    on_fit: Callable[[OutputFit], None] | None = None,
-) -> None:
-    """Fit the output layer of a run that begins with a new one, in place, as `fit_output` does.
-
-    A layer that `fit_output` cannot fit stays as it is, and so does one that has other weights than zeros: it was
-    fitted before the run was interrupted.
-
-    Args:
-        classifier: The network, whose output layer has just been replaced.
-        training_set: Where training images are taken from.
-        images: Class folders with the validation images.
-        stop: Checked after each batch and before each fit, if this is the only process.
-        on_fit: Called after each batch, and at the end.
-
-    Raises:
-        CalibrationError: When it fails on another rank.
-        StoppedError: When the run was asked to stop.
-    """
-    settings, ranks, size = training_set.settings, training_set.ranks, training_set.settings.batch_size
-    _, layer = output_layer(classifier.network)
-    if not can_be_fitted(layer) or bool(layer.weight.detach().any()):
-        return
-    images = with_sampled_validation(images, settings.seed)
-    val = ranks.share(images.val, equal=False)
-    least = 2 if any(map(needs_several_values, classifier.network.modules())) else 1
-    count = min(_TRAINING_IMAGES, len(images.train))
-    total = -(-count // ranks.count) + len(val)
-    report = on_fit or (lambda _fit: None)
-
-    def progress(seen: int) -> None:
-        report(OutputFit(min(seen, total), total))
-        stop.check()
-
-    def inputs(batches: Iterable[LabelledBatch]) -> Iterable[Any]:
-        return (classifier.inputs(batch) for batch in batches if len(batch.labels) >= least)
-
-    try:
-        fitted = fit_output(
-            classifier.network,
-            inputs(training_set.sample(0, count)),
-            inputs(images.batches(val, size)) if val else (),
-            autocast=torch.bfloat16 if classifier.amp else None,
-            progress=progress,
-        )
-        accuracy = validate(classifier, images, size, ranks, stop).accuracy if fitted else None
-    except ImageError:
-        stop.check()  # a signal to the entire process group has ended the processes that decode
-        raise
-    except CalibrationError:
-        if ranks.count > 1:
-            raise
-        accuracy = None  # the first step fails too, and says more
-    report(OutputFit(total, total, True, accuracy))
 
 
 class _Examples(NamedTuple):

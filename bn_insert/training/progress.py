@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .metrics import EpochMetrics, Totals
+from .metrics import EpochMetrics, LearningRateTrial, OutputFit, Totals
 from .settings import TrainingSettings
 
 
@@ -17,12 +17,16 @@ class Progress:
         step: Complete steps of the current epoch.
         seen: Losses and correct predictions of these steps.
         history: Metrics of the complete epochs.
+        fit: Result of the fit of the output layer, before the first step; None if there was none, or not yet.
+        trials: Results of the learning rate trials, and last the chosen one; empty if there were none, or not yet.
     """
 
     epoch: int = 0
     step: int = 0
     seen: Totals = field(default_factory=Totals)
     history: tuple[EpochMetrics, ...] = ()
+    fit: OutputFit | None = None
+    trials: tuple[LearningRateTrial, ...] = ()
 
     @property
     def best(self) -> EpochMetrics | None:
@@ -47,4 +51,4 @@ class Progress:
 
     def after_epoch(self, metrics: EpochMetrics) -> Progress:
         """Return the progress at the start of the next epoch."""
-        return Progress(epoch=self.epoch + 1, history=(*self.history, metrics))
+        return replace(self, epoch=self.epoch + 1, step=0, seen=Totals(), history=(*self.history, metrics))

@@ -5,8 +5,34 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from ..images.class_folders import ClassFolders
+from .settings import TrainingSettings
+
 _STEPS_BEFORE_ESTIMATE = 3  # the first ones allocate memory and fill caches
 _EVALUATION = 1 / 3  # cost of an image without a backward pass, which takes twice as long as the forward pass
+
+
+def evaluated_images(settings: TrainingSettings, images: ClassFolders) -> float:
+    """Return how many images re-estimation and validation run on after an epoch, per image trained on."""
+    trained = len(images.train)
+    reestimated = min(settings.recalibration_images, trained) if settings.recalibrate else 0
+    return (reestimated + len(images.val)) / trained
+
+
+def seconds_with_trials(
+    per_step: float, trial_steps: int, settings: TrainingSettings, images: ClassFolders, steps: int
+) -> float:
+    """Return the estimated seconds of trials and of the run that follows.
+
+    Args:
+        per_step: Seconds of a step.
+        trial_steps: Steps of the trials that are left.
+        settings: Settings of the run.
+        images: Its images.
+        steps: Steps per epoch.
+    """
+    evaluations = steps * evaluated_images(settings, images) * _EVALUATION
+    return per_step * (trial_steps + settings.epochs * (steps + evaluations))
 
 
 @dataclass

@@ -16,11 +16,12 @@ from torch import nn
 from ..checkpoints.save import stage_checkpoint
 from ..errors import CheckpointError, TrainingError
 from ..images.class_folders import ClassFolders
-from ..report import read_run, run_report, write_report
+from ..report import output_fit_text, preprocessing_text, read_run, run_report, trials_text, write_report
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
 from ..support.text import printable
 from .metrics import write_curves, write_metrics
+from .progress import Progress
 from .state import TrainingState, write_state
 from .summary import RunSummary
 
@@ -60,6 +61,24 @@ def checkpoint_of(folder: Path) -> str:
     return printable(checkpoint.get("path", "")) if isinstance(checkpoint, dict) else ""
 
 
+def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what came before training, as values and as texts: the fit of the output layer, the learning rate."""
+    facts: dict[str, Any] = {}
+    texts = {"Learning rate": "not chosen yet" if lr is None else f"{lr:g}"}
+    if progress.fit:
+        fit = {name: getattr(progress.fit, name) for name in ("fitted", "accuracy", "own_accuracy", "reason")}
+        facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
+    if progress.trials:
+        # JSON has no number for the loss of a trial that diverged.
+        trials = [
+            {"lr": trial.lr, "loss": trial.loss if math.isfinite(trial.loss or 0.0) else None}
+            for trial in progress.trials[:-1]
+        ]
+        facts["lr_trials"] = trials
+        texts["Learning rate"] += f", chosen by trials of {trials_text(trials)}"
+    return facts, texts
+
+
 def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool) -> dict[str, Any]:
     """Return what the report shows about a run besides settings and epochs.
 
@@ -85,6 +104,7 @@ def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output
         "output_layer": summary.output,
         "device": summary.device,
         "processes": ranks.count,
+        "overview": summary.texts | {"Preprocessing": preprocessing_text(summary.preprocessing)},
     }
 
 
@@ -120,6 +140,13 @@ class RunFolder:
         """
         self._folder, self._images, self._replaced = folder, images, tuple(replaced)
         self.facts, self._dropout = facts, dropout
+
+    def data(self, progress: Progress) -> dict[str, Any]:
+        """Return the facts about the data, with what is known of them since the fit of the output layer."""
+        data, fit = self.facts["data"], progress.fit
+        if not fit:
+            return dict(data)
+        return data | {"output_replaced": data["output_replaced"] or fit.fitted, "accuracy_before": fit.accuracy}
 
     @property
     def kept(self) -> str:
@@ -177,7 +204,10 @@ class RunFolder:
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in (*state.settings.items(), ("dropout", self._dropout))
         }
-        data = run_report(self._folder.resolve().name, settings, epochs, self.facts)
+        beginning, texts = _beginning(state.progress, state.settings["lr"])
+        overview = self.facts["overview"] | texts
+        facts = {**self.facts, "data": self.data(state.progress), **beginning, "overview": overview}
+        data = run_report(self._folder.resolve().name, settings, epochs, facts)
         written = []
         try:
             for name in REPORTS:

@@ -17,14 +17,14 @@ from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
 from ..support.safe_torch_load import load_torch_file
-from ..support.schema import Count, Finite, NotNegative, Positive, SchemaError, checked
+from ..support.schema import Count, Extent, Finite, Fraction, NotNegative, Positive, SchemaError, checked
 from ..support.text import counted, first_line, printable
-from .metrics import EpochMetrics, Totals
+from .metrics import EpochMetrics, LearningRateTrial, OutputFit, Totals
 from .progress import Progress
 from .schedule import learning_rate
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 4"
+_FORMAT = "bn-insert training state 5"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
@@ -89,6 +89,10 @@ class TrainingState:
         """Return settings with the learning rate of this state's run, if they have none."""
         return replace(settings, lr=self._lr) if settings.lr is None else settings
 
+    def with_epochs(self, settings: TrainingSettings) -> TrainingSettings:
+        """Return settings with the number of epochs of this state's run."""
+        return replace(settings, epochs=self.settings["epochs"])
+
     def resumed(self, settings: TrainingSettings, steps: int) -> str:
         """Return in words where a run with these settings continues, and what another number of epochs changes.
 
@@ -103,7 +107,7 @@ class TrainingState:
         if self.progress.epoch >= settings.epochs:
             return f"{where}: the run is complete; to extend it, use a larger number of epochs ({as_passed('epochs')})"
         epochs = self.settings["epochs"]
-        if epochs == settings.epochs or not isinstance(epochs, int) or epochs < max(1, settings.lr_warmup_epochs):
+        if epochs == settings.epochs or epochs < settings.lr_warmup_epochs:
             return where
         where += f", for {counted(settings.epochs, 'epoch')} in total instead of {epochs}"
         if done == 0:
@@ -179,6 +183,8 @@ def write_state(state: TrainingState, path: Path) -> None:
         "step": state.progress.step,
         "seen": tuple(state.progress.seen),
         "history": [asdict(epoch) for epoch in state.progress.history],
+        "fit": state.progress.fit and asdict(state.progress.fit),
+        "trials": [asdict(trial) for trial in state.progress.trials],
         "model": state.model,
         "optimizer": state.optimizer,
         "renorm": state.renorm,
@@ -201,6 +207,8 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     step: Count
     seen: tuple[Finite, Finite, Finite]
     history: list[EpochMetrics]
+    fit: OutputFit | None
+    trials: list[LearningRateTrial]
     model: dict[str, Any]
     optimizer: dict[str, Any]
     renorm: dict[Literal["distance", "expected"], NotNegative]
@@ -230,12 +238,19 @@ def load_state(path: Path) -> TrainingState:
     try:
         content: _Content = checked(dict(dict.items(loaded)), _Content)
         _check_progress(content)
-        _check_lr(content)
+        _check_settings(content)
         for number, states in enumerate(content.random):
             _check_random(states, f"random[{number}]")
     except SchemaError as error:
         raise _damaged(path, error) from error
-    progress = Progress(content.epoch, content.step, Totals(*content.seen), tuple(content.history))
+    progress = Progress(
+        content.epoch,
+        content.step,
+        Totals(*content.seen),
+        tuple(content.history),
+        content.fit,
+        tuple(content.trials),
+    )
     # The dicts themselves: the state dict of a model carries the versions of its modules.
     model, optimizer = loaded["model"], loaded["optimizer"]
     return TrainingState(
@@ -255,7 +270,8 @@ def _damaged(path: Path, error: SchemaError) -> CheckpointError:
     )
 
 
-def _check_lr(content: _Content) -> None:
+def _check_settings(content: _Content) -> None:
+    checked(content.settings.get("epochs"), Extent, "settings.epochs")
     lr = content.settings.get("lr")
     if lr is None and content.epoch == content.step == 0:
         return  # stopped before it was chosen
@@ -273,9 +289,18 @@ def _check_progress(content: _Content) -> None:
                 raise SchemaError(f"the field history[{number}].{name} is {value}")
         if epoch.epoch != number + 1:
             raise SchemaError(f"the field history[{number}].epoch is {epoch.epoch}, not {number + 1}")
+    _check_beginning(content)
     _, correct, images = content.seen
     if not 0 <= correct <= images or (images > 0) != (content.step > 0):
         raise SchemaError(f"the field seen is {content.seen}, which does not fit the {content.step} steps of the epoch")
+
+
+def _check_beginning(content: _Content) -> None:
+    if content.fit:
+        for name in ("accuracy", "own_accuracy"):
+            checked(getattr(content.fit, name), Fraction | None, f"fit.{name}")
+    for number, trial in enumerate(content.trials):
+        checked(trial.lr, Positive, f"trials[{number}].lr")
 
 
 def _check_model(model: Mapping[str, Any], network: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import as_passed
 from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
+from ..support.text import counted
 from ..surgery.replace_output import output_layer
 from .preparation import replaces_output
 from .settings import TrainingSettings
@@ -52,6 +53,21 @@ class RunSummary:
     epochs: int
     steps: int
     resumed: str = ""
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What a screen or a page shows of most runs, by its title."""
+        train, val = (sum(counts[part] for counts in self.classes.values()) for part in (0, 1))
+        classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
+        trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
+        return {
+            "Images": f"{train:,} for training and {val:,} for validation, {classes}",
+            "Output layer": self.output,
+            "Trained": f"{trained}; {counted(self.batchnorms, 'BatchNorm layer')}",
+            "Dropout": self.dropout,
+            "Steps": f"{self.epochs * self.steps:,} ({counted(self.epochs, 'epoch')} of {self.steps:,})",
+            "Device": self.device,
+        }
 
 
 def summarize(
@@ -97,7 +113,7 @@ def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
     if not replaces_output(model, settings, classes):
-        return f"{name} kept, {classes} classes"
+        return f"{name}, with {classes} classes as in the checkpoint"
     replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:

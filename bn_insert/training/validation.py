@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
-from ..compare.evaluation import outcomes_of
+from ..compare.evaluation import Outcomes, outcomes_of
 from ..errors import TrainingError
 from ..graph.copies import working_copy
 from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders
+from ..statistics.passes import Progress
 from ..support.processes import Ranks
 from .classifier import Classifier
 from .stopping import StopCheck
@@ -24,16 +24,15 @@ def with_sampled_validation(images: ClassFolders, seed: int) -> ClassFolders:
     return replace(images, val=tuple(sample(images.val, SAMPLE, seed)))
 
 
-class Validation(NamedTuple):
-    """Mean loss and accuracy over the validation images of all processes."""
-
-    loss: float
-    accuracy: float
-
-
 def validate(
-    classifier: Classifier, images: ClassFolders, batch_size: int, ranks: Ranks, stop: StopCheck
-) -> Validation:
+    classifier: Classifier,
+    images: ClassFolders,
+    batch_size: int,
+    ranks: Ranks,
+    stop: StopCheck,
+    *,
+    progress: Progress | None = None,
+) -> Outcomes:
     """Run a network in eval mode on all validation images that can be read; every image counts once.
 
     Args:
@@ -42,21 +41,28 @@ def validate(
         batch_size: Images per batch.
         ranks: The processes that share the images.
         stop: Checked after each batch.
+        progress: Called after each batch with the number of this process's images so far.
 
     Raises:
         TrainingError: When no validation image can be read.
         StoppedError: When the run was asked to stop.
     """
     share = ranks.share(images.val, equal=False)
+
+    def after_batch(seen: int) -> None:
+        if progress:
+            progress(seen)
+        stop.check()
+
     outcomes = outcomes_of(
         working_copy(classifier.network),
         map(classifier.inputs, images.batches(share, batch_size)) if share else (),
         autocast=torch.bfloat16 if classifier.amp else None,
-        progress=lambda _images: stop.check(),
+        progress=after_batch,
     )
     if outcomes.images == 0:
         # A rank without a share has skipped nothing.
         lasts = ranks.gathered(images.unreadable[-1] if share else None)
         path, reason = next(filter(None, lasts))
         raise TrainingError(f"no validation image can be read; one of them is {path}: {reason}")
-    return Validation(outcomes.loss, outcomes.accuracy)
+    return outcomes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +23,7 @@ from .console import (
     run_progress,
 )
 from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
-from .interruption import StopRequest, signals, stop_on_signals
+from .interruption import StopRequest, signals, stop_on_signals, write_from_handler
 
 if TYPE_CHECKING:
     from bn_insert import EpochMetrics, FineTuning, LearningRateTrial, OutputFit, RunSummary, StepMetrics
@@ -171,7 +172,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     fit_output: Annotated[
         bool,
         typer.Option(
-            help="Fit a new output layer, unless it is part of a new head, before anything is trained.",
+            help="Fit a new output layer, or one that only guesses these classes, before anything is trained; the "
+            "output layer of a new head is not fitted.",
             rich_help_panel=_NETWORK,
         ),
     ] = True,
@@ -252,9 +254,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert.images import check_class_folders, open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
 
-    epochs = epochs or _epochs_of(output_dir, resume=resume)
     settings = bn_insert.TrainingSettings(
-        epochs=epochs,
+        epochs=epochs or bn_insert.TrainingSettings().epochs,
         batch_size=batch_size,
         lr=lr,
         lr_warmup_epochs=lr_warmup_epochs,
@@ -293,10 +294,11 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
-    with bn_insert.process_group(chosen) as target, stop_on_signals() as stop:
+    with bn_insert.process_group(chosen) as target:
         ranks = bn_insert.Ranks.current()
         first = ranks.first
-        with _Display(epochs, len(images.train), batch_size * accumulate * ranks.count) as display:
+        display = _Display(len(images.train), batch_size * accumulate * ranks.count)
+        with stop_on_signals(display.stopping if first else None) as stop, display:
             try:
                 result = bn_insert.finetune(
                     network,
@@ -304,6 +306,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                     output_dir,
                     settings,
                     resume=resume,
+                    resume_epochs=epochs is None,
                     overwrite=force,
                     device=target,
                     on_start=display.start if first else None,
@@ -330,8 +333,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 class _Display:
     """A progress bar during a trial or an epoch, and a line when it is complete."""
 
-    def __init__(self, epochs: int, images: int, images_per_step: int) -> None:
-        self._epochs, self._images, self._images_per_step = epochs, images, min(images, images_per_step)
+    def __init__(self, images: int, images_per_step: int) -> None:
+        self._images, self._images_per_step = images, min(images, images_per_step)
+        self._epochs = 0
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -344,20 +348,24 @@ class _Display:
 
     def start(self, summary: RunSummary) -> None:
         """Print what the run is about to do."""
+        self._epochs = summary.epochs
         _print_summary(summary)
 
+    def stopping(self) -> None:
+        """Say that Ctrl-C has been heard; called from a signal handler."""
+        write_from_handler("stopping after the current step; press Ctrl-C again to stop immediately")
+
     def fit(self, fit: OutputFit) -> None:
-        """Advance the bar of the fit of a new output layer; print a line at its end."""
+        """Advance the bar of the fit of the output layer; print a line at its end."""
         if fit.done:
+            from bn_insert.report import output_fit_text  # noqa: PLC0415 - once in a run
+
             self.close()
-            if fit.accuracy is None:
-                print_note("The new output layer was not fitted, and starts from zeros.")
-            else:
-                print_note(f"New output layer fitted to the features: validation accuracy {fit.accuracy:.2%}.")
+            print_note(output_fit_text(asdict(fit)))
             return
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(fit.images))
-        self._update("fitting the new output layer", fit.seen)
+        self._update("fitting the output layer", fit.seen)
 
     def trial(self, trial: LearningRateTrial) -> None:
         """Advance the bar of a trial; print a line at its end, and the chosen learning rate."""
@@ -369,15 +377,14 @@ class _Display:
             outcome = "diverged" if math.isinf(trial.loss) else f"loss {trial.loss:.4f}"
             print_note(f"Trial with learning rate {trial.lr:g}: {outcome} after {counted(trial.step, 'step')}.")
             return
+        self._estimate(trial.seconds_left)
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(trial.steps * self._images_per_step))
         self._update(f"trial with learning rate {trial.lr:g}", trial.step * self._images_per_step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Advance the bar, and print the estimated time once it is known."""
-        if metrics.seconds_left is not None and not self._estimated:
-            self._estimated = True
-            print_note(f"Estimated time: {_duration(metrics.seconds_left)}.")
+        self._estimate(metrics.seconds_left)
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(self._images))
         left = "" if metrics.seconds_left is None else f", {_duration(metrics.seconds_left)} left in all"
@@ -392,6 +399,12 @@ class _Display:
             f"training loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
             f"validation loss {metrics.val_loss:.4f}, accuracy {metrics.val_accuracy:.2%}; {metrics.seconds:.1f} s"
         )
+
+    def _estimate(self, seconds_left: float | None) -> None:
+        """Print the estimated time, once."""
+        if seconds_left is not None and not self._estimated:
+            self._estimated = True
+            print_note(f"Estimated time: {_duration(seconds_left)}.")
 
     def close(self) -> None:
         """Remove the bar."""
@@ -418,20 +431,14 @@ def _conclude(result: FineTuning, output_dir: Path) -> None:
 
 
 def _print_summary(summary: RunSummary) -> None:
-    train, val = (sum(counts[part] for counts in summary.classes.values()) for part in (0, 1))
-    print_note(f"Images: {train:,} for training and {val:,} for validation, {len(summary.classes)} classes.")
+    for title, text in summary.texts.items():
+        print_note(f"{title}: {text}.")
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
-    print_note(f"Output layer: {summary.output}.")
-    if not summary.batchnorms:
-        print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
-    trained = f"{summary.trained_parameters:,} of {summary.parameters:,} parameters"
-    print_note(f"Trained: {trained}; {counted(summary.batchnorms, 'BatchNorm layer')}.")
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
     print_note(f"Learning rate: {lr}.")
-    print_note(f"Dropout: {summary.dropout}.")
-    print_note(f"Steps: {summary.epochs * summary.steps:,} ({counted(summary.epochs, 'epoch')} of {summary.steps:,}).")
-    print_note(f"Device: {summary.device}.")
+    if not summary.batchnorms:
+        print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
     if summary.resumed:
         print_note(f"Resumed {summary.resumed}.")
 
@@ -441,20 +448,6 @@ def _duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _epochs_of(folder: Path, *, resume: bool) -> int:
-    """Return the epochs of the run in a folder if it is to be resumed, and otherwise the default."""
-    from bn_insert import BNInsertError, TrainingSettings  # noqa: PLC0415
-    from bn_insert.report import read_run  # noqa: PLC0415
-
-    if resume and (folder / "state.pth").exists():
-        with suppress(BNInsertError, KeyError, TypeError, ValueError):
-            return int(read_run(folder / "report.json")["settings"]["epochs"])
-        raise typer.BadParameter(
-            f"{folder / 'report.json'} does not say how many epochs the run has; pass the number", param_hint="--epochs"
-        )
-    return TrainingSettings().epochs
 
 
 def _head_width(text: str) -> int | None:

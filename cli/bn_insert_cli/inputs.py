@@ -166,10 +166,12 @@ def _is_name(checkpoint: str) -> bool:
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:
     """Print how images are preprocessed and why so; warn of a mean that does not fit pixels in 0..1."""
+    from bn_insert.report import preprocessing_text  # noqa: PLC0415
+
     if is_tensor_file(images):
         print_note("Preprocessing: none (the values of a tensor file are used unchanged).")
         return
-    print_note(f"Preprocessing: {describe(transform)} ({origin}).")
+    print_note(f"Preprocessing: {preprocessing_text(transform.to_dict())} ({origin}).")
     if any(value > 1 for value in transform.mean):
         scaled, std = (f"{_listed(value / 255 for value in values)}" for values in (transform.mean, (1,)))
         print_warning(
@@ -183,17 +185,6 @@ def is_tensor_file(images: Path) -> bool:
     from bn_insert.images import TENSOR_SUFFIXES  # noqa: PLC0415
 
     return images.suffix.lower() in TENSOR_SUFFIXES and images.is_file()
-
-
-def describe(transform: Transform) -> str:
-    """Return the steps of a transform in words."""
-    steps = [
-        f"resize {transform.resize}" if transform.resize else "no resizing",
-        f"crop {transform.crop}" if transform.crop else "no crop",
-        f"mean {_listed(transform.mean)}",
-        f"std {_listed(transform.std)}",
-    ]
-    return "; ".join(steps)
 
 
 def _listed(values: Iterable[float]) -> str:

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 1.0  # seconds after which another signal ends a process that is still saving
-_SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"
+_CLEAR_LINE, _SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25h"
 
 
 class Signals:
@@ -105,15 +105,16 @@ class Signals:
         text = f"error: interrupted; {self.described()}"
         if self._saving:
             text = f"error: stopped immediately; {self._saving} is complete, or as it was before"
-        line = "".join(character if character.isprintable() else "?" for character in text) + "\n"
         with suppress(Exception):
             for clean_up in reversed(self._cleaning):
                 clean_up()
             if processes := sys.modules.get("multiprocessing"):  # those that decode images
                 for process in processes.active_children():
                     process.kill()
-        with suppress(OSError):
-            os.write(2, (_SHOW_CURSOR if os.isatty(2) else b"") + line.encode(errors="replace"))
+        if os.isatty(2):
+            with suppress(OSError):
+                os.write(2, _SHOW_CURSOR)
+        write_from_handler(text)
         os._exit(self.exit_code())
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -128,12 +129,24 @@ class Signals:
 signals = Signals()
 
 
+def write_from_handler(text: str) -> None:
+    """Print a line on stderr, in place of a progress bar, without anything that a signal may have interrupted."""
+    line = "".join(character if character.isprintable() else "?" for character in text) + "\n"
+    with suppress(OSError):
+        os.write(2, (_CLEAR_LINE if os.isatty(2) else b"") + line.encode(errors="replace"))
+
+
 class StopRequest:
     """A flag that returns, when called, whether a signal has asked to stop; `signal_number` is that signal."""
 
-    def __init__(self) -> None:
-        """Create the flag, not set."""
+    def __init__(self, on_request: Callable[[], None] | None = None) -> None:
+        """Create the flag, not set.
+
+        Args:
+            on_request: Called by the signal handler once the flag is set.
+        """
         self.signal_number: int | None = None
+        self._on_request = on_request
         self._process = os.getpid()
 
     def __call__(self) -> bool:
@@ -146,15 +159,21 @@ class StopRequest:
             return  # a process that decodes images: it ends with its parent, which still needs it
         if self.signal_number is None:
             self.signal_number = signal_number
+            if self._on_request:
+                self._on_request()
         else:
             signals.number = signal_number
             signals.leave()
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a StopRequest; the previous handlers are restored afterwards."""
-    request = StopRequest()
+def stop_on_signals(on_request: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a StopRequest; the previous handlers are restored afterwards.
+
+    Args:
+        on_request: As for `StopRequest`.
+    """
+    request = StopRequest(on_request)
     before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
     try:
         yield request

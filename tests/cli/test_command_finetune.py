@@ -54,7 +54,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     shown = text_of(trained.stderr)
     assert "40 for training and 20 for validation, 10 classes" in shown
     assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
-    assert "classifier.8 kept, 10 classes" in shown
+    assert "classifier.8, with 10 classes as in the checkpoint" in shown
     assert "Estimated time: " in trained.stderr
     told = json.loads(Path("run/report.json").read_text())["runs"][0]
     assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
@@ -117,6 +117,7 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lr_trials, "TRIAL_STEPS", 2)
+    monkeypatch.setattr(lr_trials, "_STEPS_BEFORE_ESTIMATE", 2)
     command = ("finetune", network_path(), digits, *AS_STORED, "--device", "cpu", "--output-dir")
     result = run(*command, "run", "--epochs", 1, "-b", 20)
     assert result.exit_code == 0, result.output
@@ -126,6 +127,8 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     chosen = load_state(Path("run/state.pth")).settings["lr"]
     assert chosen in map(float, trials)
     assert f"Learning rate: {chosen:g}." in result.stderr.splitlines()
+    assert len(re.findall(r"^Estimated time: ", result.stderr, re.M)) == 1
+    assert result.stderr.index("Estimated time: ") > result.stderr.index("Output layer kept: validation accuracy ")
     short = run(*command, "short", "--epochs", 1, "-b", 40)
     assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.003."]
 
@@ -180,6 +183,7 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
     assert run(*command).exit_code == 0
     assert_refused(run(*command), "run already contains results", "--resume", "--force")
+    assert_refused(run(*command, "--force", "--resume"), "--resume continues", "--force replaces", "leave out one")
     options: tuple[object, ...] = ("--patience", 3, "--accumulate", 2, "--crop-scale", 0.5, "--train", "head")
     options = (
         *options,
@@ -207,10 +211,12 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately(monkeypa
     monkeypatch.setattr(signals, "number", None)
     before = signal.getsignal(signal.SIGINT)
     for second in (signal.SIGINT, signal.SIGTERM):
-        with stop_on_signals() as stop:
+        heard: list[str] = []
+        with stop_on_signals(lambda heard=heard: heard.append("once")) as stop:
             assert not stop()
             signal.raise_signal(signal.SIGINT)
             assert stop()
+            assert heard == ["once"]
             assert stop.signal_number == signal.SIGINT
             with pytest.raises(SystemExit) as ended:
                 signal.raise_signal(second)

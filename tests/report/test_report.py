@@ -435,6 +435,21 @@ def test_the_health_of_a_run_is_said_in_words(
     assert ('class="verdict good"' in text) == (state == "good")
 
 
+@pytest.mark.parametrize(("before", "state"), [(0.7, "check"), (0.69, "good")])
+def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(before: float, state: str) -> None:
+    data = {"classes": 4, "largest_class": 0.5, "accuracy_before": before}
+    (verdict,) = run_health(epochs((0.5, 0.5), (0.6, 0.7)), {"epochs": 2}, data)
+    assert verdict.state == state
+    assert ("70.0%, is not above that before training, 70.0%" in verdict.text) == (state == "check")
+
+
+def test_settings_without_effect_are_not_on_the_page() -> None:
+    settings = asdict(TrainingSettings(opt="adamw"))
+    text = Page(page(run_report("a", settings, [], {"batchnorms": 3}))).text
+    assert "lr scheduler" in text
+    assert [name for name in ("momentum", "lr step size", "lr gamma", "renorm r max") if name in text] == []
+
+
 def test_after_a_failed_run_a_rate_is_named_and_a_new_head_where_the_output_layer_was_replaced() -> None:
     found, settings = epochs((1.9, 1.9), (0.6, 0.6)), {"epochs": 2, "lr": 0.01}
     (kept,) = run_health(found, settings, {"classes": 4, "output_replaced": False})

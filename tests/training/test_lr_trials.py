@@ -33,7 +33,7 @@ from support.digits import copy_labelled_digits, open_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-SHORT = TrainingSettings(epochs=4, batch_size=8)  # 20 steps, as many as a trial
+SHORT = TrainingSettings(epochs=4, batch_size=8, fit_output=False)  # 20 steps, as many as a trial
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def with_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[float, float]
     def use(losses: dict[float, float]) -> list[float]:
         tried: list[float] = []
 
-        def run(trial: lr_trials._Trial) -> float:
+        def run(trial: lr_trials._Trial) -> LearningRateTrial:
             tried.append(trial.lr)
-            return losses.get(trial.lr, math.inf)
+            return LearningRateTrial(trial.lr, 20, 20, losses.get(trial.lr, math.inf))
 
         monkeypatch.setattr(lr_trials._Trial, "run", run)
         return tried
@@ -162,13 +162,32 @@ def test_trials_leave_no_trace_in_the_run(network: nn.Module, digits: ClassFolde
     settings = replace(SHORT, dropout=0.5, hflip=0.5)
     rate = finetune(network, digits, tmp_path / "open", settings, on_start=summaries.append, on_trial=trials.append).lr
     assert [trial.lr for trial in trials if trial.chosen] == [rate]
-    complete = [trial for trial in trials if trial.loss is not None]
+    complete = [trial for trial in trials if trial.loss is not None and not trial.chosen]
     trials = [trial for trial in trials if not trial.chosen]
     assert [trial.step for trial in trials if trial.lr == complete[0].lr] == [*range(1, 21), 20]
     finetune(network, digits, tmp_path / "given", replace(settings, lr=rate), on_start=summaries.append)
     opened, given = (weights_of(tmp_path / name) for name in ("open", "given"))
     assert [name for name in given if not torch.equal(opened[name], given[name])] == []
+    (run,) = json.loads((tmp_path / "open" / "report.json").read_text())["runs"]
+    assert [(trial["lr"], trial["loss"]) for trial in run["lr_trials"]] == [(each.lr, each.loss) for each in complete]
+    assert run["overview"]["Learning rate"].startswith(f"{rate:g}, chosen by trials of 0.003 (loss ")
+    assert load_state(tmp_path / "open" / "state.pth").progress.trials[:-1] == tuple(complete)
     assert [summary.lr for summary in summaries] == [None, rate]
+
+
+def test_the_time_of_trials_and_run_is_estimated_from_the_third_step_on(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(1000))
+    monkeypatch.setattr(lr_trials.time, "monotonic", lambda: float(next(seconds)))
+    trials: list[LearningRateTrial] = []
+    finetune(network, digits, tmp_path, SHORT, on_trial=trials.append, stop=lambda: len(trials) >= 22)
+    # A second a step: three trials, and 4 epochs of 5 steps, with 40 + 20 images to run on after 40 to train on.
+    run = 4 * (5 + 5 * 1.5 / 3)
+    first, second = (trials[:20], trials[21:])
+    assert [trial.seconds_left for trial in first[:3]] == [None, None, 57 + run]
+    assert first[-1].seconds_left == 40 + run
+    assert second[0].seconds_left is None
 
 
 def test_the_loss_of_a_trial_is_that_of_a_run_as_long(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
@@ -261,7 +280,7 @@ model(next(images.batches(images.train, 4)).images)
 
 def result(folder, stop):
     trials.clear()
-    settings = TrainingSettings(epochs=1, batch_size=4)
+    settings = TrainingSettings(epochs=1, batch_size=4, fit_output=False)
     run = finetune(model, images, folder, settings, stop=stop, on_trial=trials.append)
     return [run.lr, run.interrupted, [(trial.lr, trial.step, trial.loss) for trial in trials]]
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,11 @@ def features(network: nn.Module, batches: Batches) -> tuple[np.ndarray, np.ndarr
     found = network.classifier[:-1](network.avgpool(network.features(images)).flatten(1))
     network.float()
     return found.numpy(), torch.cat([labels for _, labels in batches]).numpy()
+
+
+def run_in(folder: Path) -> dict[str, Any]:
+    (run,) = json.loads((folder / "report.json").read_text())["runs"]
+    return run
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
@@ -238,20 +244,52 @@ def test_a_run_reports_the_accuracy_of_its_fit(digits: ClassFolders, tmp_path: P
     fits: list[OutputFit] = []
     run = finetune(new_network(3), digits, tmp_path, SETTINGS, on_fit=fits.append)
     assert [fit.seen for fit in fits[:6]] == [10, 20, 30, 40, 50, 60]
-    assert {fit.images for fit in fits} == {60}
-    assert [(fit.done, fit.accuracy) for fit in fits[:-1]] == [(False, None)] * (len(fits) - 1)
-    assert (fits[-1].done, fits[-1].accuracy) == (True, run.epochs[0].val_accuracy)
+    assert {fit.images for fit in fits} == {80}
+    assert [fit for fit in fits[:-1] if fit.done] == []
+    assert fits[-1] == OutputFit(80, 80, True, run.epochs[0].val_accuracy, fitted=True)
     assert run.epochs[0].val_accuracy > 0.8
 
 
-def test_a_run_with_its_own_output_layer_has_no_fit(digits: ClassFolders, tmp_path: Path) -> None:
+def test_an_output_layer_that_knows_the_classes_is_kept(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
     own = load_checkpoint(network_path())
-    finetune(own, digits, tmp_path / "own", SETTINGS, on_fit=fits.append)
+    run = finetune(own, digits, tmp_path, SETTINGS, on_fit=fits.append)
     kept = own.state_dict()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path / "own").items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path).items())
+    accuracy = run.epochs[0].val_accuracy
+    assert fits[-1] == OutputFit(100, 100, True, accuracy, own_accuracy=accuracy)
+    assert not run_in(tmp_path)["data"]["output_replaced"]
+
+
+def test_an_output_layer_of_as_many_other_classes_is_fitted_anew(digits: ClassFolders, tmp_path: Path) -> None:
+    fits: list[OutputFit] = []
+    other = load_checkpoint(network_path())
+    with torch.no_grad():  # the classes in another order are as good as other classes
+        for tensor in (other.classifier[-1].weight, other.classifier[-1].bias):
+            tensor.copy_(tensor.roll(1, 0))
+    run = finetune(other, digits, tmp_path, SETTINGS, on_fit=fits.append)
+    before = accuracy(other, [(batch.images, batch.labels) for batch in digits.batches(digits.val, 10)])
+    assert before < 0.2
+    assert fits[-1] == OutputFit(100, 100, True, run.epochs[0].val_accuracy, True, before)
+    assert run.epochs[0].val_accuracy > 0.8
+    assert run_in(tmp_path)["data"]["output_replaced"]
+    sentence = run_in(tmp_path)["overview"]["Before training"]
+    assert sentence.startswith(f"The checkpoint's output layer only guesses these classes ({before:.2%} correct), and")
+    finetune(other, digits, tmp_path, replace(SETTINGS, epochs=2), on_fit=fits.clear, resume=True)
+    assert run_in(tmp_path)["overview"]["Before training"] == sentence
+    assert sentence.split("(")[1] in (tmp_path / "report.html").read_text()
+
+
+def test_a_conv_as_output_layer_is_not_fitted_and_the_reason_is_told(digits: ClassFolders, tmp_path: Path) -> None:
+    fits: list[OutputFit] = []
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    finetune(convs, digits, tmp_path / "convs", SETTINGS, on_fit=fits.append)
+    finetune(convs, digits, tmp_path, SETTINGS, on_fit=fits.append)
+    (fit,) = fits
+    assert (fit.fitted, fit.accuracy, fit.reason) == (False, None, "0 is a Conv2d, and only an nn.Linear can be")
+
+
+def test_a_new_head_and_a_run_without_fit_have_none(digits: ClassFolders, tmp_path: Path) -> None:
+    fits: list[OutputFit] = []
     finetune(new_network(3), digits, tmp_path / "head", replace(SETTINGS, head=4), on_fit=fits.append)
     run = finetune(new_network(3), digits, tmp_path / "off", replace(SETTINGS, fit_output=False), on_fit=fits.append)
     assert run.epochs[0].val_loss == pytest.approx(math.log(10))
@@ -263,7 +301,8 @@ def test_a_last_batch_of_one_image_is_left_out(digits: ClassFolders, tmp_path: P
     network = insert_batchnorm(new_network(3), [batch.images for batch in digits.batches(digits.train, 20)])
     fits: list[OutputFit] = []
     finetune(network, digits, tmp_path, replace(SETTINGS, batch_size=batch_size), on_fit=fits.append)
-    assert fits[-2].seen == 59
+    assert 59 in [fit.seen for fit in fits]
+    assert 60 not in [fit.seen for fit in fits]
     assert fits[-1].accuracy is not None
 
 
@@ -331,6 +370,6 @@ def test_two_ranks_fit_the_same_layer_to_the_images_of_both(tmp_path: Path) -> N
     done = forked_ranks(2, "script.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
-    assert first == second == [30, 30, alone.epochs[0].val_accuracy]
+    assert first == second == [40, 40, alone.epochs[0].val_accuracy]
     ranks, one = (trained(tmp_path / name) for name in ("ranks", "alone"))
     assert all((ranks[name] - one[name]).norm() <= 0.05 * one[name].norm() for name in one)

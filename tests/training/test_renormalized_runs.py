@@ -28,7 +28,7 @@ from support.networks import small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003, batchnorm="renorm", dropout=0.0)
+BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003, batchnorm="renorm", dropout=0.0, fit_output=False)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,16 @@ def test_two_processes_with_synchronized_statistics_are_one_with_twice_the_batch
 ) -> None:
     save_checkpoint(network, tmp_path / "n.pth")
     options = ("finetune", tmp_path / "n.pth", folder, *AS_STORED, "--device", "cpu", "--epochs", 1, "--dropout", 0)
-    options += ("--batchnorm", "renorm", "--renorm-r-max", 1.5, "--renorm-d-max", 0.5, "--no-recalibrate")
+    options += (
+        "--batchnorm",
+        "renorm",
+        "--renorm-r-max",
+        1.5,
+        "--renorm-d-max",
+        0.5,
+        "--no-recalibrate",
+        "--no-fit-output",
+    )
     alone = run(*options, "--output-dir", tmp_path / "alone", "-b", 8)
     assert alone.exit_code == 0, alone.output
     shared = (*options, "--output-dir", tmp_path / "shared", "-b", 4, "--sync-bn")
