@@ -13,6 +13,7 @@ from .verdict import Verdict
 FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations and entropies
+_MORE_CERTAIN = 0.1  # of the entropy of a guess: by so much lower than on source images
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
@@ -64,6 +65,7 @@ def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
     found = [_moved(shifts)]
     if predictions["classes"]:
         found.append(_certainty(predictions))
+        found += _swapped(predictions)
         if predictions["per_class"]:
             found.append(_accuracy(predictions["per_class"], predictions["classes"]))
         else:
@@ -115,6 +117,19 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
     return Verdict("good", "Predictions", text)
 
 
+def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
+    """Return a doubt about source and target if the original is much more certain on target images."""
+    source, before = predictions["entropy_source"], predictions["entropy_before"]
+    if source is None or before > source - _MORE_CERTAIN * math.log(predictions["classes"]):
+        return []
+    text = (
+        f"The original is more certain on target images than on source images (mean entropy {before:.2g} and "
+        f"{source:.2g} nats). The source should be images of the kind that it was trained on, the target images of the "
+        "new kind: check that the two are not swapped."
+    )
+    return [Verdict("check", "Source and target", text)]
+
+
 def _undecided(predictions: Mapping[str, Any]) -> bool:
     """Return whether the predictions are more like guesses than like those on source images."""
     guess = math.log(predictions["classes"])
@@ -161,7 +176,10 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
         )
         return Verdict("bad", "Accuracy", text)
     if after < before - 0.01:
-        text += " Adapting made it worse: keep the original, or use more target images."
+        text += (
+            " Adapting made it worse: keep the original, or use more target images; check that source and target are not "
+            "swapped."
+        )
         return Verdict("bad", "Accuracy", text)
     return Verdict("good" if after > before or after == 1 else "check", "Accuracy", text)
 

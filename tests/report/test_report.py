@@ -92,6 +92,15 @@ def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_sour
     )
 
 
+@pytest.mark.parametrize(("before", "swapped"), [(0.3, True), (0.4, False)])
+def test_an_original_that_is_more_certain_on_the_target_than_on_the_source_is_doubted(
+    before: float, swapped: bool
+) -> None:
+    predictions = asdict(PredictionComparison(256, 10, before, 0.2, 0.7))
+    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=0.6)["verdicts"]
+    assert [verdict["state"] for verdict in found if "are not swapped" in verdict["text"]] == ["check"] * swapped
+
+
 def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:
     labels = (ClassAccuracy(0, 256, 0.2, 0.6),)
     predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7, labels))
