@@ -4,11 +4,11 @@
 
 The gain in accuracy, in points, on 500 validation images that the benchmark itself does not use, adapting to 500 others
 that it does not use either, with the corruptions that CIFAR-10-C sets apart for choosing, and contrast, each at
-severities 1 and 3; clean images with six draws of the images adapted to. Every way adapts to the same images.
+severities 1 and 3; clean images with six draws of the images adapted to. Every method adapts to the same images.
 Statistics of few images are moved from those of the source by 1 - (cE / D)^p, at least 0, of the difference
 (`bn_insert/statistics/shrinkage.py`). Accuracies are those under bfloat16 autocast, before and after.
 
-Every way is a line in `choosing.jsonl`: interrupted, the program continues where it was.
+Every method is a line in `choosing.jsonl`: interrupted, the program continues where it was.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ GRID = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to adapt: number of target images, shrinkage, layers, images per batch.
+class Method:
+    """One method to adapt: number of target images, shrinkage, layers, images per batch.
 
     Attributes:
         images: Number of target images.
@@ -75,23 +75,23 @@ class Way:
 
     @property
     def rule(self) -> str:
-        """Name of the way apart from the number of images."""
+        """Name of the method apart from the number of images."""
         layers = "" if self.layers == "all" else f", {self.layers} layers"
         batch = "" if self.batch == BATCH else f", batches of {self.batch}"
         return f"c = {self.chance:g}, p = {self.power}{layers}{batch}"
 
 
-def ways() -> Iterator[Way]:
-    """Yield the ways, the most telling first."""
+def methods() -> Iterator[Method]:
+    """Yield the methods, the most telling first."""
     for images, rules in GRID.items():
-        yield from (Way(images, chance, power) for chance, power in rules)
-    yield from (Way(images, caution(images), layers="conv") for images in (32, 8, 500))
-    yield from (Way(500, caution(500), layers=layers) for layers in ("first 2", "first 4"))
-    yield from (Way(500, caution(500), batch=batch) for batch in (128, 8))
+        yield from (Method(images, chance, power) for chance, power in rules)
+    yield from (Method(images, caution(images), layers="conv") for images in (32, 8, 500))
+    yield from (Method(500, caution(500), layers=layers) for layers in ("first 2", "first 4"))
+    yield from (Method(500, caution(500), batch=batch) for batch in (128, 8))
 
 
 def main() -> None:
-    """Run what is missing, and write the table of all ways that there are."""
+    """Run what is missing, and write the table of all methods that there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", type=Path, required=True)
@@ -118,20 +118,20 @@ def main() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         before = {case: accuracy(network, images, labels[test]) for case, images in tests.items()}
-    for way in ways():
-        if asdict(way) in [line["way"] for line in record.lines]:
+    for method in methods():
+        if asdict(method) in [line["method"] for line in record.lines]:
             continue
-        shrinkage.caution, shrinkage.POWER = partial(_constant, way.chance), way.power
+        shrinkage.caution, shrinkage.POWER = partial(_constant, method.chance), method.power
         gains = {}
         for (name, severity), images in pools.items():
             generator = torch.Generator().manual_seed(crc32(f"{name} {severity}".encode()))
-            target = images[torch.randperm(len(images), generator=generator)[: way.images]].split(way.batch)
-            adapted = adapt_inserted(network, inserted(way.layers), target, keep_batchnorm=True).model
+            target = images[torch.randperm(len(images), generator=generator)[: method.images]].split(method.batch)
+            adapted = adapt_inserted(network, inserted(method.layers), target, keep_batchnorm=True).model
             with torch.autocast("cpu", torch.bfloat16):
                 after = accuracy(adapted, tests[name, severity], labels[test])
             gains[f"{name} {severity}"] = after - before[name, severity]
-        record.add({"way": asdict(way), "gains": gains, "machine": machine()})
-        print(" | ".join(row(way, gains)), flush=True)
+        record.add({"method": asdict(method), "gains": gains, "machine": machine()})
+        print(" | ".join(row(method, gains)), flush=True)
     chance = chance_ratios(inserted("all"), preprocess(val[pool]))
     (options.output / "choosing.md").write_text(report(record.lines, chance))
 
@@ -179,15 +179,15 @@ def chance_ratios(insertion: Insertion[Any], images: Tensor) -> list[list[str]]:
     return table
 
 
-def row(way: Way, gains: Mapping[str, float]) -> list[str]:
-    """Return the cells of a way in the table."""
+def row(method: Method, gains: Mapping[str, float]) -> list[str]:
+    """Return the cells of a method in the table."""
     clean = [gain for case, gain in gains.items() if case.startswith(CLEAN)]
     corrupt = {case: gain for case, gain in gains.items() if not case.startswith(CLEAN)}
     mild = [gain for case, gain in corrupt.items() if case.endswith(f" {MILD}")]
     worst = min(corrupt, key=corrupt.__getitem__)
     return [
-        str(way.images),
-        way.rule,
+        str(method.images),
+        method.rule,
         f"{mean(clean):+.2f}",
         f"{min(clean):+.1f}",
         f"{mean(corrupt.values()):+.2f}",
@@ -198,10 +198,10 @@ def row(way: Way, gains: Mapping[str, float]) -> list[str]:
 
 def report(lines: Sequence[Mapping[str, Any]], chance: Sequence[Sequence[str]]) -> str:
     """Return the page with both tables."""
-    table = [["images", "way", "clean", "worst draw", "mean of corruptions", f"severity {MILD}", "worst"]]
+    table = [["images", "method", "clean", "worst draw", "mean of corruptions", f"severity {MILD}", "worst"]]
     table += [["---:", "---", *["---:"] * 4, "---"]]
     for line in lines:
-        table.append(row(Way(**line["way"]), line["gains"]))
+        table.append(row(Method(**line["method"]), line["gains"]))
     grid, ratios = ("\n".join(f"| {' | '.join(cells)} |" for cells in each) for each in (table, chance))
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     where = lines[-1]["machine"] if lines else machine()

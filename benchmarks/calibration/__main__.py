@@ -30,7 +30,7 @@ from bn_insert import calibrate, find_sites
 
 from ..machine import machine
 from .commands import around_calibration, end_to_end, processes, start_up
-from .methods import OTHER_TOOLS, WAYS, error, plain, reference
+from .methods import METHODS, OTHER_TOOLS, error, plain, reference
 from .small_networks import SMALL_NETWORKS
 
 MIB = 2**20
@@ -81,7 +81,7 @@ def _wait(device: torch.device) -> None:
 
 
 def against_plain_loop(options: argparse.Namespace) -> Iterator[str]:
-    """Time, peak memory and error of every way of taking statistics, as ratios to the plain loop."""
+    """Time, peak memory and error of every method of taking statistics, as ratios to the plain loop."""
     yield from (
         f"Networks at 224 x 224 on {options.device}"
         + (f" under {options.autocast} autocast" if options.autocast else "")
@@ -101,34 +101,34 @@ def against_plain_loop(options: argparse.Namespace) -> Iterator[str]:
 def _one_network(name: str, batch_size: int, options: argparse.Namespace) -> Iterator[str]:
     device, autocast = options.device, options.autocast
     batches = batches_of(max(options.images, batch_size), batch_size, device)
-    networks = {way: network_of(name, device) for way in WAYS}
+    networks = {method: network_of(name, device) for method in METHODS}
     layers = layers_of(networks["bn-insert"], batches[0])
-    formats = {way: torch.channels_last if way == "bn-insert" else torch.contiguous_format for way in WAYS}
+    formats = {method: torch.channels_last if method == "bn-insert" else torch.contiguous_format for method in METHODS}
     truths = {
         memory_format: reference(network_of(name, device), layers, batches, memory_format)
         for memory_format in set(formats.values())
     }
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
     errors: dict[str, float] = {}
     for turn in range(options.repeats + 1):  # the first turn warms up, and is looked at for its error
-        for way, take in WAYS.items():
-            network = networks[way]
+        for method, take in METHODS.items():
+            network = networks[method]
             if turn == 0:
                 found = take(network, layers, batches, autocast)
-                errors[way] = error(found, truths[formats[way]]) if found else float("nan")
+                errors[method] = error(found, truths[formats[method]]) if found else float("nan")
                 continue
-            times[way].append(seconds_of(lambda: take(network, layers, batches, autocast), device))  # noqa: B023
-    median = {way: statistics.median(taken) for way, taken in times.items()}
-    memory = {way: _peak_memory(name, batch_size, way, options) for way in WAYS}
-    for way in WAYS:
-        to_plain = _ratio(times[way], times["plain loop"])
-        to_channels_last = _ratio(times[way], times["plain loop, channels_last"])
-        wrong = "" if way.startswith("plain") else f"{errors[way]:.0e}"
+            times[method].append(seconds_of(lambda: take(network, layers, batches, autocast), device))  # noqa: B023
+    median = {method: statistics.median(taken) for method, taken in times.items()}
+    memory = {method: _peak_memory(name, batch_size, method, options) for method in METHODS}
+    for method in METHODS:
+        to_plain = _ratio(times[method], times["plain loop"])
+        to_channels_last = _ratio(times[method], times["plain loop, channels_last"])
+        wrong = "" if method.startswith("plain") else f"{errors[method]:.0e}"
         yield (
-            f"| {name} | {batch_size} | {way} | {median[way]:.2f} | {to_plain:.2f} | {to_channels_last:.2f} "
-            f"| {memory[way] / memory['plain loop']:.2f} | {wrong} |"
+            f"| {name} | {batch_size} | {method} | {median[method]:.2f} | {to_plain:.2f} | {to_channels_last:.2f} "
+            f"| {memory[method] / memory['plain loop']:.2f} | {wrong} |"
         )
-    fastest = min(OTHER_TOOLS, key=lambda way: median[way])
+    fastest = min(OTHER_TOOLS, key=lambda method: median[method])
     weights = sum(p.numel() * p.element_size() for p in networks["bn-insert"].parameters())
     extra = (memory["bn-insert"] - 1.05 * memory["plain loop"]) / weights
     yield (
@@ -143,20 +143,20 @@ def _ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def _peak_memory(name: str, batch_size: int, way: str, options: argparse.Namespace) -> float:
-    """Return the peak memory of one way in a process of its own, in bytes: the GPU's where it runs there."""
+def _peak_memory(name: str, batch_size: int, method: str, options: argparse.Namespace) -> float:
+    """Return the peak memory of one method in a process of its own, in bytes: the GPU's where it runs there."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         images = max(options.images, batch_size)
-        return pool.submit(_measured_peak, name, batch_size, way, images, options.device, options.autocast).result()
+        return pool.submit(_measured_peak, name, batch_size, method, images, options.device, options.autocast).result()
 
 
 def _measured_peak(  # noqa: PLR0917 - one measurement has that many settings
-    name: str, batch_size: int, way: str, images: int, device: torch.device, autocast: torch.dtype | None
+    name: str, batch_size: int, method: str, images: int, device: torch.device, autocast: torch.dtype | None
 ) -> float:
     network = network_of(name, device)
     batches = batches_of(images, batch_size, device)
-    layers = layers_of(network, batches[0]) if way == "bn-insert" else _layer_names(network)
-    WAYS[way](network, layers, batches, autocast)
+    layers = layers_of(network, batches[0]) if method == "bn-insert" else _layer_names(network)
+    METHODS[method](network, layers, batches, autocast)
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return _peak_of_this_process()
@@ -264,7 +264,7 @@ def profile(options: argparse.Namespace) -> Iterator[str]:
 
 
 TABLES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[str]]]] = {
-    "ways": ("Calibration compared with a plain loop and with other implementations", against_plain_loop),
+    "methods": ("Calibration compared with a plain loop and with other implementations", against_plain_loop),
     "small-networks": ("Small networks compared with a plain loop", small_networks),
     "profile": ("Where the time goes", profile),
     "growth": ("Time and memory by number of images", growth),

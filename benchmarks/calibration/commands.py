@@ -38,13 +38,13 @@ def end_to_end(options: argparse.Namespace) -> Iterator[str]:
         checkpoint = _checkpoint("vgg16", Path(folder))
         output = Path(folder) / "result.pth"
         insert = _command("insert", checkpoint, photographs, "-o", output, "--force", "-j", WORKERS, "--images", 1000)
-        ways = {
+        methods = {
             "`bn-insert insert`": insert,
             "plain script": _script("both", checkpoint, photographs),
             "plain script, decoding only": _script("decode", checkpoint, photographs),
             "plain script, forward pass only": _script("forward", checkpoint, photographs),
         }
-        times = _in_turns(ways, options.command_repeats)
+        times = _in_turns(methods, options.command_repeats)
     yield from ("| | seconds, median | ratio |", "|---|---|---|")
     for name, taken in times.items():
         ratio = statistics.median(a / b for a, b in zip(times["`bn-insert insert`"], taken, strict=True))
@@ -129,16 +129,16 @@ def _steps_of_insert(checkpoint: Path, photographs: Path, folder: Path) -> dict[
 def processes(options: argparse.Namespace) -> Iterator[str]:
     """The calibration of VGG16 on 256 images by one process of one thread, and by two."""
     script = HERE / "ranks.py"
-    ways = {
+    methods = {
         f"{ranks} process{'es' if ranks > 1 else ''} with one thread": [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             str(script),
         ]
         for ranks in (1, 2)
     }
-    runs: dict[str, list[float]] = {name: [] for name in ways}
+    runs: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(options.command_repeats):
-        for name, command in ways.items():
+        for name, command in methods.items():
             runs[name].append(float(_run(command).split()[-1]))
     one = next(iter(runs.values()))
     yield from ("| | seconds of calibration, median | speedup |", "|---|---|---|")
@@ -178,11 +178,11 @@ def _script(part: str, checkpoint: Path, photographs: Path) -> list[str]:
     return [sys.executable, str(HERE / "plain_script.py"), part, str(checkpoint), str(photographs)]
 
 
-def _in_turns(ways: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
+def _in_turns(methods: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
     """Time whole processes, one of each in turn; a first round, not counted, fills the file cache where it is short."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
-        for name, command in ways.items():
+        for name, command in methods.items():
             began = time.perf_counter()
             _run(command)
             times[name].append(time.perf_counter() - began)

@@ -1,8 +1,8 @@
-"""Ways to turn JPEG files into input for a network: how long each takes, and whether the pixels equal the preset's.
+"""Methods to turn JPEG files into input for a network: how long each takes, and whether the pixels equal the preset's.
 
     python -m benchmarks.calibration.decoding --output benchmarks/calibration/results/decoding.md
 
-Each way reads, decodes, resizes to 256 and crops to 224 x 224, in one single-threaded process; the ways take turns.
+Each method reads, decodes, resizes to 256 and crops to 224 x 224, in one single-threaded process; they take turns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def torchvision_io(path: Path) -> Tensor:
     return PRESET(decode_image(str(path), ImageReadMode.RGB))
 
 
-WAYS: dict[str, Callable[[Path], Tensor]] = {
+METHODS: dict[str, Callable[[Path], Tensor]] = {
     "Pillow, as bn-insert calls it": ours,
     "Pillow and torchvision's transforms": preset,
     "`torchvision.io` and torchvision's transforms": torchvision_io,
@@ -58,7 +58,7 @@ WAYS: dict[str, Callable[[Path], Tensor]] = {
 
 
 def main() -> None:
-    """Print two tables: ways of decoding, and processes that decode."""
+    """Print two tables: methods of decoding, and processes that decode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
@@ -74,17 +74,17 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(photographs_in(Path(folder) / "photographs", options.count).rglob("*.jpg"))
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(options.repeats):
-            for way, read in WAYS.items():
+            for method, read in METHODS.items():
                 began = time.perf_counter()
                 for path in files:
                     read(path)
-                times[way].append(time.perf_counter() - began)
-        for way, read in WAYS.items():
+                times[method].append(time.perf_counter() - began)
+        for method, read in METHODS.items():
             equal = sum(torch.equal(read(path), preset(path)) for path in files)
             lines.append(
-                f"| {way} | {1000 * statistics.median(times[way]) / len(files):.2f} | {equal} of {len(files)} |"
+                f"| {method} | {1000 * statistics.median(times[method]) / len(files):.2f} | {equal} of {len(files)} |"
             )
         torch.set_num_threads(threads)
         lines += ["", "| decoding processes (`-j`) | images per second |", "|---|---|"]

@@ -1,6 +1,6 @@
 """The plain forward loop, our calibration, and how other tools take the statistics of a network's layers.
 
-Each way takes a network in eval mode, the names of the layers to measure, and a list of batches on the network's
+Each method takes a network in eval mode, the names of the layers to measure, and a list of batches on the network's
 device, and gives mean and variance per layer (the loops give none).  What other tools do is written down from their
 descriptions; see the README's list of them for what else they get wrong.
 """
@@ -19,7 +19,7 @@ from bn_insert import Site, calibrate, find_sites
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 Batches = list[Tensor]
-Way = Callable[[nn.Module, list[str], Batches, "torch.dtype | None"], Statistics]
+Method = Callable[[nn.Module, list[str], Batches, "torch.dtype | None"], Statistics]
 
 
 def _forward(network: nn.Module, batches: Iterable[Tensor], autocast: torch.dtype | None) -> None:
@@ -48,7 +48,7 @@ def ours(network: nn.Module, layers: list[str], batches: Batches, autocast: torc
     """`calibrate`, as `insert_batchnorm` calls it."""
     sites = _sites(network, tuple(batches[0].shape[1:]))
     if [site.name for site in sites] != layers:
-        raise ValueError(f"the sites are not the layers that the other ways measure: {sites}")
+        raise ValueError(f"the sites are not the layers that the other methods measure: {sites}")
     moments = calibrate(network, sites, batches, autocast=autocast)
     return {name: (found.mean, found.var) for name, found in moments.items()}
 
@@ -168,7 +168,7 @@ def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-WAYS: dict[str, Way] = {
+METHODS: dict[str, Method] = {
     "plain loop": plain,
     "plain loop, channels_last": plain_channels_last,
     "bn-insert": ours,
@@ -179,7 +179,7 @@ WAYS: dict[str, Way] = {
     "activations kept in memory": kept_in_memory,
     "two passes over the images": two_passes_over_the_images,
 }
-OTHER_TOOLS = tuple(WAYS)[3:]
+OTHER_TOOLS = tuple(METHODS)[3:]
 
 
 def reference(

@@ -3,7 +3,7 @@
     python -m benchmarks.finetuning --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
         --clothing CLOTHING --cifar CIFAR --output benchmarks/finetuning/results
 
-Each way of fine-tuning searches its own learning rate in each case (factor 3.16, from a start near its usual rate, on
+Each method searches its own learning rate in each case (factor 3.16, from a start near its usual rate, on
 towards the better side until the accuracy falls), with seed 0 and on validation images; the other seeds run at the
 rate that was found. The test images choose nothing. Every finished run is a line in `study.jsonl`: interrupted, the
 program continues where it was. `--quick` takes the cases of the small network with one seed and few steps. The tables
@@ -26,7 +26,7 @@ import torch
 from ..machine import machine
 from ..record import Record
 from .cases import CASES, Places
-from .methods import WAYS
+from .methods import METHODS
 from .report import write_figure, write_tables
 from .runs import Accuracy, Run, run
 
@@ -41,19 +41,19 @@ class Study(Record):
         super().__init__(path)
         self.places, self.steps = places, steps
 
-    def run(self, name: str, way: str, index: int, seed: int) -> Run:
+    def run(self, name: str, method: str, index: int, seed: int) -> Run:
         """Return a run, from the file if it is there."""
         case = replace(CASES[name], steps=self.steps or CASES[name].steps)
-        key = {"case": name, "steps": case.steps, "way": way, "rate": index, "seed": seed}
+        key = {"case": name, "steps": case.steps, "method": method, "rate": index, "seed": seed}
         for line in self.lines:
             if all(line[part] == value for part, value in key.items()):
                 accuracies = tuple(Accuracy(**accuracy) for accuracy in line["accuracies"])
                 return Run(accuracies, line["test_before"], line["test"], line["finite"], line["seconds"])
-        found = run(case, WAYS[way], rate_of(index), seed, self.places)
+        found = run(case, METHODS[method], rate_of(index), seed, self.places)
         line = key | asdict(found) | {"machine": machine()}
         self.add(line)
         print(
-            f"{name}: {way}, {rate_of(index):.1g}, seed {seed}: validation {found.validation:.3f}, "
+            f"{name}: {method}, {rate_of(index):.1g}, seed {seed}: validation {found.validation:.3f}, "
             f"test {found.test:.3f} ({found.seconds:.0f} s)",
             flush=True,
         )
@@ -65,10 +65,10 @@ def rate_of(index: int) -> float:
     return float(f"{10 ** (index / 2):.0e}")
 
 
-def best_rate(record: Study, name: str, way: str) -> int:
+def best_rate(record: Study, name: str, method: str) -> int:
     """Return the index of the rate with the best validation accuracy of seed 0, searched uphill from the start."""
 
-    return uphill(lambda index: record.run(name, way, index, 0).validation, WAYS[way].start)
+    return uphill(lambda index: record.run(name, method, index, 0).validation, METHODS[method].start)
 
 
 def uphill(validation: Callable[[int], float], start: int) -> int:
@@ -88,7 +88,7 @@ def main() -> None:
     for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, help="instead of those of the case")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of those of the case")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small network, one seed, 30 steps: ten minutes")
@@ -101,10 +101,10 @@ def main() -> None:
     record = Study(options.output / ("quick.jsonl" if options.quick else "study.jsonl"), places, steps)
     names = [name for name in options.cases if not options.quick or name in SMALL_CASES]
     for name in [] if options.tables else names:
-        for way in options.ways or CASES[name].ways:
-            rate = best_rate(record, name, way)
+        for method in options.methods or CASES[name].methods:
+            rate = best_rate(record, name, method)
             for seed in range(1, 1 if options.quick else options.seeds):
-                record.run(name, way, rate, seed)
+                record.run(name, method, rate, seed)
     if not options.quick:
         write_tables(record.lines, options.output / "finetuning.md")
         write_figure(record.lines, options.output / "finetuning.png")

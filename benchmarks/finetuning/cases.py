@@ -41,7 +41,7 @@ class Case:
         mirror: Whether training images are mirrored at random.
         knows_classes: Whether the network has the output layer for them already.
         source: Images like those that the network was trained on, where the case's own are of another kind.
-        ways: The ways that are compared.
+        methods: The methods that are compared.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Case:
     preprocess: Preprocessing
     steps: int
     batch: int
-    ways: tuple[str, ...]
+    methods: tuple[str, ...]
     mirror: bool = False
     knows_classes: bool = False
     source: Callable[[Places], Part] | None = None
@@ -211,13 +211,13 @@ CASES = {
         title="real VGG16's conv layers in their own preprocessing, output layer on pooled features, clothing, 48 px",
         load=vgg16_bare_head,
         preprocess=keras_range,
-        ways=(*PLAIN, "fresh", "identity", "identity AdamW", "renorm", *FITTED),
+        methods=(*PLAIN, "fresh", "identity", "identity AdamW", "renorm", *FITTED),
     ),
     "wrong scale": replace(
         _SMALL_PHOTOGRAPHS,
         title="CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
         preprocess=unit_range,
-        ways=(*PLAIN, "fresh", "identity", "identity AdamW", *FITTED),
+        methods=(*PLAIN, "fresh", "identity", "identity AdamW", *FITTED),
     ),
     "digits": replace(
         _PHOTOGRAPHS,
@@ -229,6 +229,6 @@ CASES = {
         _SMALL_PHOTOGRAPHS,
         title="CIFAR network, new output layer, 2,848 photographs of clothing, 32 px, 10 epochs",
         steps=890,
-        ways=(*PLAIN, "identity", "fresh", *FITTED),
+        methods=(*PLAIN, "identity", "fresh", *FITTED),
     ),
 }

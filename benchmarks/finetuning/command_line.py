@@ -61,10 +61,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Opponent:
-    """A way to fine-tune without BatchNorm.
+    """A method to fine-tune without BatchNorm.
 
     Attributes:
-        title: The way in words.
+        title: The method in words.
         options: Options of `finetune`.
         start: Index of the learning rate that the search starts from: 10 ** (start / 2).
     """
@@ -135,15 +135,15 @@ class Comparison(Record):
         super().__init__(path)
         self.places, self.work = places, work
 
-    def run(self, name: str, way: str, options: Sequence[str], seed: int) -> dict[str, Any]:
-        """Return the line of a run, from the file if it is there; the way "inserted" starts from inserted BatchNorm."""
-        key = {"task": name, "way": way, "options": list(options), "seed": seed}
+    def run(self, name: str, method: str, options: Sequence[str], seed: int) -> dict[str, Any]:
+        """Return the line of a run, from the file if it is there; "inserted" starts from inserted BatchNorm."""
+        key = {"task": name, "method": method, "options": list(options), "seed": seed}
         for line in self.lines:
             if all(line[part] == value for part, value in key.items()):
                 return line
         task = TASKS[name]
         data = self._data(name)
-        checkpoint = self._inserted(name, data) if way == "inserted" else getattr(self.places, task.checkpoint)
+        checkpoint = self._inserted(name, data) if method == "inserted" else getattr(self.places, task.checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             options = (*task.preprocessing, *task.options, "--epochs", str(task.epochs), *options, "--seed", str(seed))
             finished = _command("finetune", checkpoint, data, "-o", Path(folder) / "run", *options)
@@ -158,7 +158,7 @@ class Comparison(Record):
         line = key | figures | {"machine": machine()}
         self.add(line)
         print(
-            f"{name}: {way} {' '.join(options)} seed {seed}, lr {lr}: validation {validation:.3f}, test {test:.3f}",
+            f"{name}: {method} {' '.join(options)} seed {seed}, lr {lr}: validation {validation:.3f}, test {test:.3f}",
             flush=True,
         )
         return line
@@ -213,7 +213,7 @@ def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Oppo
         uphill(validation, start)
     best_line = _best_without(record.lines, name)
     for seed in range(1, seeds):
-        record.run(name, best_line["way"], best_line["options"], seed)
+        record.run(name, best_line["method"], best_line["options"], seed)
 
 
 def _plain(opponent: Opponent, rate: float) -> tuple[str, ...]:
@@ -222,20 +222,20 @@ def _plain(opponent: Opponent, rate: float) -> tuple[str, ...]:
 
 def _best_without(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """Return the line of the run without BatchNorm that is best on validation images with seed 0."""
-    plain = [line for line in lines if line["task"] == name and line["way"] != "inserted" and line["seed"] == 0]
+    plain = [line for line in lines if line["task"] == name and line["method"] != "inserted" and line["seed"] == 0]
     return max(plain, key=lambda line: line["validation"])
 
 
 def table(lines: Sequence[dict[str, Any]], name: str) -> str:
     """Return the table of a task, from the runs that there are."""
     of_task = [line for line in lines if line["task"] == name]
-    ours = [line for line in of_task if line["way"] == "inserted"]
+    ours = [line for line in of_task if line["method"] == "inserted"]
     best = _best_without(lines, name)
-    theirs = [line for line in of_task if (line["way"], line["options"]) == (best["way"], best["options"])]
+    theirs = [line for line in of_task if (line["method"], line["options"]) == (best["method"], best["options"])]
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
-    searched = dict.fromkeys(line["way"] for line in of_task if line["way"] != "inserted")
+    searched = dict.fromkeys(line["method"] for line in of_task if line["method"] != "inserted")
     return "\n".join(
         [
             f"## {title[0].upper()}{title[1:]}",
@@ -246,7 +246,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             "| | learning rate | seeds | test accuracy |",
             "|---|---|---|---|",
             _row("inserted BatchNorm, defaults", ours),
-            _row(f"without BatchNorm: {best['way']}", theirs),
+            _row(f"without BatchNorm: {best['method']}", theirs),
             "",
             f"Difference: {100 * difference:+.1f}"
             + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
@@ -274,14 +274,14 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     titles = [opponent.title for opponent in OPPONENTS]
-    parser.add_argument("--ways", nargs="+", choices=titles, default=titles, help="without BatchNorm")
+    parser.add_argument("--methods", nargs="+", choices=titles, default=titles, help="without BatchNorm")
     parser.add_argument("--tables", action="store_true", help="write the tables from what there is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         record = Comparison(options.output / "command-line.jsonl", options, Path(work))
         for name in () if options.tables else options.tasks:
-            run_task(record, name, options.seeds, [each for each in OPPONENTS if each.title in options.ways])
+            run_task(record, name, options.seeds, [each for each in OPPONENTS if each.title in options.methods])
     names = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
     machines = sorted({line["machine"] for line in record.lines})
     sections = [INTRODUCTION.rstrip(), *(table(record.lines, name) for name in names), *machines]

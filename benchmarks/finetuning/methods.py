@@ -1,4 +1,4 @@
-"""The ways that are compared: what is done to a pretrained network before it is trained, and how it is trained."""
+"""The methods that are compared: what is done to a pretrained network before it is trained, and how it is trained."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Kind = Literal["conv", "dense"]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to fine-tune.
+class Method:
+    """One method to fine-tune.
 
     Attributes:
-        title: The way in words.
+        title: The method in words.
         layers: After which layers BatchNorm is inserted; none for plain training.
         start: Learning rate at which the search for the best one begins, as an index: 10 ** (start / 2).
         optimizer: "sgd" (momentum 0.9) or "adamw".
@@ -55,71 +55,73 @@ class Way:
     fit: bool = False
 
 
-PLAIN_SGD = Way("no BatchNorm, SGD", layers=(), start=-6)
-PLAIN_ADAMW = Way("no BatchNorm, AdamW", layers=(), start=-8, optimizer="adamw")
-IDENTITY = Way("identity BatchNorm", start=-5)
-WAYS = {
+PLAIN_SGD = Method("no BatchNorm, SGD", layers=(), start=-6)
+PLAIN_ADAMW = Method("no BatchNorm, AdamW", layers=(), start=-8, optimizer="adamw")
+IDENTITY = Method("identity BatchNorm", start=-5)
+METHODS = {
     "plain SGD, fitted": replace(PLAIN_SGD, title="no BatchNorm, SGD, output layer fitted first", fit=True),
     "plain AdamW, fitted": replace(PLAIN_ADAMW, title="no BatchNorm, AdamW, output layer fitted first", fit=True),
     "identity, fitted": replace(IDENTITY, title="identity BatchNorm, output layer fitted first", fit=True),
-    "identity AdamW, fitted": Way(
+    "identity AdamW, fitted": Method(
         "identity BatchNorm, AdamW, output layer fitted first", start=-7, optimizer="adamw", fit=True
     ),
     "plain SGD": PLAIN_SGD,
-    "plain SGD, dropout": Way("no BatchNorm, SGD, dropout on", layers=(), start=-6, dropout=True),
+    "plain SGD, dropout": Method("no BatchNorm, SGD, dropout on", layers=(), start=-6, dropout=True),
     "plain AdamW": PLAIN_ADAMW,
-    "plain AdamW, dropout": Way(
+    "plain AdamW, dropout": Method(
         "no BatchNorm, AdamW, dropout on", layers=(), start=-8, optimizer="adamw", dropout=True
     ),
-    "fresh": Way("fresh BatchNorm (gamma 1, beta 0)", start=-4, fresh=True),
+    "fresh": Method("fresh BatchNorm (gamma 1, beta 0)", start=-4, fresh=True),
     "identity": IDENTITY,
-    "identity, dropout": Way("identity BatchNorm, dropout on", start=-5, dropout=True),
-    "identity AdamW": Way("identity BatchNorm, AdamW", start=-7, optimizer="adamw"),
-    "conv alone": Way("identity BatchNorm after conv layers alone", layers=("conv",), start=-5),
-    "dense alone": Way("identity BatchNorm after dense layers alone", layers=("dense",), start=-5),
-    "renorm": Way("identity, Batch Renormalization", start=-6, renorm=True),
-    "equalized": Way("equalized, identity BatchNorm", start=-5, equalize=True),
-    "gamma, beta and head": Way("identity; gamma, beta and output layer trained alone", start=-4, only_batchnorm=True),
-    "source": Way("inserted on source images, re-estimated on the new ones", start=-5, source=True),
-    "source renorm": Way("the same, Batch Renormalization", start=-6, source=True, renorm=True),
-    "source, gamma, beta and head": Way(
+    "identity, dropout": Method("identity BatchNorm, dropout on", start=-5, dropout=True),
+    "identity AdamW": Method("identity BatchNorm, AdamW", start=-7, optimizer="adamw"),
+    "conv alone": Method("identity BatchNorm after conv layers alone", layers=("conv",), start=-5),
+    "dense alone": Method("identity BatchNorm after dense layers alone", layers=("dense",), start=-5),
+    "renorm": Method("identity, Batch Renormalization", start=-6, renorm=True),
+    "equalized": Method("equalized, identity BatchNorm", start=-5, equalize=True),
+    "gamma, beta and head": Method(
+        "identity; gamma, beta and output layer trained alone", start=-4, only_batchnorm=True
+    ),
+    "source": Method("inserted on source images, re-estimated on the new ones", start=-5, source=True),
+    "source renorm": Method("the same, Batch Renormalization", start=-6, source=True, renorm=True),
+    "source, gamma, beta and head": Method(
         "the same; gamma, beta and output layer trained alone", start=-4, source=True, only_batchnorm=True
     ),
-    "gamma x0.1": Way("identity, gamma and beta at a tenth of the learning rate", start=-5, norm_rate=0.1),
-    "gamma x10": Way("identity, gamma and beta at ten times the learning rate", start=-5, norm_rate=10),
-    "gamma decay": Way("identity, weight decay on gamma and beta", start=-5, norm_decay=1e-4),
-    "momentum 0.01": Way("identity, momentum 0.01, no re-estimation", start=-5, momentum=0.01, reestimate=False),
-    "no re-estimation": Way("identity, no re-estimation", start=-5, reestimate=False),
+    "gamma x0.1": Method("identity, gamma and beta at a tenth of the learning rate", start=-5, norm_rate=0.1),
+    "gamma x10": Method("identity, gamma and beta at ten times the learning rate", start=-5, norm_rate=10),
+    "gamma decay": Method("identity, weight decay on gamma and beta", start=-5, norm_decay=1e-4),
+    "momentum 0.01": Method("identity, momentum 0.01, no re-estimation", start=-5, momentum=0.01, reestimate=False),
+    "no re-estimation": Method("identity, no re-estimation", start=-5, reestimate=False),
 }
 
 
-def prepared(network: nn.Module, way: Way, images: Tensor, source: Tensor | None) -> nn.Module:
+def prepared(network: nn.Module, method: Method, images: Tensor, source: Tensor | None) -> nn.Module:
     """Return the network as its training starts.
 
     Args:
         network: The pretrained network; it may be changed.
-        way: What to do.
+        method: What to do.
         images: Training images to measure statistics on, as the network takes them.
-        source: Images of the network's own kind, for ways that want them.
+        source: Images of the network's own kind, for methods that want them.
     """
     for module in network.modules():
-        if isinstance(module, _DropoutNd) and not way.dropout:
+        if isinstance(module, _DropoutNd) and not method.dropout:
             module.p = 0.0
-    if not way.layers:
+    if not method.layers:
         return network.train()
-    calibration = source if way.source and source is not None else images
+    calibration = source if method.source and source is not None else images
     network = insert_batchnorm(
-        network, calibration.split(64), layers=way.layers, equalize=way.equalize, momentum=way.momentum
+        network, calibration.split(64), layers=method.layers, equalize=method.equalize, momentum=method.momentum
     )
-    if way.source:
+    if method.source:
         network = recalibrate(network, images.split(64))
-    if way.fresh:
+    if method.fresh:
         for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.reset_parameters()
-    if way.renorm:
+    if method.renorm:
         set_batchnorm_mode(network, "renorm")
-    if way.only_batchnorm:
+    if method.only_batchnorm:
         network.requires_grad_(False)
         output_layer(network)[1].requires_grad_(True)
         for module in network.modules():
@@ -128,7 +130,7 @@ def prepared(network: nn.Module, way: Way, images: Tensor, source: Tensor | None
     return network.train()
 
 
-def optimizer(network: nn.Module, way: Way, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def optimizer(network: nn.Module, method: Method, rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return the optimizer; each group's own rate is in `initial_lr`."""
     norms = {id(p) for m in network.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -137,9 +139,13 @@ def optimizer(network: nn.Module, way: Way, rate: float, weight_decay: float) ->
     groups = [
         {"params": weights, "lr": rate, "weight_decay": weight_decay},
         {"params": biases, "lr": rate, "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in norms], "lr": rate * way.norm_rate, "weight_decay": way.norm_decay},
+        {
+            "params": [p for p in trained if id(p) in norms],
+            "lr": rate * method.norm_rate,
+            "weight_decay": method.norm_decay,
+        },
     ]
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
-    if way.optimizer == "adamw":
+    if method.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=0.9)

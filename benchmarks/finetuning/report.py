@@ -12,25 +12,25 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .cases import CASES
-from .methods import WAYS
+from .methods import METHODS
 
 Line = dict[str, Any]
 COLOURS = {"plain": "#8a8a8a", "fresh": "#4c78a8", "other": "#e0a030"}
 INTRODUCTION = """# What inserted BatchNorm gains in fine-tuning
 
-`python -m benchmarks.finetuning` produces these tables from `study.jsonl`. Every way searches its own learning rate on
-validation images (factor 3.16, seed 0); test images choose nothing. Warm-up over a tenth of the steps, cosine, weight
-decay 1e-4 on weights, dropout off unless a row says otherwise, running statistics re-estimated on 512 training images
-before each evaluation. "Test" is the mean over the seeds with its standard error over seeds; "after a quarter" is the
-validation accuracy after a quarter of the steps, mean over seeds.
+`python -m benchmarks.finetuning` produces these tables from `study.jsonl`. Every method searches its own learning rate
+on validation images (factor 3.16, seed 0); test images choose nothing. Warm-up over a tenth of the steps, cosine,
+weight decay 1e-4 on weights, dropout off unless a row says otherwise, running statistics re-estimated on 512 training
+images before each evaluation. "Test" is the mean over the seeds with its standard error over seeds; "after a quarter"
+is the validation accuracy after a quarter of the steps, mean over seeds.
 """
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a way reached in a case, at the learning rate that validation images chose."""
+    """What a method reached in a case, at the learning rate that validation images chose."""
 
-    way: str
+    method: str
     rate: int
     runs: tuple[Line, ...]
     rates: tuple[int, ...]
@@ -61,15 +61,15 @@ class Outcome:
 
 
 def outcomes(lines: Iterable[Line], case: str) -> list[Outcome]:
-    """Return the outcome of each way in a case, in the order of the study."""
+    """Return the outcome of each method in a case, in the order of the study."""
     runs = [line for line in lines if line["case"] == case]
     found = []
-    for way in dict.fromkeys(line["way"] for line in runs):
-        of_way = [line for line in runs if line["way"] == way]
-        searched = [line for line in of_way if line["seed"] == 0]
+    for method in dict.fromkeys(line["method"] for line in runs):
+        of_method = [line for line in runs if line["method"] == method]
+        searched = [line for line in of_method if line["seed"] == 0]
         best = max(searched, key=_validation)["rate"]
-        chosen = tuple(line for line in of_way if line["rate"] == best)
-        found.append(Outcome(way, best, chosen, tuple(sorted(line["rate"] for line in searched))))
+        chosen = tuple(line for line in of_method if line["rate"] == best)
+        found.append(Outcome(method, best, chosen, tuple(sorted(line["rate"] for line in searched))))
     return found
 
 
@@ -92,15 +92,16 @@ def write_tables(lines: list[Line], path: Path) -> None:
 def _table(lines: list[Line], name: str) -> str:
     case = CASES[name]
     rows = [
-        "| way | learning rate | searched | seeds | before | after a quarter | test |",
+        "| method | learning rate | searched | seeds | before | after a quarter | test |",
         "|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes(lines, name):
         before = "" if outcome.before is None else f"{outcome.before:.3f}"
         searched = f"{rate_of(outcome.rates[0])} to {rate_of(outcome.rates[-1])}"
         error = "" if math.isnan(outcome.standard_error) else f" ± {outcome.standard_error:.3f}"
+        method = METHODS[outcome.method]
         rows.append(
-            f"| {WAYS[outcome.way].title} | {rate_of(outcome.rate)} | {searched} | {len(outcome.runs)} | {before} "
+            f"| {method.title} | {rate_of(outcome.rate)} | {searched} | {len(outcome.runs)} | {before} "
             f"| {outcome.early:.3f} | {outcome.test:.3f}{error} |"
         )
     heading = f"## {case.title[0].upper()}{case.title[1:]}"
@@ -108,7 +109,7 @@ def _table(lines: list[Line], name: str) -> str:
 
 
 def write_figure(lines: list[Line], path: Path) -> None:
-    """Draw the test accuracy of every way, one row per case."""
+    """Draw the test accuracy of every method, one row per case."""
     names = [name for name in CASES if any(line["case"] == name for line in lines)]
     figure = Figure(figsize=(8, 0.9 + 0.55 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -116,11 +117,12 @@ def write_figure(lines: list[Line], path: Path) -> None:
         found = outcomes(lines, name)
         axes.axhline(row, color="#eeeeee", linewidth=6, zorder=0)
         for outcome in found:
-            kind = "plain" if not WAYS[outcome.way].layers else "fresh" if WAYS[outcome.way].fresh else "other"
+            method = METHODS[outcome.method]
+            kind = "plain" if not method.layers else "fresh" if method.fresh else "other"
             axes.scatter(outcome.test, row, color=COLOURS[kind], s=34, zorder=2, edgecolor="white", linewidth=0.6)
         best = max(found, key=lambda outcome: outcome.test)
         axes.annotate(
-            best.way,
+            best.method,
             (best.test, row),
             xytext=(0, 7),
             textcoords="offset points",
@@ -132,7 +134,7 @@ def write_figure(lines: list[Line], path: Path) -> None:
         axes.scatter([], [], color=COLOURS[colour], label=label)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy, each way at its best learning rate")
+    axes.set_xlabel("test accuracy, each method at its best learning rate")
     axes.legend(loc="lower left", frameon=False, fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=150)

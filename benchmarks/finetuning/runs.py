@@ -1,4 +1,4 @@
-"""One run of the study: a case, a way, a learning rate and a seed, and the accuracies that came out."""
+"""One run of the study: a case, a method, a learning rate and a seed, and the accuracies that came out."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bn_insert import fit_output, recalibrate
 
 from .cases import Case, Places
 from .images import Part, Split
-from .methods import Way, optimizer, prepared
+from .methods import Method, optimizer, prepared
 
 CALIBRATION_IMAGES, WEIGHT_DECAY, WARM_UP = 512, 1e-4, 0.1
 FITTED_TO, FITTED_BY = 1024, 256  # images that an output layer is fitted to, and validation images for its penalty
 EVALUATED_AT = (0.25, 1.0)  # fractions of the steps
 
 
-_before: dict[tuple[str, Way, int], tuple[float, float]] = {}
+_before: dict[tuple[str, Method, int], tuple[float, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
         return self.accuracies[-1].validation if self.finite else 0.0
 
 
-def run(case: Case, way: Way, rate: float, seed: int, places: Places) -> Run:
+def run(case: Case, method: Method, rate: float, seed: int, places: Places) -> Run:
     """Fine-tune and return the accuracies: warm-up over a tenth of the steps, then cosine."""
     began = time.monotonic()
     split = case.images(places, seed)
@@ -61,18 +61,18 @@ def run(case: Case, way: Way, rate: float, seed: int, places: Places) -> Run:
     torch.manual_seed(seed)
     calibration = _sample(case, split, generator)
     source = None if case.source is None else _chosen(case, case.source(places), CALIBRATION_IMAGES, generator)
-    network = prepared(case.load(places), way, calibration, source)
-    if way.fit:
+    network = prepared(case.load(places), method, calibration, source)
+    if method.fit:
         train, validation = (
             _batches(case, part, count, generator)
             for part, count in ((split.train, FITTED_TO), (split.validation, FITTED_BY))
         )
         fit_output(network, train, validation)
     network = network.to(memory_format=torch.channels_last)
-    steps = optimizer(network, way, rate, WEIGHT_DECAY)
+    steps = optimizer(network, method, rate, WEIGHT_DECAY)
     evaluated, accuracies, test_before = network, [], None
     if case.knows_classes:
-        validation_before, test_before = before(network, case, way, seed, split)
+        validation_before, test_before = before(network, case, method, seed, split)
         accuracies.append(Accuracy(0, validation_before))
     finite = True
     due = {round(case.steps * fraction) for fraction in EVALUATED_AT}
@@ -91,7 +91,7 @@ def run(case: Case, way: Way, rate: float, seed: int, places: Places) -> Run:
         loss.backward()
         steps.step()
         if step + 1 in due:
-            evaluated = reestimated(network, way, calibration)
+            evaluated = reestimated(network, method, calibration)
             accuracies.append(Accuracy(step + 1, accuracy(evaluated, case, split.validation)))
     if not finite:
         return Run(
@@ -134,15 +134,15 @@ def _sample(case: Case, split: Split, generator: torch.Generator) -> Tensor:
     return _chosen(case, split.train, CALIBRATION_IMAGES, generator)
 
 
-def reestimated(network: nn.Module, way: Way, calibration: Tensor) -> nn.Module:
-    """Return a network to evaluate, its running statistics re-estimated on training images where the way says so."""
+def reestimated(network: nn.Module, method: Method, calibration: Tensor) -> nn.Module:
+    """Return a network to evaluate, its running statistics re-estimated on training images where the method says so."""
     normalized = any(isinstance(module, _BatchNorm) for module in network.modules())
-    return recalibrate(network, calibration.split(64)) if normalized and way.reestimate else network
+    return recalibrate(network, calibration.split(64)) if normalized and method.reestimate else network
 
 
-def before(network: nn.Module, case: Case, way: Way, seed: int, split: Split) -> tuple[float, float]:
+def before(network: nn.Module, case: Case, method: Method, seed: int, split: Split) -> tuple[float, float]:
     """Return the validation and test accuracy before training: once for all learning rates."""
-    key = (case.title, way, seed)
+    key = (case.title, method, seed)
     if key not in _before:
         _before[key] = accuracy(network, case, split.validation), accuracy(network, case, split.test)
     return _before[key]

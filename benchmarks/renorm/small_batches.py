@@ -5,7 +5,7 @@
 
 The demo network trains on with the digits that it was trained on (new head: its output layer replaced by zeros). With
 `--cifar`, a VGG without normalization does the same on CIFAR-10 (`benchmarks.renorm.cifar_network` trains one). SGD,
-momentum 0.9, warm-up over 5 % of the steps, cosine; dropout is off; every way sees the same images in the same
+momentum 0.9, warm-up over 5 % of the steps, cosine; dropout is off; every method sees the same images in the same
 order. Running statistics are re-estimated on 512 training images before each of four evaluations on held-out images.
 Every finished run is a line in `small-batches.jsonl`: interrupted, the program continues where it was.
 """
@@ -43,10 +43,10 @@ EVALUATIONS, CALIBRATION_IMAGES = 4, 512
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: data set, way, batch size, learning rate, head and seed."""
+    """One training run: data set, method, batch size, learning rate, head and seed."""
 
     data: str
-    way: str
+    method: str
     batch: int
     rate: float
     head: str
@@ -97,11 +97,11 @@ def prepared(data: Data, run: Run, generator: torch.Generator) -> nn.Module:
     for module in network.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-    if run.way != "plain":
+    if run.method != "plain":
         network = insert_batchnorm(network, sample(data.train, generator))
     if run.head == "new":
         replace_output(network, 10)
-    if run.way == "renorm":
+    if run.method == "renorm":
         for module in network.modules():
             if type(module) in BATCH_RENORMS:
                 module.__class__ = BATCH_RENORMS[type(module)]
@@ -115,7 +115,7 @@ def sample(images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
 
 def accuracy(network: nn.Module, data: Data, run: Run, generator: torch.Generator) -> float:
     """Return the accuracy on held-out images, with running statistics re-estimated on training images."""
-    evaluated = network if run.way == "plain" else recalibrate(network, sample(data.train, generator))
+    evaluated = network if run.method == "plain" else recalibrate(network, sample(data.train, generator))
     evaluated.eval()
     correct = 0
     with torch.inference_mode():
@@ -164,27 +164,27 @@ def train(
 def plan(names: list[str], seeds: int) -> Iterator[Run]:
     """Yield the runs, seed by seed."""
     for seed, name, head in product(range(seeds), names, ("old", "new")):
-        for way, rates in RATES.items():
-            for batch, rate in product(BATCHES[way], rates):
-                yield Run(name, way, batch, rate, head, seed)
+        for method, rates in RATES.items():
+            for batch, rate in product(BATCHES[method], rates):
+                yield Run(name, method, batch, rate, head, seed)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Return a Markdown table: one row per case, medians over seeds."""
     cases: dict[tuple[Any, ...], list[list[float]]] = {}
     for line in lines:
-        key = tuple(line[name] for name in ("data", "head", "batch", "way", "rate"))
+        key = tuple(line[name] for name in ("data", "head", "batch", "method", "rate"))
         cases.setdefault(key, []).append(line["accuracies"])
     rows = [
-        "| data | head | batch | way | rate | seeds | start | lowest | last |",
+        "| data | head | batch | method | rate | seeds | start | lowest | last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (name, head, batch, way, rate), runs in sorted(cases.items(), key=str):
+    for (name, head, batch, method, rate), runs in sorted(cases.items(), key=str):
         start, lowest, last = (
             median(map(pick, runs)) for pick in (lambda run: run[0], lambda run: min(run[1:]), lambda run: run[-1])
         )
         figures = " | ".join("diverged" if math.isnan(value) else f"{value:.3f}" for value in (start, lowest, last))
-        rows.append(f"| {name} | {head} | {batch} | {way} | {rate:g} | {len(runs)} | {figures} |")
+        rows.append(f"| {name} | {head} | {batch} | {method} | {rate:g} | {len(runs)} | {figures} |")
     return "\n".join(rows)
 
 
@@ -194,7 +194,7 @@ def comparison(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         # A run that diverged has the accuracy of no answer.
         accuracies = [0.0 if math.isnan(value) else value for value in line["accuracies"]]
-        key = (line["data"], line["head"], line["way"], line["batch"], line["rate"])
+        key = (line["data"], line["head"], line["method"], line["batch"], line["rate"])
         runs.setdefault(key, []).append(accuracies)
 
     def last(*case: Any) -> float | None:
@@ -208,7 +208,7 @@ def comparison(lines: list[dict[str, Any]]) -> str:
     distances = [f"| data | head | BatchNorm, 32 | batch | {rates} |", "|---|---|---:|---:|" + "---:|" * 4]
     for name in sorted({line["data"] for line in lines}):
         for batch, rate in product(BATCHES["renorm"], RATES["renorm"]):
-            cells = " | ".join(fall(name, "old", way, batch, rate) for way in ("plain", "batchnorm", "renorm"))
+            cells = " | ".join(fall(name, "old", method, batch, rate) for method in ("plain", "batchnorm", "renorm"))
             fallen.append(f"| {name} | {batch} | {rate:g} | {cells} |")
         for head, batch in product(("old", "new"), BATCHES["renorm"]):
             reference = [last(name, head, "batchnorm", 32, rate) for rate in RATES["batchnorm"]]
