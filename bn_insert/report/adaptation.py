@@ -176,10 +176,7 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
         )
         return Verdict("bad", "Accuracy", text)
     if after < before - 0.01:
-        text += (
-            " Adapting made it worse: keep the original, or use more target images; and check that source and target "
-            "are not swapped."
-        )
+        text += " Adapting made it worse: keep the original, or use more target images."
         return Verdict("bad", "Accuracy", text)
     return Verdict("good" if after > before or after == 1 else "check", "Accuracy", text)
 

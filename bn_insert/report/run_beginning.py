@@ -10,19 +10,21 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     """Return what the fit of the output layer came to, as a sentence.
 
     Args:
-        fit: `fitted`, `accuracy`, `own_accuracy` and `reason`, as of `OutputFit`.
+        fit: `new`, `fitted`, `accuracy` and `reason`, as of `OutputFit`.
     """
     before = f"validation accuracy {fit['accuracy']:.2%} before training" if fit["accuracy"] is not None else ""
-    if fit["own_accuracy"] is None:
+    guesses = "The checkpoint's output layer is no better than guessing on these classes"
+    if fit["new"]:
         if fit["fitted"]:
             return f"New output layer fitted to the features: {before}."
         return f"The new output layer starts from zeros; it was not fitted, because {fit['reason']}."
-    guesses = f"The checkpoint's output layer only guesses these classes ({fit['own_accuracy']:.2%} correct)"
     if fit["fitted"]:
         return f"{guesses}, and was fitted anew: {before}."
-    if fit["reason"]:
-        return f"{guesses}; it was not fitted anew, because {fit['reason']}."
-    return f"Output layer kept: {before}."
+    if not fit["reason"]:
+        return f"Output layer kept: {before}."
+    if not before:
+        return f"Output layer kept; it could not be checked: {fit['reason']}."
+    return f"{guesses}; it was not fitted anew, because {fit['reason']}."
 
 
 def trials_text(trials: Sequence[Mapping[str, Any]]) -> str:

@@ -13,12 +13,17 @@ from .verdict import Verdict
 # falling loss does not mean that more epochs would help.
 _TOO_HIGH = 2.0
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
+_SAMPLE = 256  # validation images at most that the accuracy before training is measured on
 _EPOCHS_AFTER_BEST = 2  # after which the first epoch is said to be the best
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
 
 
 def run_health(
-    epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], data: Mapping[str, Any]
+    epochs: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    output_fit: Mapping[str, Any] | None = None,
 ) -> list[Verdict]:
     """Return what is wrong with a run, or one verdict that nothing is.
 
@@ -26,33 +31,36 @@ def run_health(
         epochs: The metrics of each completed epoch.
         settings: The training settings.
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
-            `output_replaced`, whether the run began with a new output layer; `accuracy_before`, the validation accuracy
-            before training. What depends on a missing one is not checked.
+            `output_replaced`, whether the run began with a new output layer; `validation_images`, their number. What
+            depends on a missing one is not checked.
+        output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
     """
     if not epochs:
         return [Verdict("bad", "Epochs", "No epoch was completed.")]
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
-    lower_rate = lower_rate_advice(settings, output_replaced=data.get("output_replaced", False))
+    new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
+    lower_rate = lower_rate_advice(settings, new_output=new_output)
     if classes > 1:
         found += _loss(epochs, classes, lower_rate)
     if worst(found) != "bad":
-        found += _not_better(epochs, data, lower_rate) or _best_at_first(epochs, lower_rate)
+        accuracy_before = output_fit["accuracy"] if output_fit else None
+        found += _not_better(epochs, data, accuracy_before, lower_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
-def lower_rate_advice(settings: Mapping[str, Any], *, output_replaced: bool, others: Sequence[str] = ()) -> str:
+def lower_rate_advice(settings: Mapping[str, Any], *, new_output: bool, others: Sequence[str] = ()) -> str:
     """Return what to try after a run whose learning rate was too high, as a sentence.
 
     Args:
         settings: The training settings.
-        output_replaced: Whether the run began with a new output layer on the pretrained dense layers.
+        new_output: Whether the run began with a new or fitted output layer on the pretrained dense layers.
         others: What else might help, as phrases.
     """
     rate, lower = settings.get("lr"), f"a lower learning rate ({as_passed('lr')})"
     if isinstance(rate, float):
         lower = f"a third of this learning rate ({as_passed('lr', float(f'{rate / 3:.2g}'))})"
-    head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if output_replaced else []
+    head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if new_output else []
     *ways, last = [lower, *head, *others]
     return f"Try {', '.join(ways)} or {last}." if ways else f"Try {last}."
 
@@ -83,14 +91,18 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
     return [Verdict("bad", "Accuracy", text)]
 
 
-def _not_better(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], lower_rate: str) -> list[Verdict]:
-    before, best = data.get("accuracy_before"), _best(epochs)["val_accuracy"]
-    if before is None or best > before or best == 1:
+def _not_better(
+    epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], before: float | None, lower_rate: str
+) -> list[Verdict]:
+    best, images = _best(epochs)["val_accuracy"], data.get("validation_images", 0)
+    if before is None or best == 1:
         return []
-    text = (
-        f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}, measured on up to "
-        "256 of the validation images."
-    )
+    sampled = images > _SAMPLE
+    chance = 2 * math.sqrt(before * (1 - before) / _SAMPLE) if sampled else 0.0
+    if best > before - chance:
+        return []
+    where = f", on {_SAMPLE} of the {images:,} images" if sampled else ""
+    text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}{where}."
     return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
 
 

@@ -31,11 +31,12 @@ def run_report(
         settings: The training settings.
         epochs: The metrics of each completed epoch, with the fields of `EpochMetrics`.
         facts: Further values, which the page lists as they are. `batchnorms`, the number of BatchNorm layers, is
-            required; the verdicts on the run need `data`, as for `run_health`; `overview` is a dictionary of texts that
-            the page of a single run shows first.
+            required; the verdicts on the run need `data` and `output_fit`, as for `run_health`; `overview` is a
+            dictionary of texts that the page of a single run shows first.
     """
     best = max(epochs, key=lambda epoch: epoch["val_accuracy"], default=None)
-    health = [verdict._asdict() for verdict in run_health(epochs, settings, facts.get("data", {}))]
+    found = run_health(epochs, settings, facts.get("data", {}), output_fit=facts.get("output_fit"))
+    health = [verdict._asdict() for verdict in found]
     run = {"name": name, "settings": dict(settings), "best_epoch": best and best["epoch"], "health": health}
     return runs_report([run | dict(facts) | {"versions": versions(), "epochs": list(epochs)}])
 

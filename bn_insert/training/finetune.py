@@ -148,9 +148,9 @@ def finetune(
         if resume and existing:
             state = load_state(folder / STATE)
             settings = state.with_lr(settings)
+            state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
             if resume_epochs:
                 settings = state.with_epochs(settings)
-            state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
         if settings.lr is None:
             settings = replace(settings, lr=untried_learning_rate(settings, training_set.steps))
         optimizer = make_optimizer(network, settings)
@@ -184,7 +184,12 @@ def finetune(
             if on_start:
                 on_start(summary)
             progress, settings = run.train(progress, on_epoch)
-    health = run_health([asdict(epoch) for epoch in progress.history], asdict(settings), results.data(progress))
+    health = run_health(
+        [asdict(epoch) for epoch in progress.history],
+        asdict(settings),
+        facts["data"],
+        output_fit=asdict(progress.fit) if progress.fit else None,
+    )
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
 
@@ -228,7 +233,7 @@ class _Run:
             self._save(progress, settings)
             return progress, settings
         except DivergenceError as error:
-            advice = _advice(settings, self.results, progress)
+            advice = _advice(settings, self.results.facts, progress)
             raise DivergenceError(f"{error}: training diverged; {self.results.kept}. {advice}") from error
 
     def _save(self, progress: Progress, settings: TrainingSettings) -> None:
@@ -246,14 +251,14 @@ class _Run:
         _on_first_rank(lambda: self.results.write(classifier.network, state), ranks)
 
 
-def _advice(settings: TrainingSettings, results: RunFolder, progress: Progress) -> str:
+def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Progress) -> str:
     """Return what to try after a run has diverged."""
     if settings.lr is None:  # all trials diverged
         return "Check the preprocessing and the weights of the network."
     others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
-    others += ["a network with BatchNorm (bn-insert insert)"] * (not results.facts["batchnorms"])
-    replaced = results.data(progress)["output_replaced"]
-    return lower_rate_advice(asdict(settings), output_replaced=replaced, others=others)
+    others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
+    new = facts["data"]["output_replaced"] or bool(progress.fit and progress.fit.fitted)
+    return lower_rate_advice(asdict(settings), new_output=new, others=others)
 
 
 def _example(images: ClassFolders) -> Tensor | None:

@@ -17,7 +17,7 @@ from .classifier import Classifier
 from .metrics import LearningRateTrial, Totals
 from .preparation import make_optimizer, make_renorm_scheduler
 from .reestimation import reestimate_statistics
-from .remaining_time import seconds_with_trials
+from .remaining_time import STEPS_BEFORE_ESTIMATE, seconds_with_trials
 from .schedule import learning_rate
 from .settings import Optimizer, TrainingSettings
 from .step import TrainingStep
@@ -29,7 +29,6 @@ TRIAL_STEPS = 20
 
 _WARMUP = 0.1  # fraction of the steps
 _USUAL = 3  # trials: one, and one on either side of it
-_STEPS_BEFORE_ESTIMATE = 3  # the first ones allocate memory and fill caches
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
@@ -158,7 +157,7 @@ class _Trial:
         return taken
 
     def _report_step(self, taken: int, seconds: float) -> None:
-        left = None if taken < _STEPS_BEFORE_ESTIMATE else self.seconds_left(seconds / taken, taken)
+        left = None if taken < STEPS_BEFORE_ESTIMATE else self.seconds_left(seconds / taken, taken)
         self.report(LearningRateTrial(self.lr, taken, TRIAL_STEPS, seconds_left=left))
 
     def _validation_loss(self, classifier: Classifier) -> float:

@@ -13,15 +13,18 @@ from typing import NamedTuple
 class OutputFit:
     """Progress of the fit of an output layer before training, and its result at the end.
 
+    A model's own output layer is first checked, in a pass of its own, and fitted only if it guesses.
+
     Args:
-        seen: Images that this process has run through the network so far.
-        images: Images that it runs through the network.
-        done: Whether the fit is complete.
+        seen: Images that this process has run through the network so far; 0 when the check or the fit begins.
+        images: Images that it runs through the network for the check or the fit.
+        done: Whether the fit is complete, or was not necessary.
         accuracy: Accuracy with which training begins, on up to 256 validation images; None before the fit is complete,
             and if the layer is new and was not fitted.
         fitted: Whether the layer was fitted; if not, it is as it was.
-        own_accuracy: Accuracy of the model's own output layer on these images; None if the model's does not have one
-            output per class.
+        new: Whether the layer is new, because the model's own does not have one output per class.
+        own_accuracy: Accuracy of the model's own output layer on these images; None before it has been checked, and if
+            it cannot be.
         reason: Why the layer was not fitted although it is new or guesses, as a clause; otherwise empty.
     """
 
@@ -30,6 +33,7 @@ class OutputFit:
     done: bool = False
     accuracy: float | None = None
     fitted: bool = False
+    new: bool = False
     own_accuracy: float | None = None
     reason: str = ""
 
@@ -45,7 +49,7 @@ class LearningRateTrial:
         loss: Mean of the validation loss after the trial and the training loss of its second half; infinite if the
             trial diverged, None while it is running.
         chosen: Whether the run uses this learning rate; reported once more after all trials.
-        seconds_left: Estimated time until the run ends, after three trials; None while it is not known.
+        seconds_left: Estimated time until the run ends, if there are three trials; None while it is not known.
     """
 
     lr: float

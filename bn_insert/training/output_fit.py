@@ -76,10 +76,7 @@ def fit_output(
     model = unwrapped(model)
     name, layer = output_layer(model)
     if not can_be_fitted(layer):
-        raise TrainingError(
-            f"the output layer {name} is a {type(layer).__name__} that cannot be fitted; only an nn.Linear with a "
-            "weight of its own can be"
-        )
+        raise TrainingError(not_fittable(name, layer))
     return not fit_layer(model, layer, train, validation, autocast=autocast, progress=progress)
 
 
@@ -93,10 +90,11 @@ def fit_layer(
     progress: Progress | None = None,
 ) -> str:
     """Fit the output layer `layer` of a model, as `fit_output` does; return why it was not fitted, empty if it was."""
-    train_set, seen = _features(_as_trained(model, dropout=False), train, autocast, progress)
-    val_set, seen = _features(_as_trained(model, dropout=True), validation, autocast, progress, seen)
-    if train_set is None or val_set is None:
-        return "its inputs are not one vector of finite numbers for each image" if seen else "there are no images"
+    try:
+        train_set, seen = _features(_as_trained(model, dropout=False), train, autocast, progress)
+        val_set, seen = _features(_as_trained(model, dropout=True), validation, autocast, progress, seen)
+    except _UnusableError as error:
+        return str(error)
 
     def fit() -> _Layer | None:
         with torch.enable_grad(), torch.autocast(layer.weight.device.type, enabled=False):
@@ -114,9 +112,19 @@ def fit_layer(
     return ""
 
 
+def not_fittable(name: str, layer: nn.Module) -> str:
+    """Return why `can_be_fitted` is False for the output layer of this name, as a clause."""
+    kind = type(layer).__name__
+    return f"the output layer {name} is a {kind}, and only an nn.Linear with a weight of its own can be fitted"
+
+
 def can_be_fitted(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether `fit_output` can fit a layer: a dense one whose weight is not computed from other parameters."""
     return isinstance(layer, nn.Linear) and "weight" in layer._parameters
+
+
+class _UnusableError(Exception):
+    """There are no features, or none that a layer could be fitted to; the message is a clause."""
 
 
 class _Examples(NamedTuple):
@@ -140,8 +148,8 @@ def _as_trained(model: nn.Module, *, dropout: bool) -> nn.Module:
 
 def _features(
     network: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None, progress: Progress | None, before: int = 0
-) -> tuple[_Examples | None, int]:
-    """Return the examples of all ranks, or None if their features are of no use, and the number of images so far.
+) -> tuple[_Examples, int]:
+    """Return the examples of all ranks, and the number of this rank's images so far.
 
     Args:
         network: A copy of the classifier.
@@ -151,6 +159,7 @@ def _features(
         before: Number of this rank's images before these.
 
     Raises:
+        _UnusableError: If there are no features, or they are of no use.
         TrainingError: If the output layer does not have one output for each logit.
     """
     inputs: list[Tensor] = []
@@ -169,16 +178,20 @@ def _features(
     ranks = Ranks.current()
     sent = inputs if ranks.count == 1 else [part.cpu() for part in inputs]  # not to the GPUs of other ranks
     parts = [part.to(layer.weight.device) for each in ranks.gathered(sent) for part in each]
-    if not parts or any(part.ndim != 2 for part in parts):
-        return None, seen
+    if outcomes.images == 0:
+        raise _UnusableError("there are no images, or none of them can be read")
+    if any(part.ndim != 2 for part in parts):
+        raise _UnusableError("its inputs are not one vector for each image")
     if outcomes.classes != layer.out_features:
         raise TrainingError(
             f"{name} has {layer.out_features} outputs, and the network returns {outcomes.classes} logits, so it is "
             "not the output layer, and cannot be fitted"
         )
     features = torch.cat(parts)
-    if len(features) != outcomes.images or not bool(features.isfinite().all()):
-        return None, seen
+    if len(features) != outcomes.images:
+        raise _UnusableError("its inputs are not one vector for each image")
+    if not bool(features.isfinite().all()):
+        raise _UnusableError("its inputs contain NaN or Inf")
     return _Examples(features, outcomes.labels.to(features.device)), seen
 
 

@@ -17,7 +17,7 @@ class Progress:
         step: Complete steps of the current epoch.
         seen: Losses and correct predictions of these steps.
         history: Metrics of the complete epochs.
-        fit: Result of the fit of the output layer, before the first step; None if there was none, or not yet.
+        fit: Result of the check and fit of the output layer, before the first step; None if there was none, or not yet.
         trials: Results of the learning rate trials, and last the chosen one; empty if there were none, or not yet.
     """
 

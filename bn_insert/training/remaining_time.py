@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..images.class_folders import ClassFolders
 from .settings import TrainingSettings
 
-_STEPS_BEFORE_ESTIMATE = 3  # the first ones allocate memory and fill caches
+STEPS_BEFORE_ESTIMATE = 3  # the first ones allocate memory and fill caches
 _EVALUATION = 1 / 3  # cost of an image without a backward pass, which takes twice as long as the forward pass
 
 
@@ -66,7 +66,7 @@ class RemainingTime:
         """
         now = time.monotonic()
         self._seconds, self._timed, self._begun = self._seconds + now - self._begun, self._timed + 1, now
-        if self._timed < _STEPS_BEFORE_ESTIMATE:
+        if self._timed < STEPS_BEFORE_ESTIMATE:
             return None
         per_step = self._seconds / self._timed
         evaluation = self._evaluation

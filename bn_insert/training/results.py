@@ -66,7 +66,7 @@ def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], di
     facts: dict[str, Any] = {}
     texts = {"Learning rate": "not chosen yet" if lr is None else f"{lr:g}"}
     if progress.fit:
-        fit = {name: getattr(progress.fit, name) for name in ("fitted", "accuracy", "own_accuracy", "reason")}
+        fit = {name: getattr(progress.fit, name) for name in ("new", "fitted", "accuracy", "own_accuracy", "reason")}
         facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
     if progress.trials:
         # JSON has no number for the loss of a trial that diverged.
@@ -141,13 +141,6 @@ class RunFolder:
         self._folder, self._images, self._replaced = folder, images, tuple(replaced)
         self.facts, self._dropout = facts, dropout
 
-    def data(self, progress: Progress) -> dict[str, Any]:
-        """Return the facts about the data, with what is known of them since the fit of the output layer."""
-        data, fit = self.facts["data"], progress.fit
-        if not fit:
-            return dict(data)
-        return data | {"output_replaced": data["output_replaced"] or fit.fitted, "accuracy_before": fit.accuracy}
-
     @property
     def kept(self) -> str:
         """What is left when training fails, as a phrase."""
@@ -206,7 +199,7 @@ class RunFolder:
         }
         beginning, texts = _beginning(state.progress, state.settings["lr"])
         overview = self.facts["overview"] | texts
-        facts = {**self.facts, "data": self.data(state.progress), **beginning, "overview": overview}
+        facts = {**self.facts, **beginning, "overview": overview}
         data = run_report(self._folder.resolve().name, settings, epochs, facts)
         written = []
         try:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import Outcomes
 from ..errors import CalibrationError, ImageError
-from ..images.class_folders import ClassFolders, LabelledBatch
+from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
 from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .metrics import OutputFit
-from .output_fit import can_be_fitted, fit_layer
+from .output_fit import can_be_fitted, fit_layer, not_fittable
 from .stopping import StopCheck
 from .training_set import TrainingSet
 from .validation import validate, with_sampled_validation
@@ -57,10 +58,10 @@ def fit_starting_output(
     except ImageError:
         stop.check()  # a signal to the entire process group has ended the processes that decode
         raise
-    except CalibrationError as error:
+    except CalibrationError as error:  # what cannot run on these images fails once more, later in the run
         if training_set.ranks.count > 1:
             raise
-        result = fit.result(reason=str(error))  # the first step fails too, and says more
+        result = OutputFit(0, 0, True, new=new, reason=str(error))
     fit.report(result)
     return result
 
@@ -78,62 +79,55 @@ class _Fit:
         """Fit the layer if it has to be, and return the result."""
         own = None
         if not self.new:
-            outcomes = self._validate(0)
+            outcomes = self._validate(OutputFit(0, len(self._val)))
             own = outcomes.accuracy
             if not _guesses(outcomes):
-                return self.result(accuracy=own, own_accuracy=own)
+                return self._result(accuracy=own, own_accuracy=own)
         name, layer = output_layer(self.classifier.network)
         if not can_be_fitted(layer):
-            reason = f"{name} is a {type(layer).__name__}, and only an nn.Linear can be"
-            return self.result(accuracy=own, own_accuracy=own, reason=reason)
+            return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
+        return self._fitted(layer, own)
+
+    def _fitted(self, layer: nn.Linear, own: float | None) -> OutputFit:
         settings, val = self.training_set.settings, self._val
-        before = 0 if self.new else len(val)
+        count = min(_TRAINING_IMAGES, len(self.images.train))
+        total = -(-count // self.training_set.ranks.count) + 2 * len(val)  # once for the fit, once for the accuracy
+        begun = OutputFit(0, total, new=self.new, own_accuracy=own)
+        self.report(begun)
         reason = fit_layer(
             self.classifier.network,
             layer,
-            self._inputs(self.training_set.sample(0, self._training_images)),
+            self._inputs(self.training_set.sample(0, count)),
             self._inputs(self.images.batches(val, settings.batch_size)) if val else (),
             autocast=torch.bfloat16 if self.classifier.amp else None,
-            progress=lambda seen: self._progress(before + seen),
+            progress=lambda seen: self._progress(begun, seen),
         )
         if reason:
-            return self.result(accuracy=own, own_accuracy=own, reason=reason)
-        accuracy = self._validate(self._total - len(val)).accuracy
-        return self.result(fitted=True, accuracy=accuracy, own_accuracy=own)
+            return self._result(accuracy=own, own_accuracy=own, reason=reason)
+        accuracy = self._validate(begun, total - len(val)).accuracy
+        return self._result(accuracy=accuracy, fitted=True, own_accuracy=own)
 
-    def result(
-        self,
-        *,
-        fitted: bool = False,
-        accuracy: float | None = None,
-        own_accuracy: float | None = None,
-        reason: str = "",
-    ) -> OutputFit:
-        """Return the result of the fit."""
-        return OutputFit(self._total, self._total, True, accuracy, fitted, own_accuracy, reason)
+    def _result(self, **values: Any) -> OutputFit:
+        return OutputFit(0, 0, True, new=self.new, **values)
 
     @property
-    def _val(self) -> Any:
+    def _val(self) -> Sequence[LabelledImage]:
+        """The validation images of this process."""
         return self.training_set.ranks.share(self.images.val, equal=False)
 
-    @property
-    def _training_images(self) -> int:
-        return min(_TRAINING_IMAGES, len(self.images.train))
-
-    @property
-    def _total(self) -> int:
-        """Images that this process runs through the network: validation images for the fit and the accuracy."""
-        passes = 2 if self.new else 3
-        return -(-self._training_images // self.training_set.ranks.count) + passes * len(self._val)
-
-    def _validate(self, before: int) -> Outcomes:
+    def _validate(self, begun: OutputFit, before: int = 0) -> Outcomes:
         size, ranks = self.training_set.settings.batch_size, self.training_set.ranks
         return validate(
-            self.classifier, self.images, size, ranks, self.stop, progress=lambda seen: self._progress(before + seen)
+            self.classifier,
+            self.images,
+            size,
+            ranks,
+            self.stop,
+            progress=lambda seen: self._progress(begun, before + seen),
         )
 
-    def _progress(self, seen: int) -> None:
-        self.report(OutputFit(min(seen, self._total), self._total))
+    def _progress(self, begun: OutputFit, seen: int) -> None:
+        self.report(replace(begun, seen=min(seen, begun.images)))
         self.stop.check()
 
     def _inputs(self, batches: Iterable[LabelledBatch]) -> Iterable[Any]:
@@ -144,15 +138,15 @@ class _Fit:
 def _guesses(outcomes: Outcomes) -> bool:
     """Return whether a network does no better than guessing: its loss is not lower, nor its accuracy clearly higher.
 
-    The accuracy is the mean over the classes, which is 1 / classes for any answers that do not depend on the image;
-    clearly higher is more than two standard errors of such answers.
+    The accuracy is the mean over the classes that there are images of. Answers that do not depend on the image have an
+    accuracy of at most 1 / classes; clearly higher is half as much again, or more than two standard errors of such
+    answers.
     """
     if outcomes.loss < math.log(outcomes.classes):
         return False
     images = torch.bincount(outcomes.labels, minlength=outcomes.classes).double()
     correct = torch.bincount(outcomes.labels[outcomes.labels == outcomes.predicted], minlength=outcomes.classes)
-    present = images > 0
-    chance = 1 / outcomes.classes
-    accuracy = (correct[present] / images[present]).mean()
-    error = (chance * (1 - chance) / images[present]).sum().sqrt() / present.sum()
-    return bool(accuracy <= chance + 2 * error)
+    images, correct = images[images > 0], correct[images > 0]
+    chance = 1 / len(images)
+    error = float((chance * (1 - chance) / images).sum().sqrt() / len(images))
+    return float((correct / images).mean()) <= chance + min(2 * error, chance / 2)

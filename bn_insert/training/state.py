@@ -296,11 +296,18 @@ def _check_progress(content: _Content) -> None:
 
 
 def _check_beginning(content: _Content) -> None:
-    if content.fit:
+    if fit := content.fit:
         for name in ("accuracy", "own_accuracy"):
-            checked(getattr(content.fit, name), Fraction | None, f"fit.{name}")
+            checked(getattr(fit, name), Fraction | None, f"fit.{name}")
+        measured = fit.fitted or not (fit.new or fit.reason)
+        if not fit.done or (measured and fit.accuracy is None) or (fit.new and not (fit.fitted or fit.reason)):
+            raise SchemaError("the field fit is not the result of a fit")
+        if not fit.reason.isprintable():
+            raise SchemaError("the field fit.reason has characters that cannot be printed")
     for number, trial in enumerate(content.trials):
         checked(trial.lr, Positive, f"trials[{number}].lr")
+        if trial.loss is None or math.isnan(trial.loss) or trial.chosen != (0 < number == len(content.trials) - 1):
+            raise SchemaError(f"the field trials[{number}] is not the result of a trial")
 
 
 def _check_model(model: Mapping[str, Any], network: nn.Module) -> None:

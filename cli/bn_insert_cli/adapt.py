@@ -280,10 +280,10 @@ def _predictions(
 def _entropy(
     network: nn.Module, source: Batches | None, device: torch.device, predictions: PredictionComparison
 ) -> float | None:
-    """Return the mean entropy of the network's predictions on source images; None without any, or if labels decide."""
+    """Return the mean entropy of the network's predictions on source images; None without any."""
     from bn_insert import compare_predictions, finite_part  # noqa: PLC0415
 
-    if source is None or not predictions.classes or predictions.per_class or finite_part(network)[1]:
+    if source is None or not predictions.classes or finite_part(network)[1]:
         return None
     head = source.head(UNLABELLED_IMAGES)
     network.to(device)

@@ -24,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from .interruption import write_from_handler
+
 _PIPE_WIDTH = 120  # columns if the output is not a terminal, so that tables are not truncated
 _LONGEST = 4000  # characters of a text
 _LONGEST_CELL = 1000
@@ -132,6 +134,12 @@ def print_note(message: str) -> None:
     if _quiet:
         return
     stderr().print(plain(message, _LONGEST, "dim"), soft_wrap=True)
+
+
+def print_note_from_handler(message: str) -> None:
+    """Print a note from a signal handler, which may have interrupted another one."""
+    if not _quiet:
+        write_from_handler(message)
 
 
 def print_line(message: str) -> None:

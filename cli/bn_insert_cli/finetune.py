@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,12 +19,13 @@ from .console import (
     print_error,
     print_line,
     print_note,
+    print_note_from_handler,
     print_result,
     print_warning,
     run_progress,
 )
 from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
-from .interruption import StopRequest, signals, stop_on_signals, write_from_handler
+from .interruption import StopRequest, signals, stop_on_signals
 
 if TYPE_CHECKING:
     from bn_insert import EpochMetrics, FineTuning, LearningRateTrial, OutputFit, RunSummary, StepMetrics
@@ -254,8 +256,11 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert.images import check_class_folders, open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
 
+    planned = epochs or bn_insert.TrainingSettings().epochs
+    if epochs is None and resume and (output_dir / "state.pth").exists():
+        planned = max(planned, math.ceil(lr_warmup_epochs))  # until the resumed run says how many it has
     settings = bn_insert.TrainingSettings(
-        epochs=epochs or bn_insert.TrainingSettings().epochs,
+        epochs=planned,
         batch_size=batch_size,
         lr=lr,
         lr_warmup_epochs=lr_warmup_epochs,
@@ -351,9 +356,10 @@ class _Display:
         self._epochs = summary.epochs
         _print_summary(summary)
 
-    def stopping(self) -> None:
-        """Say that Ctrl-C has been heard; called from a signal handler."""
-        write_from_handler("stopping after the current step; press Ctrl-C again to stop immediately")
+    def stopping(self, signal_number: int) -> None:
+        """Say that a signal has been received; called by its handler."""
+        again = "press Ctrl-C again" if signal_number == signal.SIGINT else "send the signal again"
+        print_note_from_handler(f"Stopping after the current step; {again} to stop immediately.")
 
     def fit(self, fit: OutputFit) -> None:
         """Advance the bar of the fit of the output layer; print a line at its end."""
@@ -363,9 +369,12 @@ class _Display:
             self.close()
             print_note(output_fit_text(asdict(fit)))
             return
+        checking = not fit.new and fit.own_accuracy is None
+        if fit.seen == 0:
+            self.close()
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(fit.images))
-        self._update("fitting the output layer", fit.seen)
+        self._update("checking the output layer" if checking else "fitting the output layer", fit.seen)
 
     def trial(self, trial: LearningRateTrial) -> None:
         """Advance the bar of a trial; print a line at its end, and the chosen learning rate."""

@@ -139,11 +139,11 @@ def write_from_handler(text: str) -> None:
 class StopRequest:
     """A flag that returns, when called, whether a signal has asked to stop; `signal_number` is that signal."""
 
-    def __init__(self, on_request: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_request: Callable[[int], None] | None = None) -> None:
         """Create the flag, not set.
 
         Args:
-            on_request: Called by the signal handler once the flag is set.
+            on_request: Called by the signal handler, with the number of the first signal.
         """
         self.signal_number: int | None = None
         self._on_request = on_request
@@ -160,14 +160,14 @@ class StopRequest:
         if self.signal_number is None:
             self.signal_number = signal_number
             if self._on_request:
-                self._on_request()
+                self._on_request(signal_number)
         else:
             signals.number = signal_number
             signals.leave()
 
 
 @contextmanager
-def stop_on_signals(on_request: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+def stop_on_signals(on_request: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
     """Turn Ctrl-C and SIGTERM into a StopRequest; the previous handlers are restored afterwards.
 
     Args:

@@ -17,6 +17,8 @@ from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state
+from bn_insert_cli import console
+from bn_insert_cli.finetune import _Display
 from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
 from support.charts import leave_out_charts
 from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_forked, text_of
@@ -117,7 +119,7 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lr_trials, "TRIAL_STEPS", 2)
-    monkeypatch.setattr(lr_trials, "_STEPS_BEFORE_ESTIMATE", 2)
+    monkeypatch.setattr(lr_trials, "STEPS_BEFORE_ESTIMATE", 2)
     command = ("finetune", network_path(), digits, *AS_STORED, "--device", "cpu", "--output-dir")
     result = run(*command, "run", "--epochs", 1, "-b", 20)
     assert result.exit_code == 0, result.output
@@ -143,6 +145,19 @@ def test_a_run_is_resumed_with_its_own_epochs_unless_others_are_given(run: Run, 
     assert len(Path("run/metrics.csv").read_text().splitlines()) == 2
     assert "Steps: 2 (2 epochs of 1)." in run(*command, "--resume", "--epochs", 2).stderr
     assert "Steps: 10 (10 epochs of 1)." in run(*command[:-3], "new", "-b", 40, "--resume", "--lr", 1e-9).stderr
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_run_is_resumed_with_a_warm_up_that_is_longer_than_the_default_number_of_epochs(
+    run: Run, digits: Path
+) -> None:
+    command = ("finetune", network_path(), digits, *AS_STORED, "--device", "cpu", "--output-dir", "run", "-b", 40)
+    command += ("--lr", 1e-9, "--lr-warmup-epochs")
+    assert run(*command, 11, "--epochs", 12).exit_code == 0
+    resumed = run(*command, 11, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Steps: 12 (12 epochs of 1)." in resumed.stderr
+    assert_refused(run(*command, 13, "--resume"), "lr_warmup_epochs was 11.0 and is now 13.0")
 
 
 def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> None:
@@ -211,17 +226,32 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately(monkeypa
     monkeypatch.setattr(signals, "number", None)
     before = signal.getsignal(signal.SIGINT)
     for second in (signal.SIGINT, signal.SIGTERM):
-        heard: list[str] = []
-        with stop_on_signals(lambda heard=heard: heard.append("once")) as stop:
+        heard: list[int] = []
+        with stop_on_signals(heard.append) as stop:
             assert not stop()
             signal.raise_signal(signal.SIGINT)
             assert stop()
-            assert heard == ["once"]
+            assert heard == [signal.SIGINT]
             assert stop.signal_number == signal.SIGINT
             with pytest.raises(SystemExit) as ended:
                 signal.raise_signal(second)
             assert ended.value.code == 128 + second
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send the signal again")]
+)
+def test_the_first_signal_is_acknowledged(capfd: pytest.CaptureFixture[str], number: int, again: str) -> None:
+    display = _Display(40, 8)
+    display.stopping(number)
+    assert capfd.readouterr().err == f"Stopping after the current step; {again} to stop immediately.\n"
+    console.set_quiet(True)
+    try:
+        display.stopping(number)
+    finally:
+        console.set_quiet(False)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> None:

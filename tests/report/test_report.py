@@ -444,12 +444,23 @@ def test_the_health_of_a_run_is_said_in_words(
     assert ('class="verdict good"' in text) == (state == "good")
 
 
-@pytest.mark.parametrize(("before", "state"), [(0.7, "check"), (0.69, "good")])
-def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(before: float, state: str) -> None:
-    data = {"classes": 4, "largest_class": 0.5, "accuracy_before": before}
-    (verdict,) = run_health(epochs((0.5, 0.5), (0.6, 0.7)), {"epochs": 2}, data)
-    assert verdict.state == state
-    assert ("70.0%, is not above that before training, 70.0%" in verdict.text) == (state == "check")
+@pytest.mark.parametrize(
+    ("before", "images", "wording"),
+    [
+        (0.7, 256, "70.0%, is not above that before training, 70.0%. Try"),
+        (0.69, 256, ""),
+        (0.75, 1000, ""),  # by chance: the standard error is 2.7 points
+        (0.76, 1000, "70.0%, is not above that before training, 76.0%, on 256 of the 1,000 images. Try"),
+    ],
+)
+def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(
+    before: float, images: int, wording: str
+) -> None:
+    data = {"classes": 4, "largest_class": 0.5, "validation_images": images}
+    fit = {"fitted": False, "accuracy": before}
+    (verdict,) = run_health(epochs((0.5, 0.5), (0.6, 0.7)), {"epochs": 2}, data, output_fit=fit)
+    assert verdict.state == ("check" if wording else "good")
+    assert wording in verdict.text
 
 
 def test_settings_without_effect_are_not_on_the_page() -> None:

@@ -23,8 +23,10 @@ from bn_insert import (
     insert_batchnorm,
     load_checkpoint,
 )
+from bn_insert.compare.evaluation import Outcomes
 from bn_insert.demo import network_path
 from bn_insert.images import ClassFolders
+from bn_insert.training.starting_output import _guesses
 from support.commands import forked_ranks
 from support.digits import copy_labelled_digits, open_digits
 
@@ -198,10 +200,13 @@ def test_an_output_layer_without_bias_is_fitted_too(train: Batches, val: Batches
 
 def test_a_layer_that_cannot_be_fitted_is_refused(train: Batches, val: Batches) -> None:
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(TrainingError, match="the output layer 0 is a Conv2d that cannot be fitted"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the output layer 0 is a Conv2d, and only an nn\.Linear with a weight of its own can be fitted",
+    ):
         fit_output(convs, train, val)
     computed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3 * 32 * 32, 10)))
-    with pytest.raises(TrainingError, match="the output layer 1 is a ParametrizedLinear that cannot be fitted"):
+    with pytest.raises(TrainingError, match="the output layer 1 is a ParametrizedLinear, and only"):
         fit_output(computed, train, val)
 
     class TwoHeads(nn.Module):
@@ -243,10 +248,10 @@ def test_progress_counts_the_images_of_both_passes(train: Batches, val: Batches)
 def test_a_run_reports_the_accuracy_of_its_fit(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
     run = finetune(new_network(3), digits, tmp_path, SETTINGS, on_fit=fits.append)
-    assert [fit.seen for fit in fits[:6]] == [10, 20, 30, 40, 50, 60]
-    assert {fit.images for fit in fits} == {80}
-    assert [fit for fit in fits[:-1] if fit.done] == []
-    assert fits[-1] == OutputFit(80, 80, True, run.epochs[0].val_accuracy, fitted=True)
+    assert [fit.seen for fit in fits[:7]] == [0, 10, 20, 30, 40, 50, 60]
+    assert {fit.images for fit in fits[:-1]} == {80}
+    assert [fit for fit in fits[:-1] if fit.done or not fit.new] == []
+    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, fitted=True, new=True)
     assert run.epochs[0].val_accuracy > 0.8
 
 
@@ -257,35 +262,87 @@ def test_an_output_layer_that_knows_the_classes_is_kept(digits: ClassFolders, tm
     kept = own.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path).items())
     accuracy = run.epochs[0].val_accuracy
-    assert fits[-1] == OutputFit(100, 100, True, accuracy, own_accuracy=accuracy)
-    assert not run_in(tmp_path)["data"]["output_replaced"]
+    assert fits == [OutputFit(10, 20), OutputFit(20, 20), OutputFit(0, 0, True, accuracy, own_accuracy=accuracy)]
+    sentence = f"Output layer kept: validation accuracy {accuracy:.2%} before training."
+    assert run_in(tmp_path)["overview"]["Before training"] == sentence
+
+
+def of_other_classes() -> nn.Module:
+    """Return a network that knows the classes in another order, which is as bad as other classes."""
+    network = load_checkpoint(network_path())
+    with torch.no_grad():
+        for tensor in (network.classifier[-1].weight, network.classifier[-1].bias):
+            tensor.copy_(tensor.roll(1, 0))
+    return network
 
 
 def test_an_output_layer_of_as_many_other_classes_is_fitted_anew(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
-    other = load_checkpoint(network_path())
-    with torch.no_grad():  # the classes in another order are as good as other classes
-        for tensor in (other.classifier[-1].weight, other.classifier[-1].bias):
-            tensor.copy_(tensor.roll(1, 0))
-    run = finetune(other, digits, tmp_path, SETTINGS, on_fit=fits.append)
-    before = accuracy(other, [(batch.images, batch.labels) for batch in digits.batches(digits.val, 10)])
+    run = finetune(of_other_classes(), digits, tmp_path, SETTINGS, on_fit=fits.append)
+    before = accuracy(of_other_classes(), [(batch.images, batch.labels) for batch in digits.batches(digits.val, 10)])
     assert before < 0.2
-    assert fits[-1] == OutputFit(100, 100, True, run.epochs[0].val_accuracy, True, before)
+    assert fits[:3] == [OutputFit(10, 20), OutputFit(20, 20), OutputFit(0, 80, own_accuracy=before)]
+    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, fitted=True, own_accuracy=before)
     assert run.epochs[0].val_accuracy > 0.8
-    assert run_in(tmp_path)["data"]["output_replaced"]
     sentence = run_in(tmp_path)["overview"]["Before training"]
-    assert sentence.startswith(f"The checkpoint's output layer only guesses these classes ({before:.2%} correct), and")
-    finetune(other, digits, tmp_path, replace(SETTINGS, epochs=2), on_fit=fits.clear, resume=True)
+    assert sentence.startswith("The checkpoint's output layer is no better than guessing on these classes, and was")
+    finetune(of_other_classes(), digits, tmp_path, replace(SETTINGS, epochs=2), on_fit=fits.clear, resume=True)
     assert run_in(tmp_path)["overview"]["Before training"] == sentence
-    assert sentence.split("(")[1] in (tmp_path / "report.html").read_text()
+    assert sentence.split("s output")[1] in (tmp_path / "report.html").read_text()
 
 
-def test_a_conv_as_output_layer_is_not_fitted_and_the_reason_is_told(digits: ClassFolders, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "correct", "loss", "guesses"),
+    [
+        ((20,) * 10, (2,) * 10, 4.0, True),
+        ((20,) * 10, (2,) * 10, 2.0, False),  # below ln(10)
+        ((20,) * 10, (4,) * 10, 4.0, False),
+        (
+            (20,) * 5 + (0,) * 5,
+            (20, 0, 0, 0, 0) + (0,) * 5,
+            4.0,
+            True,
+        ),  # one answer for all, and classes without images
+        ((60, 1) + (0,) * 8, (54, 1) + (0,) * 8, 4.0, False),  # a class of one image says little
+        ((95,) + (5,) * 9, (95,) + (0,) * 9, 4.0, True),  # always the largest class
+    ],
+)
+def test_guessing_is_judged_by_loss_and_by_the_mean_over_classes(
+    images: tuple[int, ...], correct: tuple[int, ...], loss: float, guesses: bool
+) -> None:
+    labels = torch.arange(10).repeat_interleave(torch.tensor(images))
+    wrong = (labels + 1) % 10
+    right = torch.cat([torch.arange(count) < few for count, few in zip(images, correct, strict=True)])
+    assert _guesses(Outcomes(loss, labels, torch.where(right, labels, wrong), 10)) is guesses
+
+
+def test_an_output_layer_that_cannot_be_fitted_stays_and_the_reason_is_told(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
     fits: list[OutputFit] = []
     convs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    finetune(convs, digits, tmp_path, SETTINGS, on_fit=fits.append)
-    (fit,) = fits
-    assert (fit.fitted, fit.accuracy, fit.reason) == (False, None, "0 is a Conv2d, and only an nn.Linear can be")
+    finetune(convs, digits, tmp_path / "new", SETTINGS, on_fit=fits.append)
+    reason = "the output layer 0 is a Conv2d, and only an nn.Linear with a weight of its own can be fitted"
+    assert fits == [OutputFit(0, 0, True, new=True, reason=reason)]
+    sentence = run_in(tmp_path / "new")["overview"]["Before training"]
+    assert sentence == f"The new output layer starts from zeros; it was not fitted, because {reason}."
+    torch.manual_seed(0)
+    convs[0] = nn.Conv2d(3, 10, 1)
+    nn.init.constant_(convs[0].bias, 9.0)
+    nn.init.zeros_(convs[0].weight)
+    finetune(convs, digits, tmp_path / "guess", SETTINGS, on_fit=fits.append)
+    assert (fits[-1].new, fits[-1].fitted, fits[-1].reason) == (False, False, reason)
+    assert "; it was not fitted anew, because the output" in run_in(tmp_path / "guess")["overview"]["Before training"]
+
+
+def test_validation_images_that_cannot_be_read_are_the_reason_for_no_fit(tmp_path: Path) -> None:
+    folder = copy_labelled_digits(tmp_path / "digits", train=2, val=1)
+    for path in (folder / "val").glob("*/*"):
+        path.write_bytes(b"no image")
+    fits: list[OutputFit] = []
+    with pytest.raises(TrainingError, match="no validation image can be read"):
+        finetune(new_network(3), open_digits(folder), tmp_path / "new", SETTINGS, on_fit=fits.append)
+    assert fits[-1].reason == "there are no images, or none of them can be read"
 
 
 def test_a_new_head_and_a_run_without_fit_have_none(digits: ClassFolders, tmp_path: Path) -> None:
@@ -370,6 +427,6 @@ def test_two_ranks_fit_the_same_layer_to_the_images_of_both(tmp_path: Path) -> N
     done = forked_ranks(2, "script.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
-    assert first == second == [40, 40, alone.epochs[0].val_accuracy]
+    assert first == second == [0, 0, alone.epochs[0].val_accuracy]
     ranks, one = (trained(tmp_path / name) for name in ("ranks", "alone"))
     assert all((ranks[name] - one[name]).norm() <= 0.05 * one[name].norm() for name in one)

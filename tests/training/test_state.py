@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_insert import BNInsertError, CheckpointError, TrainingSettings, finetune
+from bn_insert import BNInsertError, CheckpointError, LearningRateTrial, TrainingSettings, finetune
 from bn_insert.images.class_folders import ClassFolders, open_class_folders
 from bn_insert.images.transform import Transform
 from support.digits import copy_labelled_digits
@@ -49,7 +50,9 @@ def states(digits: ClassFolders, tmp_path_factory: pytest.TempPathFactory) -> di
             return bool(epochs) and next(asked) >= 4
 
         finetune(network(), digits, folder, settings, stop=stop, on_epoch=epochs.append)
-        result[opt] = torch.load(folder / "state.pth", weights_only=True)
+        trials = [LearningRateTrial(0.003, 20, 20, 1.5), LearningRateTrial(0.003, 20, 20, 1.5, chosen=True)]
+        content = torch.load(folder / "state.pth", weights_only=True)
+        result[opt] = content | {"trials": [asdict(trial) for trial in trials]}
     return result
 
 
@@ -88,6 +91,17 @@ WRONG = [
     *(("optimizer/state/0/momentum_buffer", value) for value in (torch.ones(3), 1.0, "x", ...)),
     *(("random", value) for value in ([], [{}], {}, None, [{}, {}], ...)),
     *(("random/0/cpu", value) for value in (torch.zeros(5056, dtype=torch.uint8), torch.ones(3), 1, ...)),
+    *(("settings/epochs", value) for value in (0, 1.5, "2", None, ...)),
+    *(("fit", value) for value in (1, {}, {"seen": 0}, ...)),
+    *(("fit/accuracy", value) for value in (None, 2.0, NAN, "x")),
+    *(("fit/own_accuracy", value) for value in (-1.0, "x")),
+    *(("fit/reason", value) for value in (1, "\x1b[2J", "\ud800")),
+    *((f"fit/{name}", value) for name in ("done", "fitted", "new") for value in (1, None)),
+    ("fit/done", False),
+    *(("trials", value) for value in (1, [{}], [None], ...)),
+    *(("trials/0/lr", value) for value in (0.0, NAN, "x")),
+    *(("trials/0/loss", value) for value in (None, NAN, "x")),
+    *(("trials/1/chosen", value) for value in (False, None)),
     ("extra", 1),
 ]
 
