@@ -32,6 +32,8 @@ _USUAL = 3  # trials: one, and one on either side of it
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
+# The highest for all weights: 20 steps at more may look well, and more of them destroy pretrained features.
+_HIGHEST_FOR_ALL: dict[Optimizer, int] = {"sgd": -3, "adamw": -5}
 _CLEARLY = 0.05  # of the loss: smaller differences say little after so few steps
 
 
@@ -57,8 +59,8 @@ def choose_learning_rate(
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
     fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
     learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). From 0.003 (0.0003 for AdamW), the
-    search moves on to a neighbor whose loss is at least 5% lower, as long as there is one. If trials diverge, it first
-    moves down to the highest learning rate at which they do not.
+    search moves on to a neighbor whose loss is at least 5% lower, as long as there is one; to at most 0.03 (0.003) if all
+    weights are trained. If trials diverge, it first moves down to the highest learning rate at which they do not.
 
     Args:
         step: The step of the run, with its network, settings and processes; the network is not changed.
@@ -74,6 +76,8 @@ def choose_learning_rate(
         StoppedError: If the run was asked to stop.
     """
     first = _FIRST[step.settings.opt]
+    whole = step.settings.train == "all" and not step.settings.freeze_features
+    highest = _HIGHEST_FOR_ALL[step.settings.opt] if whole else _HIGHEST
     sampled = with_sampled_validation(images, step.settings.seed)
     report = on_trial or (lambda _trial: None)
     trials: dict[int, LearningRateTrial] = {}
@@ -83,7 +87,7 @@ def choose_learning_rate(
         return seconds_with_trials(per_step, trial_steps, step.settings, images, training_set.steps)
 
     def loss(index: int) -> float:
-        if not _LOWEST <= index <= _HIGHEST:
+        if not _LOWEST <= index <= highest:
             return math.inf
         if index not in trials:
             trials[index] = _Trial(step, training_set, sampled, _rate(index), report, seconds_left).run()
