@@ -59,8 +59,8 @@ def choose_learning_rate(
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
     fallen, and the training loss of its second half, which is high if the steps are too large. Neighboring
     learning rates differ by a factor of about three (0.001, 0.003, 0.01, ...). From 0.003 (0.0003 for AdamW), the
-    search moves on to a neighbor whose loss is at least 5% lower, as long as there is one; to at most 0.03 (0.003) if all
-    weights are trained. If trials diverge, it first moves down to the highest learning rate at which they do not.
+    search moves on to a neighbor whose loss is at least 5% lower, as long as there is one; to at most 0.03 (0.003) if
+    all weights are trained. If trials diverge, it first moves down to the highest learning rate at which they do not.
 
     Args:
         step: The step of the run, with its network, settings and processes; the network is not changed.
