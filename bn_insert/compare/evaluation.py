@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import reference_tensor
 from ..statistics.passes import Batch, Progress, for_each_batch
@@ -289,8 +289,11 @@ def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, .
     if not classes:
         return tuple(map(str, range(count)))
     if len(classes) != count:
+        names = as_passed(
+            "name each of its classes, in the order of the outputs", option="pass one folder for each of its classes"
+        )
         raise CalibrationError(
-            f"{type(model).__name__} returns {count} logits for each image, but there are {len(classes)} class "
-            "names; name each of its classes, in the order of the logits, or fine-tune it first, if these are others"
+            f"{type(model).__name__} has {count} outputs, and there are {len(classes)} classes; if these are other "
+            f"classes, fine-tune it first; otherwise {names}"
         )
     return tuple(classes)

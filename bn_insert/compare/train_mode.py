@@ -182,7 +182,8 @@ def agreement_reading(
     largest = max(agreement.batch_size for agreement in agreements)
     return (
         f"Train mode keeps less than {100 * least:g}% of the top-1 classes, even at a batch size of {largest}. If you "
-        f"keep the output layer, train with larger batches, or with Batch Renormalization.{further}"
+        f"keep the output layer, train with larger batches, or with Batch Renormalization; if it is replaced, "
+        f"nothing has to be done.{further}"
     )
 
 

@@ -61,7 +61,9 @@ class Transform:
         if not len(std) or not (std.isfinite() & (std > 0)).all():
             raise ImageError(f"std is {self.std}; use one value above 0 for all channels, or one per channel")
         if len({len(self.mean), len(self.std)} - {1}) > 1:
-            raise ImageError(f"mean has {len(self.mean)} values and std {len(self.std)}; use one per channel for both")
+            raise ImageError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; pass both, with one value per channel"
+            )
 
     def __call__(self, image: Image.Image) -> Float32[Tensor, "channels height width"]:
         """Return the network's input for one picture of mode RGB or L.

@@ -6,16 +6,18 @@ from .insertion import insertion_report
 from .output import check_report, write_report
 from .preprocessing import preprocessing_text
 from .provenance import file_facts, versions
-from .run_beginning import output_fit_text, trials_text
+from .run_beginning import SMALL_DIFFERENCE, choice_text, output_fit_text
 from .run_verdicts import run_health, worst
 from .runs import read_run, run_report, runs_report
 from .verdict import Verdict
 
 __all__ = [
+    "SMALL_DIFFERENCE",
     "Verdict",
     "adaptation_report",
     "check_confusion_matrix",
     "check_report",
+    "choice_text",
     "file_facts",
     "insertion_report",
     "output_fit_text",
@@ -24,7 +26,6 @@ __all__ = [
     "run_health",
     "run_report",
     "runs_report",
-    "trials_text",
     "versions",
     "worst",
     "write_confusion_matrix",

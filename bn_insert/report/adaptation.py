@@ -13,7 +13,7 @@ from .verdict import Verdict
 FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations and entropies
-_MORE_CERTAIN = 0.1  # of the entropy of a guess: by so much lower than on source images
+_MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on source images
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
@@ -114,7 +114,7 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
             f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
-    return Verdict("good", "Predictions", text)
+    return Verdict("check" if after > (1 + _HARDLY) * before else "good", "Predictions", text)
 
 
 def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
@@ -157,8 +157,8 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess = "probably as before, because the entropy hardly changed"
     labels = as_passed(
         "pass labels to compare_predictions",
-        option="sort some target images into one folder per class, and run bn-insert evaluate on them with the "
-        "original and the adapted checkpoint",
+        option="run bn-insert evaluate with the original and the adapted checkpoint on some target images, in one "
+        "folder for each of the network's classes",
     )
     text = f"Not measured without labels; {guess}. Only labels can tell: {labels}."
     return Verdict("good" if good else "check", "Accuracy", text)

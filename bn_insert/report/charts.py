@@ -86,7 +86,7 @@ def insertion_charts(data: Mapping[str, Any], *, errors: bool = True) -> list[Ch
         charts.append(_constant(norms))
     if errors and any(norm["standard_error"] for norm in norms.values()):
         title = "Standard error of mean and std, relative to std"
-        note = "0.03 or less is good (an error of 0.1). More images reduce it."
+        note = "0.03 or less is good: the errors in the table are three times as large. More images reduce it."
         charts.append(_boxes("error", title, note, norms, ["standard_error"], log=True))
     return charts
 
@@ -185,7 +185,7 @@ def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapp
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("%" if percent else "")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend = tuple((number % _SERIES + 1, label) for number, label, _, _ in lines if label)
     return Chart(name, title, "", _svg(figure, name, title), legend)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
+
+SMALL_DIFFERENCE = "a loss that is less than 5% lower does not count"
 
 
 def output_fit_text(fit: Mapping[str, Any]) -> str:
     """Return what the fit of the output layer came to, as a sentence.
 
     Args:
-        fit: `new`, `fitted`, `accuracy` and `reason`, as of `OutputFit`.
+        fit: `new`, `fitted`, `accuracy`, `val_images` and `reason`, as of `OutputFit`.
     """
-    before = f"validation accuracy {fit['accuracy']:.2%} before training" if fit["accuracy"] is not None else ""
+    before = ""
+    if fit["accuracy"] is not None:
+        before = f"validation accuracy {fit['accuracy']:.2%} before training, on {fit['val_images']:,} images"
     guesses = "The checkpoint's output layer is no better than guessing on these classes"
     if fit["new"]:
         if fit["fitted"]:
@@ -27,14 +32,17 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     return f"{guesses}; it was not fitted anew, because {fit['reason']}."
 
 
-def trials_text(trials: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results of learning rate trials as a phrase.
+def choice_text(lr: float, trials: Mapping[float, float]) -> str:
+    """Return which learning rate was chosen by trials, as a phrase.
 
     Args:
-        trials: Each with `lr` and `loss`, which is None for a trial that diverged.
+        lr: The learning rate.
+        trials: The loss by the learning rate; infinite for a trial that diverged.
     """
+    results = ", ".join(f"{rate:g} ({_loss_text(loss)})" for rate, loss in trials.items())
+    text = f"{lr:g}, chosen by trials of {results}"
+    return text + (f"; {SMALL_DIFFERENCE}" if min(trials.values()) < trials[lr] else "")
 
-    def result(loss: float | None) -> str:
-        return "diverged" if loss is None else f"loss {loss:.3g}"
 
-    return ", ".join(f"{trial['lr']:g} ({result(trial['loss'])})" for trial in trials)
+def _loss_text(loss: float) -> str:
+    return "diverged" if math.isinf(loss) else f"loss {loss:.3g}"

@@ -13,7 +13,6 @@ from .verdict import Verdict
 # falling loss does not mean that more epochs would help.
 _TOO_HIGH = 2.0
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
-_SAMPLE = 256  # validation images at most that the accuracy before training is measured on
 _EPOCHS_AFTER_BEST = 2  # after which the first epoch is said to be the best
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
 
@@ -33,10 +32,10 @@ def run_health(
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
             `output_replaced`, whether the run began with a new output layer; `validation_images`, their number. What
             depends on a missing one is not checked.
-        output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
+        output_fit: `fitted`, `accuracy` and `val_images`, as of `OutputFit`; None if there was no fit.
     """
     if not epochs:
-        return [Verdict("bad", "Epochs", "No epoch was completed.")]
+        return [Verdict("bad", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
@@ -44,8 +43,7 @@ def run_health(
     if classes > 1:
         found += _loss(epochs, classes, lower_rate)
     if worst(found) != "bad":
-        accuracy_before = output_fit["accuracy"] if output_fit else None
-        found += _not_better(epochs, data, accuracy_before, lower_rate) or _best_at_first(epochs, lower_rate)
+        found += _not_better(epochs, data, output_fit, lower_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
@@ -92,16 +90,20 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
 
 
 def _not_better(
-    epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any], before: float | None, lower_rate: str
+    epochs: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    output_fit: Mapping[str, Any] | None,
+    lower_rate: str,
 ) -> list[Verdict]:
-    best, images = _best(epochs)["val_accuracy"], data.get("validation_images", 0)
-    if before is None or best == 1:
+    best = _best(epochs)["val_accuracy"]
+    if output_fit is None or output_fit["accuracy"] is None or best == 1:
         return []
-    sampled = images > _SAMPLE
-    chance = 2 * math.sqrt(before * (1 - before) / _SAMPLE) if sampled else 0.0
+    before, sample, images = output_fit["accuracy"], output_fit["val_images"], data.get("validation_images", 0)
+    sampled = sample < images
+    chance = 2 * math.sqrt(before * (1 - before) / sample) if sampled else 0.0
     if best > before - chance:
         return []
-    where = f", on {_SAMPLE} of the {images:,} images" if sampled else ""
+    where = f", on {sample:,} of the {images:,} images" if sampled else ""
     text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}{where}."
     return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
 
@@ -121,7 +123,7 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) ->
     found = []
     guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        way_out = f"Train for more epochs ({as_passed('epochs')})." if falling else lower_rate
+        way_out = f"Train for more epochs ({_more_epochs()})." if falling else lower_rate
         text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
@@ -131,15 +133,19 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) ->
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
-        text = f"The validation loss, {lowest:.3g} at its lowest, is little below {guess}."
+        text = f"The validation loss, {lowest:.3g} at its lowest, is only slightly below {guess}."
         found.append(Verdict("check", "Loss", text))
     if falling:
         text = (
             f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "
-            f"the last epoch: more epochs ({as_passed('epochs')}) may help."
+            f"the last epoch: more epochs ({_more_epochs()}) may help."
         )
         found.append(Verdict("check", "Length", text))
     return found
+
+
+def _more_epochs() -> str:
+    return f"{as_passed('resume', True)} with more {as_passed('epochs')}"
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:

@@ -216,6 +216,16 @@ class _Run:
             The progress, and the settings in effect.
         """
         step, settings = self.step, self.step.settings
+        trials = list(progress.trials)
+        if settings.lr is not None and not any(trial.chosen for trial in trials):
+            trials = []  # those of a run that was interrupted then, and continues with a given learning rate
+
+        def on_trial(trial: LearningRateTrial) -> None:
+            if trial.loss is not None:
+                trials.append(trial)
+            if self.on_trial:
+                self.on_trial(trial)
+
         try:
             begun = progress.epoch or progress.step
             if settings.fit_output and settings.head is None and not progress.fit and not begun:
@@ -224,12 +234,14 @@ class _Run:
                 )
                 progress = replace(progress, fit=fit)
             if settings.lr is None:
-                trials = choose_learning_rate(step, self.training_set, self.images, self.on_trial)
-                progress, settings = replace(progress, trials=trials), replace(settings, lr=trials[-1].lr)
+                lr = choose_learning_rate(step, self.training_set, self.images, on_trial, complete=progress.trials)
+                settings = replace(settings, lr=lr)
+            progress = replace(progress, trials=tuple(trials))
             step = replace(step, settings=settings)
             loop = TrainingLoop(step, self.training_set, self.images, self._save, self.on_step, on_epoch)
             return loop.run(progress), settings
         except StoppedError:  # before the first step
+            progress = replace(progress, trials=tuple(trials))
             self._save(progress, settings)
             return progress, settings
         except DivergenceError as error:

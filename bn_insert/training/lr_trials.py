@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -52,8 +52,10 @@ def choose_learning_rate(
     training_set: TrainingSet,
     images: ClassFolders,
     on_trial: Callable[[LearningRateTrial], None] | None = None,
-) -> tuple[LearningRateTrial, ...]:
-    """Find the learning rate that no neighbor is clearly better than, in short trials.
+    *,
+    complete: Sequence[LearningRateTrial] = (),
+) -> float:
+    """Return the learning rate that no neighbor is clearly better than, in short trials.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps, with a warm-up and a cosine schedule of its own, on
     the first batches of the run. Its loss is the mean of the validation loss at its end, when the learning rate has
@@ -67,9 +69,7 @@ def choose_learning_rate(
         training_set: The batches of this process.
         images: Class folders with the validation images.
         on_trial: Called after each step of a trial and at its end, and with the chosen one.
-
-    Returns:
-        The results of the trials in their order, and last once more the chosen one.
+        complete: Results of trials that do not have to be repeated.
 
     Raises:
         DivergenceError: If all trials diverge.
@@ -80,7 +80,7 @@ def choose_learning_rate(
     highest = _HIGHEST_FOR_ALL[step.settings.opt] if whole else _HIGHEST
     sampled = with_sampled_validation(images, step.settings.seed)
     report = on_trial or (lambda _trial: None)
-    trials: dict[int, LearningRateTrial] = {}
+    trials = {trial.lr: trial for trial in complete}
 
     def seconds_left(per_step: float, taken: int) -> float:
         trial_steps = max(1, _USUAL - len(trials)) * TRIAL_STEPS - taken
@@ -89,9 +89,10 @@ def choose_learning_rate(
     def loss(index: int) -> float:
         if not _LOWEST <= index <= highest:
             return math.inf
-        if index not in trials:
-            trials[index] = _Trial(step, training_set, sampled, _rate(index), report, seconds_left).run()
-        reached = trials[index].loss
+        lr = _rate(index)
+        if lr not in trials:
+            trials[lr] = _Trial(step, training_set, sampled, lr, report, seconds_left).run()
+        reached = trials[lr].loss
         return math.inf if reached is None else reached
 
     best = first
@@ -102,9 +103,8 @@ def choose_learning_rate(
     for direction in (1, -1):
         while loss(best + direction) < (1 - _CLEARLY) * loss(best):
             best += direction
-    chosen = replace(trials[best], chosen=True)
-    report(chosen)
-    return (*trials.values(), chosen)
+    report(replace(trials[_rate(best)], chosen=True))
+    return _rate(best)
 
 
 def _rate(index: int) -> float:

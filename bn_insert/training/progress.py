@@ -18,7 +18,7 @@ class Progress:
         seen: Losses and correct predictions of these steps.
         history: Metrics of the complete epochs.
         fit: Result of the check and fit of the output layer, before the first step; None if there was none, or not yet.
-        trials: Results of the learning rate trials, and last the chosen one; empty if there were none, or not yet.
+        trials: Results of the learning rate trials so far, and last the chosen one once more; empty if there were none.
     """
 
     epoch: int = 0

@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoints.save import stage_checkpoint
 from ..errors import CheckpointError, TrainingError
 from ..images.class_folders import ClassFolders
-from ..report import output_fit_text, preprocessing_text, read_run, run_report, trials_text, write_report
+from ..report import choice_text, output_fit_text, preprocessing_text, read_run, run_report, write_report
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
 from ..support.text import printable
@@ -66,16 +66,16 @@ def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], di
     facts: dict[str, Any] = {}
     texts = {"Learning rate": "not chosen yet" if lr is None else f"{lr:g}"}
     if progress.fit:
-        fit = {name: getattr(progress.fit, name) for name in ("new", "fitted", "accuracy", "own_accuracy", "reason")}
+        names = ("new", "fitted", "accuracy", "val_images", "own_accuracy", "reason")
+        fit = {name: getattr(progress.fit, name) for name in names}
         facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
-    if progress.trials:
+    if progress.trials and lr is not None:
+        losses = {trial.lr: trial.loss for trial in progress.trials if trial.loss is not None}
+        texts["Learning rate"] = choice_text(lr, losses)
         # JSON has no number for the loss of a trial that diverged.
-        trials = [
-            {"lr": trial.lr, "loss": trial.loss if math.isfinite(trial.loss or 0.0) else None}
-            for trial in progress.trials[:-1]
+        facts["lr_trials"] = [
+            {"lr": rate, "loss": loss if math.isfinite(loss) else None} for rate, loss in losses.items()
         ]
-        facts["lr_trials"] = trials
-        texts["Learning rate"] += f", chosen by trials of {trials_text(trials)}"
     return facts, texts
 
 

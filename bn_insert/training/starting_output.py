@@ -82,7 +82,7 @@ class _Fit:
             outcomes = self._validate(OutputFit(0, len(self._val)))
             own = outcomes.accuracy
             if not _guesses(outcomes):
-                return self._result(accuracy=own, own_accuracy=own)
+                return self._result(accuracy=own, val_images=outcomes.images, own_accuracy=own)
         name, layer = output_layer(self.classifier.network)
         if not can_be_fitted(layer):
             return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
@@ -104,8 +104,8 @@ class _Fit:
         )
         if reason:
             return self._result(accuracy=own, own_accuracy=own, reason=reason)
-        accuracy = self._validate(begun, total - len(val)).accuracy
-        return self._result(accuracy=accuracy, fitted=True, own_accuracy=own)
+        outcomes = self._validate(begun, total - len(val))
+        return self._result(accuracy=outcomes.accuracy, fitted=True, val_images=outcomes.images, own_accuracy=own)
 
     def _result(self, **values: Any) -> OutputFit:
         return OutputFit(0, 0, True, new=self.new, **values)

@@ -70,7 +70,8 @@ class TrainingState:
             before, now = self.settings.get(name), wanted.get(name)
             if before != now:
                 raise TrainingError(
-                    f"{path} belongs to another run: {name} was {before!r} and is now {now!r}; resume with {advice}"
+                    f"{path} belongs to another run: {as_passed(name)} was {before!r} and is now {now!r}; resume with "
+                    f"{advice}"
                 )
         for name in sorted(self.data.keys() | data.keys()):
             if self.data.get(name) != data.get(name):
@@ -102,6 +103,8 @@ class TrainingState:
         """
         done = self.progress.epoch * steps + self.progress.step
         where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "at the first step"
+        if self.progress.trials and self._lr is None:
+            where = f"after {counted(len(self.progress.trials), 'trial')}"
         if self.progress.step:
             where = f"in epoch {self.progress.epoch + 1}, after {counted(self.progress.step, 'step')}"
         if self.progress.epoch >= settings.epochs:
@@ -306,7 +309,8 @@ def _check_beginning(content: _Content) -> None:
             raise SchemaError("the field fit.reason has characters that cannot be printed")
     for number, trial in enumerate(content.trials):
         checked(trial.lr, Positive, f"trials[{number}].lr")
-        if trial.loss is None or math.isnan(trial.loss) or trial.chosen != (0 < number == len(content.trials) - 1):
+        chosen = content.settings.get("lr") is not None and 0 < number == len(content.trials) - 1
+        if trial.loss is None or math.isnan(trial.loss) or trial.chosen != chosen:
             raise SchemaError(f"the field trials[{number}] is not the result of a trial")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -242,9 +243,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Train a checkpoint on labeled images; its output layer is replaced if the number of classes differs.
 
-    DIR gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png, classes.txt, report.html
-    (with its data, report.json), and state.pth, from which --resume continues. `bn-insert report` compares several
-    runs. Ctrl-C finishes the current step and saves; press it again to stop immediately.
+    The output directory gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png,
+    classes.txt, report.html (with its data, report.json), and state.pth, from which --resume continues. `bn-insert
+    report` compares several runs. Ctrl-C finishes the current step and saves; press it again to stop immediately.
     With several processes: `torchrun --nproc-per-node 2 -m bn_insert finetune CHECKPOINT DATA --output-dir DIR`.
 
     Example: `bn-insert finetune vgg16-bn.pth flowers/ --output-dir run/`
@@ -252,6 +253,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert finetune alexnet-bn.pth flowers/ --output-dir run/ --model
     torchvision.models:alexnet`
     """
+    started = time.monotonic()
     import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
     from bn_insert.images import check_class_folders, open_class_folders  # noqa: PLC0415
     from bn_insert.report import file_facts  # noqa: PLC0415
@@ -330,7 +332,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                 raise typer.Exit(DIVERGED) from None
         if first:
             note_unreadable(images.unreadable)
-            _conclude(result, output_dir)
+            _conclude(result, output_dir, time.monotonic() - started, resume=resume, force=force)
     if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
 
@@ -344,6 +346,7 @@ class _Display:
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
+        self._losses: list[float] = []
 
     def __enter__(self) -> _Display:
         return self
@@ -379,14 +382,18 @@ class _Display:
     def trial(self, trial: LearningRateTrial) -> None:
         """Advance the bar of a trial; print a line at its end, and the chosen learning rate."""
         if trial.chosen:
-            print_note(f"Learning rate: {trial.lr:g}.")
+            from bn_insert.report import SMALL_DIFFERENCE  # noqa: PLC0415 - once in a run
+
+            lower = trial.loss is not None and min(self._losses, default=trial.loss) < trial.loss
+            print_note(f"Learning rate: {trial.lr:g}{f' ({SMALL_DIFFERENCE})' * lower}.")
             return
         if trial.loss is not None:
             self.close()
+            self._losses.append(trial.loss)
             outcome = "diverged" if math.isinf(trial.loss) else f"loss {trial.loss:.4f}"
             print_note(f"Trial with learning rate {trial.lr:g}: {outcome} after {counted(trial.step, 'step')}.")
             return
-        self._estimate(trial.seconds_left)
+        self._estimate(trial.seconds_left, ", trials included")
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(trial.steps * self._images_per_step))
         self._update(f"trial with learning rate {trial.lr:g}", trial.step * self._images_per_step)
@@ -409,11 +416,11 @@ class _Display:
             f"validation loss {metrics.val_loss:.4f}, accuracy {metrics.val_accuracy:.2%}; {metrics.seconds:.1f} s"
         )
 
-    def _estimate(self, seconds_left: float | None) -> None:
+    def _estimate(self, seconds_left: float | None, what: str = "") -> None:
         """Print the estimated time, once."""
         if seconds_left is not None and not self._estimated:
             self._estimated = True
-            print_note(f"Estimated time: {_duration(seconds_left)}.")
+            print_note(f"Estimated time left: {_duration(seconds_left)}{what}.")
 
     def close(self) -> None:
         """Remove the bar."""
@@ -421,17 +428,15 @@ class _Display:
         self._update = None
 
 
-def _conclude(result: FineTuning, output_dir: Path) -> None:
+def _conclude(result: FineTuning, output_dir: Path, seconds: float, *, resume: bool, force: bool) -> None:
     from bn_insert.report import worst  # noqa: PLC0415 - only at the end of a run
 
     if result.interrupted:
-        print_error(
-            f"interrupted; the run is saved in {output_dir}, and the same command with --resume (without --force) "
-            "continues it"
-        )
+        option = "" if resume else " with --resume" + " instead of --force" * force
+        print_error(f"interrupted; the run is saved in {output_dir}, and the same command{option} continues it")
     elif result.best:
         best = f"best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}"
-        print_result(f"Wrote {output_dir}: {best}.", good=worst(result.health) != "bad")
+        print_result(f"Wrote {output_dir}: {best} ({_duration(seconds)}).", good=worst(result.health) != "bad")
         for verdict in result.health:
             if verdict.state == "bad":
                 print_warning(verdict.text)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
+IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
 _COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
 _FRAMES = 16
 
@@ -172,6 +173,11 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
         print_note("Preprocessing: none (the values of a tensor file are used unchanged).")
         return
     print_note(f"Preprocessing: {preprocessing_text(transform.to_dict())} ({origin}).")
+    if origin == IMAGENET_DEFAULT:
+        print_note(
+            "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: comparing "
+            "its outputs on the same images cannot show a mistake."
+        )
     if any(value > 1 for value in transform.mean):
         scaled, std = (f"{_listed(value / 255 for value in values)}" for values in (transform.mean, (1,)))
         print_warning(
@@ -199,7 +205,7 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
     in_file = settings is not None and bool(settings.transform)
     stored = _stored_transform(checkpoint, options)
     given = [name for name in ("resize", "crop", "mean", "std") if getattr(options, name) is not None]
-    origin = "from the checkpoint" if in_file else "ImageNet's, the default: the checkpoint stores none"
+    origin = "from the checkpoint" if in_file else IMAGENET_DEFAULT
     if len(given) == 4:
         origin = "from the options"
     elif given:
@@ -247,11 +253,11 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
 
 
 def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
-    """Print how many files were skipped, and the first with the reason."""
+    """Warn of how many files were skipped, with the first and the reason."""
     if unreadable:
         first = unreadable[0]
         which = "" if len(unreadable) == 1 else ", the first"
-        print_note(f"Skipped {counted(len(unreadable), 'unreadable file')}{which}: {first.path}: {first.reason}")
+        print_warning(f"Skipped {counted(len(unreadable), 'unreadable file')}{which}: {first.path}: {first.reason}")
 
 
 def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:

@@ -95,11 +95,12 @@ def note_calibration(
         harmless = (
             " This does not change the outputs, and `finetune` re-estimates the running statistics anyway."
             if trainable
-            else ""
+            else " Adapting usually works in spite of it."
         )
+        source = "" if trainable else " on source images"
         print_note(
-            f"Sampling error above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images would "
-            f"reduce the error: about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
+            f"Sampling error{source} above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images "
+            f"would reduce the error: about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
         )
 
 

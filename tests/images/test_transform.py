@@ -101,7 +101,7 @@ def test_something_else_than_a_dict_is_refused() -> None:
         ({"mean": (float("inf"),)}, "mean is .*; use one finite value"),
         ({"mean": (1e300,)}, "mean is .*; use one finite value"),
         ({"mean": ()}, "mean is .*; use one finite value"),
-        ({"mean": (0.1, 0.2)}, "mean has 2 values and std 3; use one per channel for both"),
+        ({"mean": (0.1, 0.2)}, "mean has 2 values and std 3; pass both, with one value per channel"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused(values: dict[str, object], message: str) -> None:

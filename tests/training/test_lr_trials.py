@@ -66,7 +66,9 @@ def with_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[float, float]
 
         def run(trial: lr_trials._Trial) -> LearningRateTrial:
             tried.append(trial.lr)
-            return LearningRateTrial(trial.lr, 20, 20, losses.get(trial.lr, math.inf))
+            result = LearningRateTrial(trial.lr, 20, 20, losses.get(trial.lr, math.inf))
+            trial.report(result)
+            return result
 
         monkeypatch.setattr(lr_trials._Trial, "run", run)
         return tried
@@ -228,6 +230,35 @@ def test_a_run_stopped_in_a_trial_is_resumed_with_trials(
     finetune(network, digits, tmp_path / "whole", SHORT)
     whole, parts = (weights_of(tmp_path / name) for name in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_trials_that_are_complete_are_not_repeated_when_a_run_is_resumed(digits: ClassFolders, tmp_path: Path) -> None:
+    trials: list[LearningRateTrial] = []
+    summaries: list[RunSummary] = []
+
+    def second_trial() -> bool:
+        return len(trials) > 25
+
+    stopped = finetune(dense(), digits, tmp_path / "parts", SHORT, on_trial=trials.append, stop=second_trial)
+    assert stopped.lr is None
+    (first,) = (trial for trial in trials if trial.loss is not None)
+    assert load_state(tmp_path / "parts" / "state.pth").progress.trials == (first,)
+    trials.clear()
+    finetune(dense(), digits, tmp_path / "parts", SHORT, resume=True, on_trial=trials.append, on_start=summaries.append)
+    assert first.lr not in [trial.lr for trial in trials if not trial.chosen]
+    assert summaries[0].resumed == "after 1 trial"
+    finetune(dense(), digits, tmp_path / "whole", SHORT)
+    whole, parts = (load_state(tmp_path / name / "state.pth") for name in ("whole", "parts"))
+    assert parts.progress.trials == whole.progress.trials
+    assert [name for name in whole.model if not torch.equal(whole.model[name], parts.model[name])] == []
+
+
+def test_a_given_learning_rate_ends_the_trials_of_a_run_that_is_resumed(digits: ClassFolders, tmp_path: Path) -> None:
+    trials: list[LearningRateTrial] = []
+    finetune(dense(), digits, tmp_path, SHORT, on_trial=trials.append, stop=lambda: len(trials) > 25)
+    run = finetune(dense(), digits, tmp_path, replace(SHORT, lr=0.003), resume=True)
+    assert run.lr == 0.003
+    assert load_state(tmp_path / "state.pth").progress.trials == ()
 
 
 def test_a_run_stopped_in_a_trial_is_resumed_with_other_epochs_or_a_learning_rate(
