@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -332,7 +333,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                 raise typer.Exit(DIVERGED) from None
         if first:
             note_unreadable(images.unreadable)
-            _conclude(result, output_dir, time.monotonic() - started, resume=resume, force=force)
+            seconds = time.monotonic() - started
+            _conclude(result, output_dir, seconds, batchnorms=display.batchnorms, resume=resume, force=force)
     if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
 
@@ -342,7 +344,7 @@ class _Display:
 
     def __init__(self, images: int, images_per_step: int) -> None:
         self._images, self._images_per_step = images, min(images, images_per_step)
-        self._epochs = 0
+        self._epochs = self.batchnorms = 0
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -356,7 +358,7 @@ class _Display:
 
     def start(self, summary: RunSummary) -> None:
         """Print what the run is about to do."""
-        self._epochs = summary.epochs
+        self._epochs, self.batchnorms = summary.epochs, summary.batchnorms
         _print_summary(summary)
 
     def stopping(self, signal_number: int) -> None:
@@ -428,7 +430,9 @@ class _Display:
         self._update = None
 
 
-def _conclude(result: FineTuning, output_dir: Path, seconds: float, *, resume: bool, force: bool) -> None:
+def _conclude(
+    result: FineTuning, output_dir: Path, seconds: float, *, batchnorms: int, resume: bool, force: bool
+) -> None:
     from bn_insert.report import worst  # noqa: PLC0415 - only at the end of a run
 
     if result.interrupted:
@@ -436,12 +440,18 @@ def _conclude(result: FineTuning, output_dir: Path, seconds: float, *, resume: b
         print_error(f"interrupted; the run is saved in {output_dir}, and the same command{option} continues it")
     elif result.best:
         best = f"best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}"
-        print_result(f"Wrote {output_dir}: {best} ({_duration(seconds)}).", good=worst(result.health) != "bad")
+        failed = worst(result.health) == "bad"
+        print_result(f"Wrote {output_dir}: {best} ({_duration(seconds)}).", good=not failed)
         for verdict in result.health:
             if verdict.state == "bad":
                 print_warning(verdict.text)
             elif verdict.state == "check":
                 print_note(verdict.text)
+        if not failed:
+            file = shlex.quote(str(output_dir / "best.pth"))
+            print_note(f"Next: bn-insert evaluate {file} IMAGES, with images that were not used here.")
+            if batchnorms:
+                print_note(f"To remove its BatchNorm: bn-insert fold {file} -o OUTPUT.")
 
 
 def _print_summary(summary: RunSummary) -> None:

@@ -58,6 +58,8 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
     assert "classifier.8, with 10 classes as in the checkpoint" in shown
     assert "Estimated time left: " in trained.stderr
+    assert "Next: bn-insert evaluate run/best.pth IMAGES, with images" in trained.stderr
+    assert "To remove its BatchNorm: bn-insert fold run/best.pth -o OUTPUT." in trained.stderr
     told = json.loads(Path("run/report.json").read_text())["runs"][0]
     assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
     with Path("run/metrics.csv").open() as file:
