@@ -18,7 +18,7 @@ from bn_insert.demo import network_path
 from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state
 from bn_insert_cli import console
-from bn_insert_cli.finetune import _Display
+from bn_insert_cli.finetune_display import FinetuneDisplay
 from bn_insert_cli.interruption import StopRequest, signals, stop_on_signals
 from support.charts import leave_out_charts
 from support.commands import AS_STORED, Run, assert_refused, forked_ranks, start_forked, text_of
@@ -246,7 +246,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops_immediately(monkeypa
     ("number", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send the signal again")]
 )
 def test_the_first_signal_is_acknowledged(capfd: pytest.CaptureFixture[str], number: int, again: str) -> None:
-    display = _Display(40, 8)
+    display = FinetuneDisplay(40, 8)
     display.stopping(number)
     assert capfd.readouterr().err == f"Stopping after the current step; {again} to stop immediately.\n"
     console.set_quiet(True)
