@@ -30,9 +30,15 @@ _CLASSES_SHOWN = 20
 
 
 class FinetuneDisplay:
-    """A progress bar during a trial or an epoch, and a line when it is complete."""
+    """A progress bar during a trial or an epoch, and a line when it is complete; a context manager."""
 
     def __init__(self, images: int, images_per_step: int) -> None:
+        """Print nothing yet.
+
+        Args:
+            images: Number of training images.
+            images_per_step: Images of a step, in all processes.
+        """
         self._images, self._images_per_step = images, min(images, images_per_step)
         self._epochs = self._batchnorms = 0
         self._bar = ExitStack()
@@ -41,9 +47,11 @@ class FinetuneDisplay:
         self._losses: list[float] = []
 
     def __enter__(self) -> FinetuneDisplay:
+        """Return this display."""
         return self
 
     def __exit__(self, *_error: object) -> None:
+        """Remove the bar."""
         self.close()
 
     def start(self, summary: RunSummary) -> None:
