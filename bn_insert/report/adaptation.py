@@ -17,6 +17,7 @@ _MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on sour
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
+_GUESSING = 0.9  # where it is not known how certain the network is on source images
 
 
 def adaptation_report(
@@ -101,7 +102,7 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
     before, after = predictions["entropy_before"], predictions["entropy_after"]
     text = (
         f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {predictions['images']:,} "
-        f"target images; the mean entropy of its predictions is {after:.2g} nats, and was {before:.2g}."
+        f"target images; the mean entropy of the predictions {_went(before, after)} nats."
     )
     source = predictions["entropy_source"]
     if source is not None:
@@ -131,28 +132,25 @@ def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
 
 
 def _undecided(predictions: Mapping[str, Any]) -> bool:
-    """Return whether the predictions are more like guesses than like those on source images."""
-    guess = math.log(predictions["classes"])
-    between = ((predictions["entropy_source"] or 0.0) + guess) / 2
-    return bool(predictions["entropy_after"] > max(between, _UNDECIDED * guess))
+    """Return whether the predictions are more like guesses than like those on source images, as far as it is known."""
+    guess, source = math.log(predictions["classes"]), predictions["entropy_source"]
+    limit = _GUESSING * guess if source is None else max((source + guess) / 2, _UNDECIDED * guess)
+    return bool(predictions["entropy_after"] > limit)
 
 
 def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:
     """Return whether the adapted network is probably better, as far as that can be known without labels."""
     before, after = predictions["entropy_before"], predictions["entropy_after"]
-    entropies = f"the entropy {{}} from {before:.2g} to {after:.2g} nats"
+    because = f"because the entropy {_went(before, after)} nats"
     good = False
     if _hardly_moved(shifts):
         guess = "probably as before, because the statistics hardly moved"
     elif _undecided(predictions):
         guess = "probably low, because the network is rarely certain of a class"
     elif after < (1 - _HARDLY) * before:
-        guess, good = f"probably better than before, because {entropies.format('fell')}", True
+        guess, good = f"probably better than before, {because}", True
     elif after > (1 + _HARDLY) * before:
-        guess = (
-            f"perhaps worse than before, because {entropies.format('rose')}, as it does if the target lacks some of "
-            "the classes"
-        )
+        guess = f"perhaps worse than before, {because}, as it does if the target lacks some of the classes"
     else:
         guess = "probably as before, because the entropy hardly changed"
     labels = as_passed(
@@ -162,6 +160,12 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
     )
     text = f"Not measured without labels; {guess}. Only labels can tell: {labels}."
     return Verdict("good" if good else "check", "Accuracy", text)
+
+
+def _went(before: float, after: float) -> str:
+    if f"{before:.2g}" == f"{after:.2g}":
+        return f"stayed at {after:.2g}"
+    return f"{'fell' if after < before else 'rose'} from {before:.2g} to {after:.2g}"
 
 
 def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:

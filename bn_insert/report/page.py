@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from . import adaptation, insertion
 from .charts import adaptation_charts, agreement_chart, insertion_charts, run_charts
 from .insertion_verdicts import next_command, verdicts
-from .run_verdicts import best_epoch, identical_runs, ranked, run_health, runs_verdict, worst
+from .run_verdicts import best_epoch, identical_runs, on_different_images, ranked, run_health, runs_verdict, worst
 from .verdict import Verdict
 
 _BOTH = ("before", "after")
@@ -97,6 +97,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for verdict in found
         if verdict.state != "good"
     ]
+    comparable = not on_different_images(runs)
     facts = [_flat(_effective(run)) | _flat(_facts(run)) for run in runs]
     names = dict.fromkeys(name for run in facts for name in run)
     rows = {name: [run.get(name, "") for run in facts] for name in names}
@@ -108,7 +109,8 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "states": [worst(verdicts) for verdicts in health],
         "warnings": warnings if len(runs) > 1 else [],
         "charts": run_charts(runs),
-        "verdict": runs_verdict(runs),
+        "comparable": comparable,
+        "verdict": runs_verdict(runs) if comparable else "",
         "identical": identical_runs(runs),
         "different": different,
         "same": {name: values[0] for name, values in rows.items() if name not in different},

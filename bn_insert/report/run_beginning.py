@@ -13,11 +13,11 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     """Return what the fit of the output layer came to, as a sentence.
 
     Args:
-        fit: `new`, `fitted`, `accuracy`, `val_images` and `reason`, as of `OutputFit`.
+        fit: `new`, `fitted`, `accuracy` and `reason`, as of `OutputFit`.
     """
     before = ""
     if fit["accuracy"] is not None:
-        before = f"validation accuracy {fit['accuracy']:.2%} before training, on {fit['val_images']:,} images"
+        before = f"validation accuracy {fit['accuracy']:.2%} before training"
     guesses = "The checkpoint's output layer is no better than guessing on these classes"
     if fit["new"]:
         if fit["fitted"]:
@@ -32,14 +32,18 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     return f"{guesses}; it was not fitted anew, because {fit['reason']}."
 
 
-def choice_text(lr: float, trials: Mapping[float, float]) -> str:
-    """Return which learning rate was chosen by trials, as a phrase.
+def choice_text(lr: float | None, trials: Mapping[float, float]) -> str:
+    """Return which learning rate was given, or chosen by trials, as a phrase.
 
     Args:
-        lr: The learning rate.
-        trials: The loss by the learning rate; infinite for a trial that diverged.
+        lr: The learning rate; None if it is not chosen yet.
+        trials: The loss by the learning rate, infinite for a trial that diverged; empty if there were none.
     """
     results = ", ".join(f"{rate:g} ({_loss_text(loss)})" for rate, loss in trials.items())
+    if lr is None:
+        return "not chosen yet" + (f"; trials so far: {results}" if trials else "")
+    if not trials:
+        return f"{lr:g}"
     text = f"{lr:g}, chosen by trials of {results}"
     return text + (f"; {SMALL_DIFFERENCE}" if min(trials.values()) < trials[lr] else "")
 

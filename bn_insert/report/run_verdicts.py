@@ -30,9 +30,9 @@ def run_health(
         epochs: The metrics of each completed epoch.
         settings: The training settings.
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
-            `output_replaced`, whether the run began with a new output layer; `validation_images`, their number. What
-            depends on a missing one is not checked.
-        output_fit: `fitted`, `accuracy` and `val_images`, as of `OutputFit`; None if there was no fit.
+            `output_replaced`, whether the run began with a new output layer. What depends on a missing one is not
+            checked.
+        output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
     """
     if not epochs:
         return [Verdict("bad", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
@@ -43,7 +43,7 @@ def run_health(
     if classes > 1:
         found += _loss(epochs, classes, lower_rate)
     if worst(found) != "bad":
-        found += _not_better(epochs, data, output_fit, lower_rate) or _best_at_first(epochs, lower_rate)
+        found += _not_better(epochs, output_fit, lower_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
@@ -90,21 +90,12 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
 
 
 def _not_better(
-    epochs: Sequence[Mapping[str, Any]],
-    data: Mapping[str, Any],
-    output_fit: Mapping[str, Any] | None,
-    lower_rate: str,
+    epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None, lower_rate: str
 ) -> list[Verdict]:
-    best = _best(epochs)["val_accuracy"]
-    if output_fit is None or output_fit["accuracy"] is None or best == 1:
+    best, before = _best(epochs)["val_accuracy"], output_fit["accuracy"] if output_fit else None
+    if before is None or best > before or best == 1:
         return []
-    before, sample, images = output_fit["accuracy"], output_fit["val_images"], data.get("validation_images", 0)
-    sampled = sample < images
-    chance = 2 * math.sqrt(before * (1 - before) / sample) if sampled else 0.0
-    if best > before - chance:
-        return []
-    where = f", on {sample:,} of the {images:,} images" if sampled else ""
-    text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}{where}."
+    text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}."
     return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
 
 
@@ -133,7 +124,10 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) ->
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
-        text = f"The validation loss, {lowest:.3g} at its lowest, is only slightly below {guess}."
+        text = (
+            f"The validation loss, {lowest:.3g} at its lowest, is only slightly below {guess}: train for longer "
+            f"({_more_epochs()}), or on more images."
+        )
         found.append(Verdict("check", "Loss", text))
     if falling:
         text = (
@@ -186,6 +180,13 @@ def runs_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
         f"{first} has the best validation accuracy, {100 * highest:.2f}%: {100 * (highest - other):.1f} points above "
         f"{second} ({100 * other:.2f}%)."
     )
+
+
+def on_different_images(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether runs were validated on different images, by the numbers of images and classes."""
+    kept = ("validation_images", "classes", "largest_class")
+    data = [run["data"] for run in runs if isinstance(run.get("data"), Mapping)]
+    return len({repr([each.get(name) for name in kept]) for each in data}) > 1
 
 
 def identical_runs(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -19,12 +19,11 @@ class OutputFit:
         seen: Images that this process has run through the network so far; 0 when the check or the fit begins.
         images: Images that it runs through the network for the check or the fit.
         done: Whether the fit is complete, or was not necessary.
-        accuracy: Accuracy with which training begins, on validation images; None before the fit is complete, and if the
-            layer is new and was not fitted.
+        accuracy: Accuracy on the validation images with which training begins; None before the fit is complete, and if
+            the layer is new and was not fitted.
         fitted: Whether the layer was fitted; if not, it is as it was.
-        val_images: Number of validation images that accuracies are measured on, at most 256.
         new: Whether the layer is new, because the model's own does not have one output per class.
-        own_accuracy: Accuracy of the model's own output layer on these images; None before it has been checked, and if
+        own_accuracy: Accuracy of the model's own output layer on them; None before it has been checked, and if
             it cannot be.
         reason: Why the layer was not fitted although it is new or guesses, as a clause; otherwise empty.
     """
@@ -34,7 +33,6 @@ class OutputFit:
     done: bool = False
     accuracy: float | None = None
     fitted: bool = False
-    val_images: int = 0
     new: bool = False
     own_accuracy: float | None = None
     reason: str = ""

@@ -51,7 +51,6 @@ def fit_starting_output(
         CalibrationError: When it fails on another rank.
         StoppedError: When the run was asked to stop.
     """
-    images = with_sampled_validation(images, training_set.settings.seed)
     fit = _Fit(classifier, training_set, images, stop, on_fit or (lambda _fit: None), new)
     try:
         result = fit.run()
@@ -70,7 +69,7 @@ def fit_starting_output(
 class _Fit:
     classifier: Classifier
     training_set: TrainingSet
-    images: ClassFolders  # with a sample of the validation images
+    images: ClassFolders
     stop: StopCheck
     report: Callable[[OutputFit], None]
     new: bool
@@ -82,30 +81,32 @@ class _Fit:
             outcomes = self._validate(OutputFit(0, len(self._val)))
             own = outcomes.accuracy
             if not _guesses(outcomes):
-                return self._result(accuracy=own, val_images=outcomes.images, own_accuracy=own)
+                return self._result(accuracy=own, own_accuracy=own)
         name, layer = output_layer(self.classifier.network)
         if not can_be_fitted(layer):
             return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
         return self._fitted(layer, own)
 
     def _fitted(self, layer: nn.Linear, own: float | None) -> OutputFit:
-        settings, val = self.training_set.settings, self._val
+        settings, ranks = self.training_set.settings, self.training_set.ranks
         count = min(_TRAINING_IMAGES, len(self.images.train))
-        total = -(-count // self.training_set.ranks.count) + 2 * len(val)  # once for the fit, once for the accuracy
+        chosen_by = ranks.share(with_sampled_validation(self.images, settings.seed).val, equal=False)
+        before_accuracy = -(-count // ranks.count) + len(chosen_by)
+        total = before_accuracy + len(self._val)
         begun = OutputFit(0, total, new=self.new, own_accuracy=own)
         self.report(begun)
         reason = fit_layer(
             self.classifier.network,
             layer,
             self._inputs(self.training_set.sample(0, count)),
-            self._inputs(self.images.batches(val, settings.batch_size)) if val else (),
+            self._inputs(self.images.batches(chosen_by, settings.batch_size)) if chosen_by else (),
             autocast=torch.bfloat16 if self.classifier.amp else None,
             progress=lambda seen: self._progress(begun, seen),
         )
         if reason:
             return self._result(accuracy=own, own_accuracy=own, reason=reason)
-        outcomes = self._validate(begun, total - len(val))
-        return self._result(accuracy=outcomes.accuracy, fitted=True, val_images=outcomes.images, own_accuracy=own)
+        accuracy = self._validate(begun, before_accuracy).accuracy
+        return self._result(accuracy=accuracy, fitted=True, own_accuracy=own)
 
     def _result(self, **values: Any) -> OutputFit:
         return OutputFit(0, 0, True, new=self.new, **values)

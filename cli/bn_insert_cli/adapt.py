@@ -23,6 +23,7 @@ from .inputs import (
     open_calibration,
     open_checkpoint,
     open_device,
+    print_assumptions,
     print_preprocessing,
     share_of,
 )
@@ -123,7 +124,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     check_files(output, checkpoint, images_from, report, overwrite=force)
     kinds, chosen = layer_kinds(layers), open_device(device)
-    network, transform, classes, origin, _ = open_checkpoint(
+    network, transform, classes, origin, settings = open_checkpoint(
         checkpoint, image_options, model, key=key, ignore_unexpected=ignore_unexpected
     )
     source = open_calibration(source_folder, network, transform, image_options) if source_folder else None
@@ -132,6 +133,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         ranks = Ranks.current()
         if ranks.first:
             print_preprocessing(transform, origin, target_folder)
+            print_assumptions(network, settings, checkpoint, model)
         shares = [each and share_of(each, ranks, place) for each in (source, target)]
         total = sum(share.images for share in shares if share)
         with image_progress("adapting", total, shown=ranks.first) as progress:
@@ -159,7 +161,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         return  # one process checks and writes
     note_unreadable([file for files in skipped for file in files])
     if adaptation.insertion and adaptation.insertion.nothing:
-        print_note(f"No BatchNorm was inserted, and SOURCE was not needed: {adaptation.insertion.nothing}.")
+        nothing = adaptation.insertion.nothing
+        print_note(f"No BatchNorm was inserted, so that SOURCE only serves to judge the result: {nothing}.")
     if adaptation.insertion:
         moments = adaptation.insertion.moments
         source_batches = -(-adaptation.source_images // batch_size)

@@ -141,7 +141,7 @@ def _declaration(
             callback=_set_quiet,
             expose_value=False,
             rich_help_panel=_PANEL,
-            help="Print only warnings, errors and the last line of the result.",
+            help="Print only results, warnings and errors: no tables, notes or progress bars.",
         ),
     ] = False,
     traceback: Annotated[

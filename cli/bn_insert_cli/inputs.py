@@ -98,6 +98,7 @@ def open_checkpoint(
     check_one_input(network)
     if images is not None:
         print_preprocessing(transform, origin, images)
+        print_assumptions(network, content.settings, checkpoint, function)
     classes = content.settings.classes if content.settings else ()
     return Opened(network, transform, classes, origin, content.settings)
 

@@ -78,7 +78,8 @@ def note_calibration(
     errors = [each.error_of(0.99) for each in moments.values()]
     error = nan if any(map(isnan, errors)) else max(errors)
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    print_note(f"Calibrated on {counted(images, 'image')}{reached}.")
+    kind = "image" if trainable else "source image"
+    print_note(f"Calibrated on {counted(images, kind)}{reached}.")
     if tolerance is not None and isnan(error):
         print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
     elif tolerance is not None and batches < FEWEST_BATCHES:

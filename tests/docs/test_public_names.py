@@ -174,7 +174,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "LearningRateTrial": (("lr", "step", "steps", "loss", "chosen", "seconds_left"), ()),
-    "OutputFit": (("seen", "images", "done", "accuracy", "fitted", "val_images", "new", "own_accuracy", "reason"), ()),
+    "OutputFit": (("seen", "images", "done", "accuracy", "fitted", "new", "own_accuracy", "reason"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss", "seconds_left"), ()),
     "Settings": (("batchnorm", "dropout", "transform", "history", "classes", "rebuilt_from_keys"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),

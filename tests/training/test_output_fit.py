@@ -251,7 +251,7 @@ def test_a_run_reports_the_accuracy_of_its_fit(digits: ClassFolders, tmp_path: P
     assert [fit.seen for fit in fits[:7]] == [0, 10, 20, 30, 40, 50, 60]
     assert {fit.images for fit in fits[:-1]} == {80}
     assert [fit for fit in fits[:-1] if fit.done or not fit.new] == []
-    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, fitted=True, val_images=20, new=True)
+    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, fitted=True, new=True)
     assert run.epochs[0].val_accuracy > 0.8
 
 
@@ -263,8 +263,8 @@ def test_an_output_layer_that_knows_the_classes_is_kept(digits: ClassFolders, tm
     assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path).items())
     accuracy = run.epochs[0].val_accuracy
     assert fits[:-1] == [OutputFit(10, 20), OutputFit(20, 20)]
-    assert fits[-1] == OutputFit(0, 0, True, accuracy, val_images=20, own_accuracy=accuracy)
-    sentence = f"Output layer kept: validation accuracy {accuracy:.2%} before training, on 20 images."
+    assert fits[-1] == OutputFit(0, 0, True, accuracy, own_accuracy=accuracy)
+    sentence = f"Output layer kept: validation accuracy {accuracy:.2%} before training."
     assert run_in(tmp_path)["overview"]["Before training"] == sentence
 
 
@@ -283,7 +283,7 @@ def test_an_output_layer_of_as_many_other_classes_is_fitted_anew(digits: ClassFo
     before = accuracy(of_other_classes(), [(batch.images, batch.labels) for batch in digits.batches(digits.val, 10)])
     assert before < 0.2
     assert fits[:3] == [OutputFit(10, 20), OutputFit(20, 20), OutputFit(0, 80, own_accuracy=before)]
-    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, True, 20, own_accuracy=before)
+    assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, True, own_accuracy=before)
     assert run.epochs[0].val_accuracy > 0.8
     sentence = run_in(tmp_path)["overview"]["Before training"]
     assert sentence.startswith("The checkpoint's output layer is no better than guessing on these classes, and was")
