@@ -160,13 +160,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if not ranks.first:
         return  # one process checks and writes
     note_unreadable([file for files in skipped for file in files])
-    if adaptation.insertion and adaptation.insertion.nothing:
-        nothing = adaptation.insertion.nothing
-        print_note(f"No BatchNorm was inserted, so that SOURCE only serves to judge the result: {nothing}.")
-    if adaptation.insertion:
-        moments = adaptation.insertion.moments
-        source_batches = -(-adaptation.source_images // batch_size)
-        note_calibration(moments, adaptation.source_images, tolerance, source_batches, trainable=False)
+    _note_source(adaptation, batch_size, tolerance)
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
@@ -198,6 +192,16 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         raise typer.Exit(CHECK_FAILED)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
     print_result(f"Wrote {output}: adapted to {counted(adaptation.target_images, 'image')}{kept}.")
+
+
+def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float | None) -> None:
+    """Print what SOURCE was used for, and how exact its statistics are."""
+    if not adaptation.insertion:
+        return
+    if nothing := adaptation.insertion.nothing:
+        print_note(f"No BatchNorm was inserted, so that SOURCE only serves to judge the result: {nothing}.")
+    batches = -(-adaptation.source_images // batch_size)
+    note_calibration(adaptation.insertion.moments, adaptation.source_images, tolerance, batches, trainable=False)
 
 
 def _findings(
