@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -118,12 +119,15 @@ OPPONENTS = (
     Opponent("SGD, the checkpoint's dropout", (), -6),
     Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
+# With inserted BatchNorm: the defaults, which are compared, and another optimizer beside them.
+INSERTED = {"inserted": (), "inserted, AdamW": ("--opt", "adamw")}
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
 `python -m benchmarks.finetuning.command_line` produces these tables from `command-line.jsonl`. With BatchNorm: `insert`
-on the training images, then `finetune`, both with their defaults. Without: `finetune` on the checkpoint itself, with a
-warm-up of half an epoch, at the learning rate that is best on validation images (factor 3.16, seed 0). Test accuracy of
-`best.pth`, mean over the seeds with its standard error; test images choose nothing.
+on the training images, then `finetune`, both with their defaults (and with AdamW for comparison). Without: `finetune`
+on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
+(factor 3.16, seed 0). Test accuracy of `best.pth`, mean over the seeds with its standard error; test images choose
+nothing.
 """
 
 
@@ -136,14 +140,14 @@ class Comparison(Record):
         self.places, self.work = places, work
 
     def run(self, name: str, method: str, options: Sequence[str], seed: int) -> dict[str, Any]:
-        """Return the line of a run, from the file if it is there; "inserted" starts from inserted BatchNorm."""
+        """Return the line of a run, from the file if it is there; the methods in INSERTED start with BatchNorm."""
         key = {"task": name, "method": method, "options": list(options), "seed": seed}
         for line in self.lines:
             if all(line[part] == value for part, value in key.items()):
                 return line
         task = TASKS[name]
         data = self._data(name)
-        checkpoint = self._inserted(name, data) if method == "inserted" else getattr(self.places, task.checkpoint)
+        checkpoint = self._inserted(name, data) if method in INSERTED else getattr(self.places, task.checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             options = (*task.preprocessing, *task.options, "--epochs", str(task.epochs), *options, "--seed", str(seed))
             finished = _command("finetune", checkpoint, data, "-o", Path(folder) / "run", *options)
@@ -198,8 +202,8 @@ def _command(name: str, *arguments: object, check: bool = False) -> subprocess.C
 
 def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Opponent]) -> None:
     """Run what is missing of a task: both sides with seed 0, then what is best without BatchNorm with other seeds."""
-    for seed in range(seeds):
-        record.run(name, "inserted", (), seed)
+    for (method, options), seed in product(INSERTED.items(), range(seeds)):
+        record.run(name, method, options, seed)
     for opponent in opponents:
 
         def validation(index: int, opponent: Opponent = opponent) -> float:
@@ -222,7 +226,7 @@ def _plain(opponent: Opponent, rate: float) -> tuple[str, ...]:
 
 def _best_without(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """Return the line of the run without BatchNorm that is best on validation images with seed 0."""
-    plain = [line for line in lines if line["task"] == name and line["method"] != "inserted" and line["seed"] == 0]
+    plain = [line for line in lines if line["task"] == name and line["method"] not in INSERTED and line["seed"] == 0]
     return max(plain, key=lambda line: line["validation"])
 
 
@@ -235,7 +239,8 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
-    searched = dict.fromkeys(line["method"] for line in of_task if line["method"] != "inserted")
+    adamw = [line for line in of_task if line["method"] == "inserted, AdamW"]
+    searched = dict.fromkeys(line["method"] for line in of_task if line["method"] not in INSERTED)
     return "\n".join(
         [
             f"## {title[0].upper()}{title[1:]}",
@@ -246,9 +251,10 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             "| | learning rate | seeds | test accuracy |",
             "|---|---|---|---|",
             _row("inserted BatchNorm, defaults", ours),
+            *([_row("inserted BatchNorm, `--opt adamw`", adamw)] if adamw else []),
             _row(f"without BatchNorm: {best['method']}", theirs),
             "",
-            f"Difference: {100 * difference:+.1f}"
+            f"Difference of the defaults: {100 * difference:+.1f}"
             + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
             + " points.",
         ]
