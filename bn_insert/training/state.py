@@ -103,7 +103,7 @@ class TrainingState:
         """
         done = self.progress.epoch * steps + self.progress.step
         where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "at the first step"
-        if self.progress.trials and self._lr is None:
+        if self.progress.trials and self._lr is None and settings.lr is None:
             where = f"after {counted(len(self.progress.trials), 'trial')}"
         if self.progress.step:
             where = f"in epoch {self.progress.epoch + 1}, after {counted(self.progress.step, 'step')}"

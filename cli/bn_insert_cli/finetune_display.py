@@ -40,7 +40,7 @@ class FinetuneDisplay:
             images_per_step: Images of a step, in all processes.
         """
         self._images, self._images_per_step = images, min(images, images_per_step)
-        self._epochs = self._batchnorms = 0
+        self._epochs = self._batchnorms = self._trained = 0
         self._bar = ExitStack()
         self._update: Callable[[str, int], None] | None = None
         self._estimated = False
@@ -110,6 +110,7 @@ class FinetuneDisplay:
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print the line of a complete epoch."""
         self.close()
+        self._trained += 1
         print_line(
             f"epoch {metrics.epoch} of {self._epochs}: lr {metrics.lr:.3g}, "
             f"training loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}; "
@@ -145,7 +146,8 @@ class FinetuneDisplay:
         elif result.best:
             best = f"best validation accuracy {result.best.val_accuracy:.2%} in epoch {result.best.epoch}"
             failed = worst(result.health) == "bad"
-            print_result(f"Wrote {output_dir}: {best} ({_duration(seconds)}).", good=not failed)
+            done = f"Wrote {output_dir}" if self._trained else f"{output_dir} was already complete"
+            print_result(f"{done}: {best} ({_duration(seconds)}).", good=not failed)
             for verdict in result.health:
                 if verdict.state == "bad":
                     print_warning(verdict.text)

@@ -145,6 +145,7 @@ def test_a_run_is_resumed_with_its_own_epochs_unless_others_are_given(run: Run, 
     resumed = run(*command, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "Steps: 1 (1 epoch of 1)." in resumed.stderr
+    assert "run was already complete: best validation accuracy" in resumed.stdout
     assert len(Path("run/metrics.csv").read_text().splitlines()) == 2
     assert "Steps: 2 (2 epochs of 1)." in run(*command, "--resume", "--epochs", 2).stderr
     assert "Steps: 10 (10 epochs of 1)." in run(*command[:-3], "new", "-b", 40, "--resume", "--lr", 1e-9).stderr
