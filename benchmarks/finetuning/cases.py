@@ -181,6 +181,14 @@ CASES = {
         steps=100,
         batch=16,
     ),
+    "10 a class, fitted": replace(
+        _SMALL_PHOTOGRAPHS,
+        title="CIFAR network, output layer new or fitted, 10 photographs of each kind of clothing, 32 px",
+        images=_few(10),
+        steps=100,
+        batch=16,
+        methods=(*PLAIN, "identity", "identity AdamW", *FITTED),
+    ),
     "photographs": _PHOTOGRAPHS,
     "own images": Case(
         "CIFAR network, its own output layer, CIFAR-10 images that it was trained on",

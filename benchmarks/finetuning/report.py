@@ -22,7 +22,9 @@ INTRODUCTION = """# What inserted BatchNorm gains in fine-tuning
 on validation images (factor 3.16, seed 0); test images choose nothing. Warm-up over a tenth of the steps, cosine,
 weight decay 1e-4 on weights, dropout off unless a row says otherwise, running statistics re-estimated on 512 training
 images before each evaluation. "Test" is the mean over the seeds with its standard error over seeds; "after a quarter"
-is the validation accuracy after a quarter of the steps, mean over seeds.
+is the validation accuracy after a quarter of the steps, mean over seeds. A new output layer starts from zeros unless a
+row says otherwise. The CIFAR network has a test accuracy of 83.6% (84.6% in the tables on contrast and on a fitted
+output layer).
 """
 
 
