@@ -115,7 +115,8 @@ def _certainty(predictions: Mapping[str, Any]) -> Verdict:
             f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
-    return Verdict("check" if after > (1 + _HARDLY) * before else "good", "Predictions", text)
+    doubtful = not predictions["per_class"] and after > (1 + _HARDLY) * before
+    return Verdict("check" if doubtful else "good", "Predictions", text)
 
 
 def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:

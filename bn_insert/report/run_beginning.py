@@ -22,7 +22,7 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     if fit["new"]:
         if fit["fitted"]:
             return f"New output layer fitted to the features: {before}."
-        return f"The new output layer starts from zeros; it was not fitted, because {fit['reason']}."
+        return f"The new output layer was not fitted, because {fit['reason']}."
     if fit["fitted"]:
         return f"{guesses}, and was fitted anew: {before}."
     if not fit["reason"]:

@@ -139,7 +139,7 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) ->
 
 
 def _more_epochs() -> str:
-    return f"{as_passed('resume', True)} with more {as_passed('epochs')}"
+    return f"{as_passed('resume', True)} with a larger {as_passed('epochs')}"
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:

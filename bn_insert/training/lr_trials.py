@@ -32,7 +32,7 @@ _USUAL = 3  # trials: one, and one on either side of it
 # Learning rates by their index, see `_rate`.
 _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
-# The highest for all weights: 20 steps at more may look well, and more of them destroy pretrained features.
+# The highest for all weights: 20 steps at more may look good, and more of them destroy pretrained features.
 _HIGHEST_FOR_ALL: dict[Optimizer, int] = {"sgd": -3, "adamw": -5}
 _CLEARLY = 0.05  # of the loss: smaller differences say little after so few steps
 

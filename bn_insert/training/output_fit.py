@@ -179,8 +179,8 @@ def _features(
     sent = inputs if ranks.count == 1 else [part.cpu() for part in inputs]  # not to the GPUs of other ranks
     parts = [part.to(layer.weight.device) for each in ranks.gathered(sent) for part in each]
     if outcomes.images == 0:
-        raise _UnusableError("there are no images, or none of them can be read")
-    if any(part.ndim != 2 for part in parts):
+        raise _UnusableError("there are no images that can be read, or only batches of one image")
+    if not parts or any(part.ndim != 2 for part in parts):
         raise _UnusableError("its inputs are not one vector for each image")
     if outcomes.classes != layer.out_features:
         raise TrainingError(

@@ -18,7 +18,7 @@ from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .metrics import OutputFit
 from .output_fit import can_be_fitted, fit_layer, not_fittable
-from .stopping import StopCheck
+from .stopping import StopCheck, StoppedError
 from .training_set import TrainingSet
 from .validation import validate, with_sampled_validation
 
@@ -45,7 +45,7 @@ def fit_starting_output(
         images: Class folders with the validation images.
         stop: Checked after each batch and before each fit, if this is the only process.
         on_fit: Called after each batch, and with the result.
-        new: Whether the output layer has just been replaced by one of zeros.
+        new: Whether the output layer has just been replaced.
 
     Raises:
         CalibrationError: When it fails on another rank.
@@ -78,14 +78,21 @@ class _Fit:
         """Fit the layer if it has to be, and return the result."""
         own = None
         if not self.new:
-            outcomes = self._validate(OutputFit(0, len(self._val)))
+            begun = OutputFit(0, len(self._val))
+            self.report(begun)
+            outcomes = self._validate(begun)
             own = outcomes.accuracy
             if not _guesses(outcomes):
                 return self._result(accuracy=own, own_accuracy=own)
         name, layer = output_layer(self.classifier.network)
         if not can_be_fitted(layer):
             return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
-        return self._fitted(layer, own)
+        try:
+            return self._fitted(layer, own)
+        except CalibrationError as error:
+            if own is None or self.training_set.ranks.count > 1:
+                raise
+            return self._result(accuracy=own, own_accuracy=own, reason=str(error))
 
     def _fitted(self, layer: nn.Linear, own: float | None) -> OutputFit:
         settings, ranks = self.training_set.settings, self.training_set.ranks
@@ -95,6 +102,7 @@ class _Fit:
         total = before_accuracy + len(self._val)
         begun = OutputFit(0, total, new=self.new, own_accuracy=own)
         self.report(begun)
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         reason = fit_layer(
             self.classifier.network,
             layer,
@@ -105,7 +113,11 @@ class _Fit:
         )
         if reason:
             return self._result(accuracy=own, own_accuracy=own, reason=reason)
-        accuracy = self._validate(begun, before_accuracy).accuracy
+        try:
+            accuracy = self._validate(begun, before_accuracy).accuracy
+        except StoppedError:  # the fit is repeated when the run is resumed, and has to find the layer as it was
+            layer.load_state_dict(before)
+            raise
         return self._result(accuracy=accuracy, fitted=True, own_accuracy=own)
 
     def _result(self, **values: Any) -> OutputFit:

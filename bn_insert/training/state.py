@@ -24,7 +24,7 @@ from .progress import Progress
 from .schedule import learning_rate
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 5"
+_FORMAT = "bn-insert training state 6"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
@@ -103,6 +103,8 @@ class TrainingState:
         """
         done = self.progress.epoch * steps + self.progress.step
         where = f"after {counted(self.progress.epoch, 'epoch')}" if done else "at the first step"
+        if self._lr is None and settings.lr is None:
+            where = "before the first step"
         if self.progress.trials and self._lr is None and settings.lr is None:
             where = f"after {counted(len(self.progress.trials), 'trial')}"
         if self.progress.step:
@@ -299,6 +301,9 @@ def _check_progress(content: _Content) -> None:
 
 
 def _check_beginning(content: _Content) -> None:
+    lr = content.settings.get("lr")
+    if lr is not None and content.trials and sum(trial.lr == lr for trial in content.trials) < 2:
+        raise SchemaError("the field trials does not have the learning rate that was chosen")
     if fit := content.fit:
         for name in ("accuracy", "own_accuracy"):
             checked(getattr(fit, name), Fraction | None, f"fit.{name}")
@@ -309,7 +314,7 @@ def _check_beginning(content: _Content) -> None:
             raise SchemaError("the field fit.reason has characters that cannot be printed")
     for number, trial in enumerate(content.trials):
         checked(trial.lr, Positive, f"trials[{number}].lr")
-        chosen = content.settings.get("lr") is not None and 0 < number == len(content.trials) - 1
+        chosen = lr is not None and 0 < number == len(content.trials) - 1
         if trial.loss is None or math.isnan(trial.loss) or trial.chosen != chosen:
             raise SchemaError(f"the field trials[{number}] is not the result of a trial")
 

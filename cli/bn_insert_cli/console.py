@@ -153,10 +153,10 @@ def print_result(message: str, *, good: bool = True) -> None:
 
 
 def show_warnings() -> None:
-    """Print warnings as notes, for the rest of the process."""
+    """Print Python's warnings as those of commands, for the rest of the process."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_note(f"warning: {message}")
+        print_warning(str(message))
 
     warnings.showwarning = show
 

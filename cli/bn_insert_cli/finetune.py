@@ -315,7 +315,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                 raise typer.Exit(DIVERGED) from None
         if first:
             note_unreadable(images.unreadable)
-            display.conclude(result, output_dir, time.monotonic() - started, resume=resume, force=force)
+            display.conclude(result, output_dir, time.monotonic() - started, model=model, resume=resume, force=force)
     if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
 

@@ -30,7 +30,7 @@ _CLASSES_SHOWN = 20
 
 
 class FinetuneDisplay:
-    """A progress bar during a trial or an epoch, and a line when it is complete; a context manager."""
+    """A progress bar during the fit, a trial or an epoch, and a line when it is complete; a context manager."""
 
     def __init__(self, images: int, images_per_step: int) -> None:
         """Print nothing yet.
@@ -128,13 +128,16 @@ class FinetuneDisplay:
         self._bar.close()
         self._update = None
 
-    def conclude(self, result: FineTuning, output_dir: Path, seconds: float, *, resume: bool, force: bool) -> None:
+    def conclude(
+        self, result: FineTuning, output_dir: Path, seconds: float, *, model: str | None, resume: bool, force: bool
+    ) -> None:
         """Print the outcome of a run, what seems to be wrong with it, and what to do next.
 
         Args:
             result: The outcome.
             output_dir: Where it is.
             seconds: Duration of the command.
+            model: --model.
             resume: Whether the command had --resume.
             force: Whether it had --force.
         """
@@ -155,9 +158,10 @@ class FinetuneDisplay:
                     print_note(verdict.text)
             if not failed:
                 file = shlex.quote(str(output_dir / "best.pth"))
-                print_note(f"Next: bn-insert evaluate {file} IMAGES, with images that were not used here.")
+                option = f" --model {shlex.quote(model)}" if model else ""
+                print_note(f"Next: bn-insert evaluate {file} IMAGES{option}, with images that were not used here.")
                 if self._batchnorms:
-                    print_note(f"To remove its BatchNorm: bn-insert fold {file} -o OUTPUT.")
+                    print_note(f"To remove its BatchNorm: bn-insert fold {file} -o OUTPUT{option}.")
 
 
 def _print_summary(summary: RunSummary) -> None:

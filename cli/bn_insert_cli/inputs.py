@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -96,7 +97,7 @@ def open_checkpoint(
     transform, origin = preprocessing(content, options)
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
     check_one_input(network)
-    if images is not None:
+    if images is not None and os.environ.get("RANK", "0") == "0":  # torchrun's, before there is a process group
         print_preprocessing(transform, origin, images)
         print_assumptions(network, content.settings, checkpoint, function)
     classes = content.settings.classes if content.settings else ()
@@ -176,8 +177,8 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
     print_note(f"Preprocessing: {preprocessing_text(transform.to_dict())} ({origin}).")
     if origin == IMAGENET_DEFAULT:
         print_note(
-            "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: comparing "
-            "its outputs on the same images cannot show a mistake."
+            "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: no check "
+            "can find such a mistake."
         )
     if any(value > 1 for value in transform.mean):
         scaled, std = (f"{_listed(value / 255 for value in values)}" for values in (transform.mean, (1,)))
@@ -207,6 +208,8 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
     stored = _stored_transform(checkpoint, options)
     given = [name for name in ("resize", "crop", "mean", "std") if getattr(options, name) is not None]
     origin = "from the checkpoint" if in_file else IMAGENET_DEFAULT
+    if is_torchvision_name(str(checkpoint.path)):
+        origin = "torchvision's for these weights"
     if len(given) == 4:
         origin = "from the options"
     elif given:

@@ -269,7 +269,7 @@ def test_a_run_stopped_in_a_trial_is_resumed_with_other_epochs_or_a_learning_rat
     longer = replace(SHORT, epochs=5)
     run = finetune(dense(), digits, tmp_path, longer, resume=True, stop=lambda: True, on_start=summaries.append)
     assert run.lr is None
-    assert summaries[0].resumed == "at the first step, for 5 epochs in total instead of 4"
+    assert summaries[0].resumed == "before the first step, for 5 epochs in total instead of 4"
     given = replace(SHORT, lr=0.003)
     assert finetune(dense(), digits, tmp_path, given, resume=True, stop=lambda: True).lr == 0.003
 

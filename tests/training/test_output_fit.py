@@ -262,7 +262,7 @@ def test_an_output_layer_that_knows_the_classes_is_kept(digits: ClassFolders, tm
     kept = own.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in trained(tmp_path).items())
     accuracy = run.epochs[0].val_accuracy
-    assert fits[:-1] == [OutputFit(10, 20), OutputFit(20, 20)]
+    assert fits[:-1] == [OutputFit(0, 20), OutputFit(10, 20), OutputFit(20, 20)]
     assert fits[-1] == OutputFit(0, 0, True, accuracy, own_accuracy=accuracy)
     sentence = f"Output layer kept: validation accuracy {accuracy:.2%} before training."
     assert run_in(tmp_path)["overview"]["Before training"] == sentence
@@ -282,7 +282,7 @@ def test_an_output_layer_of_as_many_other_classes_is_fitted_anew(digits: ClassFo
     run = finetune(of_other_classes(), digits, tmp_path, SETTINGS, on_fit=fits.append)
     before = accuracy(of_other_classes(), [(batch.images, batch.labels) for batch in digits.batches(digits.val, 10)])
     assert before < 0.2
-    assert fits[:3] == [OutputFit(10, 20), OutputFit(20, 20), OutputFit(0, 80, own_accuracy=before)]
+    assert fits[1:4] == [OutputFit(10, 20), OutputFit(20, 20), OutputFit(0, 80, own_accuracy=before)]
     assert fits[-1] == OutputFit(0, 0, True, run.epochs[0].val_accuracy, True, own_accuracy=before)
     assert run.epochs[0].val_accuracy > 0.8
     sentence = run_in(tmp_path)["overview"]["Before training"]
@@ -326,7 +326,7 @@ def test_an_output_layer_that_cannot_be_fitted_stays_and_the_reason_is_told(
     reason = "the output layer 0 is a Conv2d, and only an nn.Linear with a weight of its own can be fitted"
     assert fits == [OutputFit(0, 0, True, new=True, reason=reason)]
     sentence = run_in(tmp_path / "new")["overview"]["Before training"]
-    assert sentence == f"The new output layer starts from zeros; it was not fitted, because {reason}."
+    assert sentence == f"The new output layer was not fitted, because {reason}."
     torch.manual_seed(0)
     convs[0] = nn.Conv2d(3, 10, 1)
     nn.init.constant_(convs[0].bias, 9.0)
@@ -343,7 +343,7 @@ def test_validation_images_that_cannot_be_read_are_the_reason_for_no_fit(tmp_pat
     fits: list[OutputFit] = []
     with pytest.raises(TrainingError, match="no validation image can be read"):
         finetune(new_network(3), open_digits(folder), tmp_path / "new", SETTINGS, on_fit=fits.append)
-    assert fits[-1].reason == "there are no images, or none of them can be read"
+    assert fits[-1].reason == "there are no images that can be read, or only batches of one image"
 
 
 def test_a_new_head_and_a_run_without_fit_have_none(digits: ClassFolders, tmp_path: Path) -> None:
@@ -391,6 +391,31 @@ def test_a_run_stopped_during_the_fit_is_resumed_with_it(digits: ClassFolders, t
     finetune(new_network(3), digits, tmp_path / "whole", settings)
     parts, whole = (trained(tmp_path / name) for name in ("parts", "whole"))
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_a_run_stopped_while_its_fit_is_measured_is_resumed_with_the_fit(digits: ClassFolders, tmp_path: Path) -> None:
+    fits: list[OutputFit] = []
+
+    def measuring() -> bool:
+        return bool(fits) and fits[-1].seen > 60
+
+    stopped = finetune(of_other_classes(), digits, tmp_path / "parts", SETTINGS, on_fit=fits.append, stop=measuring)
+    assert stopped.interrupted
+    finetune(of_other_classes(), digits, tmp_path / "parts", SETTINGS, resume=True)
+    finetune(of_other_classes(), digits, tmp_path / "whole", SETTINGS)
+    assert run_in(tmp_path / "parts")["output_fit"] == run_in(tmp_path / "whole")["output_fit"]
+
+
+def test_a_layer_that_is_not_called_as_a_module_is_not_fitted(train: Batches, val: Batches) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * 32 * 32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x.flatten(1), self.fc.weight, self.fc.bias)
+
+    assert not fit_output(Functional(), train, val)
 
 
 def test_a_run_stopped_after_the_fit_is_resumed_without_it(digits: ClassFolders, tmp_path: Path) -> None:

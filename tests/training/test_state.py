@@ -99,7 +99,7 @@ WRONG = [
     *((f"fit/{name}", value) for name in ("done", "fitted", "new") for value in (1, None)),
     ("fit/done", False),
     *(("trials", value) for value in (1, [{}], [None], ...)),
-    *(("trials/0/lr", value) for value in (0.0, NAN, "x")),
+    *(("trials/0/lr", value) for value in (0.0, NAN, "x", 0.03)),
     *(("trials/0/loss", value) for value in (None, NAN, "x")),
     *(("trials/1/chosen", value) for value in (False, None)),
     ("extra", 1),
