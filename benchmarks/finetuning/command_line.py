@@ -113,18 +113,18 @@ TASKS = {
     ),
 }
 OPPONENTS = (
-    Opponent("SGD, no dropout", ("--dropout", "0"), -6),
-    Opponent("SGD, no dropout, output layer from zeros", ("--dropout", "0", "--no-fit-output"), -6),
+    Opponent("SGD, no dropout", ("--opt", "sgd", "--dropout", "0"), -6),
+    Opponent("SGD, no dropout, output layer from zeros", ("--opt", "sgd", "--dropout", "0", "--no-fit-output"), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
-    Opponent("SGD, the checkpoint's dropout", (), -6),
+    Opponent("SGD, the checkpoint's dropout", ("--opt", "sgd"), -6),
     Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
 # With inserted BatchNorm: the defaults, which are compared, and another optimizer beside them.
-INSERTED = {"inserted": (), "inserted, AdamW": ("--opt", "adamw")}
+INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
 `python -m benchmarks.finetuning.command_line` produces these tables from `command-line.jsonl`. With BatchNorm: `insert`
-on the training images, then `finetune`, both with their defaults (and with AdamW for comparison). Without: `finetune`
+on the training images, then `finetune`, both with their defaults (and with SGD for comparison). Without: `finetune`
 on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
 (factor 3.16, seed 0). Test accuracy of `best.pth`, mean over the seeds with its standard error; test images choose
 nothing.
@@ -239,7 +239,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
-    adamw = [line for line in of_task if line["method"] == "inserted, AdamW"]
+    sgd = [line for line in of_task if line["method"] == "inserted, SGD"]
     searched = dict.fromkeys(line["method"] for line in of_task if line["method"] not in INSERTED)
     return "\n".join(
         [
@@ -251,7 +251,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             "| | learning rate | seeds | test accuracy |",
             "|---|---|---|---|",
             _row("inserted BatchNorm, defaults", ours),
-            *([_row("inserted BatchNorm, `--opt adamw`", adamw)] if adamw else []),
+            *([_row("inserted BatchNorm, `--opt sgd`", sgd)] if sgd else []),
             _row(f"without BatchNorm: {best['method']}", theirs),
             "",
             f"Difference of the defaults: {100 * difference:+.1f}"

@@ -81,7 +81,7 @@ def finetune(
     because the checkpoint was trained on as many others. That of a new head (`settings.head`) is not fitted.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
-    several learning rates, from 0.003 (0.0003 for AdamW) on in the direction in which the loss is clearly lower. A run
+    several learning rates, from 0.0003 (0.003 for SGD) on in the direction in which the loss is clearly lower. A run
     of fewer than 20 steps uses the value that they start from.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),

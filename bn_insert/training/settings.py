@@ -38,7 +38,7 @@ class TrainingSettings:
             `lr_gamma` every `lr_step_size` epochs.
         lr_step_size: Epochs between steps of the schedule "step".
         lr_gamma: Factor of each step of the schedule "step".
-        opt: "sgd" or "adamw".
+        opt: "adamw" or "sgd".
         momentum: SGD momentum.
         weight_decay: Weight decay of weights.
         norm_weight_decay: Weight decay of gamma and beta; see `parameter_groups`.
@@ -82,7 +82,7 @@ class TrainingSettings:
     lr_scheduler: Schedule = "cosine"
     lr_step_size: int = 30
     lr_gamma: float = 0.1
-    opt: Optimizer = "sgd"
+    opt: Optimizer = "adamw"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0

@@ -82,7 +82,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. [default: chosen in short trials, starting at 0.003 (0.0003 for AdamW)]",
+            help="Peak learning rate. [default: chosen in short trials, starting at 0.0003 (0.003 for SGD)]",
             rich_help_panel=_RATE,
         ),
     ] = None,
@@ -105,7 +105,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = 0.1,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option("--opt", help="Optimizer.", rich_help_panel=_OPTIMIZER)
-    ] = "sgd",
+    ] = "adamw",
     momentum: Annotated[float, typer.Option(min=0, help="SGD momentum.", rich_help_panel=_OPTIMIZER)] = 0.9,
     weight_decay: Annotated[
         float,

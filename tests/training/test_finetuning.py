@@ -36,7 +36,7 @@ from support.networks import small_vgg
 # Charts are drawn only where they matter: by the tests of what a run leaves behind, and through the command line.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003, fit_output=False)
+BRIEF = TrainingSettings(opt="sgd", epochs=2, batch_size=8, lr=0.003, fit_output=False)
 FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}
 FILES |= {"report.html", "report.json"}
 

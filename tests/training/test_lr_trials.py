@@ -34,7 +34,7 @@ from support.digits import copy_labelled_digits, open_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-SHORT = TrainingSettings(epochs=4, batch_size=8, fit_output=False)  # 20 steps, as many as a trial
+SHORT = TrainingSettings(opt="sgd", epochs=4, batch_size=8, fit_output=False)  # 20 steps, as many as a trial
 
 
 @pytest.fixture(scope="module")

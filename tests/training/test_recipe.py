@@ -34,7 +34,7 @@ from support.networks import small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-BRIEF = TrainingSettings(epochs=1, batch_size=8, lr=0.003)
+BRIEF = TrainingSettings(opt="sgd", epochs=1, batch_size=8, lr=0.003)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from support.networks import small_vgg
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
-BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003, batchnorm="renorm", dropout=0.0, fit_output=False)
+BRIEF = TrainingSettings(opt="sgd", epochs=2, batch_size=8, lr=0.003, batchnorm="renorm", dropout=0.0, fit_output=False)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,8 @@ def test_two_processes_with_synchronized_statistics_are_one_with_twice_the_batch
         0.5,
         "--no-recalibrate",
         "--no-fit-output",
+        "--opt",
+        "sgd",
     )
     alone = run(*options, "--output-dir", tmp_path / "alone", "-b", 8)
     assert alone.exit_code == 0, alone.output

@@ -21,7 +21,7 @@ from support.digits import copy_labelled_digits
 
 pytestmark = pytest.mark.usefixtures("no_charts")
 
-BRIEF = TrainingSettings(epochs=2, batch_size=8, lr=0.003)
+BRIEF = TrainingSettings(opt="sgd", epochs=2, batch_size=8, lr=0.003)
 SAME = Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,))
 
 
