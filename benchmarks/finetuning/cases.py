@@ -167,6 +167,13 @@ _SMALL_PHOTOGRAPHS = Case(
     EVERY,
     mirror=True,
 )
+_TEN_A_CLASS = replace(
+    _SMALL_PHOTOGRAPHS,
+    title="CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
+    images=_few(10),
+    steps=100,
+    batch=16,
+)
 CASES = {
     "noise": _NOISE,
     "noise, small batches": replace(
@@ -174,19 +181,10 @@ CASES = {
         title="CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2), batches of 4",
         batch=4,
     ),
-    "10 a class": replace(
-        _SMALL_PHOTOGRAPHS,
-        title="CIFAR network, new output layer, 10 photographs of each kind of clothing, 32 px",
-        images=_few(10),
-        steps=100,
-        batch=16,
-    ),
+    "10 a class": _TEN_A_CLASS,
     "10 a class, fitted": replace(
-        _SMALL_PHOTOGRAPHS,
+        _TEN_A_CLASS,
         title="CIFAR network, output layer new or fitted, 10 photographs of each kind of clothing, 32 px",
-        images=_few(10),
-        steps=100,
-        batch=16,
         methods=(*PLAIN, "identity", "identity AdamW", *FITTED),
     ),
     "photographs": _PHOTOGRAPHS,

@@ -169,9 +169,17 @@ def _went(before: float, after: float) -> str:
     return f"{'fell' if after < before else 'rose'} from {before:.2g} to {after:.2g}"
 
 
-def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
+def total(per_class: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `images`, and the accuracies `before` and `after`, of all classes together; 0 without images."""
     images = sum(each["images"] for each in per_class)
-    before, after = (sum(each[name] * each["images"] for each in per_class) / images for name in ("before", "after"))
+    accuracies = {
+        name: sum(each[name] * each["images"] for each in per_class) / max(images, 1) for name in ("before", "after")
+    }
+    return {"images": images, **accuracies}
+
+
+def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
+    images, before, after = total(per_class).values()
     text = f"{before:.1%} before and {after:.1%} after, on {images:,} labeled target images."
     guess = 1 / classes
     if max(before, after) < _HARDLY_ABOVE_GUESSING * guess:

@@ -17,7 +17,6 @@ from .insertion_verdicts import next_command, verdicts
 from .run_verdicts import best_epoch, identical_runs, on_different_images, ranked, run_health, runs_verdict, worst
 from .verdict import Verdict
 
-_BOTH = ("before", "after")
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
 _BATCH = 32  # images, for the error of the statistics of one training batch
 # Settings that have an effect only if another one has a certain value.
@@ -68,16 +67,9 @@ def _adaptation(data: Mapping[str, Any]) -> dict[str, Any]:
         "data": data,
         "name": PurePath(data["checkpoint"]["path"]).name,
         "target": PurePath(data["target"]["source"]).name,
-        "total": _total(data["predictions"]["per_class"]),
+        "total": adaptation.total(data["predictions"]["per_class"]),
         "charts": adaptation_charts(data),
     }
-
-
-def _total(per_class: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return images and accuracies of all classes together."""
-    images = sum(each["images"] for each in per_class)
-    accuracies = {name: sum(each[name] * each["images"] for each in per_class) / max(images, 1) for name in _BOTH}
-    return {"images": images, **accuracies}
 
 
 def _batch_error(inserted: Sequence[Mapping[str, Any]], images: int) -> float | None:

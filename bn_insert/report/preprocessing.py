@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from ..support.text import figures
 
 
 def preprocessing_text(transform: Mapping[str, Any]) -> str:
@@ -15,11 +17,7 @@ def preprocessing_text(transform: Mapping[str, Any]) -> str:
     steps = [
         f"resize {transform['resize']}" if transform["resize"] else "no resizing",
         f"crop {transform['crop']}" if transform["crop"] else "no crop",
-        f"mean {_listed(transform['mean'])}",
-        f"std {_listed(transform['std'])}",
+        f"mean {figures(transform['mean'])}",
+        f"std {figures(transform['std'])}",
     ]
     return "; ".join(steps)
-
-
-def _listed(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def printable(text: object) -> str:
@@ -19,6 +19,11 @@ def listed(names: Sequence[str], most: int) -> str:
     """Return the first names, at most `most`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def figures(values: Iterable[float]) -> str:
+    """Return numbers with up to four digits, separated by commas."""
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def first_line(error: BaseException) -> str:

@@ -64,14 +64,13 @@ def checkpoint_of(folder: Path) -> str:
 def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what came before training, as values and as texts: the fit of the output layer, the learning rate."""
     facts: dict[str, Any] = {}
-    texts = {"Learning rate": choice_text(lr, {})}
+    losses = {trial.lr: trial.loss for trial in progress.trials if trial.loss is not None}
+    texts = {"Learning rate": choice_text(lr, losses)}
     if progress.fit:
         names = ("new", "fitted", "accuracy", "own_accuracy", "reason")
         fit = {name: getattr(progress.fit, name) for name in names}
         facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
-    if progress.trials:
-        losses = {trial.lr: trial.loss for trial in progress.trials if trial.loss is not None}
-        texts["Learning rate"] = choice_text(lr, losses)
+    if losses:
         # JSON has no number for the loss of a trial that diverged.
         facts["lr_trials"] = [
             {"lr": rate, "loss": loss if math.isfinite(loss) else None} for rate, loss in losses.items()

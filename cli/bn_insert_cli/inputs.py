@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import typer
 
-from bn_insert.support.text import counted, first_line
+from bn_insert.support.text import counted, figures, first_line
 
 from .console import print_note, print_warning
 
@@ -181,9 +181,9 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             "can find such a mistake."
         )
     if any(value > 1 for value in transform.mean):
-        scaled, std = (f"{_listed(value / 255 for value in values)}" for values in (transform.mean, (1,)))
+        scaled, std = (figures(value / 255 for value in values) for values in (transform.mean, (1,)))
         print_warning(
-            f"mean {_listed(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
+            f"mean {figures(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
             f"trained on pixels in 0..255, use --mean {scaled.replace(' ', '')} --std {std}."
         )
 
@@ -193,10 +193,6 @@ def is_tensor_file(images: Path) -> bool:
     from bn_insert.images import TENSOR_SUFFIXES  # noqa: PLC0415
 
     return images.suffix.lower() in TENSOR_SUFFIXES and images.is_file()
-
-
-def _listed(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transform, str]:
