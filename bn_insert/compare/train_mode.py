@@ -160,11 +160,11 @@ def agreement_reading(
     Examples:
         >>> print(*agreement_reading([TrainModeAgreement(8, 64, 0.97, 0.1, 0.1)]).split(". "), sep=".\n")
         Train mode keeps at least 95% of the top-1 classes at batch sizes of 8 and above.
-        This was measured on 64 images; the margin is ± 5.7 points.
+        This was measured on 64 images; the margin is at most ± 5.7 points.
     """
     least_certain = max(agreements, key=lambda agreement: agreement.top1_margin)
     further = (
-        f" This was measured on {least_certain.images:,} images; the margin is ± "
+        f" This was measured on {least_certain.images:,} images; the margin is at most ± "
         f"{100 * least_certain.top1_margin:.2g} points."
     )
     if renorm:

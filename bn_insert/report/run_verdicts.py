@@ -41,7 +41,7 @@ def run_health(
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
     lower_rate = lower_rate_advice(settings, new_output=new_output)
     if classes > 1:
-        found += _loss(epochs, classes, lower_rate)
+        found += _loss(epochs, classes, settings, lower_rate)
     if worst(found) != "bad":
         found += _not_better(epochs, output_fit, lower_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
@@ -70,12 +70,16 @@ def worst(verdicts: Sequence[Verdict]) -> Literal["good", "check", "bad"]:
 
 
 def _incomplete(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
-    planned, patience = settings.get("epochs", len(epochs)), settings.get("patience")
-    since_best = len(epochs) - _best(epochs)["epoch"]
-    if len(epochs) >= planned or (patience is not None and since_best >= patience):
+    planned = settings.get("epochs", len(epochs))
+    if len(epochs) >= planned or _out_of_patience(epochs, settings):
         return []
     text = f"{len(epochs)} of {planned} epochs were completed: the run is in progress, was stopped, or diverged."
     return [Verdict("check", "Epochs", text)]
+
+
+def _out_of_patience(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> bool:
+    patience = settings.get("patience")
+    return patience is not None and len(epochs) - _best(epochs)["epoch"] >= patience
 
 
 def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Verdict]:
@@ -107,14 +111,16 @@ def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list
     return [Verdict("check", "Epochs", f"{text} {lower_rate}")]
 
 
-def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) -> list[Verdict]:
+def _loss(
+    epochs: Sequence[Mapping[str, Any]], classes: int, settings: Mapping[str, Any], lower_rate: str
+) -> list[Verdict]:
     guessing, last = math.log(classes), epochs[-1]
     lowest = min(epoch["val_loss"] for epoch in epochs)
-    falling = _still_falling(epochs, lowest, guessing)
+    falling, more_epochs = _still_falling(epochs, lowest, guessing), _more_epochs(epochs, settings)
     found = []
     guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        way_out = f"Train for more epochs ({_more_epochs()})." if falling else lower_rate
+        way_out = f"Train for more epochs ({more_epochs})." if falling else lower_rate
         text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
@@ -126,20 +132,23 @@ def _loss(epochs: Sequence[Mapping[str, Any]], classes: int, lower_rate: str) ->
     elif lowest > _LITTLE * guessing:
         text = (
             f"The validation loss, {lowest:.3g} at its lowest, is only slightly below {guess}: train for longer "
-            f"({_more_epochs()}), or on more images."
+            f"({more_epochs}), or on more images."
         )
         found.append(Verdict("check", "Loss", text))
     if falling:
         text = (
             f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "
-            f"the last epoch: more epochs ({_more_epochs()}) may help."
+            f"the last epoch: more epochs ({more_epochs}) may help."
         )
         found.append(Verdict("check", "Length", text))
     return found
 
 
-def _more_epochs() -> str:
-    return f"{as_passed('resume', True)} with a larger {as_passed('epochs')}"
+def _more_epochs(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Return the options that make a run longer."""
+    larger = [as_passed("epochs")] if len(epochs) >= settings.get("epochs", 0) else []
+    larger += [as_passed("patience")] if _out_of_patience(epochs, settings) else []
+    return as_passed("resume", True) + (f" with a larger {' and '.join(larger)}" if larger else "")
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:

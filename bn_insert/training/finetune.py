@@ -21,7 +21,7 @@ from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
-from .lr_trials import choose_learning_rate, untried_learning_rate
+from .lr_trials import choose_learning_rate
 from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
 from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
@@ -151,15 +151,14 @@ def finetune(
             state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
             if resume_epochs:
                 settings = state.with_epochs(settings)
-        if settings.lr is None:
-            settings = replace(settings, lr=untried_learning_rate(settings, training_set.steps))
+        summary = summarize(
+            model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
+        )
+        settings = replace(settings, lr=summary.lr)
         optimizer = make_optimizer(network, settings)
         renorm_scheduler = make_renorm_scheduler(network, settings)
         step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
         new_output = replaces_output(model, settings, len(images.classes))
-        summary = summarize(
-            model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
-        )
         facts = {
             **(facts or {}),
             **run_facts(summary, images, ranks, output_replaced=new_output),
@@ -216,9 +215,8 @@ class _Run:
             The progress, and the settings in effect.
         """
         step, settings = self.step, self.step.settings
-        trials = list(progress.trials)
-        if settings.lr is not None and not any(trial.chosen for trial in trials):
-            trials = []  # those of a run that was interrupted then, and continues with a given learning rate
+        # Trials that did not come to a choice are reported again by those that do, or are void with a given rate.
+        trials = list(progress.trials) if any(trial.chosen for trial in progress.trials) else []
 
         def on_trial(trial: LearningRateTrial) -> None:
             if trial.loss is not None:

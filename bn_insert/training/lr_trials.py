@@ -69,7 +69,7 @@ def choose_learning_rate(
         training_set: The batches of this process.
         images: Class folders with the validation images.
         on_trial: Called after each step of a trial and at its end, and with the chosen one.
-        complete: Results of trials that do not have to be repeated.
+        complete: Results of trials that do not have to be repeated; they are reported first.
 
     Raises:
         DivergenceError: If all trials diverge.
@@ -81,6 +81,8 @@ def choose_learning_rate(
     sampled = with_sampled_validation(images, step.settings.seed)
     report = on_trial or (lambda _trial: None)
     trials = {trial.lr: trial for trial in complete}
+    for trial in complete:
+        report(trial)
 
     def seconds_left(per_step: float, taken: int) -> float:
         trial_steps = max(1, _USUAL - len(trials)) * TRIAL_STEPS - taken

@@ -111,6 +111,11 @@ class TrainingState:
             where = f"in epoch {self.progress.epoch + 1}, after {counted(self.progress.step, 'step')}"
         if self.progress.epoch >= settings.epochs:
             return f"{where}: the run is complete; to extend it, use a larger number of epochs ({as_passed('epochs')})"
+        if self.progress.complete(settings):
+            return (
+                f"{where}: the run ended early because its patience is exhausted; to continue it, use a larger one "
+                f"({as_passed('patience')})"
+            )
         epochs = self.settings["epochs"]
         if epochs == settings.epochs or epochs < settings.lr_warmup_epochs:
             return where

@@ -16,6 +16,7 @@ from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..support.text import counted
 from ..surgery.replace_output import output_layer
+from .lr_trials import untried_learning_rate
 from .preparation import replaces_output
 from .settings import TrainingSettings
 
@@ -39,6 +40,7 @@ class RunSummary:
         epochs: Epochs of the run.
         steps: Steps per epoch.
         resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.
+        lr_untried: Whether `lr` is neither given nor chosen, because the run is too short for trials.
     """
 
     classes: Mapping[str, tuple[int, int]]
@@ -53,6 +55,7 @@ class RunSummary:
     epochs: int
     steps: int
     resumed: str = ""
+    lr_untried: bool = False
 
     @property
     def texts(self) -> dict[str, str]:
@@ -93,6 +96,7 @@ def summarize(
     """
     counts = [Counter(image.label for image in part) for part in (images.train, images.val)]
     parameters = list(network.parameters())
+    untried = untried_learning_rate(settings, steps) if settings.lr is None else None
     return RunSummary(
         {name: (counts[0][label], counts[1][label]) for label, name in enumerate(images.classes)},
         images.transform.to_dict(),
@@ -102,9 +106,10 @@ def summarize(
         sum(isinstance(module, _BatchNorm) for module in network.modules()),
         dropout,
         _output(model, settings, len(images.classes)),
-        settings.lr,
+        settings.lr if untried is None else untried,
         settings.epochs,
         steps,
+        lr_untried=untried is not None,
     )
 
 

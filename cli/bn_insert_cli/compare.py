@@ -93,8 +93,12 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     if as_json:
         print_json({"device": str(target), "within_tolerance": within} | asdict(comparison))
         raise typer.Exit(0 if within else CHECK_FAILED)
+    allowed = " and ".join(
+        f"--{name} {value:g}" for name, value in (("atol", atol), ("rtol", rtol)) if value is not None
+    )
     print_table(comparison_table({str(target): comparison}, title=f"{a} and {b}"))
     if not within:
-        print_result("The outputs differ by more than --atol or --rtol allows.", good=False)
+        print_result(f"The outputs differ by more than {allowed} allows.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    print_result("The outputs are equal bit for bit." if comparison.bit_identical else "Within --atol and --rtol.")
+    equal = "bit for bit" if comparison.bit_identical else f"within {allowed}"
+    print_result(f"The outputs are equal {equal}.")

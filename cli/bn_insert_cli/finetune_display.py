@@ -170,7 +170,8 @@ def _print_summary(summary: RunSummary) -> None:
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
-    print_note(f"Learning rate: {lr}.")
+    untried = " (the run is too short for trials; --lr sets it)" if summary.lr_untried else ""
+    print_note(f"Learning rate: {lr}{untried}.")
     if not summary.batchnorms:
         print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
     if summary.resumed:

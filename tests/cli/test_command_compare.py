@@ -8,7 +8,7 @@ import torch
 
 from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.demo import network_path
-from support.commands import AS_STORED, Run, assert_refused
+from support.commands import AS_STORED, Run, assert_refused, text_of
 
 
 def test_compare_finds_the_result_bit_identical(run: Run, digits: Path) -> None:
@@ -25,10 +25,14 @@ def test_compare_exits_with_1_past_the_tolerance(run: Run, digits: Path) -> None
     save_checkpoint(model, digits.parent / "other.pth")
     loose = run("compare", network_path(), "other.pth", digits, *AS_STORED, "--rtol", "1", "--atol", "0.02")
     assert loose.exit_code == 0, loose.output
-    for bound in (("--atol", "0.005", "--rtol", "1"), ("--rtol", "1e-5")):
+    assert "The outputs are equal within --atol 0.02 and --rtol 1." in loose.stdout
+    for bound, allowed in (
+        (("--atol", "0.005", "--rtol", "1"), "--atol 0.005 and --rtol 1"),
+        (("--rtol", "1e-5"), "--rtol 1e-05"),
+    ):
         strict = run("compare", network_path(), "other.pth", digits, *AS_STORED, *bound)
         assert strict.exit_code == 1
-        assert "differ by more than --atol or --rtol allows" in strict.stdout
+        assert f"The outputs differ by more than {allowed} allows." in text_of(strict.stdout)
 
 
 def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) -> None:

@@ -251,3 +251,14 @@ def test_commands_that_use_a_network_take_the_key_of_its_state_dict(run: Run, di
         assert "its keys are best" in text_of(refused.output)
         assert "its keys are" not in text_of(accepted.output)
         assert accepted.exit_code == (0 if words[0] in ("predict", "evaluate", "compare") else 2), accepted.output
+
+
+def test_the_best_checkpoint_of_a_run_without_a_complete_epoch_is_explained(run: Run, digits: Path) -> None:
+    for name in ("state.pth", "last.pth"):
+        Path("run", name).parent.mkdir(exist_ok=True)
+        Path("run", name).touch()
+    assert_refused(
+        run("evaluate", "run/best.pth", digits),
+        "run/best.pth does not exist: the run in run has no complete epoch yet.",
+        "or use run/last.pth",
+    )

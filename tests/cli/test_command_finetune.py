@@ -135,7 +135,9 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     assert len(re.findall(r"^Estimated time left: .*, trials included\.$", result.stderr, re.M)) == 1
     assert result.stderr.index("Estimated time left: ") > result.stderr.index("Output layer kept: validation accuracy ")
     short = run(*command, "short", "--epochs", 1, "-b", 40)
-    assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == ["Learning rate: 0.0003."]
+    assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == [
+        "Learning rate: 0.0003 (the run is too short for trials; --lr sets it)."
+    ]
 
 
 @pytest.mark.usefixtures("no_charts")

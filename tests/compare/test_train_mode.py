@@ -168,7 +168,7 @@ def test_the_margin_is_smaller_for_more_images_and_the_reading_has_the_largest()
     few, many = (TrainModeAgreement(8, images, 0.8, 0.1, 0.1) for images in (64, 256))
     assert few.top1_margin == pytest.approx(2 * many.top1_margin, rel=0.05)
     assert few.to_dict()["top1_margin"] == few.top1_margin
-    message = "This was measured on 64 images; the margin is ± 10 points."
+    message = "This was measured on 64 images; the margin is at most ± 10 points."
     assert message in agreement_reading([TrainModeAgreement(16, 64, 1.0, 0.1, 0.1), few])
 
 

@@ -510,6 +510,21 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
 
 
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"epochs": 3}, "resume=True with a larger epochs"),
+        ({"epochs": 9, "patience": 1}, "resume=True with a larger patience"),
+        ({"epochs": 3, "patience": 1}, "resume=True with a larger epochs and patience"),
+        ({"epochs": 9}, "resume=True"),
+    ],
+)
+def test_more_training_is_advised_by_what_ended_the_run(settings: dict[str, int], options: str) -> None:
+    found = epochs((0.68, 0.66, 0.65), (0.6, 0.7, 0.7))
+    texts = [verdict.text for verdict in run_health(found, settings, {"classes": 2})]
+    assert f"train for longer ({options}), or on more images." in " ".join(texts)
+
+
 @pytest.mark.usefixtures("no_charts")
 def test_a_run_without_a_complete_epoch_says_so() -> None:
     assert "No epoch has been completed" in Page(page(runs_report([run("new", ())]))).text

@@ -199,7 +199,10 @@ def test_a_run_stops_when_it_has_not_improved_for_its_patience_and_is_complete(
     result = finetune(dense_network(), digits, tmp_path, settings)
     assert len(result.epochs) == 3
     assert not result.interrupted
-    assert finetune(dense_network(), digits, tmp_path, settings, resume=True).epochs == result.epochs
+    summaries: list[RunSummary] = []
+    again = finetune(dense_network(), digits, tmp_path, settings, resume=True, on_start=summaries.append)
+    assert again.epochs == result.epochs
+    assert summaries[0].resumed.endswith("its patience is exhausted; to continue it, use a larger one (patience)")
     assert len(finetune(dense_network(), digits, tmp_path, replace(settings, patience=3), resume=True).epochs) == 4
 
 
