@@ -1,10 +1,11 @@
 """`bn-insert insert` and `bn-insert finetune` with their defaults, against the best that `finetune` reaches without.
 
     python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
-        --clothing CLOTHING --output benchmarks/finetuning/results
+        --clothing CLOTHING --cifar CIFAR10 --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
-the defaults: no option is chosen. The side without tries SGD and AdamW, with and without dropout, with and without a
+the defaults: no option is chosen; on images of a different kind, `adapt --keep-batchnorm` takes the place of
+`insert`, as the guide says. The side without tries SGD and AdamW, with and without dropout, with and without a
 fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
 half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
 images, which choose nothing. Every finished run is a line in `command-line.jsonl`: interrupted, the program continues
@@ -32,7 +33,7 @@ from PIL import Image
 from ..machine import machine
 from ..record import Record
 from .__main__ import rate_of, uphill
-from .images import Part, Split, clothing, digits, per_class
+from .images import Part, Split, cifar, clothing, digits, noisy, per_class
 
 WARM_UP = ("--lr-warmup-epochs", "0.5")
 GUESSING = 0.15  # validation accuracy
@@ -50,6 +51,7 @@ class Task:
         preprocessing: Options of the commands.
         epochs: Epochs of every run.
         options: Options of every run besides.
+        source: Returns images like those that the network was trained on, for a task on a different kind of images.
     """
 
     title: str
@@ -58,6 +60,7 @@ class Task:
     preprocessing: tuple[str, ...]
     epochs: int = 5
     options: tuple[str, ...] = ()
+    source: Callable[[argparse.Namespace], Part] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ def _photographs(count: int, side: int) -> Callable[[argparse.Namespace], Split]
         return Split(per_class(split.train, count, 0), split.validation, split.test)
 
     return images
+
+
+def _noisy(places: argparse.Namespace) -> Split:
+    split = cifar(places.cifar)
+    parts = (per_class(split.train, 40, 0), split.validation, split.test)
+    return Split(*(noisy(part, 0.2, number) for number, part in enumerate(parts)))
+
+
+def _clean(places: argparse.Namespace) -> Part:
+    return per_class(cifar(places.cifar).train, 100, 1)
 
 
 _UNIT = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
@@ -111,6 +124,24 @@ TASKS = {
         _CIFAR,
         epochs=10,
     ),
+    "noise": Task(
+        "CIFAR-10 network, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
+        "cifar_vgg",
+        _noisy,
+        _CIFAR,
+        epochs=4,
+        options=("-b", "16"),
+        source=_clean,
+    ),
+    "noise, small batches": Task(
+        "the same with batches of 4, 100 steps",
+        "cifar_vgg",
+        _noisy,
+        _CIFAR,
+        epochs=1,
+        options=("-b", "4"),
+        source=_clean,
+    ),
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--opt", "sgd", "--dropout", "0"), -6),
@@ -124,7 +155,8 @@ INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
 `python -m benchmarks.finetuning.command_line` produces these tables from `command-line.jsonl`. With BatchNorm: `insert`
-on the training images, then `finetune`, both with their defaults (and with SGD for comparison). Without: `finetune`
+on the training images, then `finetune`, both with their defaults (and with SGD for comparison); on noisy images,
+`adapt --keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune`
 on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
 (factor 3.16, seed 0). Test accuracy of `best.pth`, mean over the seeds with its standard error; test images choose
 nothing.
@@ -180,7 +212,13 @@ class Comparison(Record):
         output, task = self.work / f"{name.replace(' ', '-')}-bn.pth", TASKS[name]
         if not output.exists():
             checkpoint = getattr(self.places, task.checkpoint)
-            _command("insert", checkpoint, data / "train", "-o", output, *task.preprocessing, check=True)
+            if task.source:
+                source = data / "source"
+                _write(task.source(self.places), source)
+                command: tuple[object, ...] = ("adapt", checkpoint, source, data / "train", "--keep-batchnorm")
+            else:
+                command = ("insert", checkpoint, data / "train")
+            _command(*command, "-o", output, *task.preprocessing, check=True)
         return output
 
 
@@ -191,9 +229,9 @@ def _write(images: Part, folder: Path) -> None:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 
-def _command(name: str, *arguments: object, check: bool = False) -> subprocess.CompletedProcess[str]:
+def _command(*arguments: object, check: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command; one that fails otherwise than by diverging ends the program with what it says."""
-    command = [sys.executable, "-m", "bn_insert", name, *map(str, arguments)]
+    command = [sys.executable, "-m", "bn_insert", *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode and (check or finished.returncode != 1):
         sys.exit(f"{' '.join(command)}\n{finished.stderr}")
@@ -275,7 +313,7 @@ def _standard_error(side: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vgg16", "cifar-vgg", "clothing", "output"):
+    for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
