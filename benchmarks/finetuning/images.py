@@ -72,6 +72,24 @@ def digits(side: int) -> Split:
     return Split(part[order[:300]], part[order[300:500]], part[order[500:1000]])
 
 
+def solar_cells(side: int) -> Split:
+    """Return photographs of solar cells of the package elpv-dataset, functional and defective ones.
+
+    300 to train on, 200 to choose and 600 to test. A cell is defective if this is the more probable (0.5 and above).
+
+    Source: Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in
+    Electroluminescence Imagery", 2018.
+    """
+    from elpv_dataset.utils import load_dataset  # noqa: PLC0415 - one data set of several
+
+    found, probabilities, _ = load_dataset()
+    pixels = transforms.resize(torch.from_numpy(found)[:, None], [side, side], antialias=True)
+    part = Part(pixels.repeat(1, 3, 1, 1), torch.from_numpy(probabilities >= 0.5).long())
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    train = per_class(part[order[:800]], 150, 0)
+    return Split(train, part[order[800:1000]], part[order[1000:1600]])
+
+
 def per_class(part: Part, count: int, seed: int) -> Part:
     """Return `count` images of each class, chosen at random."""
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
