@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bn_insert.support.text import counted
+
 from ..machine import machine
 from ..record import Record
 from .__main__ import rate_of, uphill
@@ -157,6 +159,7 @@ OPPONENTS = (
     Opponent("SGD, no dropout, output layer from zeros", ("--opt", "sgd", "--dropout", "0", "--no-fit-output"), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
     Opponent("SGD, the checkpoint's dropout", ("--opt", "sgd"), -6),
+    Opponent("AdamW, the checkpoint's dropout", ("--opt", "adamw"), -8),
     Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
 # With inserted BatchNorm: the defaults, which are compared, and another optimizer beside them.
@@ -294,7 +297,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
         [
             f"## {title[0].upper()}{title[1:]}",
             "",
-            f"{TASKS[name].epochs} epochs. Without BatchNorm: {'; '.join(searched)}; the best on validation images is "
+            f"{counted(TASKS[name].epochs, 'epoch')}. Without BatchNorm: {'; '.join(searched)}; the best on validation images is "
             "shown.",
             "",
             "| | learning rate | seeds | test accuracy |",
