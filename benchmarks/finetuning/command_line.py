@@ -297,8 +297,8 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
         [
             f"## {title[0].upper()}{title[1:]}",
             "",
-            f"{counted(TASKS[name].epochs, 'epoch')}. Without BatchNorm: {'; '.join(searched)}; the best on validation images is "
-            "shown.",
+            f"{counted(TASKS[name].epochs, 'epoch')}. Without BatchNorm: {'; '.join(searched)}; the best on validation "
+            "images is shown.",
             "",
             "| | learning rate | seeds | test accuracy |",
             "|---|---|---|---|",
