@@ -13,23 +13,28 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     """Return what the fit of the output layer came to, as a sentence.
 
     Args:
-        fit: `new`, `fitted`, `accuracy` and `reason`, as of `OutputFit`.
+        fit: `new`, `fitted`, `accuracy`, `own_accuracy` and `reason`, as of `OutputFit`.
     """
     before = ""
     if fit["accuracy"] is not None:
         before = f"validation accuracy {fit['accuracy']:.2%} before training"
-    guesses = "The checkpoint's output layer is no better than guessing on these classes"
+    own = ""
+    if fit["own_accuracy"] is not None:
+        own = (
+            "The loss of the checkpoint's output layer on the validation images is no lower than that of guessing "
+            f"(accuracy {fit['own_accuracy']:.2%})"
+        )
     if fit["new"]:
         if fit["fitted"]:
             return f"New output layer fitted to the features: {before}."
         return f"The new output layer was not fitted, because {fit['reason']}."
     if fit["fitted"]:
-        return f"{guesses}, and was fitted anew: {before}."
+        return f"{own}: it was fitted anew, {before}."
     if not fit["reason"]:
         return f"Output layer kept: {before}."
     if not before:
         return f"Output layer kept; it could not be checked: {fit['reason']}."
-    return f"{guesses}; it was not fitted anew, because {fit['reason']}."
+    return f"{own}: it was not fitted anew, because {fit['reason']}."
 
 
 def choice_text(lr: float | None, trials: Mapping[float, float]) -> str:

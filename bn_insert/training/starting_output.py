@@ -34,10 +34,11 @@ def fit_starting_output(
     *,
     new: bool,
 ) -> OutputFit:
-    """Fit the output layer of a run, in place, if it is new or only guesses the classes of the validation images.
+    """Fit the output layer of a run, in place, if it is new, or if its own is worse than guessing and than the fit.
 
     A checkpoint may have been trained on as many other classes as there are; its output layer then says nothing about
-    these. It is fitted as `fit_output` does, and stays as it was if that is not possible.
+    these, which shows in a validation loss that is not below log(classes). It is fitted as `fit_output` does, and stays
+    as it was if that is not possible, or does not raise the validation accuracy.
 
     Args:
         classifier: The network.
@@ -82,7 +83,7 @@ class _Fit:
             self.report(begun)
             outcomes = self._validate(begun)
             own = outcomes.accuracy
-            if not _guesses(outcomes):
+            if outcomes.loss < math.log(outcomes.classes):
                 return self._result(accuracy=own, own_accuracy=own)
         name, layer = output_layer(self.classifier.network)
         if not can_be_fitted(layer):
@@ -118,6 +119,11 @@ class _Fit:
         except StoppedError:  # the fit is repeated when the run is resumed, and has to find the layer as it was
             layer.load_state_dict(before)
             raise
+        if own is not None and accuracy <= own:
+            layer.load_state_dict(before)
+            return self._result(
+                accuracy=own, own_accuracy=own, reason=f"the fitted one has an accuracy of {accuracy:.2%}"
+            )
         return self._result(accuracy=accuracy, fitted=True, own_accuracy=own)
 
     def _result(self, **values: Any) -> OutputFit:
@@ -146,20 +152,3 @@ class _Fit:
     def _inputs(self, batches: Iterable[LabelledBatch]) -> Iterable[Any]:
         least = 2 if any(map(needs_several_values, self.classifier.network.modules())) else 1
         return (self.classifier.inputs(batch) for batch in batches if len(batch.labels) >= least)
-
-
-def _guesses(outcomes: Outcomes) -> bool:
-    """Return whether a network does no better than guessing: its loss is not lower, nor its accuracy clearly higher.
-
-    The accuracy is the mean over the classes that there are images of. Answers that do not depend on the image have an
-    accuracy of at most 1 / classes; clearly higher is half as much again, or more than two standard errors of such
-    answers.
-    """
-    if outcomes.loss < math.log(outcomes.classes):
-        return False
-    images = torch.bincount(outcomes.labels, minlength=outcomes.classes).double()
-    correct = torch.bincount(outcomes.labels[outcomes.labels == outcomes.predicted], minlength=outcomes.classes)
-    images, correct = images[images > 0], correct[images > 0]
-    chance = 1 / len(images)
-    error = float((chance * (1 - chance) / images).sum().sqrt() / len(images))
-    return float((correct / images).mean()) <= chance + min(2 * error, chance / 2)
