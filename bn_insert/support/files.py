@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -21,6 +22,8 @@ try:
 except ImportError:  # Windows: without locks, abandoned folders are not removed
     fcntl = None  # type: ignore[assignment]
 
+# The processes that read images for a process that was killed end some seconds after it.
+_SECONDS_TO_END = 10.0
 _STAGING = re.compile(r"\.bn-insert-[0-9a-f]{16}\.tmp")
 
 StrPath = str | os.PathLike[str]
@@ -133,13 +136,13 @@ def real_path(path: StrPath) -> Path:
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents, and check that files can be written into it.
+    """Create a folder and its parents, check that files can be written into it, and reserve it for this process.
 
     Staging folders of killed processes in it are removed. If the block fails, folders that were created here and are
     still empty are removed.
 
     Raises:
-        CheckpointError: If no file can be written into the folder.
+        CheckpointError: If no file can be written into the folder, or another process has reserved it.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -149,12 +152,45 @@ def output_folder(folder: Path) -> Iterator[None]:
             raise _cannot_write(folder, error) from error
         check_writable(folder / "any file")
         _remove_abandoned(folder)
-        yield
+        with _reserved(folder):
+            yield
     except BaseException:
         for each in missing:
             with suppress(OSError):
                 each.rmdir()
         raise
+
+
+@contextmanager
+def _reserved(folder: Path) -> Iterator[None]:
+    """Reserve a folder for this process, as far as its file system has locks; the end of the process ends it too."""
+    if fcntl is None:
+        yield
+        return
+    with ExitStack() as closing:
+        descriptor = os.open(folder, os.O_RDONLY)
+        closing.callback(os.close, descriptor)
+        end = time.monotonic() + _SECONDS_TO_END
+        while _is_locked(descriptor):
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"{folder} is in use: another process is writing its results there; wait until it has ended, or "
+                    "choose another output folder"
+                )
+            time.sleep(0.1)
+        closing.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # forked processes have copies of the descriptor
+        yield
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock what a descriptor belongs to, and return whether another process has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    return False
 
 
 @contextmanager

@@ -115,8 +115,8 @@ def finetune(
         on_step: Called after each step.
         on_epoch: Called after each epoch.
         stop: Polled after each step, and with one process also during the fit; once it returns True the run ends there,
-            with state.pth and last.pth written. The statistics are not re-estimated in that case, to stop without
-            delay.
+            with state.pth written; last.pth stays the network after the last complete epoch, because the statistics
+            are not re-estimated, to stop without delay.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
         tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
             the output folder; the package tensorboard must be installed.

@@ -170,7 +170,9 @@ class RunFolder:
 
     def _staged(self, network: nn.Module, state: TrainingState, staging: Path) -> dict[str, Callable[[], None]]:
         """Write the files, apart from the reports, into a staging folder; return functions that name them."""
-        checkpoints = (LAST, BEST) if state.progress.just_improved else (LAST,)
+        # Within an epoch, the running statistics lag behind the weights: that network would do worse than it can.
+        checkpoints = [LAST] if state.progress.history and state.progress.step == 0 else []
+        checkpoints += [BEST] if state.progress.just_improved else []
         writers: dict[str, Callable[[Path], object]] = {}
         if history := state.progress.history:
             writers[METRICS] = partial(write_metrics, history)

@@ -312,7 +312,7 @@ def _check_beginning(content: _Content) -> None:
     if fit := content.fit:
         for name in ("accuracy", "own_accuracy"):
             checked(getattr(fit, name), Fraction | None, f"fit.{name}")
-        measured = fit.fitted or not (fit.new or fit.reason)
+        measured = fit.fitted or fit.own_accuracy is not None or not (fit.new or fit.reason)
         if not fit.done or (measured and fit.accuracy is None) or (fit.new and not (fit.fitted or fit.reason)):
             raise SchemaError("the field fit is not the result of a fit")
         if not fit.reason.isprintable():

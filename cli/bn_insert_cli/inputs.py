@@ -111,18 +111,18 @@ def check_checkpoint(checkpoint: str) -> None:
     except OSError:  # no permission to look, or too long a name: reading it tells
         return
     if not named:
-        _check_run_has_best(Path(checkpoint))
+        _check_run_has_epoch(Path(checkpoint))
         read_named_checkpoint(checkpoint)  # which says what may be meant
 
 
-def _check_run_has_best(path: Path) -> None:
-    """Raise CheckpointError if a path that does not exist is the best checkpoint of a run without a complete epoch."""
+def _check_run_has_epoch(path: Path) -> None:
+    """Raise CheckpointError if a path that does not exist is a checkpoint of a run without a complete epoch."""
     from bn_insert import CheckpointError  # noqa: PLC0415
 
-    if path.name == "best.pth" and path.with_name("state.pth").exists():
+    if path.name in {"best.pth", "last.pth"} and path.with_name("state.pth").exists():
         raise CheckpointError(
-            f"{path} does not exist: the run in {path.parent} has no complete epoch yet. Continue it with `bn-insert "
-            f"finetune ... --resume`, or use {path.with_name('last.pth')}, the network as it is now"
+            f"{path} does not exist: the run in {path.parent} has no complete epoch yet; continue it with `bn-insert "
+            "finetune ... --resume`"
         )
 
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bn_insert import EpochMetrics, RunSummary, TrainingSettings, finetune, insert_batchnorm
+from bn_insert import EpochMetrics, RunSummary, StepMetrics, TrainingSettings, finetune, insert_batchnorm
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
 from bn_insert.images import ClassFolders, open_class_folders
+from bn_insert.support import files
 from bn_insert.support.processes import Ranks
 from bn_insert.surgery.replace_output import replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
@@ -297,13 +298,53 @@ def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
     assert_same_weights(best, last)
 
 
+def test_the_last_checkpoint_of_a_run_stopped_in_an_epoch_is_that_of_the_epoch_before(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    for folder, epoch in ((tmp_path / "first", 1), (tmp_path, 2)):
+        steps: list[StepMetrics] = []
+
+        def stopped(steps: list[StepMetrics] = steps, epoch: int = epoch) -> bool:
+            return any(step.epoch == epoch for step in steps)
+
+        assert finetune(dense_network(), digits, folder, BRIEF, on_step=steps.append, stop=stopped).interrupted
+    assert not (tmp_path / "first" / "last.pth").exists()
+    assert_same_weights(*(weights_in(tmp_path, name, dense_network()) for name in ("last.pth", "best.pth")))
+    last = weights_in(tmp_path, model=dense_network())
+    assert not torch.equal(load_state(tmp_path / "state.pth").model["1.weight"], last["1.weight"])
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SECONDS_TO_END", 0.2)
+    messages = []
+
+    def others(step: StepMetrics) -> None:
+        for options in ({}, {"resume": True}, {"overwrite": True}) if step.step == 1 else ():
+            with pytest.raises(CheckpointError) as error:
+                finetune(dense_network(), digits, tmp_path, BRIEF, **options)
+            messages.append(str(error.value))
+
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), on_step=others)
+    assert (
+        messages
+        == [
+            f"{tmp_path} is in use: another process is writing its results there; wait until it has ended, or choose "
+            "another output folder"
+        ]
+        * 3
+    )
+    assert len(finetune(dense_network(), digits, tmp_path, BRIEF, resume=True).epochs) == 2
+
+
 def test_what_only_the_replaced_run_had_goes_last(digits: ClassFolders, tmp_path: Path) -> None:
     finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
     stopped = finetune(dense_network(), digits, tmp_path, replace(BRIEF, lr=0.01), overwrite=True, stop=stop_after(1))
     assert stopped.interrupted
     names = {path.name for path in tmp_path.iterdir()}
-    assert names & {"best.pth", "metrics.csv", "curves.png"} == set()
-    assert {"last.pth", "state.pth", "classes.txt", "report.html", "report.json"} <= names
+    assert names & {"best.pth", "last.pth", "metrics.csv", "curves.png"} == set()
+    assert {"state.pth", "classes.txt", "report.html", "report.json"} <= names
 
 
 @pytest.mark.parametrize("name", ["best.pth", "last.pth", "state.pth", "metrics.csv", "report.html"])
