@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
+_REST_BY_DEFAULT = "the rest by default"
 _COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
 _FRAMES = 16
 
@@ -180,14 +181,19 @@ def _is_name(checkpoint: str) -> bool:
 
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:
-    """Print how images are preprocessed and why so; warn of a mean that does not fit pixels in 0..1."""
+    """Print how images are preprocessed and why so; warn of a mean or a crop that does not fit the images."""
     from bn_insert.report import preprocessing_text  # noqa: PLC0415
 
     if is_tensor_file(images):
         print_note("Preprocessing: none (the values of a tensor file are used unchanged).")
         return
     print_note(f"Preprocessing: {preprocessing_text(transform.to_dict())} ({origin}).")
-    if origin == IMAGENET_DEFAULT:
+    if transform.resize and transform.crop and transform.crop > transform.resize:
+        print_warning(
+            f"the crop of {transform.crop} is larger than images resized to {transform.resize}, which are padded with "
+            f"black. To avoid this, use --crop {transform.resize}."
+        )
+    if origin == IMAGENET_DEFAULT or origin.endswith(_REST_BY_DEFAULT):
         print_note(
             "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: no check "
             "can find such a mistake."
@@ -222,14 +228,27 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
         origin = "from the options"
     elif given:
         options_named = ", ".join(f"--{name}" for name in given)
-        origin = f"{options_named} from the options, the rest {'from the checkpoint' if in_file else 'by default'}"
+        origin = f"{options_named} from the options, {'the rest from the checkpoint' if in_file else _REST_BY_DEFAULT}"
     transform = Transform(
         resize=stored.resize if options.resize is None else options.resize or None,
         crop=stored.crop if options.crop is None else options.crop or None,
         mean=stored.mean if options.mean is None else numbers(options.mean, "--mean"),
         std=stored.std if options.std is None else numbers(options.std, "--std"),
     )
-    return transform, origin
+    return transform, origin + _replaced_text(checkpoint, transform)
+
+
+def _replaced_text(checkpoint: Checkpoint, transform: Transform) -> str:
+    """Return what a checkpoint stores of a preprocessing that options changed, as a clause; empty if they did not."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import Transform  # noqa: PLC0415
+    from bn_insert.report import preprocessing_text  # noqa: PLC0415
+
+    try:
+        stored = Transform.from_dict(checkpoint.settings.transform) if checkpoint.settings else transform
+    except ImageError:  # none, or one that the options replace because it cannot be used
+        return ""
+    return "" if stored == transform else f"; the checkpoint stores {preprocessing_text(stored.to_dict())}"
 
 
 def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:

@@ -30,6 +30,7 @@ COMMANDS = (
     "demo",
 )
 SMALL = (*AS_STORED, "--images", 16)
+HINT = "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: no check can find"
 
 
 def at_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,10 @@ def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digi
         assert result.exit_code == 0, result.output
         assert text_of(result.stderr).count(stored) == 1
     mixed = run("compare", network_path(), "out.pth", digits, "--mean", "0.5")
-    assert "mean 0.5; std 1 (--mean from the options, the rest from the checkpoint)." in text_of(mixed.stderr)
+    origin = "--mean from the options, the rest from the checkpoint"
+    assert f"mean 0.5; std 1 ({origin}; the checkpoint stores no resizing; no crop; mean 0; std 1)." in text_of(
+        mixed.stderr
+    )
 
 
 def test_the_default_preprocessing_is_called_one(run: Run, digits: Path) -> None:
@@ -137,6 +141,18 @@ def test_the_default_preprocessing_is_called_one(run: Run, digits: Path) -> None
     result = run("compare", plain, plain, digits, "--images", 2, "-j", 0)
     line = "resize 256; crop 224; mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225 (ImageNet's, the default"
     assert line in text_of(result.stderr)
+    assert HINT in text_of(result.stderr)
+    some = run("compare", plain, plain, digits, "--images", 2, "-j", 0, "--resize", 32, "--crop", 32)
+    assert f"(--resize, --crop from the options, the rest by default). {HINT}" in text_of(some.stderr)
+
+
+def test_a_crop_larger_than_the_images_is_warned_of(run: Run, digits: Path) -> None:
+    words = ("compare", network_path(), network_path(), digits, "--images", 2, "-j", 0, "--quiet", "--resize", 32)
+    assert (
+        "warning: the crop of 48 is larger than images resized to 32, which are padded with black. To avoid this, use "
+        "--crop 32." in text_of(run(*words, "--crop", 48).stderr)
+    )
+    assert "warning" not in run(*words, "--crop", 32).stderr
 
 
 def test_a_mean_above_1_is_warned_of(run: Run, digits: Path) -> None:
