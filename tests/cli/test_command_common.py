@@ -130,10 +130,9 @@ def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digi
         assert result.exit_code == 0, result.output
         assert text_of(result.stderr).count(stored) == 1
     mixed = run("compare", network_path(), "out.pth", digits, "--mean", "0.5")
-    origin = "--mean from the options, the rest from the checkpoint"
-    assert f"mean 0.5; std 1 ({origin}; the checkpoint stores no resizing; no crop; mean 0; std 1)." in text_of(
-        mixed.stderr
-    )
+    origin = "--mean from the options, the rest from the checkpoint; the checkpoint stores "
+    origin += "no resizing; no crop; mean 0; std 1"
+    assert f"mean 0.5; std 1 ({origin})." in text_of(mixed.stderr)
 
 
 def test_the_default_preprocessing_is_called_one(run: Run, digits: Path) -> None:
