@@ -156,11 +156,11 @@ TASKS = {
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--opt", "sgd", "--dropout", "0"), -6),
-    Opponent("SGD, no dropout, output layer from zeros", ("--opt", "sgd", "--dropout", "0", "--no-fit-output"), -6),
+    Opponent("SGD, no dropout, output layer not fitted", ("--opt", "sgd", "--dropout", "0", "--no-fit-output"), -6),
     Opponent("AdamW, no dropout", ("--opt", "adamw", "--dropout", "0"), -8),
     Opponent("SGD, the checkpoint's dropout", ("--opt", "sgd"), -6),
     Opponent("AdamW, the checkpoint's dropout", ("--opt", "adamw"), -8),
-    Opponent("AdamW, no dropout, output layer from zeros", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
+    Opponent("AdamW, no dropout, output layer not fitted", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
 # With inserted BatchNorm: the defaults, which are compared, and another optimizer beside them.
 INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
@@ -255,8 +255,6 @@ def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Oppo
     for (method, options), seed in product(INSERTED.items(), range(seeds)):
         record.run(name, method, options, seed)
     for opponent in opponents:
-        if TASKS[name].source and "--no-fit-output" in opponent.options:
-            continue  # the checkpoint's output layer is kept there, and not fitted
 
         def validation(index: int, opponent: Opponent = opponent) -> float:
             line = record.run(name, opponent.title, _plain(opponent, rate_of(index)), 0)
