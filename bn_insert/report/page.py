@@ -105,7 +105,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "verdict": runs_verdict(runs) if comparable else "",
         "identical": identical_runs(runs),
         "different": different,
-        "same": {name: values[0] for name, values in rows.items() if name not in different},
+        "same": {name: values[0] for name, values in rows.items() if values[0] and name not in different},
     }
 
 

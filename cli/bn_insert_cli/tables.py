@@ -53,7 +53,7 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
             str(site.channels),
             _range(found.mean.tolist()),
             _range(found.std.tolist()),
-            *[f"{found.error_of(0.99):.2g}"] * reliable,
+            *[f"{shown_error(found):g}"] * reliable,
             *[str(found.constant_channels or "-")] * constant,
         )
     result.caption = "mean, std: smallest .. largest channel; "
@@ -65,6 +65,11 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
     else:
         result.caption += f"their error is not estimated from fewer than {FEWEST_BATCHES} batches (see --images and -b)"
     return result
+
+
+def shown_error(moments: Moments) -> float:
+    """Return the sampling error of a layer as tables show it, so that what is said about it agrees with them."""
+    return float(f"{moments.error_of(0.99):.2g}")
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original and result compared") -> Table:
