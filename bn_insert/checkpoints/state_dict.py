@@ -32,6 +32,9 @@ WRAPPERS = (
 )
 """Keys under which a larger dict may have the state dict; of several, the first."""
 
+TRAINING_STATE = "bn-insert training state"
+"""How the format of a run's state begins, in every version: it has the network without its settings."""
+
 # What wrappers add to all keys. A file of a part of a VGG may begin with other names, so these alone are removed where
 # nothing is known of the architecture.
 _PREFIX = re.compile(r"(module|model|_orig_mod|net|network|backbone|vgg|encoder|timm_model|base_model|cnn|student)\.")
@@ -51,8 +54,14 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             is the state dict itself, whatever the key.
 
     Raises:
-        CheckpointError: The content is not a dict, or has no dict under that key.
+        CheckpointError: The content is not a dict, has no dict under that key, or is the state of a training run.
     """
+    found_format = dict.get(content, "format") if isinstance(content, dict) else None
+    if isinstance(found_format, str) and found_format.startswith(TRAINING_STATE):
+        raise CheckpointError(
+            f"{path} is the state of a training run, for {as_passed('resume', True)}; use best.pth or last.pth beside "
+            "it"
+        )
     if key is not None and not _is_state_dict(content):
         found = dict.get(content, key) if isinstance(content, dict) else None
         if not isinstance(found, dict):
