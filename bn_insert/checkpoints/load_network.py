@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,10 @@ def build_network(
             )
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {printable(error)}") from error
+        way_out = ""
+        if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
+            way_out = f", or leave out {as_passed('model')}: the architecture is read from the checkpoint"
+        raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
     if history != History():
         history.keep_with(network)
     try:
@@ -112,6 +116,15 @@ def build_network(
             "remove them, or save the network again with save_checkpoint"
         ) from error
     return network.eval()
+
+
+def _needs_no_model(checkpoint: Checkpoint, *, ignore_unexpected: bool) -> bool:
+    """Return whether the network of a checkpoint can be built from the file alone."""
+    try:
+        build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)  # mapped: without copies
+    except CheckpointError:
+        return False
+    return True
 
 
 def _unshared(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
