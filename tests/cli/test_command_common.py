@@ -171,7 +171,7 @@ def test_a_tensor_file_is_not_preprocessed_and_the_command_says_so(run: Run) -> 
 def test_results_as_json(run: Run, digits: Path) -> None:
     run("insert", network_path(), digits, "-o", "out.pth", *SMALL)
     found = json.loads(run("inspect", "out.pth", "--json").stdout)
-    assert found["batchnorms"] == 0
+    assert (found["batchnorms"], found["sites"]) == (8, 0)
     assert found["layers"][0]["reason"] == "already followed by a normalization: features.1"
     assert found["settings"]["transform"]["std"] == [1.0]
     found = json.loads(run("compare", network_path(), "out.pth", digits, "--json").stdout)
