@@ -51,8 +51,8 @@ def load_checkpoint(
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
             layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
             that share memory in the file share it in the network.
-        key: The key of the dict in the file that contains the state dict, if it is not a common one. A file that
-            contains the state dict itself needs none, and is read all the same.
+        key: The key of the dict in the file that contains the state dict, if it is not a common one. With a key, a
+            file that is a state dict itself is refused.
         ignore_unexpected: Pass over tensors that the network does not have, such as the counts of a profiler.
 
     Raises:

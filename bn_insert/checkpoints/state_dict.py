@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, as_passed
+from ..errors import CheckpointError, UnneededKeyError, as_passed
 from ..support.safe_torch_load import MAX_TENSORS
 from ..support.text import printable
 
@@ -50,10 +50,10 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     Args:
         path: The file, for messages.
         content: What it contains.
-        key: The key that has the state dict; by default one of WRAPPERS, if it is there. A dict of nothing but tensors
-            is the state dict itself, whatever the key.
+        key: The key that has the state dict; by default one of WRAPPERS, if it is there.
 
     Raises:
+        UnneededKeyError: There is a key, and the content is a dict of nothing but tensors: the state dict itself.
         CheckpointError: The content is not a dict, has no dict under that key, or is the state of a training run.
     """
     found_format = dict.get(content, "format") if isinstance(content, dict) else None
@@ -62,7 +62,9 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             f"{path} is the state of a training run, for {as_passed('resume', True)}; use best.pth or last.pth beside "
             "it"
         )
-    if key is not None and not _is_state_dict(content):
+    if key is not None:
+        if _is_state_dict(content):
+            raise unneeded_key(path)
         found = dict.get(content, key) if isinstance(content, dict) else None
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}")
@@ -81,6 +83,11 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             "torch.save(model.state_dict(), path)"
         )
     return content
+
+
+def unneeded_key(path: Path) -> UnneededKeyError:
+    """Return the error for a key that was passed for a file that is a state dict itself."""
+    return UnneededKeyError(f"{path} is a state dict itself; leave out {as_passed('key')}")
 
 
 def _way_to_tensors(key: str, content: dict[Any, Any]) -> str:

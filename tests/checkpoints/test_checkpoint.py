@@ -270,6 +270,13 @@ def test_a_state_dict_is_found_in_its_wrapper(wrapper: str, tmp_path: Path) -> N
     assert torch.equal(result.classifier[0].weight, state["classifier.0.weight"])
 
 
+@BOTH_FORMATS
+def test_a_key_is_refused_for_a_file_that_is_a_state_dict_itself(name: str, tmp_path: Path) -> None:
+    save_checkpoint(vgg_of(SPEC), tmp_path / name)
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name, key="nonsense"))
+    assert message == f"{tmp_path / name} is a state dict itself; leave out key"
+
+
 def test_a_configuration_under_the_name_of_a_wrapper_is_passed_over(tmp_path: Path) -> None:
     torch.save({"model": {"depth": 16}, "model_state_dict": {"state_dict": plain_state()}}, tmp_path / "vgg.pth")
     load_checkpoint(tmp_path / "vgg.pth")
