@@ -60,6 +60,10 @@ class CheckpointError(BNInsertError):
     """A checkpoint cannot be read or written, or does not contain a network that can be rebuilt."""
 
 
+class UnneededKeyError(CheckpointError):
+    """A key was passed for a checkpoint that is a state dict itself."""
+
+
 class GraphError(BNInsertError):
     """The model cannot be traced, or a change that was requested is not possible in its graph."""
 

@@ -10,8 +10,10 @@ from ..errors import CheckpointError
 from ..support.safe_torch_load import RefusedError
 from ..support.text import printable
 
-# Files that save_pretrained of Hugging Face's libraries, timm, and accelerate write into a folder.
+# Files that bn-insert finetune writes into a folder, and save_pretrained of Hugging Face's libraries, timm, accelerate.
 _USUAL_NAMES = (
+    "best.pth",
+    "last.pth",
     "model.safetensors",
     "pytorch_model.bin",
     "model.safetensors.index.json",

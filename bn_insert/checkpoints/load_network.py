@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ def load_checkpoint(
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
             layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
             that share memory in the file share it in the network.
-        key: The key of the dict in the file that contains the state dict, if it is not a common one. A file that
-            contains the state dict itself needs none, and is read all the same.
+        key: The key of the dict in the file that contains the state dict, if it is not a common one. With a key, a
+            file that is a state dict itself is refused.
         ignore_unexpected: Pass over tensors that the network does not have, such as the counts of a profiler.
 
     Raises:
@@ -101,7 +102,10 @@ def build_network(
             )
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {printable(error)}") from error
+        way_out = ""
+        if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
+            way_out = f", or leave out {as_passed('model')}: the architecture is read from the checkpoint"
+        raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
     if history != History():
         history.keep_with(network)
     try:
@@ -112,6 +116,15 @@ def build_network(
             "remove them, or save the network again with save_checkpoint"
         ) from error
     return network.eval()
+
+
+def _needs_no_model(checkpoint: Checkpoint, *, ignore_unexpected: bool) -> bool:
+    """Return whether the network of a checkpoint can be built from the file alone."""
+    try:
+        build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)  # mapped: without copies
+    except CheckpointError:
+        return False
+    return True
 
 
 def _unshared(checkpoint: Checkpoint) -> Mapping[str, Tensor]:

@@ -23,7 +23,7 @@ from ..support.text import printable
 from .damaged_files import START, file_in, guess, unreadable
 from .legacy_sidecar import read_sidecar, sidecar_path
 from .settings import HEADER_KEY, METADATA_KEY, Settings, stored_metadata
-from .state_dict import checked_tensors, unwrapped_state_dict
+from .state_dict import checked_tensors, unneeded_key, unwrapped_state_dict
 
 FileKind = Literal["torch", "safetensors"]
 
@@ -68,6 +68,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         key: The key of the dict that contains the state dict.
 
     Raises:
+        UnneededKeyError: The file is a state dict itself, and a key is passed.
         CheckpointError: The file is not a checkpoint, is damaged, contains anything but tensors, requests more memory
             than its size can justify, or has damaged settings.
     """
@@ -75,6 +76,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
     _check_whole(path)
     with _open(path) as file:
         kind = _file_kind(path, file)
+        if kind == "safetensors" and key is not None:
+            raise unneeded_key(path)
         try:
             with warnings.catch_warnings():
                 # How the file was written (old pickle protocols, typed storages) does not concern its reader.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, as_passed
+from ..errors import CheckpointError, UnneededKeyError, as_passed
 from ..support.safe_torch_load import MAX_TENSORS
 from ..support.text import printable
 
@@ -32,6 +32,9 @@ WRAPPERS = (
 )
 """Keys under which a larger dict may have the state dict; of several, the first."""
 
+TRAINING_STATE = "bn-insert training state"
+"""How the format of a run's state begins, in every version: it has the network without its settings."""
+
 # What wrappers add to all keys. A file of a part of a VGG may begin with other names, so these alone are removed where
 # nothing is known of the architecture.
 _PREFIX = re.compile(r"(module|model|_orig_mod|net|network|backbone|vgg|encoder|timm_model|base_model|cnn|student)\.")
@@ -47,13 +50,21 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     Args:
         path: The file, for messages.
         content: What it contains.
-        key: The key that has the state dict; by default one of WRAPPERS, if it is there. A dict of nothing but tensors
-            is the state dict itself, whatever the key.
+        key: The key that has the state dict; by default one of WRAPPERS, if it is there.
 
     Raises:
-        CheckpointError: The content is not a dict, or has no dict under that key.
+        UnneededKeyError: There is a key, and the content is a dict of nothing but tensors: the state dict itself.
+        CheckpointError: The content is not a dict, has no dict under that key, or is the state of a training run.
     """
-    if key is not None and not _is_state_dict(content):
+    found_format = dict.get(content, "format") if isinstance(content, dict) else None
+    if isinstance(found_format, str) and found_format.startswith(TRAINING_STATE):
+        raise CheckpointError(
+            f"{path} is the state of a training run, for {as_passed('resume', True)}; use best.pth or last.pth beside "
+            "it"
+        )
+    if key is not None:
+        if _is_state_dict(content):
+            raise unneeded_key(path)
         found = dict.get(content, key) if isinstance(content, dict) else None
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}")
@@ -72,6 +83,11 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             "torch.save(model.state_dict(), path)"
         )
     return content
+
+
+def unneeded_key(path: Path) -> UnneededKeyError:
+    """Return the error for a key that was passed for a file that is a state dict itself."""
+    return UnneededKeyError(f"{path} is a state dict itself; leave out {as_passed('key')}")
 
 
 def _way_to_tensors(key: str, content: dict[Any, Any]) -> str:

@@ -214,7 +214,11 @@ def _read_torch(path: Path) -> Tensor:
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
     shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
     found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
-    return ImageError(f"{path} contains {len(names)} tensors{found}; save only the one with the images")
+    if any(str(name).endswith((".weight", ".bias")) for name in names):
+        way_out = "it looks like a checkpoint, and images are expected: a folder of them, or a file with one tensor"
+    else:
+        way_out = "save only the one with the images"
+    return ImageError(f"{path} contains {len(names)} tensors{found}; {way_out}")
 
 
 def _check_shape(path: Path, values: Tensor, channels: int | None, layout: str) -> None:

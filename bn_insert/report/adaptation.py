@@ -27,6 +27,7 @@ def adaptation_report(
     *,
     classes: Sequence[str] = (),
     source_entropy: float | None = None,
+    target_images: int = 0,
 ) -> dict[str, Any]:
     """Return the findings of an adaptation as one JSON-ready dictionary.
 
@@ -40,6 +41,7 @@ def adaptation_report(
         comparisons: The fields of a `Comparison` that checks the result, by device.
         classes: Names of the classes that the labels number; empty without labels.
         source_entropy: Mean entropy of the original's predictions on source images, in nats; None if it is not known.
+        target_images: Number of images that the network was adapted to, if the predictions may be on fewer of them.
     """
     predictions = {name: _finite(value) for name, value in predictions.items()} | {"entropy_source": source_entropy}
     per_class = [dict(each) for each in predictions["per_class"]]
@@ -53,7 +55,7 @@ def adaptation_report(
         "comparisons": dict(comparisons),
         "versions": versions(),
     }
-    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data)]}
+    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data, target_images)]}
 
 
 def _finite(value: Any) -> Any:
@@ -61,11 +63,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _verdicts(data: Mapping[str, Any]) -> list[Verdict]:
+def _verdicts(data: Mapping[str, Any], target_images: int) -> list[Verdict]:
     shifts, predictions = data["shifts"], data["predictions"]
     found = [_moved(shifts)]
     if predictions["classes"]:
-        found.append(_certainty(predictions))
+        found.append(_certainty(predictions, target_images))
         found += _swapped(predictions)
         if predictions["per_class"]:
             found.append(_accuracy(predictions["per_class"], predictions["classes"]))
@@ -98,11 +100,14 @@ def _hardly_moved(shifts: Sequence[Mapping[str, Any]]) -> bool:
     return means < _HARDLY and max(abs(factor - 1) for factor in _factors(shifts)) < _HARDLY
 
 
-def _certainty(predictions: Mapping[str, Any]) -> Verdict:
+def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
     before, after = predictions["entropy_before"], predictions["entropy_after"]
+    images = f"{predictions['images']:,}"
+    if predictions["images"] < target_images:
+        images += f" of the {target_images:,}"
     text = (
-        f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {predictions['images']:,} "
-        f"target images; the mean entropy of the predictions {_went(before, after)} nats."
+        f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {images} target images; "
+        f"the mean entropy of the predictions {_went(before, after)} nats."
     )
     source = predictions["entropy_source"]
     if source is not None:
@@ -159,7 +164,7 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         option="run bn-insert evaluate with the original and the adapted checkpoint on some target images, in one "
         "folder for each of the network's classes",
     )
-    text = f"Not measured without labels; {guess}. Only labels can tell: {labels}."
+    text = f"Not measured; {guess}. Only labels can tell: {labels}."
     return Verdict("good" if good else "check", "Accuracy", text)
 
 
@@ -191,7 +196,10 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
     if after < before - 0.01:
         text += " Adapting made it worse: keep the original, or use more target images."
         return Verdict("bad", "Accuracy", text)
-    return Verdict("good" if after > before or after == 1 else "check", "Accuracy", text)
+    if after <= before and after < 1:
+        text += " Adapting did not improve it: keep the original, or use more target images."
+        return Verdict("check", "Accuracy", text)
+    return Verdict("good", "Accuracy", text)
 
 
 def _preprocessing() -> str:

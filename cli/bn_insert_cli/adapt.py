@@ -225,6 +225,7 @@ def _findings(
         {place: asdict(comparison) for place, comparison in comparisons.items()},
         classes=classes,
         source_entropy=source_entropy,
+        target_images=adaptation.target_images,
     )
     for verdict in findings["verdicts"]:
         print_verdict = print_note if verdict["state"] == "good" else print_warning

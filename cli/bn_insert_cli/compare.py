@@ -7,9 +7,21 @@ from typing import Annotated
 
 import typer
 
+from bn_insert.errors import UnneededKeyError
+
 from . import shared_options as opt
 from .console import image_progress, print_json, print_result, print_table
-from .inputs import ImageOptions, check_checkpoint, is_torchvision_name, open_calibration, open_checkpoint, open_device
+from .inputs import (
+    ImageOptions,
+    Opened,
+    check_checkpoint,
+    is_torchvision_name,
+    open_calibration,
+    open_checkpoint,
+    open_device,
+    print_assumptions,
+    print_preprocessing,
+)
 from .output_checks import CHECK_FAILED
 from .tables import comparison_table
 
@@ -34,7 +46,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             "--key",
             metavar="NAME",
-            help="Key of the state dict in A and B. A file that is a state dict itself needs none.",
+            help="Key of the state dict in A and B, or in one of them if the other is a state dict itself.",
             show_default=False,
             rich_help_panel=opt.CHECKPOINT,
         ),
@@ -63,7 +75,8 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Compare the outputs of two checkpoints: bit-identity, largest differences, top-1 agreement.
 
-    The exit code is 1 if a difference exceeds --atol or --rtol. The preprocessing defaults to that stored in B.
+    The exit code is 1 if a difference exceeds --atol or --rtol. The preprocessing defaults to that stored in B,
+    or else in A.
 
     Example: `bn-insert compare vgg16.pth vgg16-bn.pth photographs/`
 
@@ -81,11 +94,15 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     model_a = None if is_torchvision_name(a) and not is_torchvision_name(b) else model
     if model_b is None and (is_torchvision_name(a) or not is_torchvision_name(b)):
         model_b = model
-    reference, *_ = open_checkpoint(a, image_options, model_a, key=key, ignore_unexpected=ignore_unexpected)
-    candidate, transform, *_ = open_checkpoint(
-        b, image_options, model_b, images=images_from, key=key, ignore_unexpected=ignore_unexpected
-    )
-    reference, candidate = reference.to(target), candidate.to(target)
+    opened_a, has_key = _open(a, image_options, model_a, key, optional=True, ignore_unexpected=ignore_unexpected)
+    opened_b, _ = _open(b, image_options, model_b, key, optional=has_key, ignore_unexpected=ignore_unexpected)
+    name, chosen = (a, opened_a) if _knows_none(b, opened_b) and not _knows_none(a, opened_a) else (b, opened_b)
+    transform, origin = chosen.transform, chosen.origin
+    if not _knows_none(name, chosen):
+        origin = origin.replace("the checkpoint", name)  # which of the two
+    print_preprocessing(transform, origin, images_from)
+    print_assumptions(opened_b.network, opened_b.settings, b, model_b)
+    reference, candidate = opened_a.network.to(target), opened_b.network.to(target)
     batches = open_calibration(images_from, reference, transform, image_options)
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)
@@ -102,3 +119,27 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
         raise typer.Exit(CHECK_FAILED)
     equal = "bit for bit" if comparison.bit_identical else f"within {allowed}"
     print_result(f"The outputs are equal {equal}.")
+
+
+def _open(
+    checkpoint: str,
+    options: ImageOptions,
+    function: str | None,
+    key: str | None,
+    *,
+    optional: bool,
+    ignore_unexpected: bool,
+) -> tuple[Opened, bool]:
+    """Return a checkpoint, and whether its state dict is under the key; if `optional`, it need not be."""
+    try:
+        opened = open_checkpoint(checkpoint, options, function, key=key, ignore_unexpected=ignore_unexpected)
+    except UnneededKeyError:
+        if not optional:
+            raise
+        return open_checkpoint(checkpoint, options, function, ignore_unexpected=ignore_unexpected), False
+    return opened, key is not None
+
+
+def _knows_none(checkpoint: str, opened: Opened) -> bool:
+    """Return whether a checkpoint does not tell the preprocessing of its images."""
+    return not is_torchvision_name(checkpoint) and not (opened.settings and opened.settings.transform)

@@ -80,12 +80,14 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(count, *shape, generator=generator)]
-        print_note(f"No images given: the result is checked on {count} random inputs of {' x '.join(map(str, shape))}.")
     else:
         inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)
     if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
+    if images_from is None:
+        shown = " x ".join(map(str, inputs[0].shape[1:]))
+        print_note(f"No images given: the result is checked on {len(inputs[0])} random inputs of {shown}.")
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import typer
 
+from bn_insert.errors import UnneededKeyError
 from bn_insert.support.text import counted, figures, first_line
 
 from .console import print_note, print_warning
@@ -141,6 +142,8 @@ def read_named_checkpoint(
     from bn_insert import CheckpointError, read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
 
     if is_torchvision_name(checkpoint):
+        if key is not None:
+            raise UnneededKeyError(f"{checkpoint} is a network of torchvision; leave out --key")
         if function is not None:
             raise typer.BadParameter(
                 f"{checkpoint} is a network of torchvision, whose architecture is known; --model is for checkpoint "

@@ -51,6 +51,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert inspect alexnet.pth --model torchvision.models:alexnet`
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
+    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
 
     from bn_insert import build_network, survey  # noqa: PLC0415
 
@@ -71,11 +72,13 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     modules = dict(network.named_modules())
     weights = {layer.name: modules[layer.name].weight.shape for layer in found}
     sites = sum(layer.site is not None for layer in found)
+    batchnorms = sum(isinstance(module, _BatchNorm) for module in modules.values())
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if as_json:
         settings = content.settings and json.loads(content.settings.to_json())
         print_json(
-            {"layers": _layer_rows(found, weights), "settings": settings, "parameters": parameters, "batchnorms": sites}
+            {"layers": _layer_rows(found, weights), "settings": settings, "parameters": parameters}
+            | {"batchnorms": batchnorms, "sites": sites}
         )
         return
     print_table(_layer_table(found, weights, example.shape[1:]))

@@ -24,10 +24,11 @@ from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
-from bn_insert.errors import CheckpointError
+from bn_insert.errors import CheckpointError, messages_name_options
 from bn_insert.support.files import write_atomically
 from support.commands import run_forked
 from support.full_disk import file_size_limit
+from support.networks import small_vgg
 from support.vgg_specs import Conv, Dense, Spec, images_for, vgg_of
 
 SPEC = Spec((Conv(norm="before"), Conv(5, pool=True), Conv(6, norm="after")), (Dense(norm="before"),))
@@ -269,6 +270,13 @@ def test_a_state_dict_is_found_in_its_wrapper(wrapper: str, tmp_path: Path) -> N
     assert torch.equal(result.classifier[0].weight, state["classifier.0.weight"])
 
 
+@BOTH_FORMATS
+def test_a_key_is_refused_for_a_file_that_is_a_state_dict_itself(name: str, tmp_path: Path) -> None:
+    save_checkpoint(vgg_of(SPEC), tmp_path / name)
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name, key="nonsense"))
+    assert message == f"{tmp_path / name} is a state dict itself; leave out key"
+
+
 def test_a_configuration_under_the_name_of_a_wrapper_is_passed_over(tmp_path: Path) -> None:
     torch.save({"model": {"depth": 16}, "model_state_dict": {"state_dict": plain_state()}}, tmp_path / "vgg.pth")
     load_checkpoint(tmp_path / "vgg.pth")
@@ -372,6 +380,24 @@ def test_another_width_is_told_with_both_shapes(tmp_path: Path) -> None:
     save_checkpoint(SmallResidual(), tmp_path / "other.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=SmallResidual(5)))
     assert "model.conv.weight is (4, 3, 3, 3) in the file and (5, 3, 3, 3) in the model" in message
+
+
+@BOTH_FORMATS
+def test_a_model_that_a_vgg_does_not_need_can_be_left_out(name: str, tmp_path: Path) -> None:
+    with_batchnorm = insert_batchnorm(small_vgg(), [torch.rand(4, 3, 16, 16)])
+    save_checkpoint(with_batchnorm, tmp_path / name)
+    wrong = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name, model=wrong))
+    assert message.endswith(
+        "pass the architecture that they were made to, or leave out model: the architecture is read from the checkpoint"
+    )
+    save_checkpoint(small_vgg(), tmp_path / name, overwrite=True)
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name, model=SmallResidual))
+    assert "that it was saved from, or leave out model: the architecture is read from the checkpoint" in message
+    with messages_name_options():
+        assert ", or leave out --model: " in refusal_of(lambda: load_checkpoint(tmp_path / name, model=SmallResidual))
+    save_checkpoint(SmallResidual(), tmp_path / name, overwrite=True)
+    assert "leave out" not in refusal_of(lambda: load_checkpoint(tmp_path / name, model=small_vgg))
 
 
 def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path) -> None:
@@ -967,6 +993,9 @@ def test_a_mistyped_path_is_told_with_what_it_may_mean(name: str, tmp_path: Path
 
 def test_a_path_without_a_readable_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is a folder, not a checkpoint file" in refusal_of(lambda: load_checkpoint(tmp_path))
+    for name in ("state.pth", "last.pth", "best.pth"):  # of a run of finetune
+        (tmp_path / name).touch()
+    assert f"name the file in it: {tmp_path / 'best.pth'}" in refusal_of(lambda: load_checkpoint(tmp_path))
     assert refusal_of(lambda: load_checkpoint(tmp_path / "none.pth")) == f"there is no file {tmp_path / 'none.pth'}"
     assert "cannot be read" in refusal_of(lambda: load_checkpoint("nul\0.pth"))
     os.mkfifo(tmp_path / "pipe.pth")

@@ -118,7 +118,6 @@ def test_the_name_of_another_network_is_refused_with_the_names_that_work(run: Ru
 def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digits: Path) -> None:
     inserted = run("insert", network_path(), digits, "-o", "out.pth", *SMALL)
     assert "Preprocessing: no resizing; no crop; mean 0; std 1 (from the options)." in text_of(inserted.stderr)
-    stored = "Preprocessing: no resizing; no crop; mean 0; std 1 (from the checkpoint)."
     for words in (
         ("compare", network_path(), "out.pth", digits),
         ("compare-modes", "out.pth", digits, "--batch-sizes", 4),
@@ -128,9 +127,11 @@ def test_each_command_that_uses_images_prints_their_preprocessing(run: Run, digi
     ):
         result = run(*words)
         assert result.exit_code == 0, result.output
+        origin = "out.pth" if words[0] == "compare" else "the checkpoint"
+        stored = f"Preprocessing: no resizing; no crop; mean 0; std 1 (from {origin})."
         assert text_of(result.stderr).count(stored) == 1
     mixed = run("compare", network_path(), "out.pth", digits, "--mean", "0.5")
-    origin = "--mean from the options, the rest from the checkpoint; the checkpoint stores "
+    origin = "--mean from the options, the rest from out.pth; out.pth stores "
     origin += "no resizing; no crop; mean 0; std 1"
     assert f"mean 0.5; std 1 ({origin})." in text_of(mixed.stderr)
 
@@ -171,7 +172,7 @@ def test_a_tensor_file_is_not_preprocessed_and_the_command_says_so(run: Run) -> 
 def test_results_as_json(run: Run, digits: Path) -> None:
     run("insert", network_path(), digits, "-o", "out.pth", *SMALL)
     found = json.loads(run("inspect", "out.pth", "--json").stdout)
-    assert found["batchnorms"] == 0
+    assert (found["batchnorms"], found["sites"]) == (8, 0)
     assert found["layers"][0]["reason"] == "already followed by a normalization: features.1"
     assert found["settings"]["transform"]["std"] == [1.0]
     found = json.loads(run("compare", network_path(), "out.pth", digits, "--json").stdout)

@@ -8,7 +8,9 @@ import torch
 
 from bn_insert import load_checkpoint, save_checkpoint
 from bn_insert.demo import network_path
+from bn_insert.images import Transform
 from support.commands import AS_STORED, Run, assert_refused, text_of
+from support.digits import save_plain_network
 
 
 def test_compare_finds_the_result_bit_identical(run: Run, digits: Path) -> None:
@@ -33,6 +35,32 @@ def test_compare_exits_with_1_past_the_tolerance(run: Run, digits: Path) -> None
         strict = run("compare", network_path(), "other.pth", digits, *AS_STORED, *bound)
         assert strict.exit_code == 1
         assert f"The outputs differ by more than {allowed} allows." in text_of(strict.stdout)
+
+
+def test_a_key_for_compare_has_to_be_in_one_of_the_files(run: Run, digits: Path) -> None:
+    plain = save_plain_network(Path("plain.pth"))
+    torch.save({"best": torch.load(plain)}, "best.pth")
+    result = run("compare", plain, "best.pth", digits, *AS_STORED, "--key", "best")
+    assert result.exit_code == 0, result.output
+    refused = run("compare", plain, plain, digits, *AS_STORED, "--key", "best")
+    assert_refused(refused, "plain.pth is a state dict itself; leave out --key")
+    assert_refused(run("inspect", "vgg16", "--key", "best"), "vgg16 is a network of torchvision; leave out --key")
+
+
+def test_compare_takes_the_preprocessing_of_a_where_b_stores_none(run: Run, digits: Path) -> None:
+    plain = save_plain_network(Path("plain.pth"))
+    for mean, name in ((0.25, "one.pth"), (0.5, "two.pth")):
+        transform = Transform(None, None, (mean,), (1.0,)).to_dict()
+        save_checkpoint(load_checkpoint(network_path()), name, transform=transform)
+    for files, wording in (
+        (("one.pth", plain), "mean 0.25; std 1 (from one.pth)."),
+        (("one.pth", "two.pth"), "mean 0.5; std 1 (from two.pth)."),
+        ((plain, plain), "(ImageNet's, the default: the checkpoint stores none)."),
+        (("one.pth", plain, "--std", 2), "std 2 (--std from the options, the rest from one.pth; one.pth stores "),
+    ):
+        result = run("compare", *files[:2], digits, "--images", 2, "-j", 0, *files[2:])
+        assert result.exit_code == 0, result.output
+        assert wording in text_of(result.stderr)
 
 
 def test_compare_modes_refuses_what_it_cannot_measure(run: Run, digits: Path) -> None:

@@ -148,7 +148,7 @@ def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
 ) -> None:
     compared = run("compare", network_path(), "net.pth", digits / "val", *AS_STORED, "--model-b", "my_nets:make")
     assert compared.exit_code == 1, compared.output
-    assert "differ by more than --atol or --rtol allows" in compared.stdout
+    assert "differ by more than --rtol 0.0001 allows" in compared.stdout
     monkeypatch.setattr(
         "bn_insert.torchvision_checkpoint",
         lambda _name: read_checkpoint(network_path()),

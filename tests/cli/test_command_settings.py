@@ -85,6 +85,12 @@ def test_what_was_inserted_is_folded_alone_on_request(run: Run) -> None:
     assert_refused(refused, "net.pth stores knows of no BatchNorm that bn-insert inserted", "without --inserted-only")
 
 
+def test_fold_without_batchnorm_says_nothing_of_a_check(run: Run) -> None:
+    result = run("fold", network_path(), "-o", "folded.pth")
+    assert_refused(result, "nothing to fold in", "it has no BatchNorm; nothing was written")
+    assert "the result is checked" not in result.stderr
+
+
 def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, digits: Path) -> None:
     network = load_checkpoint(network_path())
     save_checkpoint(network, "x.pth", transform=Transform(resize=None).to_dict() | {"crop": 16384})

@@ -222,6 +222,7 @@ def test_a_tensor_that_is_no_plain_array_of_real_numbers_is_refused(values: Tens
     [
         ({"a": VALUES, "b": VALUES}, r"x.pt contains 2 tensors \(a, b\); save only the one with the images"),
         ({f"{number}": VALUES for number in range(9)}, r"contains 9 tensors \(0, 1, 2, 3, ...\)"),
+        ({"0.weight": VALUES, "0.bias": VALUES}, r"\(0.weight, 0.bias\); it looks like a checkpoint, and images are"),
         ({"labels": [1, 2]}, "x.pt contains 0 tensors; save"),
         ([VALUES], "x.pt contains list, not a tensor; save only the tensor"),
         (None, "x.pt contains NoneType, not a tensor"),

@@ -72,7 +72,7 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
     predictions = PredictionComparison(256, 10, *entropies, 0.7)
     verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
     assert (verdict["subject"], verdict["state"]) == ("Accuracy", state)
-    assert f"Not measured without labels; {wording}" in verdict["text"]
+    assert f"Not measured; {wording}" in verdict["text"]
     assert verdict["text"].endswith("Only labels can tell: pass labels to compare_predictions.")
     with messages_name_options():
         verdict = adaptation_report(shifts(mean, 1.0), asdict(predictions), {})["verdicts"][-1]
@@ -109,6 +109,29 @@ def test_without_source_images_only_predictions_that_are_almost_guesses_are_doub
     certainty, accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {})["verdicts"][1:]
     assert (certainty["state"], accuracy["state"]) == ("check", "check")
     assert "may belong to a different task" in certainty["text"]
+
+
+def test_predictions_on_a_part_of_the_target_are_said_to_be_on_a_part() -> None:
+    predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7))
+    for count, wording in ((1282, "70.0% of 256 of the 1,282 target images"), (256, "70.0% of 256 target images")):
+        found = adaptation_report(shifts(0.2, 1.0), predictions, {}, target_images=count)["verdicts"]
+        assert wording in found[1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("after", "state", "wording"),
+    [
+        (0.7, "bad", "made it worse"),
+        (0.72, "check", "did not improve it"),
+        (0.723, "check", "did not improve it"),
+        (0.73, "good", "after, on 282 labeled target images."),
+    ],
+)
+def test_an_accuracy_that_did_not_rise_is_said_not_to_be_improved(after: float, state: str, wording: str) -> None:
+    predictions = asdict(PredictionComparison(282, 10, 2.2, 1.9, 0.7, (ClassAccuracy(0, 282, 0.723, after),)))
+    accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=["shirt"])["verdicts"][-1]
+    assert accuracy["state"] == state
+    assert wording in accuracy["text"]
 
 
 def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:

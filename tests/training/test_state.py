@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from bn_insert import BNInsertError, CheckpointError, LearningRateTrial, TrainingSettings, finetune
+from bn_insert import (
+    BNInsertError,
+    CheckpointError,
+    LearningRateTrial,
+    TrainingSettings,
+    finetune,
+    load_checkpoint,
+    read_checkpoint,
+)
 from bn_insert.images.class_folders import ClassFolders, open_class_folders
 from bn_insert.images.transform import Transform
 from support.digits import copy_labelled_digits
@@ -153,3 +161,14 @@ def test_a_state_as_it_was_written_continues(
     torch.save(states[opt], tmp_path / "state.pth")
     settings = TrainingSettings(epochs=2, batch_size=8, lr=0.003, opt=opt)
     assert len(finetune(network(), digits, tmp_path, settings, resume=True).epochs) == 2
+
+
+def test_a_state_is_refused_as_a_checkpoint_whatever_its_name(
+    states: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    torch.save(states["sgd"], tmp_path / "network.pth")
+    wording = r"network\.pth is the state of a training run, for resume=True; use best\.pth or last\.pth beside it"
+    with pytest.raises(CheckpointError, match=wording):
+        load_checkpoint(tmp_path / "network.pth", model=network)
+    with pytest.raises(CheckpointError, match=wording):
+        read_checkpoint(tmp_path / "network.pth", key="model")
