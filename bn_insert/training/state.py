@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm.renorm_limits import RenormScheduler
+from ..checkpoints.state_dict import TRAINING_STATE
 from ..errors import CheckpointError, TrainingError, as_passed, out_of_memory
 from ..images.class_folders import ClassFolders
 from ..support.processes import Ranks
@@ -24,7 +25,7 @@ from .progress import Progress
 from .schedule import learning_rate
 from .settings import TrainingSettings
 
-_FORMAT = "bn-insert training state 6"
+_FORMAT = f"{TRAINING_STATE} 6"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
