@@ -18,23 +18,20 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     before = ""
     if fit["accuracy"] is not None:
         before = f"validation accuracy {fit['accuracy']:.2%} before training"
-    own = ""
+    own = "The checkpoint's output layer is little better than guessing on these classes"
     if fit["own_accuracy"] is not None:
-        own = (
-            "The loss of the checkpoint's output layer on the validation images is no lower than that of guessing "
-            f"(accuracy {fit['own_accuracy']:.2%})"
-        )
+        own += f" (validation accuracy {fit['own_accuracy']:.2%})"
     if fit["new"]:
         if fit["fitted"]:
             return f"New output layer fitted to the features: {before}."
         return f"The new output layer was not fitted, because {fit['reason']}."
     if fit["fitted"]:
-        return f"{own}: it was fitted anew, {before}."
+        return f"{own}, so it was fitted anew: {before}."
     if not fit["reason"]:
         return f"Output layer kept: {before}."
     if not before:
         return f"Output layer kept; it could not be checked: {fit['reason']}."
-    return f"{own}: it was not fitted anew, because {fit['reason']}."
+    return f"{own}, but was kept, because {fit['reason']}."
 
 
 def choice_text(lr: float | None, trials: Mapping[float, float]) -> str:

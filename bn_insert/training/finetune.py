@@ -77,9 +77,9 @@ def finetune(
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
     The output layer is first fitted to the features that the network computes for up to 1,024 training images
-    (`settings.fit_output`, see `fit_output`) if it is new, or if its loss on the validation images is not below
-    log(classes), because the checkpoint was trained on as many others, for example. In the second case it is kept if
-    the fit does not raise the validation accuracy. That of a new head (`settings.head`) is not fitted.
+    (`settings.fit_output`, see `fit_output`) if it is new, or little better than guessing on the validation images,
+    because the checkpoint was trained on as many others, for example. In the second case it is kept if the fit does not
+    raise the validation accuracy. That of a new head (`settings.head`) is not fitted.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, from 0.0003 (0.003 for SGD) on in the direction in which the loss is clearly lower. A run

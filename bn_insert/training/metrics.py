@@ -13,8 +13,8 @@ from typing import NamedTuple
 class OutputFit:
     """Progress of the fit of an output layer before training, and its result at the end.
 
-    A model's own output layer is first checked, in a pass of its own, and fitted only if its validation loss is not
-    below log(classes).
+    A model's own output layer is first checked, in a pass of its own, and fitted only if it is little better than
+    guessing.
 
     Args:
         seen: Images that this process has run through the network so far; 0 when the check or the fit begins.
@@ -26,7 +26,7 @@ class OutputFit:
         new: Whether the layer is new, because the model's own does not have one output per class.
         own_accuracy: Accuracy of the model's own output layer on them; None before it has been checked, and if
             it cannot be.
-        reason: Why the layer was not fitted although it is new or has such a loss, as a clause; otherwise empty.
+        reason: Why the layer was kept although it is new or little better than guessing, as a clause; otherwise empty.
     """
 
     seen: int

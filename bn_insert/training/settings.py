@@ -56,8 +56,8 @@ class TrainingSettings:
         head: Width of a new head that replaces the dense layers, see `replace_head`; None keeps them, and replaces the
             output layer alone if the number of classes differs. BatchNorm in a new head is trained even where
             `batchnorm` freezes the others.
-        fit_output: Before anything is trained, fit the output layer if it is new, or if its validation loss is not
-            below log(classes), unless it is part of a new head; see `fit_output`.
+        fit_output: Before anything is trained, fit the output layer if it is new or little better than guessing, unless
+            it is part of a new head; see `fit_output`.
         freeze_features: Train only `model.classifier`.
         dropout: Probability of every dropout layer; None switches off those before a BatchNorm that normalizes by
             the batch, and leaves the others unchanged.

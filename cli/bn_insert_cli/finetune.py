@@ -158,8 +158,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     fit_output: Annotated[
         bool,
         typer.Option(
-            help="Fit a new output layer, or one with a higher validation loss than guessing, before anything is "
-            "trained; the output layer of a new head is not fitted.",
+            help="Fit a new output layer, or one that is little better than guessing, before anything is trained; the "
+            "output layer of a new head is not fitted.",
             rich_help_panel=_NETWORK,
         ),
     ] = True,
