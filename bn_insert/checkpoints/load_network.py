@@ -104,7 +104,7 @@ def build_network(
     except CheckpointError as error:
         way_out = ""
         if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
-            way_out = f", or leave out {as_passed('model')}: the architecture is read from the checkpoint"
+            way_out = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
         raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
     if history != History():
         history.keep_with(network)

@@ -7,9 +7,9 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,20 @@ try:
 except ImportError:  # Windows: without locks, abandoned folders are not removed
     fcntl = None  # type: ignore[assignment]
 
-# The processes that read images for a process that was killed end some seconds after it.
-_SECONDS_TO_END = 10.0
 _STAGING = re.compile(r"\.bn-insert-[0-9a-f]{16}\.tmp")
 
 StrPath = str | os.PathLike[str]
+
+
+class _Lock(Enum):
+    """Whether a folder could be locked."""
+
+    OURS = auto()
+    TAKEN = auto()
+    NONE = auto()
+
+
+_locked: set[int] = set()  # descriptors of folders
 
 
 def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
@@ -136,13 +145,13 @@ def real_path(path: StrPath) -> Path:
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents, check that files can be written into it, and reserve it for this process.
+    """Create a folder and its parents, check that files can be written into it, and reserve it for this caller.
 
     Staging folders of killed processes in it are removed. If the block fails, folders that were created here and are
     still empty are removed.
 
     Raises:
-        CheckpointError: If no file can be written into the folder, or another process has reserved it.
+        CheckpointError: If no file can be written into the folder, or another caller has reserved it.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -152,45 +161,18 @@ def output_folder(folder: Path) -> Iterator[None]:
             raise _cannot_write(folder, error) from error
         check_writable(folder / "any file")
         _remove_abandoned(folder)
-        with _reserved(folder):
+        with ExitStack() as closing:
+            if _lock(folder, closing) is _Lock.TAKEN:
+                raise CheckpointError(
+                    f"{folder} is in use: another run is writing its results there; wait until it has ended, or choose "
+                    "another output folder"
+                )
             yield
     except BaseException:
         for each in missing:
             with suppress(OSError):
                 each.rmdir()
         raise
-
-
-@contextmanager
-def _reserved(folder: Path) -> Iterator[None]:
-    """Reserve a folder for this process, as far as its file system has locks; the end of the process ends it too."""
-    if fcntl is None:
-        yield
-        return
-    with ExitStack() as closing:
-        descriptor = os.open(folder, os.O_RDONLY)
-        closing.callback(os.close, descriptor)
-        end = time.monotonic() + _SECONDS_TO_END
-        while _is_locked(descriptor):
-            if time.monotonic() > end:
-                raise CheckpointError(
-                    f"{folder} is in use: another process is writing its results there; wait until it has ended, or "
-                    "choose another output folder"
-                )
-            time.sleep(0.1)
-        closing.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # forked processes have copies of the descriptor
-        yield
-
-
-def _is_locked(descriptor: int) -> bool:
-    """Lock what a descriptor belongs to, and return whether another process has locked it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    return False
 
 
 @contextmanager
@@ -218,7 +200,7 @@ def _new_staging_folder(parent: Path, cleaning: ExitStack) -> Path:
         folder = parent / f".bn-insert-{secrets.token_hex(8)}.tmp"
         cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir()
-        if _lock(folder, cleaning) and folder.exists():
+        if _lock(folder, cleaning) is _Lock.OURS and folder.exists():
             return folder
     folder.mkdir(exist_ok=True)
     return folder
@@ -228,21 +210,43 @@ def _remove_abandoned(parent: Path) -> None:
     with suppress(OSError):
         for folder in [each for each in parent.iterdir() if _STAGING.fullmatch(each.name)]:
             with ExitStack() as locks:
-                if not folder.is_symlink() and _lock(folder, locks):
+                if not folder.is_symlink() and _lock(folder, locks) is _Lock.OURS:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(folder: Path, closing: ExitStack) -> bool:
-    """Lock a folder until `closing` or the process ends; return whether it could be locked."""
+def _lock(folder: Path, closing: ExitStack) -> _Lock:
+    """Lock a folder until `closing` or the end of the process, which no other process then can."""
     if fcntl is None:
-        return False
+        return _Lock.NONE
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-        closing.callback(os.close, descriptor)
+        _locked.add(descriptor)
+        closing.callback(_unlock, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is in use, gone, or on a file system without locks
-        return False
-    return True
+    except BlockingIOError:
+        return _Lock.TAKEN
+    except OSError:  # the folder is gone or cannot be listed, or its file system has no locks
+        return _Lock.NONE
+    return _Lock.OURS
+
+
+def _unlock(descriptor: int) -> None:
+    if descriptor in _locked:
+        _locked.remove(descriptor)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _close_copies() -> None:
+    while _locked:
+        os.close(_locked.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    # A copy of a descriptor in a forked process would hold its lock for as long as that process lives: those that read
+    # images live a few seconds longer than a process that is killed.
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def stage_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,11 @@ def finetune(
     if tensorboard:
         check_tensorboard(folder / TENSORBOARD)
     check_output_dir(folder, resume=resume, overwrite=overwrite)
-    existing = results_in(folder)
-    with preserved_random_state():
+    with ExitStack() as closing, preserved_random_state():
+        _on_first_rank(lambda: closing.enter_context(output_folder(folder)), ranks)
+        # Once more, now that no other run can change it.
+        check_output_dir(folder, resume=resume, overwrite=overwrite)
+        existing = results_in(folder)
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         network = prepared_network(model, settings, len(images.classes), device, ranks)
@@ -174,16 +177,15 @@ def finetune(
         results = RunFolder(folder, images, facts, dropout=str(dropout), replaced=() if resume else existing)
         run = _Run(step, training_set, images, data, results, new_output, on_fit, on_trial, on_step)
         ranks.wait()  # no rank looks into the folder after the first rank changes it
-        with ExitStack() as writing, renorm_scheduler or nullcontext():
-            _on_first_rank(lambda: writing.enter_context(output_folder(folder)), ranks)
-            if progress.just_improved:
-                _on_first_rank(lambda: results.restore_best(network), ranks)
-            if tensorboard and ranks.first:
-                writer = writing.enter_context(closing(TensorBoard(folder / TENSORBOARD, progress.history)))
-                on_epoch = writer.after_epoch(on_epoch)
-            if on_start:
-                on_start(summary)
-            progress, settings = run.train(progress, on_epoch)
+        closing.enter_context(renorm_scheduler or nullcontext())
+        _on_first_rank(lambda: results.restore_checkpoints(network, progress), ranks)
+        if tensorboard and ranks.first:
+            writer = TensorBoard(folder / TENSORBOARD, progress.history)
+            closing.callback(writer.close)
+            on_epoch = writer.after_epoch(on_epoch)
+        if on_start:
+            on_start(summary)
+        progress, settings = run.train(progress, on_epoch)
     health = run_health(
         [asdict(epoch) for epoch in progress.history],
         asdict(settings),

@@ -78,6 +78,15 @@ def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], di
     return facts, texts
 
 
+def _checkpoints_at(progress: Progress) -> list[str]:
+    """Return the checkpoints that show the network as it is: none within an epoch.
+
+    There, the running statistics lag behind the weights, and the network would do worse than it can.
+    """
+    at_end = bool(progress.history) and progress.step == 0
+    return [LAST] * at_end + [BEST] * progress.just_improved
+
+
 def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool) -> dict[str, Any]:
     """Return what the report shows about a run besides settings and epochs.
 
@@ -114,8 +123,8 @@ class RunFolder:
     nothing. They get their names in an order in which a kill or a failing rename leaves a run that can be resumed:
 
     - `state.pth` comes after the other files, which it describes.
-    - Where another run is replaced, `best.pth` comes after `state.pth`: until then that run can be resumed, and all its
-      files but `best.pth` follow from its state. `restore_best` makes up for a kill between the two.
+    - Where another run is replaced, the checkpoints come after `state.pth`: until then that run can be resumed, and all
+      its other files follow from its state. `restore_checkpoints` makes up for a kill between the two.
     - What the other run had and this one does not have yet is removed last.
     """
 
@@ -152,7 +161,7 @@ class RunFolder:
         Raises:
             CheckpointError: With the path and the reason.
         """
-        order = [CLASSES, METRICS, CURVES, LAST, *((STATE, BEST) if self._replaced else (BEST, STATE))]
+        order = [CLASSES, METRICS, CURVES, *((STATE, LAST, BEST) if self._replaced else (LAST, BEST, STATE))]
         with staging_folder(self._folder / STATE) as staging:
             publish = self._staged(network, state, staging)
             for name in filter(publish.__contains__, order):
@@ -163,16 +172,15 @@ class RunFolder:
                 (self._folder / name).unlink(missing_ok=True)
         self._replaced = ()
 
-    def restore_best(self, network: nn.Module) -> None:
-        """Write best.pth of a run that is resumed where its best epoch ended: a kill may have come before it."""
-        with staging_folder(self._folder / BEST) as staging:
-            self._staged_checkpoint(network, BEST, staging)()
+    def restore_checkpoints(self, network: nn.Module, progress: Progress) -> None:
+        """Write the checkpoints of a run that is resumed at the end of an epoch: a kill may have come before them."""
+        for name in _checkpoints_at(progress):
+            with staging_folder(self._folder / name) as staging:
+                self._staged_checkpoint(network, name, staging)()
 
     def _staged(self, network: nn.Module, state: TrainingState, staging: Path) -> dict[str, Callable[[], None]]:
         """Write the files, apart from the reports, into a staging folder; return functions that name them."""
-        # Within an epoch, the running statistics lag behind the weights: that network would do worse than it can.
-        checkpoints = [LAST] if state.progress.history and state.progress.step == 0 else []
-        checkpoints += [BEST] if state.progress.just_improved else []
+        checkpoints = _checkpoints_at(state.progress)
         writers: dict[str, Callable[[Path], object]] = {}
         if history := state.progress.history:
             writers[METRICS] = partial(write_metrics, history)

@@ -121,7 +121,8 @@ def _check_run_has_epoch(path: Path) -> None:
     """Raise CheckpointError if a path that does not exist is a checkpoint of a run without a complete epoch."""
     from bn_insert import CheckpointError  # noqa: PLC0415
 
-    if path.name in {"best.pth", "last.pth"} and path.with_name("state.pth").exists():
+    begun, trained = (path.with_name(name).exists() for name in ("state.pth", "metrics.csv"))
+    if path.name in {"best.pth", "last.pth"} and begun and not trained:
         raise CheckpointError(
             f"{path} does not exist: the run in {path.parent} has no complete epoch yet; continue it with `bn-insert "
             "finetune ... --resume`"

@@ -87,7 +87,7 @@ def note_calibration(
             f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use "
             "more images (--images), or smaller batches (-b)."
         )
-    elif tolerance is not None and error > tolerance:
+    elif tolerance is not None and max(each.error_of(0.99) for each in moments.values()) > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
     elif tolerance is None and batches >= FEWEST_BATCHES and error > GOOD_ERROR:
         inexact = [name for name, each in moments.items() if shown_error(each) > GOOD_ERROR]

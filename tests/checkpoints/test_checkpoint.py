@@ -389,15 +389,15 @@ def test_a_model_that_a_vgg_does_not_need_can_be_left_out(name: str, tmp_path: P
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     message = refusal_of(lambda: load_checkpoint(tmp_path / name, model=wrong))
     assert message.endswith(
-        "pass the architecture that they were made to, or leave out model: the architecture is read from the checkpoint"
+        "pass the architecture that they were made to; without model, the architecture is read from the checkpoint"
     )
     save_checkpoint(small_vgg(), tmp_path / name, overwrite=True)
     message = refusal_of(lambda: load_checkpoint(tmp_path / name, model=SmallResidual))
-    assert "that it was saved from, or leave out model: the architecture is read from the checkpoint" in message
+    assert "that it was saved from; without model, the architecture is read from the checkpoint" in message
     with messages_name_options():
-        assert ", or leave out --model: " in refusal_of(lambda: load_checkpoint(tmp_path / name, model=SmallResidual))
+        assert "; without --model, " in refusal_of(lambda: load_checkpoint(tmp_path / name, model=SmallResidual))
     save_checkpoint(SmallResidual(), tmp_path / name, overwrite=True)
-    assert "leave out" not in refusal_of(lambda: load_checkpoint(tmp_path / name, model=small_vgg))
+    assert "without" not in refusal_of(lambda: load_checkpoint(tmp_path / name, model=small_vgg))
 
 
 def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path) -> None:

@@ -261,3 +261,5 @@ def test_a_checkpoint_of_a_run_without_a_complete_epoch_is_explained(run: Run, d
         run("evaluate", f"run/{name}", digits),
         f"run/{name} does not exist: the run in run has no complete epoch yet; continue it with `bn-insert finetune",
     )
+    Path("run/metrics.csv").touch()  # it has been moved or removed
+    assert_refused(run("evaluate", f"run/{name}", digits), f"there is no file run/{name}")

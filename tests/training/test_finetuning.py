@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -264,7 +266,7 @@ def fail_to_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Path, "replace", replace_unless_named)
 
 
-@pytest.mark.parametrize("name", ["classes.txt", "last.pth", "state.pth"])
+@pytest.mark.parametrize("name", ["classes.txt", "state.pth"])
 def test_a_rename_that_fails_leaves_the_replaced_run_to_be_resumed_exactly(
     digits: ClassFolders, tmp_path: Path, name: str
 ) -> None:
@@ -283,14 +285,15 @@ def test_a_rename_that_fails_leaves_the_replaced_run_to_be_resumed_exactly(
         assert_same_weights(weights_in(run, checkpoint, model), weights_in(whole, checkpoint, model))
 
 
-def test_a_rename_that_fails_for_best_leaves_the_new_run_which_makes_up_for_it(
-    digits: ClassFolders, tmp_path: Path
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+def test_a_rename_that_fails_for_a_checkpoint_leaves_the_new_run_which_makes_up_for_it(
+    digits: ClassFolders, tmp_path: Path, name: str
 ) -> None:
     old, new = replace(BRIEF, epochs=1), replace(BRIEF, epochs=1, lr=0.01)
     finetune(dense_network(), digits, tmp_path, old)
     with pytest.MonkeyPatch.context() as patch:
-        fail_to_name(patch, "best.pth")
-        with pytest.raises(CheckpointError, match=r"best\.pth: Input/output error"):
+        fail_to_name(patch, name)
+        with pytest.raises(CheckpointError, match=rf"{name}: Input/output error"):
             finetune(dense_network(), digits, tmp_path, new, overwrite=True)
     result = finetune(dense_network(), digits, tmp_path, new, resume=True)
     assert len(result.epochs) == 1
@@ -314,10 +317,7 @@ def test_the_last_checkpoint_of_a_run_stopped_in_an_epoch_is_that_of_the_epoch_b
     assert not torch.equal(load_state(tmp_path / "state.pth").model["1.weight"], last["1.weight"])
 
 
-def test_two_runs_do_not_write_into_one_folder(
-    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_SECONDS_TO_END", 0.2)
+def test_two_runs_do_not_write_into_one_folder(digits: ClassFolders, tmp_path: Path) -> None:
     messages = []
 
     def others(step: StepMetrics) -> None:
@@ -327,15 +327,57 @@ def test_two_runs_do_not_write_into_one_folder(
             messages.append(str(error.value))
 
     finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), on_step=others)
-    assert (
-        messages
-        == [
-            f"{tmp_path} is in use: another process is writing its results there; wait until it has ended, or choose "
-            "another output folder"
-        ]
-        * 3
+    message = (
+        f"{tmp_path} is in use: another run is writing its results there; wait until it has ended, or choose another"
     )
+    assert messages == [f"{message} output folder"] * 3
     assert len(finetune(dense_network(), digits, tmp_path, BRIEF, resume=True).epochs) == 2
+
+
+def test_results_of_a_run_that_ended_just_before_the_folder_was_reserved_are_kept(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved = files.output_folder
+
+    def after_another(folder: Path) -> AbstractContextManager[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr("bn_insert.training.finetune.output_folder", reserved)
+            finetune(dense_network(), digits, folder, BRIEF)
+        return reserved(folder)
+
+    monkeypatch.setattr("bn_insert.training.finetune.output_folder", after_another)
+    with pytest.raises(TrainingError, match="already contains results"):
+        finetune(dense_network(), digits, tmp_path, replace(BRIEF, lr=0.1))
+
+
+def test_a_file_system_without_locks_does_without(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    assert {path.name for path in tmp_path.iterdir()} >= FILES
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+def test_what_a_killed_process_has_forked_does_not_keep_its_folder(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    killed = os.fork()
+    if killed == 0:
+        with files.output_folder(tmp_path / "run"):
+            if os.fork() == 0:
+                os.close(write)
+                os.read(read, 1)  # until the test has closed its end
+            os._exit(0)
+    os.waitpid(killed, 0)
+    os.close(read)
+    try:
+        with files.output_folder(tmp_path / "run"):
+            pass
+    finally:
+        os.close(write)
 
 
 def test_what_only_the_replaced_run_had_goes_last(digits: ClassFolders, tmp_path: Path) -> None:
