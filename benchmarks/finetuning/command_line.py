@@ -255,6 +255,8 @@ def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Oppo
     for (method, options), seed in product(INSERTED.items(), range(seeds)):
         record.run(name, method, options, seed)
     for opponent in opponents:
+        if TASKS[name].source and "--no-fit-output" in opponent.options:
+            continue  # the checkpoint's output layer knows the classes, and is not fitted
 
         def validation(index: int, opponent: Opponent = opponent) -> float:
             line = record.run(name, opponent.title, _plain(opponent, rate_of(index)), 0)
