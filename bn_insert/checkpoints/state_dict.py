@@ -59,8 +59,8 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     found_format = dict.get(content, "format") if isinstance(content, dict) else None
     if isinstance(found_format, str) and found_format.startswith(TRAINING_STATE):
         raise CheckpointError(
-            f"{path} is the state of a training run, for {as_passed('resume', True)}; use best.pth or last.pth beside "
-            "it"
+            f"{path} is the state of a training run, for {as_passed('resume', True)}; after the first epoch, best.pth "
+            "and last.pth beside it are checkpoints"
         )
     if key is not None:
         if _is_state_dict(content):

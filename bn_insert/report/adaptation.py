@@ -14,6 +14,7 @@ FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations and entropies
 _MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on source images
+_MOSTLY = 0.9  # of the predictions
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
@@ -157,8 +158,11 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess, good = f"probably better than before, {because}", True
     elif after > (1 + _HARDLY) * before:
         guess = f"perhaps worse than before, {because}, as it does if the target lacks some of the classes"
+    elif predictions["agreement"] < _MOSTLY:
+        changed = 1 - predictions["agreement"]
+        guess = f"better or worse, because {changed:.1%} of the predictions changed, but hardly the entropy"
     else:
-        guess = "probably as before, because the entropy hardly changed"
+        guess = "probably as before, because neither the predictions nor the entropy changed much"
     labels = as_passed(
         "pass labels to compare_predictions",
         option="run bn-insert evaluate with the original and the adapted checkpoint on some target images, in one "

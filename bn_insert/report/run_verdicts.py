@@ -40,6 +40,9 @@ def run_health(
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
     lower_rate = lower_rate_advice(settings, new_output=new_output)
+    if not new_output and settings.get("fit_output") is False:
+        fit = as_passed("fit_output", False, "--no-fit-output")
+        lower_rate += f" If the checkpoint was trained on other classes, leave out {fit}."
     if classes > 1:
         found += _loss(epochs, classes, settings, lower_rate)
     if worst(found) != "bad":

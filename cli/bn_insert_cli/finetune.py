@@ -12,7 +12,15 @@ import typer
 from . import shared_options as opt
 from .console import print_error
 from .finetune_display import FinetuneDisplay
-from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
+from .inputs import (
+    ImageOptions,
+    check_checkpoint,
+    input_channels,
+    note_unreadable,
+    open_checkpoint,
+    open_device,
+    warn_of_other_normalization,
+)
 from .interruption import StopRequest, signals, stop_on_signals
 
 DIVERGED = 1
@@ -279,9 +287,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     check_class_folders(data)
     chosen = open_device(device)
     image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
-    network, transform, *_ = open_checkpoint(
+    opened = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
+    network, transform, *_ = opened
+    if not resume:  # its weights come from state.pth
+        warn_of_other_normalization(opened, checkpoint)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
     with bn_insert.process_group(chosen) as target:

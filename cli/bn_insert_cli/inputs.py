@@ -99,7 +99,7 @@ def open_checkpoint(
     transform, origin = preprocessing(content, options)
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
     check_one_input(network)
-    if images is not None and os.environ.get("RANK", "0") == "0":  # torchrun's, before there is a process group
+    if images is not None and _is_first_rank():
         print_preprocessing(transform, origin, images)
         print_assumptions(network, content.settings, checkpoint, function)
     classes = content.settings.classes if content.settings else ()
@@ -242,17 +242,50 @@ def preprocessing(checkpoint: Checkpoint, options: ImageOptions) -> tuple[Transf
     return transform, origin + _replaced_text(checkpoint, transform)
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun's, before there is a process group
+
+
 def _replaced_text(checkpoint: Checkpoint, transform: Transform) -> str:
     """Return what a checkpoint stores of a preprocessing that options changed, as a clause; empty if they did not."""
-    from bn_insert import ImageError  # noqa: PLC0415
-    from bn_insert.images import Transform  # noqa: PLC0415
     from bn_insert.report import preprocessing_text  # noqa: PLC0415
 
-    try:
-        stored = Transform.from_dict(checkpoint.settings.transform) if checkpoint.settings else transform
-    except ImageError:  # none, or one that the options replace because it cannot be used
+    stored = _usable_transform(checkpoint.settings)
+    if stored is None or stored == transform:
         return ""
-    return "" if stored == transform else f"; the checkpoint stores {preprocessing_text(stored.to_dict())}"
+    return f"; the checkpoint stores {preprocessing_text(stored.to_dict())}"
+
+
+def _usable_transform(settings: Settings | None) -> Transform | None:
+    """Return the preprocessing that a checkpoint stores, None without one or if it cannot be used."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import Transform  # noqa: PLC0415
+
+    if settings is None:
+        return None
+    try:
+        return Transform.from_dict(settings.transform)
+    except ImageError:
+        return None
+
+
+def warn_of_other_normalization(opened: Opened, checkpoint: str) -> None:
+    """Warn if the BatchNorm of a checkpoint belongs to images with another mean and std than those of the options."""
+    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
+
+    from bn_insert.report import preprocessing_text  # noqa: PLC0415
+
+    stored, now = _usable_transform(opened.settings), opened.transform
+    if stored is None or (stored.mean, stored.std) == (now.mean, now.std) or not _is_first_rank():
+        return
+    if not any(isinstance(module, _BatchNorm) for module in opened.network.modules()):
+        return
+    mean_and_std = ", ".join(preprocessing_text(stored.to_dict()).split("; ")[2:])
+    print_warning(
+        f"the BatchNorm in {checkpoint} was measured on images with {mean_and_std}, and with other values the network "
+        "does not start from what it computed. If the new ones are those that the original was trained with, insert "
+        "BatchNorm into it again, with these options."
+    )
 
 
 def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:

@@ -59,9 +59,9 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("mean", "entropies", "wording", "state"),
     [
+        (0.2, (0.1, 0.1), "better or worse, because 30.0% of the predictions changed, but hardly the entropy", "check"),
         (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),
         (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
-        (0.2, (0.101, 0.1), "probably as before, because the entropy hardly changed", "check"),
         (0.2, (2.2, 2.1), "probably low, because the network is rarely certain of a class", "check"),
         (0.01, (0.46, 0.025), "probably as before, because the statistics hardly moved", "check"),
     ],
@@ -80,6 +80,12 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
         "run bn-insert evaluate with the original and the adapted checkpoint on some target images, in one"
         in verdict["text"]
     )
+
+
+def test_predictions_that_stayed_the_same_are_probably_as_good() -> None:
+    predictions = asdict(PredictionComparison(256, 10, 0.101, 0.1, 0.95))
+    text = adaptation_report(shifts(0.2, 1.0), predictions, {})["verdicts"][-1]["text"]
+    assert "Not measured; probably as before, because neither the predictions nor the entropy changed much." in text
 
 
 @pytest.mark.parametrize(("source", "doubtful"), [(None, False), (0.5, True), (1.4, True), (1.6, False), (1.8, False)])
@@ -531,6 +537,15 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     found = epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8))
     assert run_health(found, {"epochs": 9, "patience": 1}, {})[0].state == "good"
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
+
+
+def test_a_loss_above_guessing_with_a_kept_output_layer_that_was_not_fitted_names_the_option() -> None:
+    found = epochs((4.0, 3.9, 3.8), (0.2, 0.2, 0.2))
+    data = {"classes": 4, "largest_class": 0.1, "output_replaced": False}
+    with messages_name_options():
+        for fit_output, named in ((False, True), (True, False)):
+            text = run_health(found, {"fit_output": fit_output}, data)[0].text
+            assert ("If the checkpoint was trained on other classes, leave out --no-fit-output." in text) is named
 
 
 @pytest.mark.parametrize(

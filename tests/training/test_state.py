@@ -167,7 +167,7 @@ def test_a_state_is_refused_as_a_checkpoint_whatever_its_name(
     states: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     torch.save(states["sgd"], tmp_path / "network.pth")
-    wording = r"network\.pth is the state of a training run, for resume=True; use best\.pth or last\.pth beside it"
+    wording = r"network\.pth is the state of a training run, for resume=True; after the first epoch, best\.pth"
     with pytest.raises(CheckpointError, match=wording):
         load_checkpoint(tmp_path / "network.pth", model=network)
     with pytest.raises(CheckpointError, match=wording):
