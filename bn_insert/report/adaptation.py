@@ -160,7 +160,7 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess = f"perhaps worse than before, {because}, as it does if the target lacks some of the classes"
     elif predictions["agreement"] < _MOSTLY:
         changed = 1 - predictions["agreement"]
-        guess = f"better or worse, because {changed:.1%} of the predictions changed, but hardly the entropy"
+        guess = f"{changed:.1%} of the predictions changed, but hardly the entropy, so that it may be better or worse"
     else:
         guess = "probably as before, because neither the predictions nor the entropy changed much"
     labels = as_passed(

@@ -59,7 +59,12 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("mean", "entropies", "wording", "state"),
     [
-        (0.2, (0.1, 0.1), "better or worse, because 30.0% of the predictions changed, but hardly the entropy", "check"),
+        (
+            0.2,
+            (0.1, 0.1),
+            "30.0% of the predictions changed, but hardly the entropy, so that it may be better or",
+            "check",
+        ),
         (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),
         (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
         (0.2, (2.2, 2.1), "probably low, because the network is rarely certain of a class", "check"),
