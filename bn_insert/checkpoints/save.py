@@ -51,8 +51,8 @@ def save_checkpoint(
     Args:
         model: The model to save.
         path: A file name that ends in .pth, .pt or .safetensors.
-        transform: Preprocessing of images for the model, as `bn_insert.images.Transform(...).to_dict()` returns it, which
-            commands use; any other JSON object is stored, but of no use to them.
+        transform: Preprocessing of images for the model, as `bn_insert.images.Transform(...).to_dict()` returns it, for
+            the commands; any other JSON object is stored, but of no use to them.
         classes: Names of the classes, in the order of the model's outputs; none if they are not known.
         overwrite: Replace an existing file.
 
