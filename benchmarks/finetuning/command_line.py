@@ -170,8 +170,8 @@ INTRODUCTION = """# The defaults of `insert` and `finetune` against the best wit
 on the training images, then `finetune`, both with their defaults (and with SGD for comparison); on noisy images,
 `adapt --keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune`
 on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
-(factor 3.16, seed 0). Test accuracy of `best.pth`, mean over the seeds with its standard error; test images choose
-nothing.
+(factor 3.16, seed 0); of what was repeated with other seeds, the best on validation images over all seeds. Test
+accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing.
 """
 
 
@@ -282,12 +282,20 @@ def _best_without(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     return max(plain, key=lambda line: line["validation"])
 
 
+def _best_repeated(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs without BatchNorm that are best on validation images, of those with the most seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["method"] not in INSERTED:
+            groups.setdefault(f"{line['method']} {line['options']}", []).append(line)
+    return max(groups.values(), key=lambda runs: (len(runs), mean(run["validation"] for run in runs)))
+
+
 def table(lines: Sequence[dict[str, Any]], name: str) -> str:
     """Return the table of a task, from the runs that there are."""
     of_task = [line for line in lines if line["task"] == name]
     ours = [line for line in of_task if line["method"] == "inserted"]
-    best = _best_without(lines, name)
-    theirs = [line for line in of_task if (line["method"], line["options"]) == (best["method"], best["options"])]
+    theirs = _best_repeated(of_task)
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
@@ -304,7 +312,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             "|---|---|---|---|",
             _row("inserted BatchNorm, defaults", ours),
             *([_row("inserted BatchNorm, `--opt sgd`", sgd)] if sgd else []),
-            _row(f"without BatchNorm: {best['method']}", theirs),
+            _row(f"without BatchNorm: {theirs[0]['method']}", theirs),
             "",
             f"Difference of the defaults: {100 * difference:+.1f}"
             + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
