@@ -94,10 +94,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         strict=strict,
     )
     print_note(f"Images: {batches.images:,} from {batches.folder}.")
-    if batches.folder != data:
-        print_note(
-            "These are validation images: if they chose the checkpoint (best.pth), its accuracy on others is lower."
-        )
+    if batches.folder.resolve().name == "val":
+        print_note("These are validation images: if they chose the checkpoint, its accuracy on others is lower.")
     if not classes:
         print_note(
             f"The checkpoint stores no class names: the {len(batches.classes)} folders, sorted by name, are assumed to "
