@@ -37,8 +37,8 @@ class Transform:
         std: Divides them then; one value for all channels, or one per channel.
 
     Raises:
-        ImageError: For sizes below 1 or above 16384, a std that is not positive, and numbers of values that do not
-            match.
+        ImageError: For sizes that are not one number from 1 to 16384, a std that is not positive, and numbers of values
+            that do not match.
 
     Examples:
         >>> Transform(resize=None, crop=48, mean=(0.5,), std=(0.5,))(Image.new("RGB", (48, 48))).unique()
@@ -53,6 +53,9 @@ class Transform:
     def __post_init__(self) -> None:
         """Check the values before any picture is read."""
         for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and not isinstance(size, int):
+                meaning = "length of the shorter side" if name == "resize" else "side of a square"
+                raise ImageError(f"{name} is {size!r}; pass the {meaning} as one number of pixels, or None")
             if size is not None and not 1 <= size <= _LONGEST_SIDE:
                 raise ImageError(f"{name} is {size}; use 1 to {_LONGEST_SIDE} pixels, or leave it out")
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))

@@ -48,7 +48,8 @@ def fit_output(
         model: A classifier, such as one whose output layer `replace_output` has replaced.
         train: Batches of images and labels in random order, as for `evaluate`; iterated once. The inputs of the output
             layer are kept in memory.
-        validation: The same for the images that choose the penalty; iterated once.
+        validation: The same for the images that choose the penalty, in random order too; iterated once. Batches that
+            are sorted by class would be normalized by the statistics of a single class.
         autocast: Dtype for the forward passes.
         progress: Called after each batch with the number of images so far, of both passes together, and before each
             fit.

@@ -109,6 +109,13 @@ def test_a_value_that_cannot_be_meant_is_refused(values: dict[str, object], mess
         Transform(**values)  # type: ignore[arg-type]
 
 
+def test_a_width_and_a_height_are_refused() -> None:
+    transform = Transform()
+    object.__setattr__(transform, "resize", (48, 48))  # past the type checks of the tests
+    with pytest.raises(ImageError, match=r"resize is \(48, 48\); pass the length of the shorter side as one number"):
+        transform.__post_init__()
+
+
 def test_three_values_for_one_channel_are_refused_with_the_way_out() -> None:
     message = r"mean has 3 values, but the network takes 1 channel; pass 1 value as mean"
     with pytest.raises(ImageError, match=message):
