@@ -15,7 +15,7 @@ from bn_insert.support.text import counted, listed
 
 from .console import print_note
 from .inputs import check_checkpoint
-from .tables import FEWEST_BATCHES, GOOD_ERROR, shown_error
+from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,8 @@ def note_calibration(
     """
     if not moments:
         return  # nothing was inserted: a network may be adapted by the BatchNorms that it has
-    errors = [shown_error(each) for each in moments.values()]
-    error = nan if any(map(isnan, errors)) else max(errors)
+    errors = {name: each.error_of(0.99) for name, each in moments.items()}
+    error = nan if any(map(isnan, errors.values())) else max(errors.values())
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
     kind = "image" if trainable else "source image"
     print_note(f"Calibrated on {counted(images, kind)}{reached}.")
@@ -87,10 +87,10 @@ def note_calibration(
             f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use "
             "more images (--images), or smaller batches (-b)."
         )
-    elif tolerance is not None and max(each.error_of(0.99) for each in moments.values()) > tolerance:
+    elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
-    elif tolerance is None and batches >= FEWEST_BATCHES and error > GOOD_ERROR:
-        inexact = [name for name, each in moments.items() if shown_error(each) > GOOD_ERROR]
+    elif tolerance is None and batches >= FEWEST_BATCHES and as_shown(error) > GOOD_ERROR:
+        inexact = [name for name, each in errors.items() if as_shown(each) > GOOD_ERROR]
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
         hint = " (see --images)" if limited() else ""
         harmless = (

@@ -53,7 +53,7 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
             str(site.channels),
             _range(found.mean.tolist()),
             _range(found.std.tolist()),
-            *[f"{shown_error(found):g}"] * reliable,
+            *[f"{as_shown(found.error_of(0.99)):g}"] * reliable,
             *[str(found.constant_channels or "-")] * constant,
         )
     result.caption = "mean, std: smallest .. largest channel; "
@@ -67,9 +67,9 @@ def site_table(sites: Sequence[Site], moments: Mapping[str, Moments], *, batches
     return result
 
 
-def shown_error(moments: Moments) -> float:
-    """Return the sampling error of a layer as tables show it, so that what is said about it agrees with them."""
-    return float(f"{moments.error_of(0.99):.2g}")
+def as_shown(error: float) -> float:
+    """Return a sampling error as tables show it, so that what is said about it agrees with them."""
+    return float(f"{error:.2g}")
 
 
 def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original and result compared") -> Table:
