@@ -1,14 +1,15 @@
 """`bn-insert insert` and `bn-insert finetune` with their defaults, against the best that `finetune` reaches without.
 
     python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
-        --clothing CLOTHING --cifar CIFAR10 --output benchmarks/finetuning/results
+        --clothing CLOTHING --cifar CIFAR10 --fashion-mnist FASHION --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
 the defaults: no option is chosen; on images of a different kind, `adapt --keep-batchnorm` takes the place of
 `insert`, as the guide says. The side without tries SGD and AdamW, with and without dropout, with and without a
 fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
 half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
-images, which choose nothing. The solar cells (`pip install elpv-dataset`) were kept apart: no default of `finetune` was
+images, which choose nothing. The solar cells (`pip install elpv-dataset`), Fashion-MNIST (Debian package
+dataset-fashion-mnist) and, with VGG16, the photographs of CIFAR-10 were kept apart: no default of `finetune` was
 developed on them. Every finished run is a line in `command-line.jsonl`: interrupted, the program continues
 where it was.
 """
@@ -36,7 +37,18 @@ from bn_insert.support.text import counted
 from ..machine import machine
 from ..record import Record
 from .__main__ import rate_of, uphill
-from .images import Part, Split, cifar, clothing, digits, noisy, per_class, solar_cells
+from .images import (
+    Part,
+    Split,
+    cifar,
+    cifar_enlarged,
+    clothing,
+    digits,
+    fashion_mnist,
+    noisy,
+    per_class,
+    solar_cells,
+)
 
 WARM_UP = ("--lr-warmup-epochs", "0.5")
 LOWEST = -10  # index of the lowest learning rate, 1e-5
@@ -120,6 +132,18 @@ TASKS = {
         lambda _: solar_cells(64),
         _UNIT,
         guessing=0.7,  # two classes, the larger one with 69%
+    ),
+    "animals and vehicles": Task(
+        "VGG16 and its own dense head, 300 photographs of animals and vehicles (CIFAR-10), 48 px",
+        "vgg16",
+        lambda places: cifar_enlarged(places.cifar, 48),
+        _UNIT,
+    ),
+    "fashion": Task(
+        "VGG16 and its own dense head, 300 pictures of Fashion-MNIST, 48 px",
+        "vgg16",
+        lambda places: fashion_mnist(places.fashion_mnist, 48),
+        _UNIT,
     ),
     "10 a class": Task(
         "CIFAR-10 network, 10 photographs of each kind of clothing, 32 px, 20 epochs",
@@ -335,7 +359,7 @@ def _standard_error(side: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "output"):
+    for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "fashion-mnist", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)

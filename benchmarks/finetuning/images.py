@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,26 @@ def solar_cells(side: int) -> Split:
     return Split(train, part[order[800:1000]], part[order[1000:1600]])
 
 
+def cifar_enlarged(folder: Path, side: int) -> Split:
+    """Return CIFAR-10, enlarged, as photographs new to a network: 300 to train on, 200 to choose and 500 to test."""
+    split = cifar(folder)
+    parts = (per_class(split.train, 30, 0), split.validation[torch.arange(200)], split.test[torch.arange(500)])
+    return Split(*(_resized(part, side) for part in parts))
+
+
+def fashion_mnist(folder: Path, side: int) -> Split:
+    """Return Fashion-MNIST, enlarged: 300 pictures to train on, 200 to choose and, of `t10k`, 500 to test.
+
+    Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
+    Algorithms", 2017, arXiv:1708.07747. The folder is /usr/share/datasets/fashion-mnist of the Debian package
+    dataset-fashion-mnist.
+    """
+    found, test = (_idx(folder, name) for name in ("train", "t10k"))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    parts = (per_class(found[order[200:]], 30, 0), found[order[:200]], test[torch.arange(500)])
+    return Split(*(_resized(part, side) for part in parts))
+
+
 def per_class(part: Part, count: int, seed: int) -> Part:
     """Return `count` images of each class, chosen at random."""
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
@@ -109,6 +130,18 @@ def low_contrast(part: Part, factor: float) -> Part:
     """Return images whose contrast is reduced around their own mean."""
     mean = part.pixels.float().mean((1, 2, 3), keepdim=True)
     return Part(((part.pixels - mean) * factor + mean).round().to(torch.uint8), part.classes)
+
+
+def _resized(part: Part, side: int) -> Part:
+    return Part(transforms.resize(part.pixels, [side, side], antialias=True), part.classes)
+
+
+def _idx(folder: Path, name: str) -> Part:
+    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as images:
+        pixels = torch.frombuffer(bytearray(images.read()), dtype=torch.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as labels:
+        classes = torch.frombuffer(bytearray(labels.read()), dtype=torch.uint8, offset=8).long()
+    return Part(pixels.expand(-1, 3, -1, -1), classes)
 
 
 @cache
