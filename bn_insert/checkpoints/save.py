@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.batch_renorm import PLAIN_BATCHNORMS
 from ..batchnorm.modes import has_own_pre_hooks
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TrainingError
 from ..graph.copies import unwrapped
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
+from ..support.text import counted
+from ..surgery.replace_output import output_layer
 from .settings import HEADER_KEY, METADATA_KEY, Settings
 from .state_dict import independent, is_plain
 
@@ -53,7 +56,8 @@ def save_checkpoint(
         path: A file name that ends in .pth, .pt or .safetensors.
         transform: Preprocessing of images for the model, as `bn_insert.images.Transform(...).to_dict()` returns it, for
             the commands; any other JSON object is stored, but of no use to them.
-        classes: Names of the classes, in the order of the model's outputs; none if they are not known.
+        classes: Names of the classes, in the order of the model's outputs; none if they are not known. Warns if there
+            are more or fewer than the output layer has outputs.
         overwrite: Replace an existing file.
 
     Raises:
@@ -83,12 +87,18 @@ def stage_checkpoint(
 ) -> Callable[[], None]:
     """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place."""
     network = unwrapped(model)
+    if transform is not None and not isinstance(transform, Mapping):
+        raise CheckpointError(
+            f"cannot write {path}: transform is a {type(transform).__name__}, not a dict; pass "
+            "bn_insert.images.Transform(...).to_dict()"
+        )
     try:
         state_dict = _state_dict(network)
         settings = Settings.of(network, transform, classes)
         text = replace(settings, rebuilt_from_keys=_is_rebuilt(network, state_dict, settings)).to_json()
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    _warn_of_other_classes(network, classes)
     write: Callable[[Path], object]
     if _suffix(path) == ".safetensors":
         # One key alone: the order of several would vary.
@@ -97,6 +107,21 @@ def stage_checkpoint(
         state_dict._metadata.setdefault("", {})[METADATA_KEY] = text  # type: ignore[attr-defined]
         write = partial(_save_by_torch, state_dict)
     return stage_file(real_path(path), write, folder, overwrite=overwrite)
+
+
+def _warn_of_other_classes(network: nn.Module, classes: Sequence[str]) -> None:
+    """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost."""
+    try:
+        name, layer = output_layer(network)
+    except TrainingError:
+        return
+    outputs = layer.weight.shape[0]
+    if classes and len(classes) != outputs:
+        warnings.warn(
+            f"{counted(len(classes), 'class name')} for the {outputs} outputs of {name}: the network cannot be "
+            "evaluated under these names; save it again with one name for each output",
+            stacklevel=4,
+        )
 
 
 def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[StrPath] = ()) -> None:

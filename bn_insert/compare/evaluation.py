@@ -204,6 +204,7 @@ def outcomes_of(
     classes: Sequence[str] = (),
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
+    smallest: int = 1,
 ) -> Outcomes:
     """Run a working copy of a classifier on labeled images, and return the outcomes for those of all ranks.
 
@@ -213,6 +214,7 @@ def outcomes_of(
         classes: As for `evaluate`; checked in the first batch.
         autocast: Dtype for the forward pass.
         progress: Called after each batch with the number of images so far.
+        smallest: Batches with fewer images are left out.
 
     Raises:
         CalibrationError: As for `evaluate`, but not if there are no images.
@@ -222,6 +224,8 @@ def outcomes_of(
         parts: list[Outcomes] = []
 
         def run(batch: Batch) -> None:
+            if len(batch.inputs) < smallest:
+                return
             logits = _logits(network, batch, autocast)
             if not parts:
                 _names(classes, logits.shape[1], network)

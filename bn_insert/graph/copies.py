@@ -52,6 +52,11 @@ def check_module(model: object) -> None:
         )
     if isinstance(model, nn.Module):
         return
+    if model is None or isinstance(model, bool):
+        raise GraphError(
+            f"the model is {model}: functions that work in place, such as replace_output and fit_output, do not return "
+            "the model; call them without assigning what they return"
+        )
     if isinstance(model, str | PathLike):
         raise GraphError(f"the model is a path, {str(model)!r:.80}; load the network first: load_checkpoint(path)")
     if isinstance(model, Mapping):

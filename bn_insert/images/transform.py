@@ -55,9 +55,19 @@ class Transform:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and not isinstance(size, int):
                 meaning = "length of the shorter side" if name == "resize" else "side of a square"
-                raise ImageError(f"{name} is {size!r}; pass the {meaning} as one number of pixels, or None")
+                raise ImageError(
+                    f"{name} is {size!r}; pass the {meaning} as one number of pixels, or None (pictures keep their "
+                    "aspect ratio: train with torchvision's Resize(n) and CenterCrop(n), not with Resize((n, n)))"
+                )
             if size is not None and not 1 <= size <= _LONGEST_SIDE:
-                raise ImageError(f"{name} is {size}; use 1 to {_LONGEST_SIDE} pixels, or leave it out")
+                none = "to keep the size" if name == "resize" else "not to crop"
+                raise ImageError(f"{name} is {size}; use 1 to {_LONGEST_SIDE} pixels, or None {none}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(values, (tuple, list)):
+                raise ImageError(
+                    f"{name} is {values!r:.80}; pass a tuple with one value for all channels, such as (0.5,), or one "
+                    "per channel"
+                )
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         if not len(mean) or not mean.isfinite().all():
             raise ImageError(f"mean is {self.mean}; use one finite value for all channels, or one per channel")

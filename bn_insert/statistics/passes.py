@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
 from ..graph.inputs import InputReader, Inputs
@@ -285,6 +286,11 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
         raise CalibrationError(
             f"batches is a {type(batches).__name__}, not an iterable of batches; pass a DataLoader, or a list such as "
             "[images]"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise CalibrationError(
+            f"batches is a dataset, {type(batches).__name__}, whose items are single images; pass a DataLoader: "
+            "DataLoader(dataset, batch_size=32, shuffle=True)"
         )
     if isinstance(batches, Tensor):
         raise CalibrationError(

@@ -60,6 +60,9 @@ def recalibrate(
     copy differs. The model itself is not changed, and PyTorch's random state is restored. A BatchNorm that is never
     called keeps its statistics.
 
+    An optimizer goes on training the model that it was created for: between epochs, validate the copy, and train the
+    model.
+
     Inside an initialized torch.distributed process group, every rank calls this with its own part of the batches, which
     may be empty, and gets the statistics of all parts together.
 

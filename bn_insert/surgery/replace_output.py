@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError, as_passed
+from ..graph.copies import check_module
 from ..graph.layers import layer_kind
 from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import splice_over
@@ -41,6 +42,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
         >>> model[-1]
         Linear(in_features=4, out_features=10, bias=True)
     """
+    check_module(model)
     _check_classes(classes)
     name, output = _replaceable_output(model)
     new = new_output(output, classes)
@@ -76,6 +78,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
         >>> [type(module).__name__ for module in model]
         ['Flatten', 'Linear', 'BatchNorm1d', 'ReLU', 'Linear']
     """
+    check_module(model)
     _check_classes(classes)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
@@ -109,6 +112,8 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
 
 
 def _check_classes(classes: object) -> None:
+    if isinstance(classes, list | tuple):
+        raise TrainingError(f"the number of classes is a {type(classes).__name__}; pass its length, {len(classes)}")
     if isinstance(classes, bool) or not isinstance(classes, int):
         raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
     if classes < 2:

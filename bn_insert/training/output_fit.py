@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.batch_renorm import BatchRenorm
+from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import outcomes_of
 from ..errors import TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
@@ -21,6 +23,7 @@ from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
 
 _PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(2, 13))  # 0.1 to 1e-6, strong ones first
+_SORTED = 0.5  # of the classes that a batch in random order would have
 _ITERATIONS, _HISTORY = 100, 10  # of L-BFGS; each entry of its history takes twice the memory of the layer
 
 
@@ -44,12 +47,14 @@ def fit_output(
     In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
     be empty.
 
+    A batch of one image is left out if a BatchNorm would have to normalize by it. Batches that are sorted by class
+    bring about a warning: BatchNorm would normalize them by the statistics of one class.
+
     Args:
         model: A classifier, such as one whose output layer `replace_output` has replaced.
         train: Batches of images and labels in random order, as for `evaluate`; iterated once. The inputs of the output
             layer are kept in memory.
-        validation: The same for the images that choose the penalty, in random order too; iterated once. Batches that
-            are sorted by class would be normalized by the statistics of a single class.
+        validation: The same for the images that choose the penalty, in random order too; iterated once.
         autocast: Dtype for the forward passes.
         progress: Called after each batch with the number of images so far, of both passes together, and before each
             fit.
@@ -172,8 +177,13 @@ def _features(
         inputs.append(features.detach().to(layer.weight.device, torch.float32, copy=True))
 
     layer.register_forward_pre_hook(keep, with_kwargs=True)
+    by_batch = any(map(needs_several_values, network.modules()))
     outcomes = outcomes_of(
-        network, batches, autocast=autocast, progress=progress and (lambda seen: progress(before + seen))
+        network,
+        batches,
+        autocast=autocast,
+        progress=progress and (lambda seen: progress(before + seen)),
+        smallest=2 if by_batch else 1,
     )
     seen = before + sum(map(len, inputs))
     ranks = Ranks.current()
@@ -193,7 +203,23 @@ def _features(
         raise _UnusableError("its inputs are not one vector for each image")
     if not bool(features.isfinite().all()):
         raise _UnusableError("its inputs contain NaN or Inf")
+    if by_batch:
+        _warn_if_sorted(outcomes.labels, [len(part) for part in parts])
     return _Examples(features, outcomes.labels.to(features.device)), seen
+
+
+def _warn_if_sorted(labels: Int64[Tensor, " images"], sizes: Sequence[int]) -> None:
+    """Warn if batches of these sizes have less than half of the classes that they would have in random order."""
+    fractions = labels.bincount() / len(labels)
+    found = sum(len(batch.unique()) for batch in labels.split(list(sizes)))
+    expected = sum(float((1 - (1 - fractions) ** size).sum()) for size in sizes)
+    if found < _SORTED * expected:
+        warnings.warn(
+            f"the batches are sorted by class: {found / len(sizes):.1f} classes in a batch on average, and "
+            f"{expected / len(sizes):.1f} if they were in random order. BatchNorm normalizes them by the statistics of "
+            "their classes, so that fitting and training fail; shuffle the images: DataLoader(..., shuffle=True)",
+            stacklevel=4,
+        )
 
 
 class _Layer(NamedTuple):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import TrainingError
+from ..graph.copies import check_module
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -30,12 +31,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
 
     Raises:
         TrainingError: For a model without trainable parameters, and for a negative decay.
+        GraphError: For a model that is not an nn.Module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(model, 1e-4)]
         [(1, 0.0001), (2, 0.0), (1, 0.0)]
     """
+    check_module(model)
     for name, value in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if not value >= 0:
             raise TrainingError(f"{name} is {value}; use 0 or more")

@@ -25,6 +25,7 @@ from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
 from bn_insert.errors import CheckpointError, messages_name_options
+from bn_insert.images import Transform
 from bn_insert.support.files import write_atomically
 from support.commands import run_forked
 from support.full_disk import file_size_limit
@@ -139,6 +140,20 @@ def test_a_vgg_that_its_keys_do_not_describe_is_assumed_to_be_an_ordinary_one(tm
     assert settings is not None
     assert settings.to_document()["version"] == 1
     assert "Assumed" in vgg_assumptions(load_checkpoint(tmp_path / "vgg.pth"), settings)
+
+
+def test_more_or_fewer_class_names_than_outputs_are_warned_of(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match="2 class names for the 3 outputs of 1: the network cannot be evaluated"):
+        save_checkpoint(model, tmp_path / "network.pth", classes=["ant", "bee"])
+    assert read_checkpoint(tmp_path / "network.pth").settings.classes == ("ant", "bee")
+
+
+def test_a_transform_that_is_not_a_dict_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    transform: Any = Transform()
+    message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth", transform=transform))
+    assert "transform is a Transform, not a dict; pass bn_insert.images.Transform(...).to_dict()" in message
+    assert not contents(tmp_path)
 
 
 def test_class_names_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from bn_insert import (
     GraphError,
     calibrate,
     compare_outputs,
+    evaluate,
     find_edges,
     find_sites,
     fold,
     insert,
     insert_batchnorm,
     load_checkpoint,
+    parameter_groups,
     replace_output,
     save_checkpoint,
     survey,
@@ -245,8 +247,10 @@ def test_outputs_that_a_module_collects_by_its_hooks_do_not_hinder_a_trace() -> 
         ({"0.weight": torch.zeros(1)}, "the model is a dict, perhaps a state dict, which has weights and no forward"),
         (nn.ReLU, r"the model is ReLU, which is not a torch.nn.Module; if it builds one, call it: ReLU\(\)"),
         (5, "the model is a int, not a torch.nn.Module"),
+        (None, "the model is None: functions that work in place, such as replace_output and fit_output, do not return"),
+        (True, "the model is True: functions that work in place"),
     ],
-    ids=["name", "path", "state dict", "class", "number"],
+    ids=["name", "path", "state dict", "class", "number", "None", "bool"],
 )
 def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) -> None:
     with pytest.raises(GraphError, match=message):
@@ -298,9 +302,24 @@ def test_a_number_of_classes_that_is_no_number_is_refused(unchecked: Unchecked) 
 
     with pytest.raises(TrainingError, match="the number of classes is '5', not a whole number"):
         unchecked(replace_output)(small_vgg(), "5")
+    with pytest.raises(TrainingError, match="the number of classes is a list; pass its length, 2"):
+        unchecked(replace_output)(small_vgg(), ["ant", "bee"])
+
+
+def test_replacing_an_output_and_grouping_parameters_refuse_what_is_no_model(unchecked: Unchecked) -> None:
+    for function in (replace_output, parameter_groups):
+        with pytest.raises(GraphError, match="the model is a path, 'vgg16"):
+            unchecked(function)("vgg16.pth", 5)
 
 
 def test_a_dataset_in_place_of_a_loader_is_refused_with_the_way_out() -> None:
+    model, dataset = small_vgg(), torch.utils.data.TensorDataset(images(4, 32), torch.zeros(4))
+    for function in (insert_batchnorm, evaluate):
+        with pytest.raises(CalibrationError, match=r"batches is a dataset, TensorDataset, .* DataLoader\(dataset, "):
+            function(model, dataset)
+
+
+def test_images_without_a_batch_axis_are_refused_with_the_way_out() -> None:
     dataset = list(torch.utils.data.TensorDataset(images(4, 8), torch.zeros(4)))
     with pytest.raises(GraphError, match=r"one image without a batch axis; .* DataLoader\(dataset, batch_size=32\)"):
         insert_batchnorm(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), dataset)

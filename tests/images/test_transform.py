@@ -91,8 +91,8 @@ def test_something_else_than_a_dict_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"resize": 0}, "resize is 0; use 1 to 16384 pixels, or leave it out"),
-        ({"crop": -3}, "crop is -3; use 1 to 16384 pixels"),
+        ({"resize": 0}, "resize is 0; use 1 to 16384 pixels, or None to keep the size"),
+        ({"crop": -3}, "crop is -3; use 1 to 16384 pixels, or None not to crop"),
         ({"crop": 10**6}, "crop is 1000000; use 1 to 16384 pixels"),
         ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\); use one value above 0"),
         ({"std": (-1.0,)}, r"std is \(-1.0,\); use one value above 0"),
@@ -113,6 +113,15 @@ def test_a_width_and_a_height_are_refused() -> None:
     transform = Transform()
     object.__setattr__(transform, "resize", (48, 48))  # past the type checks of the tests
     with pytest.raises(ImageError, match=r"resize is \(48, 48\); pass the length of the shorter side as one number"):
+        transform.__post_init__()
+
+
+def test_a_number_for_mean_or_std_is_refused() -> None:
+    transform = Transform()
+    object.__setattr__(transform, "mean", 0.5)
+    with pytest.raises(
+        ImageError, match=r"mean is 0.5; pass a tuple with one value for all channels, such as \(0.5,\)"
+    ):
         transform.__post_init__()
 
 

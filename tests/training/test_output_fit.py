@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -157,6 +158,26 @@ def test_few_images_of_most_classes_are_enough(train: Batches, val: Batches) -> 
     network = new_network()
     assert fit_output(network, [(images[kept], labels[kept])], val)
     assert accuracy(network, val) > 0.8
+
+
+def test_a_batch_of_one_image_is_left_out_if_batchnorm_would_normalize_by_it(train: Batches, val: Batches) -> None:
+    network = insert_batchnorm(new_network(), train, dropout_before_batchnorm=False)
+    other = copy.deepcopy(network)
+    single = (torch.rand(1, *train[0][0].shape[1:]), torch.tensor([0]))
+    assert fit_output(network, train, val)
+    assert fit_output(other, [*train, single], [single, *val])
+    assert torch.equal(network.classifier[-1].weight, other.classifier[-1].weight)
+
+
+def test_batches_that_are_sorted_by_class_bring_about_a_warning(train: Batches, val: Batches) -> None:
+    network = insert_batchnorm(new_network(), train, dropout_before_batchnorm=False)
+    images, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+    order = labels.argsort()
+    by_class = list(zip(images[order].split(4), labels[order].split(4), strict=True))
+    message = "the batches are sorted by class: 1.0 classes in a batch on average, and 3.4 if they were in random order"
+    with pytest.warns(UserWarning, match=message):
+        fit_output(network, by_class, val)
+    fit_output(new_network(), by_class, val)  # no BatchNorm, no warning
 
 
 def test_features_that_say_nothing_change_nothing(train: Batches, val: Batches) -> None:
