@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def test_the_wheel_claims_no_import_name_but_those_of_bn_insert(wheel: Path) -> 
 def test_the_wheel_has_the_data_that_the_package_reads(wheel: Path) -> None:
     for path in ("py.typed", "demo/network.pth", "report/templates/page.html", "report/templates/page.css"):
         assert (wheel / "bn_insert" / path).is_file()
+
+
+def test_the_description_for_a_package_index_has_no_link_that_works_in_the_repository_alone(wheel: Path) -> None:
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    description = metadata.read_text(encoding="utf-8")
+    headings = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert "Description-Content-Type: text/markdown" in description
+    assert [line for line in description.splitlines() if line.startswith("#")] == headings
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", description))
 
 
 def test_it_runs_as_a_module_in_a_folder_with_a_cli_of_the_users(wheel: Path, tmp_path: Path) -> None:
