@@ -18,6 +18,7 @@ from .run_verdicts import best_epoch, identical_runs, on_different_images, ranke
 from .verdict import Verdict
 
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
+_GOOD_ERROR = 0.1  # of mean and std, relative to std
 _BATCH = 32  # images, for the error of the statistics of one training batch
 # Settings that have an effect only if another one has a certain value.
 _DEPENDENT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
@@ -48,6 +49,7 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
         "next": next_command(data),
         "top1": not any(isnan(comparison["top1_agreement"]) for comparison in data["comparisons"].values()),
         "reliable": reliable,
+        "inexact": sum(map(_is_inexact, inserted)) if reliable else 0,
         "batch_error": _batch_error(inserted, data["calibration"]["images"]) if reliable else None,
         "name": PurePath(data["checkpoint"]["path"]).name,
         "inserted": inserted,
@@ -70,6 +72,12 @@ def _adaptation(data: Mapping[str, Any]) -> dict[str, Any]:
         "total": adaptation.total(data["predictions"]["per_class"]),
         "charts": adaptation_charts(data),
     }
+
+
+def _is_inexact(layer: Mapping[str, Any]) -> bool:
+    """Return whether the error of a layer's statistics is above what the page calls good."""
+    errors = layer["batchnorm"]["standard_error"]
+    return bool(errors) and bool(3 * np.quantile(errors, 0.99) > _GOOD_ERROR)
 
 
 def _batch_error(inserted: Sequence[Mapping[str, Any]], images: int) -> float | None:

@@ -304,6 +304,17 @@ def test_a_page_says_why_train_mode_was_not_measured_and_that_nothing_was_equali
     assert not {"chart-agreement", "chart-gamma"} & set(found.ids)
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_a_page_says_in_how_many_layers_the_error_is_large() -> None:
+    data = insertion(agreements=False)
+    inserted = [layer["batchnorm"] for layer in data["layers"] if "batchnorm" in layer]
+    for norm in inserted:
+        norm["standard_error"] = [0.01] * norm["channels"]
+    assert "It is above 0.1" not in Page(page(data)).text
+    inserted[0]["standard_error"] = [0.04] * inserted[0]["channels"]
+    assert f"It is above 0.1 in 1 of {len(inserted)} layers. This does not change the outputs" in Page(page(data)).text
+
+
 def test_an_error_is_shown_only_where_enough_batches_estimate_it() -> None:
     assert "0.1 or less is good" in Page(page(insertion())).text
     data = insertion()
