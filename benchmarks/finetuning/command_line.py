@@ -219,15 +219,16 @@ class Comparison(Record):
         with tempfile.TemporaryDirectory() as folder:
             options = (*task.preprocessing, *task.options, "--epochs", str(task.epochs), *options, "--seed", str(seed))
             finished = _command("finetune", checkpoint, data, "-o", Path(folder) / "run", *options)
-            validation, test, lr = 0.0, 0.0, None
+            epochs, test, lr = [0.0], 0.0, None
             if finished.returncode == 0:
                 metrics = json.loads((Path(folder) / "run" / "report.json").read_text())["runs"][0]
                 lr = metrics["settings"]["lr"]
-                validation = max(epoch["val_accuracy"] for epoch in metrics["epochs"])
+                epochs = [epoch["val_accuracy"] for epoch in metrics["epochs"]]
                 evaluated = _command("evaluate", Path(folder) / "run" / "best.pth", data / "test", "--json", check=True)
                 test = json.loads(evaluated.stdout)["accuracy"]
+        validation = max(epochs)
         figures = {"lr": lr, "validation": validation, "test": test, "code": finished.returncode}
-        line = key | figures | {"machine": machine()}
+        line = key | figures | {"epochs": [round(accuracy, 4) for accuracy in epochs], "machine": machine()}
         self.add(line)
         print(
             f"{name}: {method} {' '.join(options)} seed {seed}, lr {lr}: validation {validation:.3f}, test {test:.3f}",
@@ -341,8 +342,23 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             f"Difference of the defaults: {100 * difference:+.1f}"
             + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
             + " points.",
+            *_until_as_good(ours, mean(line["validation"] for line in theirs)),
         ]
     )
+
+
+def _until_as_good(ours: Sequence[dict[str, Any]], validation: float) -> list[str]:
+    """Return in words after how many epochs each run reaches a validation accuracy; nothing if that is not recorded."""
+    if not all("epochs" in line for line in ours):
+        return []
+    reached = [
+        next((n for n, accuracy in enumerate(line["epochs"], 1) if accuracy >= validation), None) for line in ours
+    ]
+    epochs = ", ".join("never" if number is None else str(number) for number in reached)
+    return [
+        "",
+        f"They reach the validation accuracy of the best without BatchNorm ({validation:.3f}) in epoch {epochs}.",
+    ]
 
 
 def _row(title: str, side: Sequence[dict[str, Any]]) -> str:
