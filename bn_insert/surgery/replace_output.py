@@ -35,6 +35,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
     Raises:
         TrainingError: If there are fewer than 2 classes, the network has neither a dense layer nor a conv, or there is
             a BatchNorm after the output layer.
+        GraphError: If the model is not an nn.Module.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1000))
@@ -70,6 +71,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     Raises:
         TrainingError: As for `replace_output`, for a width out of range, for a conv layer between the dense layers, and
             for a network without dense layers.
+        GraphError: As for `replace_output`.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1000))

@@ -218,7 +218,7 @@ def _warn_if_sorted(labels: Int64[Tensor, " images"], sizes: Sequence[int]) -> N
             f"the batches are sorted by class: {found / len(sizes):.1f} classes in a batch on average, and "
             f"{expected / len(sizes):.1f} if they were in random order. BatchNorm normalizes them by the statistics of "
             "their classes, so that fitting and training fail; shuffle the images: DataLoader(..., shuffle=True)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
