@@ -59,6 +59,7 @@ class Case:
 PLAIN = ("plain SGD", "plain AdamW")
 INSERTED = ("fresh", "identity", "identity AdamW", "renorm", "equalized", "gamma, beta and head")
 FITTED = ("plain SGD, fitted", "plain AdamW, fitted", "identity, fitted", "identity AdamW, fitted")
+DETAILS = ("gamma x0.1", "gamma x10", "gamma decay", "momentum 0.01", "no re-estimation")
 EVERY = (*PLAIN, *INSERTED, *FITTED)
 SHIFTED = (*PLAIN, "fresh", "identity", "source", "source renorm", "source, gamma, beta and head")
 DENSE_HEAD = (
@@ -185,7 +186,7 @@ CASES = {
     "10 a class, fitted": replace(
         _TEN_A_CLASS,
         title="CIFAR network, output layer new or fitted, 10 photographs of each kind of clothing, 32 px",
-        methods=(*PLAIN, "identity", "identity AdamW", *FITTED),
+        methods=(*PLAIN, "identity", "identity AdamW", *FITTED, *DETAILS),
     ),
     "photographs": _PHOTOGRAPHS,
     "own images": Case(
