@@ -79,13 +79,10 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         if kind == "safetensors" and key is not None:
             raise unneeded_key(path)
         try:
-            with warnings.catch_warnings():
-                # How the file was written (old pickle protocols, typed storages) does not concern its reader.
-                warnings.simplefilter("ignore")
-                if kind == "safetensors":
-                    content, text = _read_safetensors(file)
-                else:
-                    content, text = _read_torch(path, file, mapped=mmap, key=key)
+            if kind == "safetensors":
+                content, text = _read_safetensors(file)
+            else:
+                content, text = _read_torch(path, file, mapped=mmap, key=key)
         except CheckpointError:
             raise
         except Exception as error:  # parsers raise anything for a damaged file
@@ -181,7 +178,11 @@ def _read_safetensors(file: BufferedReader) -> tuple[dict[Any, Any], object]:
 
 def _read_torch(path: Path, file: BufferedReader, *, mapped: bool, key: str | None) -> tuple[dict[Any, Any], object]:
     """Return the state dict, with unchecked keys and values, and what it has in place of the text of the settings."""
-    state_dict = unwrapped_state_dict(path, load_torch_file(file, mapped=mapped), key)
+    with warnings.catch_warnings():
+        # How the file was written (old pickle protocols, typed storages) does not concern its reader.
+        warnings.simplefilter("ignore")
+        content = load_torch_file(file, mapped=mapped)
+    state_dict = unwrapped_state_dict(path, content, key)
     return state_dict, stored_metadata(state_dict).get(METADATA_KEY)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
         wrapper = next((name for name in WRAPPERS if _has_tensors(dict.get(content, name))), None)
         if wrapper is None:
             break
+        _warn_of_others(path, content, wrapper)
         content = dict.__getitem__(content, wrapper)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -83,6 +85,17 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             "torch.save(model.state_dict(), path)"
         )
     return content
+
+
+def _warn_of_others(path: Path, content: dict[Any, Any], wrapper: str) -> None:
+    """Warn if there is another state dict beside the one that is read: moving averages of the weights, mostly."""
+    others = [name for name in WRAPPERS if name != wrapper and _is_state_dict(dict.get(content, name))]
+    if others:
+        warnings.warn(
+            f"reading {wrapper!r} of {path}, which also has {others[0]!r}; to read that instead, pass "
+            f"{as_passed('key', others[0])}",
+            stacklevel=2,
+        )
 
 
 def unneeded_key(path: Path) -> UnneededKeyError:
@@ -196,7 +209,11 @@ def _keys_of(content: object) -> str:
 
 
 def _is_state_dict(content: object) -> bool:
-    return isinstance(content, dict) and all(isinstance(value, Tensor) for value in dict.values(content))
+    return (
+        isinstance(content, dict)
+        and dict.__len__(content) > 0
+        and all(isinstance(value, Tensor) for value in dict.values(content))
+    )
 
 
 def _has_tensors(value: object) -> bool:

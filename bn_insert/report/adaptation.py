@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import as_passed
+from ..support.text import counted
 from .provenance import versions
 from .verdict import Verdict
 
@@ -29,6 +30,7 @@ def adaptation_report(
     classes: Sequence[str] = (),
     source_entropy: float | None = None,
     target_images: int = 0,
+    changed: bool = True,
 ) -> dict[str, Any]:
     """Return the findings of an adaptation as one JSON-ready dictionary.
 
@@ -43,6 +45,7 @@ def adaptation_report(
         classes: Names of the classes that the labels number; empty without labels.
         source_entropy: Mean entropy of the original's predictions on source images, in nats; None if it is not known.
         target_images: Number of images that the network was adapted to, if the predictions may be on fewer of them.
+        changed: Whether any statistics were changed; if not, the network is the original.
     """
     predictions = {name: _finite(value) for name, value in predictions.items()} | {"entropy_source": source_entropy}
     per_class = [dict(each) for each in predictions["per_class"]]
@@ -56,7 +59,7 @@ def adaptation_report(
         "comparisons": dict(comparisons),
         "versions": versions(),
     }
-    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data, target_images)]}
+    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data, target_images, changed=changed)]}
 
 
 def _finite(value: Any) -> Any:
@@ -64,15 +67,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _verdicts(data: Mapping[str, Any], target_images: int) -> list[Verdict]:
+def _verdicts(data: Mapping[str, Any], target_images: int, *, changed: bool) -> list[Verdict]:
     shifts, predictions = data["shifts"], data["predictions"]
-    found = [_moved(shifts)]
+    found = [_moved(shifts) if changed else _unchanged(shifts, target_images)]
     if predictions["classes"]:
         found.append(_certainty(predictions, target_images))
         found += _swapped(predictions)
         if predictions["per_class"]:
             found.append(_accuracy(predictions["per_class"], predictions["classes"]))
-        else:
+        elif changed:
             found.append(_unmeasured(shifts, predictions))
     return found
 
@@ -88,6 +91,19 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     if _hardly_moved(shifts):
         return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")
     return Verdict("good", "Statistics", text)
+
+
+def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdict:
+    if _hardly_moved(shifts):
+        text = "Nothing was adapted: the target has the statistics of the source, so that there is nothing to gain."
+        return Verdict("check", "Statistics", text)
+    farthest = max(shifts, key=lambda shift: shift["mean_size"])
+    text = (
+        f"Nothing was adapted: the means of a layer differ by {farthest['mean_size']:.2g} standard deviations "
+        f"({farthest['layer']}), which chance may cause with {counted(target_images, 'target image')}. Use more, or "
+        f"{as_passed('shrink', False, '--no-shrink')} to take their statistics as they are."
+    )
+    return Verdict("bad", "Statistics", text)
 
 
 def _factors(shifts: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

@@ -175,6 +175,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "figure": lambda value: f"{value:.3g}",
+        "loss": lambda value: f"{value:.4f}",
         "percent": lambda value: f"{100 * value:.2f}%",
         "thousands": lambda value: f"{value:,}",
         "flat": _flat,

@@ -121,20 +121,20 @@ def _loss(
     lowest = min(epoch["val_loss"] for epoch in epochs)
     falling, more_epochs = _still_falling(epochs, lowest, guessing), _more_epochs(epochs, settings)
     found = []
-    guess = f"{guessing:.3g} = ln({classes}), the loss of guessing"
+    guess = f"{guessing:.3f} = ln({classes}), the loss of guessing"
     if lowest > guessing:
         way_out = f"Train for more epochs ({more_epochs})." if falling else lower_rate
-        text = f"The validation loss, {lowest:.3g} at its lowest, is above {guess}. {way_out}"
+        text = f"The validation loss, {lowest:.3f} at its lowest, is above {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
         text = (
-            f"The validation loss rose from {lowest:.3g} to {last['val_loss']:.3g}, above {guess}: training diverged. "
+            f"The validation loss rose from {lowest:.3f} to {last['val_loss']:.3f}, above {guess}: training diverged. "
             f"{lower_rate}"
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
         text = (
-            f"The validation loss, {lowest:.3g} at its lowest, is only slightly below {guess}: train for longer "
+            f"The validation loss, {lowest:.3f} at its lowest, is only slightly below {guess}: train for longer "
             f"({more_epochs}), or on more images."
         )
         found.append(Verdict("check", "Loss", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -22,6 +23,7 @@ from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
+from ..support.text import counted
 from .example_input import peeked
 from .fold import fold
 from .insert import Insertion, insert
@@ -87,6 +89,8 @@ class Adaptation(Generic[AnyModule]):
         folded: Qualified names, in `with_batchnorm`, of the BatchNorms that were folded.
         shifts: How far the statistics moved, one for each BatchNorm, in the order in which they are called.
         target_images: Number of images of the target, over all processes.
+        changed: Whether any statistics of the adapted copy differ from those of the source. With very few images and
+            `shrink`, all differences may be such as chance causes.
     """
 
     model: AnyModule = field(repr=False)
@@ -95,6 +99,7 @@ class Adaptation(Generic[AnyModule]):
     folded: tuple[str, ...] = field(repr=False)
     shifts: tuple[StatisticsShift, ...] = field(repr=False)
     target_images: int
+    changed: bool = field(repr=False)
 
     @property
     def source_images(self) -> int:
@@ -222,10 +227,11 @@ def adapt_inserted(
             function="adapt_statistics",
         )
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
+    changed = any(not _same_statistics(norms[name], norm) for name, norm in with_statistics(found.model).items())
     if insertion is None or keep_batchnorm:
-        return Adaptation(found.model, found.model, insertion, (), shifts, found.images)
+        return Adaptation(found.model, found.model, insertion, (), shifts, found.images, changed)
     folds = fold(found.model, peek.example, names=set(layer_of))
-    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images)
+    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images, changed)
 
 
 def adapt_statistics(
@@ -263,7 +269,7 @@ def adapt_statistics(
             of the source.
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
             batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more where there
-            are so many. A single image works.
+            are so many. A single image is enough if it differs clearly; a warning says if nothing was changed.
         layers: Kinds of layers to adapt: `"conv"`, `"dense"` or both.
         include_output: Whether to adapt the output layer too.
         skip: Glob patterns on qualified names of layers to leave alone.
@@ -295,7 +301,7 @@ def adapt_statistics(
         >>> [type(module).__name__ for module in adapted]
         ['Conv2d', 'ReLU', 'Flatten', 'Linear']
     """
-    return adapt(
+    adaptation = adapt(
         model,
         source,
         target,
@@ -311,7 +317,15 @@ def adapt_statistics(
         autocast=autocast,
         tolerance=tolerance,
         progress=progress,
-    ).model
+    )
+    if not adaptation.changed:
+        warnings.warn(
+            f"nothing was adapted: the statistics of {counted(adaptation.target_images, 'target image')} differ from "
+            "those of the source by no more than chance may cause; if the images are of another kind, pass more of "
+            "them, or shrink=False to take their statistics as they are",
+            stacklevel=2,
+        )
+    return adaptation.model
 
 
 def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
@@ -353,6 +367,10 @@ def _prior(norm: _BatchNorm, insertion: Insertion[Any] | None, layer: str | None
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     mean, var = (cast(Tensor, each).detach().cpu().double() for each in (norm.running_mean, norm.running_var))
     return mean, var
+
+
+def _same_statistics(first: _BatchNorm, second: _BatchNorm) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(_statistics(first), _statistics(second), strict=True))
 
 
 def _shift(layer: str, norm: _BatchNorm, target: Moments) -> StatisticsShift:

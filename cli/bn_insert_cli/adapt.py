@@ -191,7 +191,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
-    print_result(f"Wrote {output}: adapted to {counted(adaptation.target_images, 'image')}{kept}.")
+    done = f"adapted to {counted(adaptation.target_images, 'image')}" if adaptation.changed else "nothing was adapted"
+    print_result(f"Wrote {output}: {done}{kept}.")
 
 
 def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float | None) -> None:
@@ -226,6 +227,7 @@ def _findings(
         classes=classes,
         source_entropy=source_entropy,
         target_images=adaptation.target_images,
+        changed=adaptation.changed,
     )
     for verdict in findings["verdicts"]:
         print_verdict = print_note if verdict["state"] == "good" else print_warning

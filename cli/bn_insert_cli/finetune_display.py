@@ -169,6 +169,11 @@ def _print_summary(summary: RunSummary) -> None:
         print_note(f"{title}: {text}.")
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
+    if missing := [name for name, counts in summary.classes.items() if not counts[1]]:
+        print_warning(
+            f"No validation images of {listed(missing, _CLASSES_SHOWN)}: the validation accuracy says nothing about "
+            f"{'this class' if len(missing) == 1 else 'these classes'}."
+        )
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
     untried = " (the run is too short for trials; --lr sets it)" if summary.lr_untried else ""
     print_note(f"Learning rate: {lr}{untried}.")

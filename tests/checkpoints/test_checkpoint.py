@@ -285,6 +285,17 @@ def test_a_state_dict_is_found_in_its_wrapper(wrapper: str, tmp_path: Path) -> N
     assert torch.equal(result.classifier[0].weight, state["classifier.0.weight"])
 
 
+def test_of_two_state_dicts_the_first_is_read_and_the_other_is_named(tmp_path: Path) -> None:
+    raw, averaged = plain_state(), {key: torch.zeros_like(value) for key, value in plain_state().items()}
+    torch.save({"model_ema": averaged, "model": raw, "optimizer": {}}, tmp_path / "vgg.pth")
+    with pytest.warns(
+        UserWarning, match=r"reading 'model' of .*vgg.pth, which also has 'model_ema'; .* key='model_ema'"
+    ):
+        result = load_checkpoint(tmp_path / "vgg.pth")
+    assert torch.equal(result.classifier[0].weight, raw["classifier.0.weight"])
+    assert not load_checkpoint(tmp_path / "vgg.pth", key="model_ema").classifier[0].weight.any()
+
+
 @BOTH_FORMATS
 def test_a_key_is_refused_for_a_file_that_is_a_state_dict_itself(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name)

@@ -51,6 +51,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:reading '(model|state_dict)'")  # those with moving averages besides
 @pytest.mark.parametrize("name", FORMS)
 def test_each_form_is_loaded_or_named_with_a_way_out(name: str, tmp_path: Path) -> None:
     found = outcome(name, tmp_path)

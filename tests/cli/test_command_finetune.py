@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_options_that_change_the_normalization_of_a_batchnorm_are_warned_of(run:
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_a_class_without_validation_images_is_warned_of(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "digits")
+    shutil.rmtree(data / "val" / "3")
+    trained = run("finetune", network_path(), data, "-o", "run", "--epochs", 1, "-j", 0, *BRIEF)
+    assert trained.exit_code == 0, trained.output
+    assert "warning: No validation images of 3: the validation accuracy says nothing about this class." in text_of(
+        trained.stderr
+    )
+
+
 def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
     uninterrupted = run(*command, "whole")
