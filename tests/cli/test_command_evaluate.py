@@ -217,7 +217,8 @@ def test_without_stored_names_classes_are_numbers_and_the_command_says_so(run: R
 
 
 def test_what_cannot_be_predicted_is_one_message(run: Run, digits: Path) -> None:
-    save(DIGITS[:9])
+    with pytest.warns(UserWarning, match="9 class names for the 10 outputs of classifier.6"):
+        save(DIGITS[:9])
     assert_refused(run("predict", "net.pth", digits), "has 10 outputs, and there are 9 classes")
     assert_refused(run("predict", "net.pth", "none.png"), "none.png does not exist")
     assert_refused(run("predict", "net.pth", digits, "--top", 0), "Invalid value for '--top'")

@@ -64,10 +64,7 @@ def start(request: dict[str, object], output: int, errors: int, status: int) -> 
         encoding = request["environment"].get("PYTHONIOENCODING")  # type: ignore[attr-defined]
         sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        try:
-            run(**request)  # type: ignore[arg-type]
-        finally:
-            gc.unfreeze()  # otherwise nanobind, of triton, prints at exit which of its objects were not freed
+        run(**request)  # type: ignore[arg-type]
         return
     os.close(output)
     os.close(errors)
