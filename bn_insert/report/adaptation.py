@@ -100,9 +100,11 @@ def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdi
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
     text = (
         f"Nothing was adapted: the means of a layer differ by {farthest['mean_size']:.2g} standard deviations "
-        f"({farthest['layer']}), which chance may cause with {counted(target_images, 'target image')}. Use more, or "
-        f"{as_passed('shrink', False, '--no-shrink')} to take their statistics as they are."
+        f"({farthest['layer']}), which chance may cause with {counted(target_images, 'target image')}. Use more"
     )
+    if target_images > 1:  # one alone has no variance after dense layers
+        text += f", or {as_passed('shrink', False, '--no-shrink')} to take their statistics as they are"
+    text += "."
     return Verdict("bad", "Statistics", text)
 
 
@@ -119,11 +121,11 @@ def _hardly_moved(shifts: Sequence[Mapping[str, Any]]) -> bool:
 
 def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
     before, after = predictions["entropy_before"], predictions["entropy_after"]
-    images = f"{predictions['images']:,}"
+    images = f"{predictions['images']:,} target image{'s' * (predictions['images'] != 1)}"
     if predictions["images"] < target_images:
-        images += f" of the {target_images:,}"
+        images = f"{predictions['images']:,} of the {target_images:,} target images"
     text = (
-        f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {images} target images; "
+        f"The adapted network agrees with the original on {predictions['agreement']:.1%} of {images}; "
         f"the mean entropy of the predictions {_went(before, after)} nats."
     )
     source = predictions["entropy_source"]

@@ -319,10 +319,11 @@ def adapt_statistics(
         progress=progress,
     )
     if not adaptation.changed:
+        way_out = ", or shrink=False to take their statistics as they are" if adaptation.target_images > 1 else ""
         warnings.warn(
             f"nothing was adapted: the statistics of {counted(adaptation.target_images, 'target image')} differ from "
             "those of the source by no more than chance may cause; if the images are of another kind, pass more of "
-            "them, or shrink=False to take their statistics as they are",
+            f"them{way_out}",
             stacklevel=2,
         )
     return adaptation.model
