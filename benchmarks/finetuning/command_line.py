@@ -10,8 +10,8 @@ fit of the new output layer, each at several learning rates (factor 3.16, uphill
 half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
 images, which choose nothing. The solar cells (`pip install elpv-dataset`) and Fashion-MNIST (Debian package
 dataset-fashion-mnist) were kept apart: no default of `finetune` was developed on them. With VGG16, the photographs of
-CIFAR-10 were, too, until they showed that the trials of learning rates chose too high a one. Every finished run is a line in `command-line.jsonl`: interrupted, the program continues
-where it was.
+CIFAR-10 were, too, until they showed that the trials of learning rates chose too high a one. Every finished run is a
+line in `command-line.jsonl`: interrupted, the program continues where it was.
 """
 
 from __future__ import annotations
