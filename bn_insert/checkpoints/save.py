@@ -19,6 +19,7 @@ from ..batchnorm.batch_renorm import PLAIN_BATCHNORMS
 from ..batchnorm.modes import has_own_pre_hooks
 from ..errors import CheckpointError, TrainingError
 from ..graph.copies import unwrapped
+from ..graph.layers import outputs_of
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
 from ..support.text import counted
 from ..surgery.replace_output import output_layer
@@ -111,12 +112,14 @@ def stage_checkpoint(
 
 def _warn_of_other_classes(network: nn.Module, classes: Sequence[str]) -> None:
     """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost."""
+    if not classes:
+        return
     try:
         name, layer = output_layer(network)
     except TrainingError:
         return
-    outputs = layer.weight.shape[0]
-    if classes and len(classes) != outputs:
+    outputs = outputs_of(layer)
+    if len(classes) != outputs:
         warnings.warn(
             f"{counted(len(classes), 'class name')} for the {outputs} outputs of {name}: the network cannot be "
             "evaluated under these names; save it again with one name for each output",

@@ -43,13 +43,16 @@ def _insertion(data: Mapping[str, Any]) -> dict[str, Any]:
     agreements, renorm = train_mode["agreements"], train_mode["renorm"]
     inserted = [layer for layer in data["layers"] if "batchnorm" in layer]
     reliable = data["calibration"]["batches"] >= _FEWEST_BATCHES
+    standard_errors = {layer["name"]: layer["batchnorm"]["standard_error"] for layer in inserted} if reliable else {}
+    errors = {name: 3 * float(np.quantile(each, 0.99)) for name, each in standard_errors.items() if each}
     return {
         "data": data,
         "verdicts": verdicts(data),
         "next": next_command(data),
         "top1": not any(isnan(comparison["top1_agreement"]) for comparison in data["comparisons"].values()),
         "reliable": reliable,
-        "inexact": sum(map(_is_inexact, inserted)) if reliable else 0,
+        "errors": errors,
+        "inexact": sum(error > _GOOD_ERROR for error in errors.values()),
         "batch_error": _batch_error(inserted, data["calibration"]["images"]) if reliable else None,
         "name": PurePath(data["checkpoint"]["path"]).name,
         "inserted": inserted,
@@ -72,12 +75,6 @@ def _adaptation(data: Mapping[str, Any]) -> dict[str, Any]:
         "total": adaptation.total(data["predictions"]["per_class"]),
         "charts": adaptation_charts(data),
     }
-
-
-def _is_inexact(layer: Mapping[str, Any]) -> bool:
-    """Return whether the error of a layer's statistics is above what the page calls good."""
-    errors = layer["batchnorm"]["standard_error"]
-    return bool(errors) and bool(3 * np.quantile(errors, 0.99) > _GOOD_ERROR)
 
 
 def _batch_error(inserted: Sequence[Mapping[str, Any]], images: int) -> float | None:
@@ -179,6 +176,5 @@ def _environment() -> Environment:
         "percent": lambda value: f"{100 * value:.2f}%",
         "thousands": lambda value: f"{value:,}",
         "flat": _flat,
-        "quantile": np.quantile,
     }
     return environment

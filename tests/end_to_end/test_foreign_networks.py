@@ -308,7 +308,7 @@ def test_a_number_of_classes_that_is_no_number_is_refused(unchecked: Unchecked) 
 
 def test_replacing_an_output_and_grouping_parameters_refuse_what_is_no_model(unchecked: Unchecked) -> None:
     for function in (replace_output, parameter_groups):
-        with pytest.raises(GraphError, match="the model is a path, 'vgg16"):
+        with pytest.raises(GraphError, match=r"the model is a path, 'vgg16\.pth'"):
             unchecked(function)("vgg16.pth", 5)
 
 

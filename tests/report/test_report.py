@@ -469,7 +469,8 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
             (1.9, 1.5, 1.5),
             (0.6, 0.7, 0.7),
             "bad",
-            "1.500 at its lowest, is above 1.386 = ln(4), the loss of guessing. Try a third of this learning rate",
+            "1.500 at its lowest, is above 1.386 = ln(4), the loss of guessing. "
+            "Try a third of this learning rate (lr=0",
         ),
         ((3.0, 2.0, 1.5), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Train for more epochs"),
         ((20.0, 15.0, 9.0), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Try a third of this learning rate"),
