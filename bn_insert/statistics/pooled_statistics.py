@@ -18,7 +18,7 @@ class Statistics:
 
     Attributes:
         pooled: Moments of all values.
-        spread: Moments over batches of what `batch_spread` returns for each forward pass.
+        spread: What `batch_spread` returns for all forward passes.
         passes: How many forward passes values were recorded in, each of them over one batch or several.
         calls: How many times values were recorded.
     """

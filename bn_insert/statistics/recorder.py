@@ -23,7 +23,8 @@ from .sampling_error import batch_spread
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
 _CHANNELS_WITHIN = 0.99
-_LONGEST_LIST = 64  # moments kept before they are merged: memory stays constant over any number of batches
+# Memory stays constant over any number of batches; merging fewer at a time takes longer.
+_PASSES_TO_MERGE = 64
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -38,7 +39,8 @@ class Recorder:
     def __init__(self) -> None:
         """Start with nothing recorded."""
         self._uncommitted: defaultdict[str, list[Moments]] = defaultdict(list)
-        self._moments: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._of_passes: defaultdict[str, list[tuple[Moments, int]]] = defaultdict(list)  # with their batches
+        self._moments: defaultdict[str, list[Moments]] = defaultdict(list)  # of all earlier passes
         self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
@@ -69,8 +71,9 @@ class Recorder:
         for name, of_pass in self.uncommitted().items():
             self._calls[name] += len(self._uncommitted[name])
             self._passes[name] += 1
-            _append(self._moments[name], of_pass)
-            _append(self._spreads[name], batch_spread(of_pass, batches))
+            self._of_passes[name].append((of_pass, batches))
+            if len(self._of_passes[name]) >= _PASSES_TO_MERGE:
+                self._merge_passes(name)
         self.batches += batches
         self._uncommitted.clear()
 
@@ -83,6 +86,7 @@ class Recorder:
 
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values recorded at a place, including those of the current pass."""
+        self._merge_passes(name)
         return merge([*self._moments[name], *self._uncommitted[name]])
 
     def run(
@@ -142,12 +146,20 @@ class Recorder:
 
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""
+        for name in list(self._of_passes):
+            self._merge_passes(name)
         return Statistics(
             {name: moments.cpu() for name, moments in merged_moments(self._moments).items()},
             {name: spread.cpu() for name, spread in merged_moments(self._spreads).items()},
             Counter(self._passes),
             Counter(self._calls),
         )
+
+    def _merge_passes(self, name: str) -> None:
+        """Merge the moments of the passes since the last call into those of all earlier ones."""
+        if passes := self._of_passes.pop(name, None):
+            self._moments[name] = [merge([*self._moments[name], *(moments for moments, _ in passes)])]
+            self._spreads[name] = [merge([*self._spreads[name], batch_spread(passes)])]
 
     def precise_enough(self, tolerance: float | None) -> bool:
         """Return whether enough channels of every place are known to within `tolerance`, relative to their std.
@@ -248,12 +260,6 @@ class _Passes:
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.tensors)
         parts = min(-(-size // self._bytes_at_a_time), len(inputs))
         return -(-len(inputs) // parts)
-
-
-def _append(moments: list[Moments], more: Moments) -> None:
-    moments.append(more)
-    if len(moments) >= _LONGEST_LIST:
-        moments[:] = [merge(moments)]
 
 
 def _first_bad_row(values: Tensor) -> int:

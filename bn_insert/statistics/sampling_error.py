@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from .moments import Moments
+from .moments import GroupMoments, Moments
 
 
-def batch_spread(moments: Moments, batches: int = 1) -> Moments:
-    """Return what the pass over a batch, or over several at once, contributes to the spread between batches.
+def batch_spread(passes: Sequence[tuple[Moments, int]]) -> Moments:
+    """Return what forward passes contribute to the spread between batches.
 
     For each channel of a batch there are three numbers: mean m, mean square e, and m + e. Values within a batch, above
     all the pixels of one image, are not independent, so that only the spread between batches measures the error. The
     third number yields the covariance of the other two: 2 cov(m, e) = var(m + e) - var(m) - var(e).
 
     Args:
-        moments: Of all values of the pass.
-        batches: The number of batches. A mean over several counts as often as there are, and varies less accordingly.
+        passes: For each pass, the moments of all its values, and the number of its batches. A mean over several batches
+            counts as often as there are, and varies less accordingly.
 
     Returns:
-        Moments of the three numbers with a count of `batches`, one after the other. Merged over passes, they are the
-        moments of these numbers over batches.
+        Moments of the three numbers over all batches, one after the other.
     """
-    square = moments.m2 / moments.count + moments.mean.square()
-    numbers = torch.cat([moments.mean, square, moments.mean + square])
-    return Moments(batches, numbers, torch.zeros_like(numbers))
+    counts = torch.tensor([moments.count for moments, _ in passes], dtype=torch.float64)
+    mean = torch.stack([moments.mean for moments, _ in passes])
+    square = torch.stack([moments.m2 for moments, _ in passes]) / counts.to(mean.device)[:, None] + mean.square()
+    numbers = torch.cat([mean, square, mean + square], 1)
+    batches = torch.tensor([batches for _, batches in passes], dtype=torch.float64)
+    return GroupMoments(batches, numbers, torch.zeros_like(numbers)).pooled()
 
 
 def relative_standard_error(moments: Moments, spread: Moments, passes: int) -> Float64[Tensor, " channels"] | None:

@@ -65,9 +65,21 @@ def test_moments_of_images_with_flat_patches_equal_a_float64_reference(share: fl
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_flat_patches_do_not_cost_the_slow_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.randn(2, 64, 60, 60).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_flat_patches_do_not_cost_the_slow_exact_sums(
+    monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
+) -> None:
+    values = torch.randn(2, 64, 60, 60).contiguous(memory_format=memory_format)
     values[:, :, :30] = 2.0
+    monkeypatch.setattr("bn_insert.statistics.moments._float64_moments", None)
+    assert_moments(moments_of(values), values)
+
+
+@pytest.mark.parametrize("mean", [0, 50, -1e5])
+def test_dense_outputs_far_from_zero_do_not_cost_the_slow_exact_sums(
+    monkeypatch: pytest.MonkeyPatch, mean: float
+) -> None:
+    values = torch.randn(32, 200, generator=torch.Generator().manual_seed(6)) + mean
     monkeypatch.setattr("bn_insert.statistics.moments._float64_moments", None)
     assert_moments(moments_of(values), values)
 
