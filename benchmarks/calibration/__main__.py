@@ -30,7 +30,7 @@ from bn_insert import calibrate, find_sites
 
 from ..machine import machine
 from .commands import around_calibration, end_to_end, processes, start_up
-from .methods import METHODS, OTHER_TOOLS, error, plain, reference
+from .methods import METHODS, OTHER_TOOLS, error, plain, read_once, reference
 from .small_networks import SMALL_NETWORKS
 
 MIB = 2**20
@@ -187,7 +187,9 @@ def small_networks(options: argparse.Namespace) -> Iterator[str]:
         "loop over the same batches; on a CPU, that of the processor, so that other processes hardly matter. The",
         "sites are found beforehand; copying the network and the passes in which `calibrate` tests whether batches can",
         "run together are included. The images are cuttings of two photographs. There are as many batches as the loop",
-        "takes half a second for, from 2 to 1,024: many of 4 images, two of 256 for the largest network.",
+        "takes half a second for, from 2 to 1,024: many of 4 images, two of 256 for the largest network. The second",
+        "figure is the plain loop with a hook behind each layer that adds up its outputs once and keeps nothing: what",
+        "has to read every output takes about as long, unless the network itself runs faster in `calibrate`.",
         "",
         f"| network | {' | '.join(f'batches of {size}' for size in batch_sizes)} |",
         f"|---|{'---|' * len(batch_sizes)}",
@@ -205,10 +207,15 @@ def small_networks(options: argparse.Namespace) -> Iterator[str]:
             of_two = seconds(partial(plain, model, [], batches[:2], None))
             count = round(min(max(2 * 0.5 / of_two, 2), 1024))
             batches = list(islice(cycle(batches), count))
-            works = (partial(calibrate, model, sites, batches), partial(plain, model, [], batches, None))
+            works = (
+                partial(plain, model, [], batches, None),
+                partial(calibrate, model, sites, batches),
+                partial(read_once, model, [site.name for site in sites], batches, None),
+            )
             rounds = [[seconds(work) for work in works] for _ in range(options.repeats + 1)]
-            ratio = statistics.median(ours / loop for ours, loop in rounds[1:])  # the first warms up
-            cells.append(f"{ratio:.2f} ({count:,} batches)")
+            ratios = [[each / loop for each in others] for loop, *others in rounds[1:]]  # the first round warms up
+            ours, once = (statistics.median(each) for each in zip(*ratios, strict=True))
+            cells.append(f"{ours:.2f}, {once:.2f} ({count:,} batches)")
         yield f"| {name} | {' | '.join(cells)} |"
     torch.set_num_threads(threads)
 

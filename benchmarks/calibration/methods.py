@@ -44,6 +44,17 @@ def plain_channels_last(
     return {}
 
 
+def read_once(network: nn.Module, layers: list[str], batches: Batches, autocast: torch.dtype | None) -> Statistics:
+    """Forward, with a hook behind each layer that adds up the values of each channel and keeps nothing."""
+
+    def add_up(_name: str, values: Tensor) -> None:
+        values.sum(_dims(values))
+
+    with _hooks(network, layers, add_up):
+        _forward(network, batches, autocast)
+    return {}
+
+
 def ours(network: nn.Module, layers: list[str], batches: Batches, autocast: torch.dtype | None) -> Statistics:
     """`calibrate`, as `insert_batchnorm` calls it."""
     sites = _sites(network, tuple(batches[0].shape[1:]))
