@@ -267,8 +267,8 @@ def _row_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
     """
     values = rows.float()
     mean = values.mean(1).double()
-    squares = torch.linalg.vecdot(values, values).double().div_(rows.shape[1])
-    return mean, squares.sub_(mean.square())
+    squares = values.square().sum(1).double()  # not linalg.vecdot: under autocast it returns bfloat16
+    return mean, squares.div_(rows.shape[1]).sub_(mean.square())
 
 
 def _kernel_moments(rows: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,16 @@ def values_of(shape: Sequence[int], mean_in_stds: float = 0.0, dtype: torch.dtyp
     return ((normal + mean_in_stds * signs) * stds).movedim(-1, 1).to(dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_taken_under_autocast_are_the_same(shape: str) -> None:
+    values = values_of(SHAPES[shape], 3)
+    found = moments_of(values)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = moments_of(values)
+    assert torch.equal(under_autocast.mean, found.mean)
+    assert torch.equal(under_autocast.m2, found.m2)
+
+
 @pytest.mark.parametrize("mean_in_stds", [0, 3, 7.9, 30, 1000])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "one-row"])
 def test_moments_equal_a_float64_reference_over_all_values(shape: str, mean_in_stds: float) -> None:
