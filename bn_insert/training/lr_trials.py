@@ -34,9 +34,10 @@ _FIRST: dict[Optimizer, int] = {"sgd": -5, "adamw": -7}
 _LOWEST, _HIGHEST = -12, 0
 # The highest for all weights: 20 steps at more may look good, and more of them destroy pretrained features.
 _HIGHEST_FOR_ALL: dict[Optimizer, int] = {"sgd": -3, "adamw": -5}
-# Of the loss. Smaller differences say little after so few steps, in which a high learning rate is at its best: the loss
-# falls faster, and what it does to pretrained features does not show yet.
-_CLEARLY = 0.1
+# What fraction lower the loss has to be at a higher (1) and at a lower (-1) learning rate: smaller differences say
+# little after so few steps. Less is asked of a higher one, because the learning rate of a run falls: on average it is
+# half of that of the trial.
+_MARGINS = {1: 0.03, -1: 0.1}
 
 
 def untried_learning_rate(settings: TrainingSettings, steps: int) -> float | None:
@@ -63,9 +64,9 @@ def choose_learning_rate(
     its learning rate stays where it is, as it does in the beginning of a longer run: if it fell, as at the end of a
     run, it would look better than it is. The loss of a trial is the mean of the validation loss at its end and the
     training loss of its second half. Neighboring learning rates differ by a factor of about three (0.001, 0.003, 0.01,
-    ...). From 0.003 (0.0003 for AdamW), the search moves on to a neighbor whose loss is at least 10% lower, as long as
-    there is one; to at most 0.03 (0.003) if all weights are trained. If trials diverge, it first moves down to the
-    highest learning rate at which they do not.
+    ...). From 0.003 (0.0003 for AdamW), the search moves up as long as the loss is at least 3% lower there, to at most
+    0.03 (0.003) if all weights are trained, or else down as long as it is at least 10% lower. If trials diverge, it
+    first moves down to the highest learning rate at which they do not.
 
     Args:
         step: The step of the run, with its network, settings and processes; the network is not changed.
@@ -105,8 +106,8 @@ def choose_learning_rate(
         best -= 1
     if math.isinf(loss(best)):
         raise DivergenceError(f"the loss is not finite at any learning rate from {_rate(first):g} to {_rate(best):g}")
-    for direction in (1, -1):
-        while loss(best + direction) < (1 - _CLEARLY) * loss(best):
+    for direction, margin in _MARGINS.items():
+        while loss(best + direction) < (1 - margin) * loss(best):
             best += direction
     report(replace(trials[_rate(best)], chosen=True))
     return _rate(best)
