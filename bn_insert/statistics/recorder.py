@@ -40,8 +40,8 @@ class Recorder:
         """Start with nothing recorded."""
         self._uncommitted: defaultdict[str, list[Moments]] = defaultdict(list)
         self._of_passes: defaultdict[str, list[tuple[Moments, int]]] = defaultdict(list)  # with their batches
-        self._moments: defaultdict[str, list[Moments]] = defaultdict(list)  # of all earlier passes
-        self._spreads: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._moments: dict[str, Moments] = {}  # of all earlier passes
+        self._spreads: dict[str, Moments] = {}
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self.batches = 0
@@ -87,7 +87,8 @@ class Recorder:
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values recorded at a place, including those of the current pass."""
         self._merge_passes(name)
-        return merge([*self._moments[name], *self._uncommitted[name]])
+        earlier = [self._moments[name]] if name in self._moments else []
+        return merge([*earlier, *self._uncommitted[name]])
 
     def run(
         self,
@@ -149,8 +150,8 @@ class Recorder:
         for name in list(self._of_passes):
             self._merge_passes(name)
         return Statistics(
-            {name: moments.cpu() for name, moments in merged_moments(self._moments).items()},
-            {name: spread.cpu() for name, spread in merged_moments(self._spreads).items()},
+            {name: moments.cpu() for name, moments in self._moments.items()},
+            {name: spread.cpu() for name, spread in self._spreads.items()},
             Counter(self._passes),
             Counter(self._calls),
         )
@@ -158,8 +159,9 @@ class Recorder:
     def _merge_passes(self, name: str) -> None:
         """Merge the moments of the passes since the last call into those of all earlier ones."""
         if passes := self._of_passes.pop(name, None):
-            self._moments[name] = [merge([*self._moments[name], *(moments for moments, _ in passes)])]
-            self._spreads[name] = [merge([*self._spreads[name], batch_spread(passes)])]
+            moments = merge(moments for moments, _ in passes)
+            for kept, more in ((self._moments, moments), (self._spreads, batch_spread(passes))):
+                kept[name] = merge([kept[name], more]) if name in kept else more
 
     def precise_enough(self, tolerance: float | None) -> bool:
         """Return whether enough channels of every place are known to within `tolerance`, relative to their std.
