@@ -350,17 +350,17 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _until_as_good(ours: Sequence[dict[str, Any]], validation: float) -> list[str]:
-    """Return in words after how many epochs each run reaches a validation accuracy; nothing if that is not recorded."""
+    """Return in words in which epoch each run reaches a validation accuracy; nothing if that is not recorded."""
     if not all("epochs" in line for line in ours):
         return []
     reached = [
         next((n for n, accuracy in enumerate(line["epochs"], 1) if accuracy >= validation), None) for line in ours
     ]
     epochs = ", ".join("never" if number is None else str(number) for number in reached)
-    return [
-        "",
-        f"They reach the validation accuracy of the best without BatchNorm ({validation:.3f}) in epoch {epochs}.",
-    ]
+    target = f"the validation accuracy of the best without BatchNorm ({validation:.3f})"
+    if not any(reached):
+        return ["", f"No run reaches {target}."]
+    return ["", f"Epoch in which each run reaches {target}: {epochs}."]
 
 
 def _row(title: str, side: Sequence[dict[str, Any]]) -> str:

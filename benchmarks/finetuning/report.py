@@ -107,7 +107,8 @@ def _table(lines: list[Line], name: str) -> str:
             f"| {outcome.early:.3f} | {outcome.test:.3f}{error} |"
         )
     heading = f"## {case.title[0].upper()}{case.title[1:]}"
-    return "\n".join([heading, "", f"{case.steps} steps of {case.batch} images.", "", *rows])
+    steps = next(line["steps"] for line in lines if line["case"] == name)
+    return "\n".join([heading, "", f"{steps} steps of {case.batch} images.", "", *rows])
 
 
 def write_figure(lines: list[Line], path: Path) -> None:
