@@ -27,7 +27,7 @@ from ..graph.inputs import reference_tensor
 from ..graph.operator_rules import PER_IMAGE_MODULES
 from ..graph.sites import Site
 from .moments import Moments
-from .passes import ForwardDone, NotFiniteError, Progress
+from .passes import NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
 
@@ -48,8 +48,8 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Return the moments of each site's activations over the whole calibration set, by the site's name.
 
-    The unmodified network runs once in eval mode, up to the last site: a BatchNorm that changes nothing does not
-    change any statistics downstream either. Moments are pooled over all batches in float64; they are not an average
+    The unmodified network runs once in eval mode: a BatchNorm that changes nothing does not change any statistics
+    downstream either. Moments are pooled over all batches in float64; they are not an average
     of averages. The model is not changed, and PyTorch's random state is restored.
 
     Inside an initialized torch.distributed process group, every rank calls this with its own part of the batches, which
@@ -96,21 +96,17 @@ def calibrate(
 
 
 class _PassRecorder(Recorder):
-    """A recorder that counts the calls of each site during the current forward pass."""
+    """A recorder that counts the batches for which each site was called."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
         self._batches_of = Counter({site.name: 0 for site in sites if site.calls})
-
-    def begin_part(self) -> None:
-        """Count the calls of one forward: hooks on the network would not see one that has its own `__call__`."""
-        self.calls.clear()
 
     def commit(self, batches: int = 1) -> None:
         """Keep what was recorded during a forward pass, and count for which sites something was."""
+        called = self.uncommitted().keys()
         super().commit(batches)
-        self._batches_of.update({name: batches for name in self._batches_of if self.calls[name]})
+        self._batches_of.update({name: batches for name in self._batches_of if name in called})
 
     def check_complete(self) -> None:
         """Raise CalibrationError if a site that every pass should call has the values of some batches alone."""
@@ -135,19 +131,17 @@ def _check_shape(output: Tensor, site: Site) -> None:
 
 @contextmanager
 def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _PassRecorder) -> Iterator[None]:
-    """Record the output of each site's anchor, and end each forward pass after the last one."""
-    calls = recorder.calls
-    expected_calls = Counter({site.name: site.calls for site in sites})
-    countable = all(site.calls for site in sites)
+    """Record the output of each site's anchor.
+
+    Each pass runs to its end. How often a layer is called may depend on the batch, in a forward that loops over images
+    or frames, so that no number of calls says that all layers are done.
+    """
 
     def hook(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             _check_shape(output, site)
             # Before the hook returns: an in-place activation after the layer overwrites this tensor.
             recorder.record(site.name, output)
-            calls[site.name] += 1
-            if countable and calls >= expected_calls:
-                raise ForwardDone
 
         return record
 
@@ -158,11 +152,11 @@ def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _Pas
             hooks.callback(handle.remove)
             own_hooks.add(handle.id)
         if reference_tensor(network).device.type == "cpu":  # a GPU is fastest on whole batches
-            run_in_micro_batches(network, calls, own_hooks)
+            run_in_micro_batches(network, own_hooks)
         yield
 
 
-def run_in_micro_batches(network: nn.Module, calls: Counter[str], own_hooks: Set[int]) -> None:
+def run_in_micro_batches(network: nn.Module, own_hooks: Set[int]) -> None:
     """Make a network run its sequences of conv layers on a few images at a time; outputs are equal up to rounding.
 
     Hooks of the modules in such a sequence are then called once for each micro-batch. A sequence runs whole batches
@@ -171,13 +165,11 @@ def run_in_micro_batches(network: nn.Module, calls: Counter[str], own_hooks: Set
 
     Args:
         network: A working copy in eval mode; it is changed.
-        calls: Counts that hooks keep during a pass of the network. Every micro-batch starts from the same counts, as if
-            it were the only one; ForwardDone takes effect when all micro-batches have raised it.
         own_hooks: Ids of the hooks that accept micro-batches.
     """
     for module in network.modules():
         if isinstance(module, nn.Sequential) and _is_per_image(module):
-            module.forward = _MicroBatchedForward(module, calls, own_hooks)  # type: ignore[method-assign]
+            module.forward = _MicroBatchedForward(module, own_hooks)  # type: ignore[method-assign]
 
 
 def _is_per_image(sequence: nn.Sequential) -> bool:
@@ -216,9 +208,8 @@ class Stretch:
 class _MicroBatchedForward:
     """The forward of an nn.Sequential that runs each stretch of its modules on as many images as fit into the cache."""
 
-    def __init__(self, sequence: nn.Sequential, calls: Counter[str], own_hooks: Set[int]) -> None:
+    def __init__(self, sequence: nn.Sequential, own_hooks: Set[int]) -> None:
         self._modules = list(sequence)
-        self._calls = calls
         self._own_hooks = own_hooks
         self._values_per_image: dict[torch.Size, list[int]] = {}
 
@@ -253,22 +244,15 @@ class _MicroBatchedForward:
         return [values * images.element_size() for values in self._values_per_image[shape]]
 
     def _run_stretch(self, stretch: Stretch, images: Tensor) -> Tensor:
-        counts_before = dict(self._calls)
         outputs: list[Tensor] = []
-        start, done = 0, False
+        start = 0
         for micro_batch in images.tensor_split(stretch.micro_batches):
-            self._calls.clear()
-            self._calls.update(counts_before)
             try:
                 outputs.append(_run(stretch.modules, micro_batch))
-            except ForwardDone:
-                done = True
             except NotFiniteError as error:
                 error.row += start
                 raise
             start += len(micro_batch)
-        if done:
-            raise ForwardDone
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

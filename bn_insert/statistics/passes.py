@@ -241,10 +241,6 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
         raise CalibrationError(f"{model} failed on {batch}: {error}") from error
 
 
-class ForwardDone(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a hook to end a forward pass whose remaining layers are not needed."""
-
-
 class NotFiniteError(CalibrationError):
     """Activations or their statistics are NaN or Inf.
 

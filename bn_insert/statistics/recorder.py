@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from math import inf, isfinite
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs, reference_tensor
 from ..support.processes import Ranks
 from .moments import Moments, merge, moments_of
-from .passes import Batch, ForwardDone, JoinedBatches, NotFiniteError, Progress, for_each_batch
+from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
 
@@ -80,9 +80,6 @@ class Recorder:
     def discard(self) -> None:
         """Forget what was recorded during a forward pass that will be run again."""
         self._uncommitted.clear()
-
-    def begin_part(self) -> None:
-        """Go on with the next images of the same pass."""
 
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values recorded at a place, including those of the current pass."""
@@ -246,10 +243,9 @@ class _Passes:
         self._recorder.discard()
         images = self._images_at_a_time(inputs)
         for start in range(0, len(inputs), images):
-            self._recorder.begin_part()
             copies = (inputs if images >= len(inputs) else inputs.rows(start, start + images)).mapped(copy)
             try:
-                with suppress(ForwardDone), self._protection():
+                with self._protection():
                     self._network(*copies.args, **copies.kwargs)
             except NotFiniteError as error:
                 error.row += start

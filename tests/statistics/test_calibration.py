@@ -1,5 +1,5 @@
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from threading import Thread
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from support.networks import (
     CalledTwice,
     HeldAsAttributes,
     RegisteredBackwards,
-    Tripwire,
     ViewsActivations,
     features,
     images,
@@ -259,22 +258,26 @@ def test_without_sites_there_is_nothing_to_calibrate() -> None:
     assert len(list(batches)) == 2
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        lambda: sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), Tripwire(), nn.ReLU(), nn.Conv2d(8, 4, 1)
-        ),
-        lambda: sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), Tripwire(), nn.Conv2d(8, 4, 1)
-        ),
-    ],
-    ids=["right behind", "behind the activation"],
-)
-def test_nothing_behind_the_last_site_is_run(network: Callable[[], nn.Module]) -> None:
-    model, whole = network(), images(12, 16)
-    found = calibrate(model, find_sites(model, whole), whole.split(5))
-    assert list(found) == ["0", "2"]
+class ImageByImage(nn.Module):
+    """Calls its layers once for each image of a batch, or for each part of it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv, self.output, self.size = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.output(self.conv(part).relu()) for part in images.split(self.size)])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("batches", [(2, 8, 8), (4,) * 40, (8, 2, 32, 4)], ids=["growing", "joined", "of all sizes"])
+def test_a_layer_called_more_often_for_some_batches_is_measured_on_all_images(
+    size: int, batches: Sequence[int]
+) -> None:
+    model, whole = ImageByImage(size).eval(), images(sum(batches), 12)
+    split = whole.split(list(batches))
+    found = calibrate(model, find_sites(model, split[0]), split)
+    assert_moments(found["conv"], model.conv(whole))
 
 
 def test_a_classifier_that_holds_nan_does_no_harm_behind_the_last_site() -> None:

@@ -1,4 +1,3 @@
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,7 @@ def prepared(network: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor]]]:
         for name, module in network.named_modules()
         if not list(module.children())
     }
-    run_in_micro_batches(network, Counter(), own)
+    run_in_micro_batches(network, own)
     return network, seen
 
 

@@ -254,15 +254,6 @@ class ViewsActivations(nn.Module):
         return self.head(F.relu(self.hidden(F.relu(x).view(len(x), -1))))
 
 
-class Tripwire(nn.Module):
-    """Raises when it is run on values; an export, which computes none, goes through."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting():
-            raise RuntimeError("a layer behind the last site was run")
-        return x
-
-
 AWKWARD: tuple[Callable[[], nn.Module], ...] = (
     HeldAsAttributes,
     SlicedInForward,
