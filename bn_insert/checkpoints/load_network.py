@@ -92,7 +92,7 @@ def build_network(
             from .vgg import layer_tensors, vgg_from_state_dict  # noqa: PLC0415
 
             _check_needs_no_function(settings.history)
-            prefix, tensors = without_prefix(_unshared(checkpoint))
+            prefix, tensors = without_prefix(_unshared(checkpoint), others=ignore_unexpected)
             network: nn.Module = vgg_from_state_dict(layer_tensors(tensors) if ignore_unexpected else tensors)
             history = History() if prefix else settings.history
             history.mark_inserted(network)
@@ -170,7 +170,7 @@ def _filled(
     """
     device, described = reference_tensor(network).device, type(network).__name__
     changes: tuple[Change, ...] = ()
-    prefix, named = without_prefix(tensors, network.state_dict().keys())
+    prefix, named = without_prefix(tensors, network.state_dict().keys(), others=ignore_unexpected)
     if history.changes and not _has_all_of(network, named):
         changes = history.changes
         own = History.of(network).changes  # made by the function itself, which may fold, for example
@@ -183,7 +183,7 @@ def _filled(
                 "that they were made to"
             ) from error
         described += " with the changes recorded in its settings"
-        prefix, named = without_prefix(tensors, network.state_dict().keys())
+        prefix, named = without_prefix(tensors, network.state_dict().keys(), others=ignore_unexpected)
     without_memory = [
         key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,17 @@ def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()) -> tuple[str, dict[str, Tensor]]:
+def without_prefix(
+    tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset(), *, others: bool = False
+) -> tuple[str, dict[str, Tensor]]:
     """Remove the prefix, or several, that wrappers such as torch.compile add to all keys.
 
     Args:
         tensors: Tensors by key.
         wanted: Keys of the architecture that the tensors are for. Its own names may begin like a prefix, so keys that
             fit the architecture already are left as they are.
+        others: Whether there may be other tensors beside those of the network, such as weights of a loss. Those
+            without the prefix that is most common are left out.
 
     Returns:
         The prefix, and the tensors by their keys without it.
@@ -185,16 +190,26 @@ def without_prefix(tensors: Mapping[str, Tensor], wanted: Set[str] = frozenset()
     keys = [key for key in tensors if key != "n_averaged"]
     common = ""
     while keys and not any(key.removeprefix(common) in wanted for key in tensors):
-        found = _PREFIX.match(keys[0], len(common)) if not wanted else _NEXT_NAME.match(keys[0], len(common))
-        if found is None or not all(key.startswith(keys[0][: found.end()]) for key in keys):
+        key = _with_most_common_name(keys, len(common)) if others else keys[0]
+        found = _PREFIX.match(key, len(common)) if not wanted else _NEXT_NAME.match(key, len(common))
+        if found is None:
             break
-        common = keys[0][: found.end()]
+        with_prefix = [each for each in keys if each.startswith(key[: found.end()])]
+        if len(with_prefix) < len(keys) and not others:
+            break
+        common, keys = key[: found.end()], with_prefix
     if wanted and not any(key.removeprefix(common) in wanted for key in keys):
         common = ""  # the names are those of another architecture
     stripped = {key.removeprefix(common): tensors[key] for key in keys} if common else dict(tensors)
     if not any(key in wanted for key in stripped if _PARALLEL.match(key)):
         stripped = {_PARALLEL.sub(r"\1.", key): tensor for key, tensor in stripped.items()}
     return common, stripped
+
+
+def _with_most_common_name(keys: Sequence[str], start: int) -> str:
+    """Return one of the keys that have the most common name at a position, up to the next dot."""
+    names = Counter(key[start:].partition(".")[0] for key in keys)
+    return max(keys, key=lambda key: names[key[start:].partition(".")[0]])
 
 
 def _keys_of(content: object) -> str:

@@ -7,7 +7,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -83,7 +83,13 @@ class Trace:
     @classmethod
     def _of(cls, model: nn.Module, inputs: Inputs) -> Trace:
         obstacle, called = "", set[str]()
-        with _EXPORTING, _quiet_export(), _no_stack_traces(), unchanged_attributes(model):
+        with (
+            _EXPORTING,
+            _quiet_export(),
+            _no_stack_traces(),
+            unchanged_attributes(model),
+            _values_in_what_is_kept(model, inputs),
+        ):
             try:
                 program = _exported(working_copy(model), inputs, called)
             except Exception as error:  # the user's forward and torch.export may raise anything
@@ -220,6 +226,28 @@ class Trace:
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]
         # torch.fx leaves the model itself out of the names.
         return bool(inside) and all(parent in names or not parent for names in inside)
+
+
+@contextmanager
+def _values_in_what_is_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Run a network on two images before a trace and, if it has hooks, after it.
+
+    The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
+    `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it.
+    """
+
+    network, images = working_copy(model), inputs.rows(0, 2)
+
+    def run() -> None:
+        with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words
+            images.run(network)
+
+    run()
+    try:
+        yield
+    finally:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            run()
 
 
 def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:

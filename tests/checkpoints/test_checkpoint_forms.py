@@ -1,9 +1,11 @@
 """The forms in which people have their checkpoints are read, or named with a way out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bn_insert import load_checkpoint
 from support.checkpoint_forms import FORMS, outcome, state
@@ -66,6 +68,26 @@ def test_the_network_of_each_form_has_the_weights_of_the_file(name: str, tmp_pat
     loaded, x = load_checkpoint(tmp_path / "a.pth"), images(2, 16)
     assert torch.equal(loaded(x), small_vgg()(x))
     assert loaded.state_dict().keys() == state().keys()
+
+
+@pytest.mark.parametrize("model", [None, small_vgg])
+@pytest.mark.parametrize(
+    ("prefix", "other"),
+    [
+        ("model.", "loss_fn.weight"),
+        ("module.", "total_ops"),
+        ("module.", "module.features.0.total_ops"),
+        ("net.", "train_acc.tp"),
+        ("model.backbone.", "model.loss.weight"),
+        ("", "loss_fn.weight"),
+    ],
+)
+def test_tensors_without_the_prefix_of_the_network_can_be_ignored(
+    tmp_path: Path, prefix: str, other: str, model: Callable[[], nn.Module] | None
+) -> None:
+    torch.save({other: torch.zeros(2)} | {prefix + key: value for key, value in state().items()}, tmp_path / "a.pth")
+    loaded, x = load_checkpoint(tmp_path / "a.pth", model=model, ignore_unexpected=True), images(2, 16)
+    assert torch.equal(loaded(x), small_vgg()(x))
 
 
 def test_harmless_objects_beside_the_weights_are_not_made(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from bn_insert import (
     find_edges,
     find_sites,
     fold,
+    fold_batchnorm,
     insert,
     insert_batchnorm,
     load_checkpoint,
@@ -227,6 +230,46 @@ def test_hooks_that_refer_to_the_model_leave_no_fake_tensor_in_it() -> None:
     assert model.last is None and model.all == []
     insert_batchnorm(model, [images(2, 8)])
     assert not any(isinstance(each, FakeTensor) for each in (model.last, *model.all))
+
+
+@cache
+def ramp(size: int) -> Tensor:
+    return torch.linspace(0, 1, size)
+
+
+class CachesOutsideItsModules(nn.Module):
+    """Computes a tensor once for each size of images, and keeps it in the class and in a function."""
+
+    ramps: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.output = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        if size not in self.ramps:
+            self.ramps[size] = torch.linspace(0, 1, size)
+        return self.output(self.conv(x).relu() * self.ramps[size] + ramp(size))
+
+
+def test_what_a_forward_caches_outside_of_its_modules_has_values_after_a_trace() -> None:
+    ramp.cache_clear()
+    model, x = randomised(CachesOutsideItsModules()), images(4, 12)
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    assert not any(isinstance(each, FakeTensor) for each in (*model.ramps.values(), ramp(12)))
+    result.train()(x).sum().backward()  # nor do they belong to inference mode
+
+
+def test_what_a_hook_stores_in_another_object_has_values_after_a_trace() -> None:
+    model, x, store = small_vgg(), images(4, 16), SimpleNamespace()
+    model.features[0].register_forward_hook(lambda _module, _inputs, output: setattr(store, "output", output))
+    model.store = store
+    result = insert_batchnorm(model, [x])
+    assert type(store.output) is Tensor
+    fold_batchnorm(result, x)
+    assert type(store.output) is Tensor
 
 
 def test_outputs_that_a_module_collects_by_its_hooks_do_not_hinder_a_trace() -> None:
