@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, as_passed
 from ..graph.inputs import reference_tensor
 from ..support.files import StrPath
-from ..support.text import printable
+from ..support.text import counted, listed, printable
 from ..surgery.history import Change, History
 from .model_option import make_network
 from .read_file import Checkpoint, read_checkpoint
 from .settings import Settings
-from .state_dict import independent, without_prefix
+from .state_dict import AVERAGED, independent, without_prefix
 
 _MISMATCHES_SHOWN = 8
+_IGNORED_SHOWN = 8
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
 
@@ -53,7 +55,8 @@ def load_checkpoint(
             that share memory in the file share it in the network.
         key: The key of the dict in the file that contains the state dict, if it is not a common one. With a key, a
             file that is a state dict itself is refused.
-        ignore_unexpected: Pass over tensors that the network does not have, such as the counts of a profiler.
+        ignore_unexpected: Ignore tensors that the network does not have, such as the counts of a profiler, with a
+            warning that names them.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit the architecture, or its settings name the function
@@ -93,11 +96,13 @@ def build_network(
 
             _check_needs_no_function(settings.history)
             prefix, tensors = without_prefix(_unshared(checkpoint), others=ignore_unexpected)
-            network: nn.Module = vgg_from_state_dict(layer_tensors(tensors) if ignore_unexpected else tensors)
+            known = layer_tensors(tensors) if ignore_unexpected else tensors
+            network: nn.Module = vgg_from_state_dict(known)
+            unexpected = [key for key in tensors if key not in known]
             history = History() if prefix else settings.history
             history.mark_inserted(network)
         else:
-            network, changes, prefix = _filled(
+            network, changes, prefix, unexpected = _filled(
                 given, checkpoint.tensors, settings.history, ignore_unexpected=ignore_unexpected
             )
             history = History(model if isinstance(model, str) else None, changes)
@@ -105,7 +110,11 @@ def build_network(
         way_out = ""
         if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
             way_out = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
+        if given is None and not ignore_unexpected and _needs_no_model(checkpoint, ignore_unexpected=True):
+            way_out = f", or leave out what does not belong to the network ({as_passed('ignore_unexpected', True)})"
         raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
+    if ignore_unexpected:
+        _warn_of_ignored(checkpoint, prefix, unexpected)
     if history != History():
         history.keep_with(network)
     try:
@@ -118,10 +127,19 @@ def build_network(
     return network.eval()
 
 
+def _warn_of_ignored(checkpoint: Checkpoint, prefix: str, unexpected: Sequence[str]) -> None:
+    """Name the tensors that were left out: one of them may belong to a layer whose key has a typing error."""
+    ignored = [*unexpected, *(key for key in checkpoint.tensors if not key.startswith(prefix) and key != AVERAGED)]
+    if ignored:
+        text = f"ignoring {counted(len(ignored), 'tensor')} of {checkpoint.path}: "
+        warnings.warn(text + printable(listed(ignored, _IGNORED_SHOWN)), stacklevel=4)
+
+
 def _needs_no_model(checkpoint: Checkpoint, *, ignore_unexpected: bool) -> bool:
     """Return whether the network of a checkpoint can be built from the file alone."""
     try:
-        build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)  # mapped: without copies
+        with warnings.catch_warnings(action="ignore"):  # mapped: without copies
+            build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)
     except CheckpointError:
         return False
     return True
@@ -162,11 +180,11 @@ def _check_needs_no_function(history: History) -> None:
 
 def _filled(
     network: nn.Module, tensors: Mapping[str, Tensor], history: History, *, ignore_unexpected: bool
-) -> tuple[nn.Module, tuple[Change, ...], str]:
+) -> tuple[nn.Module, tuple[Change, ...], str, list[str]]:
     """Load the tensors into the network, in place and strictly.
 
     The changes in the checkpoint's history are replayed first, unless the network has its keys and shapes already.
-    Returns the network, the changes made, and the prefix removed from the keys.
+    Returns the network, the changes made, the prefix removed from the keys, and the keys that are not in the network.
     """
     device, described = reference_tensor(network).device, type(network).__name__
     changes: tuple[Change, ...] = ()
@@ -197,7 +215,7 @@ def _filled(
     unexpected_alone = bool(unexpected) and not missing
     ignoring = as_passed("ignore_unexpected", True)
     _check_fit(described, mismatches, f"or leave these tensors out ({ignoring})" if unexpected_alone else "")
-    return network, changes, prefix
+    return network, changes, prefix, unexpected
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], described: str) -> tuple[list[str], list[str]]:

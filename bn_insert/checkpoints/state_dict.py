@@ -16,6 +16,8 @@ from ..errors import CheckpointError, UnneededKeyError, as_passed
 from ..support.safe_torch_load import MAX_TENSORS
 from ..support.text import printable
 
+# AveragedModel of PyTorch, which keeps moving averages of weights, has this key besides "module.*".
+AVERAGED = "n_averaged"
 WRAPPERS = (
     "state_dict",
     "model",
@@ -186,8 +188,7 @@ def without_prefix(
         >>> prefix, list(stripped)
         ('module._orig_mod.', ['0.weight', '0.bias'])
     """
-    # AveragedModel of PyTorch, which keeps moving averages of weights, has one other key besides "module.*".
-    keys = [key for key in tensors if key != "n_averaged"]
+    keys = [key for key in tensors if key != AVERAGED]
     common = ""
     while keys and not any(key.removeprefix(common) in wanted for key in tensors):
         key = _with_most_common_name(keys, len(common)) if others else keys[0]

@@ -22,7 +22,8 @@ REFUSED = {
     "TorchScript": "is a TorchScript program, not a state dict",
     "list of tensors": "contains a list, not a state dict",
     "one tensor": "contains a Tensor, not a state dict",
-    "total_ops of a profiler": "the key 'total_ops' is not features.N or classifier.N",
+    "total_ops of a profiler": "for other architectures pass model, or leave out what does not belong to the network "
+    "(ignore_unexpected=True)",
     "weights of the loss, with model": "loss_fn.weight is not in the model; pass the architecture that it was saved "
     "from, or leave these tensors out (ignore_unexpected=True)",
     "another network": "this is not a VGG in torchvision's layout",
@@ -54,6 +55,7 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore:reading '(model|state_dict)'")  # those with moving averages besides
+@pytest.mark.filterwarnings("ignore:ignoring . tensors? of")
 @pytest.mark.parametrize("name", FORMS)
 def test_each_form_is_loaded_or_named_with_a_way_out(name: str, tmp_path: Path) -> None:
     found = outcome(name, tmp_path)
@@ -86,8 +88,17 @@ def test_tensors_without_the_prefix_of_the_network_can_be_ignored(
     tmp_path: Path, prefix: str, other: str, model: Callable[[], nn.Module] | None
 ) -> None:
     torch.save({other: torch.zeros(2)} | {prefix + key: value for key, value in state().items()}, tmp_path / "a.pth")
-    loaded, x = load_checkpoint(tmp_path / "a.pth", model=model, ignore_unexpected=True), images(2, 16)
+    with pytest.warns(UserWarning, match=f"ignoring 1 tensor of .*a.pth: {other.removeprefix(prefix)}|: {other}"):
+        loaded = load_checkpoint(tmp_path / "a.pth", model=model, ignore_unexpected=True)
+    x = images(2, 16)
     assert torch.equal(loaded(x), small_vgg()(x))
+
+
+def test_a_layer_whose_keys_are_spelled_wrong_is_named_among_the_ignored_tensors(tmp_path: Path) -> None:
+    layer = {"featurez.5.weight": torch.zeros(12, 12, 3, 3), "featurez.5.bias": torch.zeros(12)}
+    torch.save(state() | layer, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match=r"ignoring 2 tensors of .*a.pth: featurez.5.weight, featurez.5.bias"):
+        load_checkpoint(tmp_path / "a.pth", ignore_unexpected=True)
 
 
 def test_harmless_objects_beside_the_weights_are_not_made(tmp_path: Path) -> None:

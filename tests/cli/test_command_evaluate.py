@@ -238,6 +238,7 @@ def test_both_commands_take_other_architectures(run: Run, digits: Path) -> None:
         assert result.exit_code == 0, result.output
 
 
+@pytest.mark.filterwarnings("ignore:ignoring 1 tensor")
 def test_commands_that_use_a_network_take_the_key_of_its_state_dict(run: Run, digits: Path) -> None:
     torch.save({"best": demo_network().state_dict() | {"total_ops": torch.zeros(1)}, "epoch": 3}, "network.pth")
     found = ("--key", "best", "--ignore-unexpected")

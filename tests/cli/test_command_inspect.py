@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from bn_insert.demo import network_path
@@ -32,7 +33,8 @@ def test_inspect_prints_what_is_assumed_of_a_vgg_and_takes_the_key_of_its_state_
     refused = run("inspect", "network.pth")
     assert refused.exit_code == 2
     assert "its keys are best (OrderedDict), epoch (int)" in text_of(refused.output)
-    result = run("inspect", "network.pth", "--key", "best", "--ignore-unexpected", "--size", "16")
+    with pytest.warns(UserWarning, match="ignoring 1 tensor of network.pth: total_ops"):
+        result = run("inspect", "network.pth", "--key", "best", "--ignore-unexpected", "--size", "16")
     assert result.exit_code == 0, result.output
     words = "ReLU for every conv, 2 x 2 max pooling at features.2, features.5, dropout with p 0.5 at classifier.2, "
     assert words in text_of(result.output)
