@@ -119,7 +119,8 @@ def _memory_format(network: nn.Module, images: Float[Tensor, "n c h w"]) -> torc
     images = images[:1].expand(2, -1, -1, -1).to(next(network.parameters()).dtype, memory_format=torch.channels_last)
     try:
         with preserved_random_state(), torch.inference_mode():
-            working_copy(network)(images)
+            # The weights too: with them, a forward that makes its images contiguous has activations in channels_last.
+            working_copy(network).to(memory_format=torch.channels_last)(images)
     except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
         return torch.contiguous_format
     return torch.channels_last
