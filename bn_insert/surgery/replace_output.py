@@ -16,7 +16,7 @@ from ..errors import TrainingError, as_passed
 from ..graph.copies import check_module
 from ..graph.layers import layer_kind
 from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head, new_output
-from .splice import splice_over
+from .splice import inserted_batchnorms, splice_over
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
@@ -139,10 +139,21 @@ def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     after_output = modules[[module for _, module in modules].index(output) + 1 :]
     for norm_name, norm in after_output:
         if isinstance(norm, _BatchNorm):
+            before = _name_before_insertion(model, name)
+            skip = as_passed("skip", (before,), f"--skip {before}")
             raise TrainingError(
-                f"BatchNorm {norm_name} comes after the output layer {name}; skip that layer when inserting BatchNorm"
+                f"BatchNorm {norm_name} comes after the output layer {name}; leave that layer out when inserting "
+                f"BatchNorm ({skip})"
             )
     return name, output
+
+
+def _name_before_insertion(model: nn.Module, name: str) -> str:
+    """Return the name that a layer of an nn.Sequential had before BatchNorms were inserted in front of it."""
+    parent, _, number = name.rpartition(".")
+    siblings = (norm.rpartition(".") for norm in inserted_batchnorms(model))
+    in_front = sum(above == parent and other.isdigit() and int(other) < int(number) for above, _, other in siblings)
+    return ".".join(filter(None, [parent, str(int(number) - in_front)])) if number.isdigit() else name
 
 
 def output_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:

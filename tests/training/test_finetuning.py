@@ -521,6 +521,14 @@ def test_networks_whose_output_cannot_be_replaced_are_refused() -> None:
         replace_output(nn.Sequential(nn.Linear(4, 4)), 1)
 
 
+def test_the_output_conv_that_got_a_batchnorm_is_named_as_the_option_to_skip_it_takes_it() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.ReLU()]
+    model, batches = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), [torch.rand(4, 3, 8, 8)]
+    with pytest.raises(TrainingError, match=r"comes after the output layer 6; .* \(skip=\('4',\)\)"):
+        replace_output(insert_batchnorm(model, batches), 3)
+    replace_output(insert_batchnorm(model, batches, skip=("4",)), 3)
+
+
 def test_half_precision_is_trained_in_float32(digits: ClassFolders, tmp_path: Path) -> None:
     finetune(load_checkpoint(network_path()).half(), digits, tmp_path, replace(BRIEF, epochs=1, lr=1e-4))
     assert {tensor.dtype for tensor in weights_in(tmp_path).values()} == {torch.float32}
