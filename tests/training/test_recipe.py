@@ -87,7 +87,9 @@ def test_batchnorm_and_the_head_alone_are_trained_without_gradients_of_other_wei
         name for name in names_of(network, _BatchNorm) if name.endswith(("weight", "bias"))
     }
     finetune(network, digits, tmp_path, replace(BRIEF, train="batchnorm"))
-    assert changed(network, tmp_path) == output | names_of(network, _BatchNorm)
+    # The inputs of the first BatchNorm stay the same, so its statistics change by rounding at most.
+    of_first = {"features.1.running_mean", "features.1.running_var"}
+    assert changed(network, tmp_path) | of_first == output | names_of(network, _BatchNorm)
 
 
 def test_the_head_alone_is_trained_while_statistics_stay(
