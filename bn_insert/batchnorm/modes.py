@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from ..graph.copies import check_module
 from .batch_renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
 from .lag_meter import LagMeter
 from .renorm_limits import set_renorm_limits
@@ -49,6 +50,7 @@ def set_batchnorm_mode(
         TrainingError: If the mode is unknown, a limit is out of range, or a BatchNorm cannot have the mode: without
             running statistics it can only be trained, and an nn.SyncBatchNorm or a subclass of nn.BatchNorm cannot
             renormalize. Nothing is changed then.
+        GraphError: If the model is not a module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -64,6 +66,7 @@ def set_batchnorm_mode(
     if mode not in get_args(BatchNormMode):
         raise TrainingError(f"the mode of BatchNorm must be one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
     check_limits(r_max, d_max)
+    check_module(model)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
         if mode == "renorm":

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,11 @@ def load_checkpoint(
         >>> type(model).__name__, len(model.features), model.training
         ('VGG', 16, False)
     """
+    if not isinstance(path, str | PathLike):
+        raise CheckpointError(
+            f"the path is a {type(path).__name__}; load_checkpoint reads a file, and a state dict is loaded by "
+            "model.load_state_dict(state_dict)"
+        )
     return build_network(read_checkpoint(path, mmap=mmap, key=key), model, ignore_unexpected=ignore_unexpected)
 
 
@@ -160,6 +166,11 @@ def _built(model: Architecture) -> nn.Module:
         model = make_network(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise CheckpointError("the model passed is a TorchScript program; pass the nn.Module that it was made from")
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise CheckpointError(
+            f"model is a {type(model).__name__}; pass a module with the architecture of the checkpoint, or a function "
+            "that builds one"
+        )
     built = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
         raise CheckpointError(

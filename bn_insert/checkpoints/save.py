@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..batchnorm.batch_renorm import PLAIN_BATCHNORMS
 from ..batchnorm.modes import has_own_pre_hooks
 from ..errors import CheckpointError, TrainingError
-from ..graph.copies import unwrapped
+from ..graph.copies import check_module, unwrapped
 from ..graph.layers import outputs_of
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
 from ..support.text import counted
@@ -64,6 +64,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: The file exists or cannot be written, or the model has values that cannot be stored. Then
             nothing has changed.
+        GraphError: The model is not a module.
 
     Examples:
         >>> import tempfile
@@ -72,6 +73,7 @@ def save_checkpoint(
         >>> "bn_insert" in torch.load(path)._metadata[""]
         True
     """
+    check_module(model)
     check_output(path, overwrite=overwrite)
     with staging_folder(real_path(path)) as folder:
         stage_checkpoint(model, path, folder, transform=transform, classes=classes, overwrite=overwrite)()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError, as_passed
+from ..graph.copies import check_module
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
@@ -130,11 +131,11 @@ def finetune(
         DivergenceError: When the loss is not finite; the files stay as they were after the last complete epoch.
         ImageError: When images cannot be read.
         CheckpointError: When state.pth cannot be read, or results cannot be written.
+        GraphError: When the model is not a module.
     """
     settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
     folder = Path(output_dir)
-    if tensorboard:
-        check_tensorboard(folder / TENSORBOARD)
+    _check_arguments(model, images, folder / TENSORBOARD if tensorboard else None)
     check_output_dir(folder, resume=resume, overwrite=overwrite)
     with ExitStack() as closing, preserved_random_state():
         _on_first_rank(lambda: closing.enter_context(output_folder(folder)), ranks)
@@ -193,6 +194,17 @@ def finetune(
         output_fit=asdict(progress.fit) if progress.fit else None,
     )
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
+
+
+def _check_arguments(model: nn.Module, images: ClassFolders, tensorboard: Path | None) -> None:
+    """Check what a run is given, and that TensorBoard's files can be written into the folder for them."""
+    check_module(model)
+    if not isinstance(images, ClassFolders):
+        raise TrainingError(
+            f"images is {images!r:.80}, not class folders; open them with bn_insert.images.open_class_folders(path)"
+        )
+    if tensorboard:
+        check_tensorboard(tensorboard)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import (
+    BNInsertError,
     CalibrationError,
     GraphError,
     calibrate,
@@ -24,6 +25,7 @@ from bn_insert import (
     evaluate,
     find_edges,
     find_sites,
+    finetune,
     fold,
     fold_batchnorm,
     insert,
@@ -32,8 +34,10 @@ from bn_insert import (
     parameter_groups,
     replace_output,
     save_checkpoint,
+    set_batchnorm_mode,
     survey,
 )
+from bn_insert.demo import network_path
 from bn_insert.graph.copies import check_module
 from support.idioms import (
     CollectsByHooks,
@@ -298,6 +302,23 @@ def test_outputs_that_a_module_collects_by_its_hooks_do_not_hinder_a_trace() -> 
 def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) -> None:
     with pytest.raises(GraphError, match=message):
         check_module(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: finetune(small_vgg(), "data", "run"), "images is 'data', not class folders; open them with"),
+        (lambda: finetune(None, "data", "run"), "the model is None"),
+        (lambda: load_checkpoint(small_vgg()), "the path is a VGG; load_checkpoint reads a file"),
+        (lambda: load_checkpoint({}), "the path is a dict; load_checkpoint reads a file"),
+        (lambda: load_checkpoint(network_path(), model={}), "model is a dict; pass a module with the architecture"),
+        (lambda: save_checkpoint("a.pth", small_vgg()), "the model is a path, 'a.pth'"),
+        (lambda: set_batchnorm_mode("a.pth", "renorm"), "the model is a path, 'a.pth'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(BNInsertError, match=message):
+        call()
 
 
 def test_a_torchscript_program_is_refused_with_the_way_out() -> None:
