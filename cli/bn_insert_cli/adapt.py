@@ -26,6 +26,7 @@ from .inputs import (
     print_assumptions,
     print_preprocessing,
     share_of,
+    transform_to_store,
 )
 from .interruption import signals
 from .output_checks import (
@@ -164,8 +165,9 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
+        stored = transform_to_store(transform, origin, target_folder)
         with signals.saving(str(output)):
-            save_checkpoint(adaptation.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
+            save_checkpoint(adaptation.model, output, transform=stored, classes=classes, overwrite=force)
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)

@@ -11,7 +11,7 @@ from bn_insert.support.text import counted
 
 from . import shared_options as opt
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint
+from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint, transform_to_store
 from .interruption import signals
 from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
 from .tables import comparison_table
@@ -72,11 +72,12 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
     check_files(output, checkpoint, [images_from] if images_from else [], None, overwrite=force)
-    network, transform, classes, *_ = open_checkpoint(
+    network, transform, classes, origin, _ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
+    stored = transform_to_store(transform, origin, images_from)
     if images_from is None:
-        shape = input_shape(network, image_side=transform.crop or transform.resize)
+        shape = input_shape(network, image_side=(transform.crop or transform.resize) if stored else None)
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(count, *shape, generator=generator)]
@@ -94,7 +95,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
-        save_checkpoint(result.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
+        save_checkpoint(result.model, output, transform=stored, classes=classes, overwrite=force)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {counted(len(result.folded), 'BatchNorm layer')} folded{kept}.")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from inspect import signature
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import typer
 
@@ -208,6 +208,12 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             f"mean {figures(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
             f"trained on pixels in 0..255, use --mean {scaled.replace(' ', '')} --std {std}."
         )
+
+
+def transform_to_store(transform: Transform, origin: str, images: Path | None) -> dict[str, Any] | None:
+    """Return the preprocessing for a new checkpoint; None if it is a default that no images were read with."""
+    unused = images is None or is_tensor_file(images)
+    return None if unused and origin == IMAGENET_DEFAULT else transform.to_dict()
 
 
 def is_tensor_file(images: Path) -> bool:

@@ -25,6 +25,7 @@ from .inputs import (
     print_assumptions,
     print_preprocessing,
     share_of,
+    transform_to_store,
 )
 from .interruption import signals
 from .output_checks import (
@@ -159,8 +160,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
+        stored = transform_to_store(transform, origin, calibration)
         with signals.saving(str(output)):
-            save_checkpoint(insertion.model, output, transform=transform.to_dict(), classes=classes, overwrite=force)
+            save_checkpoint(insertion.model, output, transform=stored, classes=classes, overwrite=force)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {

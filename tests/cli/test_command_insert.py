@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bn_insert.surgery.insert
 from bn_insert import load_checkpoint
-from bn_insert.checkpoints.read_file import read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused
 from support.digits import images_of
@@ -65,6 +65,23 @@ def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path:
     theirs.load_state_dict(torch.load("vgg11-bn.pth"), strict=True)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(theirs(x), original(x))
+
+
+def test_a_default_preprocessing_that_no_images_were_read_with_is_not_stored(run: Run) -> None:
+    torch.save(small_vgg().state_dict(), "network.pth")
+    torch.save(torch.rand(8, 3, 16, 16), "inputs.pt")
+    for command in (
+        ("insert", "network.pth", "inputs.pt", "-o", "bn.pth"),
+        ("fold", "bn.pth", "inputs.pt", "-o", "folded.pth"),
+        ("fold", "bn.pth", "-o", "unseen.pth"),
+        ("adapt", "network.pth", "inputs.pt", "inputs.pt", "-o", "adapted.pth"),
+    ):
+        assert run(*command).exit_code == 0
+        settings = read_checkpoint(command[command.index("-o") + 1]).settings
+        assert settings is None or settings.transform is None
+    assert run("insert", "network.pth", "inputs.pt", "-o", "as-passed.pth", "--crop", "16").exit_code == 0
+    stored = read_checkpoint("as-passed.pth").settings
+    assert stored and stored.transform and stored.transform["crop"] == 16
 
 
 def test_a_checkpoint_with_batchnorm_everywhere_has_nothing_to_insert(run: Run, digits: Path) -> None:
