@@ -59,7 +59,9 @@ class Trace:
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> Trace:
-        """Trace the model in eval mode, without changing it, and without computing any values if that is enough.
+        """Trace the model in eval mode, without changing it.
+
+        It also runs on two of the images, see `_values_in_what_is_kept`.
 
         Args:
             model: The model to trace.
