@@ -144,8 +144,8 @@ def _warn_of_ignored(checkpoint: Checkpoint, prefix: str, unexpected: Sequence[s
 def _needs_no_model(checkpoint: Checkpoint, *, ignore_unexpected: bool) -> bool:
     """Return whether the network of a checkpoint can be built from the file alone."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # mapped: without copies
-            build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)
+        with warnings.catch_warnings(action="ignore"):
+            build_network(replace(checkpoint, mapped=True), ignore_unexpected=ignore_unexpected)  # mapped: no copies
     except CheckpointError:
         return False
     return True
