@@ -31,6 +31,8 @@ _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role
 
 _CHILDREN_SHOWN = 5
 
+# Packages whose modules keep no tensors elsewhere than in themselves.
+_KEEP_NOTHING = ("torch", "torchvision", "bn_insert")
 _EXPORTING = threading.RLock()  # torch.export keeps global state
 
 
@@ -61,7 +63,7 @@ class Trace:
     def of(cls, model: nn.Module, example: Any) -> Trace:
         """Trace the model in eval mode, without changing it.
 
-        It also runs on two of the images, see `_values_in_what_is_kept`.
+        It may also run on two of the images, see `_values_in_what_is_kept`.
 
         Args:
             model: The model to trace.
@@ -235,9 +237,14 @@ def _values_in_what_is_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Run a network on two images before a trace and, if it has hooks, after it.
 
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
-    `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it.
+    `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
+    modules of PyTorch and torchvision do neither.
     """
-
+    modules = list(model.modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    if not hooked and all(type(module).__module__.partition(".")[0] in _KEEP_NOTHING for module in modules):
+        yield
+        return
     network, images = working_copy(model), inputs.rows(0, 2)
 
     def run() -> None:
@@ -248,7 +255,7 @@ def _values_in_what_is_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     try:
         yield
     finally:
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        if hooked:
             run()
 
 
