@@ -49,8 +49,8 @@ def calibrate(
     """Return the moments of each site's activations over the whole calibration set, by the site's name.
 
     The unmodified network runs once in eval mode: a BatchNorm that changes nothing does not change any statistics
-    downstream either. Moments are pooled over all batches in float64; they are not an average
-    of averages. The model is not changed, and PyTorch's random state is restored.
+    downstream either. Moments are pooled over all batches in float64; they are not an average of averages. The model
+    is not changed, and PyTorch's random state is restored.
 
     Inside an initialized torch.distributed process group, every rank calls this with its own part of the batches, which
     may be empty, and gets the moments of all parts together.
@@ -104,7 +104,7 @@ class _PassRecorder(Recorder):
 
     def commit(self, batches: int = 1) -> None:
         """Keep what was recorded during a forward pass, and count for which sites something was."""
-        called = self.uncommitted().keys()
+        called = set(self._uncommitted)
         super().commit(batches)
         self._batches_of.update({name: batches for name in self._batches_of if name in called})
 
