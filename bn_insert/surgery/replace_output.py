@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError, as_passed
 from ..graph.copies import check_module
-from ..graph.layers import layer_kind
-from .history import WIDEST_HEAD, History, ReplacedHead, ReplacedOutput, new_head, new_output
-from .splice import inserted_batchnorms, splice_over
+from ..graph.layers import NormalizedLayer, layer_kind
+from .history import WIDEST_HEAD, FoldedBatchNorms, History, ReplacedHead, ReplacedOutput, new_head, new_output
+from .splice import inserted_batchnorms, splice_out, splice_over
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
@@ -28,13 +28,16 @@ def replace_output(model: nn.Module, classes: int) -> None:
     the second step. A conv, after which there may be a ReLU that passes no gradient at zero, gets normal weights with a
     std of 0.01 and zero bias, as in torchvision's SqueezeNet.
 
+    A BatchNorm that `insert_batchnorm` inserted after the output layer, as in SqueezeNet, where an activation follows
+    that layer, belongs to the old classes and is removed.
+
     Args:
         model: The network to change.
         classes: Number of classes, 2 or more.
 
     Raises:
         TrainingError: If there are fewer than 2 classes, the network has neither a dense layer nor a conv, or there is
-            a BatchNorm after the output layer.
+            a BatchNorm after the output layer that `insert_batchnorm` did not insert.
         GraphError: If the model is not an nn.Module.
 
     Examples:
@@ -133,19 +136,39 @@ def _initialize(layer: nn.Module) -> None:
 
 
 def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the output layer; raise TrainingError if a BatchNorm comes after it."""
-    modules = list(model.named_modules())
+    """Return the output layer, after removing the BatchNorms that were inserted behind it, in place.
+
+    Raises:
+        TrainingError: If another BatchNorm comes after it.
+    """
     name, output = output_layer(model)
+    inserted = _inserted_behind(model, name)
+    modules = list(model.named_modules())
     after_output = modules[[module for _, module in modules].index(output) + 1 :]
     for norm_name, norm in after_output:
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, _BatchNorm) and norm_name not in inserted:
             before = _name_before_insertion(model, name)
             skip = as_passed("skip", (before,), f"--skip {before}")
             raise TrainingError(
                 f"BatchNorm {norm_name} comes after the output layer {name}; leave that layer out when inserting "
                 f"BatchNorm ({skip})"
             )
-    return name, output
+    if inserted:
+        in_sequence = dict.fromkeys(inserted, True)
+        splice_out(model, in_sequence)
+        History.of(model).with_change(FoldedBatchNorms(in_sequence)).keep_with(model)
+    return output_layer(model)
+
+
+def _inserted_behind(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the inserted BatchNorms behind the output layer in its own nn.Sequential."""
+    parent = name.rpartition(".")[0]
+    container = model.get_submodule(parent)
+    if not isinstance(container, nn.Sequential) or (container is model and isinstance(model, NormalizedLayer)):
+        return []
+    names = [f"{parent}.{each}" if parent else each for each, _ in container.named_children()]
+    inserted = inserted_batchnorms(model)
+    return [each for each in names[names.index(name) + 1 :] if each in inserted]
 
 
 def _name_before_insertion(model: nn.Module, name: str) -> str:

@@ -103,9 +103,9 @@ def summarize(
         str(device),
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        sum(isinstance(module, _BatchNorm) for module in network.modules()),
+        _batchnorms(network),
         dropout,
-        _output(model, settings, len(images.classes)),
+        _output(model, network, settings, len(images.classes)),
         settings.lr if untried is None else untried,
         settings.epochs,
         steps,
@@ -113,13 +113,19 @@ def summarize(
     )
 
 
-def _output(model: nn.Module, settings: TrainingSettings, classes: int) -> str:
+def _batchnorms(network: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def _output(model: nn.Module, network: nn.Module, settings: TrainingSettings, classes: int) -> str:
     name, layer = output_layer(model)
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
     if not replaces_output(model, settings, classes):
         return f"{name}, with {classes} classes as in the checkpoint"
     replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
+    if _batchnorms(network) < _batchnorms(model):
+        replaced += ", and the BatchNorm behind it removed"
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:
         replaced += (

@@ -17,13 +17,23 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from bn_insert import EpochMetrics, RunSummary, StepMetrics, TrainingSettings, finetune, insert_batchnorm
+from bn_insert import (
+    EpochMetrics,
+    RunSummary,
+    StepMetrics,
+    TrainingSettings,
+    finetune,
+    insert_batchnorm,
+    inserted_batchnorms,
+)
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
+from bn_insert.graph.sites import Placement
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support import files
 from bn_insert.support.processes import Ranks
@@ -34,7 +44,7 @@ from bn_insert.training.progress import Progress
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import TrainingState, load_state
 from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
-from support.networks import small_vgg
+from support.networks import randomised, small_vgg
 
 # Charts are drawn only where they matter: by the tests of what a run leaves behind, and through the command line.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
@@ -521,12 +531,54 @@ def test_networks_whose_output_cannot_be_replaced_are_refused() -> None:
         replace_output(nn.Sequential(nn.Linear(4, 4)), 1)
 
 
-def test_the_output_conv_that_got_a_batchnorm_is_named_as_the_option_to_skip_it_takes_it() -> None:
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.ReLU()]
-    model, batches = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), [torch.rand(4, 3, 8, 8)]
-    with pytest.raises(TrainingError, match=r"comes after the output layer 6; .* \(skip=\('4',\)\)"):
-        replace_output(insert_batchnorm(model, batches), 3)
-    replace_output(insert_batchnorm(model, batches, skip=("4",)), 3)
+def test_a_batchnorm_behind_the_output_layer_goes_with_the_old_classes(tmp_path: Path) -> None:
+    four = open_digits(copy_labelled_digits(tmp_path / "four", train=6, classes=4))
+    images = [torch.rand(8, 3, 32, 32)]
+    model = insert_batchnorm(network_with_conv_output(), images)
+    assert inserted_batchnorms(model) == ["0.1", "0.4", "2"]
+    summaries: list[RunSummary] = []
+    finetune(model, four, tmp_path / "run", BRIEF, on_start=summaries.append)
+    assert summaries[0].output == "1 replaced, 1000 to 4 classes, and the BatchNorm behind it removed"
+    trained: Any = load_checkpoint(tmp_path / "run" / "best.pth", model=network_with_conv_output)
+    assert inserted_batchnorms(trained) == ["0.1", "0.4"]
+    assert trained(images[0]).shape == (8, 4)
+    assert inserted_batchnorms(model) == ["0.1", "0.4", "2"]
+
+
+@pytest.mark.parametrize("placement", ["before_activation", "after_activation"])
+def test_squeezenet_with_batchnorm_gets_another_number_of_classes(placement: Placement) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    model = insert_batchnorm(randomised(torchvision.models.squeezenet1_1()), [images], placement=placement)
+    inserted = inserted_batchnorms(model)
+    replace_output(model, 7)
+    assert model(images).shape == (2, 7)
+    assert inserted_batchnorms(model) == inserted[:-1]
+
+
+def test_an_inserted_batchnorm_of_another_layer_is_not_removed_with_the_output_layer() -> None:
+    class OutputFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Linear(4, 1000)
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    model = insert_batchnorm(OutputFirst(), [torch.rand(4, 3, 8, 8)])
+    with pytest.raises(TrainingError, match=r"BatchNorm conv.1 comes after the output layer output"):
+        replace_output(model, 3)
+    assert inserted_batchnorms(model) == ["conv.1"]
+
+
+def test_the_output_conv_with_a_batchnorm_elsewhere_behind_it_is_named_as_the_option_to_skip_it_takes_it() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)]
+    pooled = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, batches = nn.Sequential(nn.Sequential(*layers), *pooled), [torch.rand(4, 3, 8, 8)]
+    inserted = insert_batchnorm(model, batches, placement="after_activation")
+    with pytest.raises(TrainingError, match=r"comes after the output layer 0.6; .* \(skip=\('0.4',\)\)"):
+        replace_output(inserted, 3)
+    replace_output(insert_batchnorm(model, batches, placement="after_activation", skip=("0.4",)), 3)
 
 
 def test_half_precision_is_trained_in_float32(digits: ClassFolders, tmp_path: Path) -> None:
