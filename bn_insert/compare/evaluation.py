@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import reference_tensor
-from ..statistics.passes import Batch, Progress, for_each_batch
+from ..statistics.passes import SINGLE_IMAGE, Batch, Progress, for_each_batch
 from ..support.processes import on_every_rank
 
 
@@ -256,9 +256,10 @@ def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> F
     logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim != 2 or len(logits) != len(batch.inputs) or logits.shape[1] < 2:
         found = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
+        squeezed = logits is not None and logits.ndim == 1 and len(batch.inputs) == 1
         raise CalibrationError(
             f"the output of {type(network).__name__} is {found} for {batch}, not one logit per class for each image; "
-            "only classifiers with two or more classes can be evaluated"
+            + (SINGLE_IMAGE if squeezed else "only classifiers with two or more classes can be evaluated")
         )
     return logits.cpu().double()
 

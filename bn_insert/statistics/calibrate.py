@@ -27,7 +27,7 @@ from ..graph.inputs import reference_tensor
 from ..graph.operator_rules import PER_IMAGE_MODULES
 from ..graph.sites import Site
 from .moments import Moments
-from .passes import NotFiniteError, Progress
+from .passes import SINGLE_IMAGE, NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
 
@@ -124,8 +124,7 @@ def _check_shape(output: Tensor, site: Site) -> None:
     if output.ndim != axes or output.shape[1] != site.channels:
         raise CalibrationError(
             f"the outputs of layer {site.name} have the shape {tuple(output.shape)}, not a batch of {site.channels} "
-            "channels: squeeze() in the forward removes the batch axis of a single image. Use batches of two images or "
-            "more, the last one included, or flatten(1) in place of squeeze()"
+            f"channels: {SINGLE_IMAGE}"
         )
 
 

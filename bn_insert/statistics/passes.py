@@ -9,6 +9,7 @@ large one in parts, where the network allows it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,13 @@ from ..graph.inputs import InputReader, Inputs
 from .moments import Moments, merge
 
 Progress = Callable[[int], None]
+
+SINGLE_IMAGE = (
+    "squeeze() in the forward removes the batch axis of a single image: use batches of two images or more, the last one "
+    "included, or flatten(1) in place of squeeze()"
+)
+"""What to do about a network that takes a batch of one image for no batch, for messages."""
+_MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's BatchNorm
 
 # Input of a pass, and its largest activations: these stay in a CPU's last-level cache. In a network with more
 # parameters, which each pass reads from memory, activations may be as large as all of them.
@@ -238,7 +246,9 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
     except CalibrationError:
         raise
     except Exception as error:  # the user's forward may raise anything; here it gains its context
-        raise CalibrationError(f"{model} failed on {batch}: {error}") from error
+        one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
+        advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
+        raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error
 
 
 class NotFiniteError(CalibrationError):

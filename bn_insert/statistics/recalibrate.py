@@ -200,6 +200,8 @@ def _recording_inputs(
     def hook(name: str) -> Callable[[_BatchNorm, tuple[Any, ...], dict[str, Any]], None]:
         def record(norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values: Tensor = next(chain(args, kwargs.values()))
+            if values.ndim < 2:
+                raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
             moments = recorder.record(name, values)
             if by_batch and moments.count:
                 prior = priors.get(name) if len(values) < few else None

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropouts_upstream
 from ..batchnorm.identity_parameters import check_eps, identity_batchnorm
-from ..errors import CalibrationError, GraphError
+from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
@@ -21,7 +21,7 @@ from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sit
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
-from ..statistics.passes import Progress, preserved_random_state
+from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
 from ..support.processes import Ranks
 from .equalize import Edge, edges_in
 from .equalize import equalize as equalize_channels
@@ -29,7 +29,7 @@ from .example_input import Peek, peeked
 from .history import History, InsertedBatchNorms
 from .report_data import layer_statistics
 from .splice import splice_after
-from .verification import fault_of
+from .verification import Fault, fault_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,8 @@ class Insertion(Generic[AnyModule]):
             `dropouts_before_batchnorm`.
         nothing: Why no BatchNorm was inserted; empty if one was.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
+        one_image: What is wrong with the outputs for one image alone, which a network with `squeeze()` takes for no
+            batch; empty if they are the same as before, or the original cannot run on one image.
     """
 
     model: AnyModule = field(repr=False)
@@ -59,6 +61,7 @@ class Insertion(Generic[AnyModule]):
     dropouts_before_batchnorm: Mapping[str, str] = field(default_factory=dict, repr=False)
     nothing: str = field(default="", repr=False)
     fault: str = field(default="", repr=False)
+    one_image: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -137,6 +140,7 @@ def insert(
         )
         if not fault.runs:
             raise GraphError(message)
+    one_image = fault_of(model, result, peek.first, one_image=True) if sites else None
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
     if not dropout_before_batchnorm:
@@ -152,6 +156,14 @@ def insert(
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
+        one_image=_one_image_text(model, one_image) if one_image else "",
+    )
+
+
+def _one_image_text(model: nn.Module, fault: Fault) -> str:
+    return (
+        f"on a single image {type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. {SINGLE_IMAGE}, or "
+        f"leave out the layers behind it ({as_passed('skip')})"
     )
 
 
@@ -248,6 +260,8 @@ def insert_batchnorm(
         raise GraphError(insertion.fault)
     if insertion.nothing:
         warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
+    if insertion.one_image:
+        warnings.warn(insertion.one_image, stacklevel=2)
     return insertion.model
 
 

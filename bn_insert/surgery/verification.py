@@ -5,6 +5,7 @@ The command `insert` also compares the outputs on more images, with a tolerance:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,20 +37,27 @@ class Fault(NamedTuple):
     runs: bool
 
 
-def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None) -> Fault | None:
+def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None, *, one_image: bool = False) -> Fault | None:
     """Return what is wrong with a changed model on the first images of any rank; None if its outputs are the same.
 
     Args:
         model: The model before the change.
         result: The model after it.
         batch: The first batch of this rank, if it has one.
+        one_image: Whether to run one image alone, whose batch axis squeeze() in a forward removes, if the model runs on
+            it; otherwise it is two images, or the whole batch where the model runs on no part of it.
     """
-    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch))
-    return next(filter(None, faults), None)
+
+    def fault() -> Fault | None:
+        if batch is None:
+            return None
+        return _fault_here(model, result, (batch.rows(0, 1),) if one_image else (batch.rows(0, _CHECKED_ROWS), batch))
+
+    return next(filter(None, on_every_rank(fault)), None)
 
 
-def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> Fault | None:
-    for part in (batch.rows(0, _CHECKED_ROWS), batch):
+def _fault_here(model: nn.Module, result: nn.Module, parts: Iterable[Inputs]) -> Fault | None:
+    for part in parts:
         with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
             seed = torch.initial_seed()
             try:

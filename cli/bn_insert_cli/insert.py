@@ -13,7 +13,7 @@ import typer
 from bn_insert.support.text import counted
 
 from . import shared_options as opt
-from .console import image_progress, print_note, print_result, print_table
+from .console import image_progress, print_note, print_result, print_table, print_warning
 from .inputs import (
     ImageOptions,
     is_tensor_file,
@@ -156,6 +156,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches, limited=limited)
     _note_dropouts(insertion, checkpoint)
+    if insertion.one_image:
+        print_warning(f"{insertion.one_image}.")
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())

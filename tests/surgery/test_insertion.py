@@ -699,3 +699,19 @@ def test_outputs_may_differ_by_the_rounding_of_their_dtype(dtype: torch.dtype, f
     layer = nn.Linear(4, 3).to(dtype)
     fault = fault_of(layer, Scaled(layer, factor), Inputs.of(torch.rand(2, 4), 0, layer))
     assert (fault is None) == same
+
+
+class Squeezed(nn.Module):
+    """A conv that takes a single image, without its batch axis, as an unbatched input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.squeeze()).relu()  # type: ignore[no-any-return]
+
+
+def test_a_network_that_cannot_run_on_one_image_any_more_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="on a single image Squeezed with BatchNorm inserted cannot run.*flatten"):
+        insert_batchnorm(Squeezed().eval(), [torch.rand(4, 4, 8, 1)])
