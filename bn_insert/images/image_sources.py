@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ImageError
@@ -9,7 +10,8 @@ from ..support.near_names import did_you_mean
 from .batch_interface import Batches, check_at_least
 from .image_batches import image_batches
 from .image_files import IMAGE_SUFFIXES, check_has_images
-from .tensor_batches import TENSOR_SUFFIXES, tensor_batches
+from .named_inputs import NamedInputBatches, named_input_batches
+from .tensor_batches import TENSOR_SUFFIXES, TensorBatches, tensor_batches
 from .transform import Transform
 
 
@@ -23,6 +25,7 @@ def open_batches(
     workers: int = 0,
     channels: int = 3,
     dims: int = 2,
+    inputs: Sequence[str] = (),
     strict: bool = False,
     pin_memory: bool = False,
     shuffle: bool = True,
@@ -38,6 +41,8 @@ def open_batches(
         workers: Processes that decode image files; 0 decodes in this process.
         channels: Channels that the network takes.
         dims: Dimensions of an image; other than 2, the source must be a tensor file, as for `tensor_batches`.
+        inputs: Names of the inputs that the network's forward takes, if it takes several: the source must be a tensor
+            file with a dict of tensors of these names, and each batch has such a dict in place of images.
         strict: Raise an error for the first unreadable image file instead of skipping it.
         pin_memory: Put batches into page-locked memory where there is a GPU.
         shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
@@ -50,8 +55,17 @@ def open_batches(
     check_at_least(1, images=images)
     _check_kind(source)
     if source.is_file() and source.suffix.lower() in TENSOR_SUFFIXES:
-        tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
+        tensors: TensorBatches | NamedInputBatches
+        if inputs:
+            tensors = named_input_batches(source, inputs, batch_size=batch_size, pin_memory=pin_memory)
+        else:
+            tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
+    if inputs:
+        raise ImageError(
+            f"{source} is no tensor file, and the network takes several inputs ({', '.join(inputs)}); save them as a "
+            "dict of tensors with these names (.pt, .safetensors)"
+        )
     if dims != 2:
         raise ImageError(
             f"{source} is no tensor file, and the network takes inputs with {dims} dimensions behind the channels, not "

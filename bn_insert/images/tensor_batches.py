@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ImageError, out_of_memory
 from ..support.safe_torch_load import load_torch_file
-from ..support.text import printable
+from ..support.text import listed, printable
 from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
 _LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
@@ -50,7 +50,7 @@ def tensor_batches(
             file that is damaged or would run code when read; during a pass, for NaN or Inf.
     """
     check_at_least(1, batch_size=batch_size)
-    values = read_tensor(Path(path))
+    (values,) = read_tensors(Path(path)).values()
     _check_shape(Path(path), values, channels, _LAYOUTS[dims])
     return TensorBatches(Path(path), values, range(len(values)), batch_size, pin_memory)
 
@@ -65,6 +65,7 @@ class TensorBatches(Batches):
         rows: Which rows to read, in the order of the batches.
         batch_size: Rows per batch.
         pin_memory: Put batches into page-locked memory where there is a GPU.
+        dtype: Of the batches.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class TensorBatches(Batches):
     rows: Sequence[int] = field(repr=False)
     batch_size: int
     pin_memory: bool
+    dtype: torch.dtype = torch.float32
 
     @property
     def images(self) -> int:
@@ -93,7 +95,7 @@ class TensorBatches(Batches):
             rows = self.rows[start : start + self.batch_size]
             # Row by row, because some dtypes cannot be indexed with a list; and a copy, because a consumer may work in
             # place.
-            images = torch.stack([self.values[row].to(torch.float32) for row in rows]).contiguous()
+            images = torch.stack([self.values[row].to(self.dtype) for row in rows]).contiguous()
             self._check_finite(images, rows)
             paths = tuple(Path(f"{self.path}[{row}]") for row in rows)
             yield Batch(pinned(images) if self.pin_memory else images, paths)
@@ -115,30 +117,34 @@ class TensorBatches(Batches):
         """Return `count` images (None: all) drawn as by the function `sample`, as a new set."""
         return replace(self, rows=sample(self.rows, count, seed))
 
-    def _check_finite(self, images: Float32[Tensor, " rows *shape"], rows: Sequence[int]) -> None:
+    def _check_finite(self, images: Shaped[Tensor, " rows *shape"], rows: Sequence[int]) -> None:
         finite = images.isfinite()
         if finite.all():
             return
         place = (~finite).nonzero()[0].tolist()
         index = ", ".join(map(str, [rows[place[0]], *place[1:]]))
         raise ImageError(
-            f"{self.path} ({_shape(self.values)}) contains {float(images[tuple(place)])} at [{index}] (in float32); "
-            "repair or remove that image"
+            f"{self.path} ({shape_text(self.values)}) contains {float(images[tuple(place)])} at [{index}] (in "
+            "float32); repair or remove that image"
         )
 
 
-def read_tensor(path: Path) -> Tensor:
-    """Return the one tensor of a file, mapped into memory where its format allows; no code from the file is run.
+def read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return tensors of a file by name, mapped into memory where its format allows; no code from the file is run.
+
+    Args:
+        path: The file.
+        names: Which tensors to read; without names, the only one that the file has.
 
     Raises:
-        ImageError: For a file that cannot be read or does not hold exactly one tensor.
+        ImageError: For a file that cannot be read or does not hold these tensors.
     """
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower(), _read_torch)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those about old formats do not help the user here
-            tensor = reader(path)
+            tensors = reader(path, names)
     except ImageError:
         raise
     except OSError as error:
@@ -157,6 +163,13 @@ def read_tensor(path: Path) -> Tensor:
         raise ImageError(
             f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save(tensor, path)"
         ) from error
+    for tensor in tensors.values():
+        _check_tensor(path, tensor)
+    return tensors
+
+
+def _check_tensor(path: Path, tensor: Tensor) -> None:
+    """Raise ImageError for a tensor without values of its own that can be converted."""
     plain = not (tensor.is_nested or tensor.is_quantized or tensor.is_complex()) and tensor.layout == torch.strided
     if not plain or tensor.device.type != "cpu":
         raise ImageError(
@@ -169,9 +182,8 @@ def read_tensor(path: Path) -> Tensor:
     # A view may repeat its memory: a file of 1 kB then stands for terabytes.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise ImageError(
-            f"{path} of {path.stat().st_size} bytes claims the shape {_shape(tensor)}; save tensor.contiguous()"
+            f"{path} of {path.stat().st_size} bytes claims the shape {shape_text(tensor)}; save tensor.contiguous()"
         )
-    return tensor
 
 
 def _has_numbers(dtype: torch.dtype) -> bool:
@@ -183,32 +195,43 @@ def _has_numbers(dtype: torch.dtype) -> bool:
     return True
 
 
-def _read_npy(path: Path) -> Tensor:
+def _read_npy(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     # Unlike np.load this reads only .npy, and never a pickle. Copy on write ("c"), because PyTorch warns when a tensor
     # is made from a read-only array.
     array = np.lib.format.open_memmap(path, mode="c")
-    return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+    tensor = torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+    return dict.fromkeys(_chosen(path, [""], names), tensor)
 
 
-def _read_safetensors(path: Path) -> Tensor:
+def _read_safetensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        if len(names) != 1:
-            raise _not_one_tensor(path, names)
-        return file.get_tensor(names[0])
+        return {name: file.get_tensor(name) for name in _chosen(path, list(file.keys()), names)}
 
 
-def _read_torch(path: Path) -> Tensor:
+def _read_torch(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     with path.open("rb") as file:
         content = load_torch_file(file, mapped=True)
-    if isinstance(content, Mapping):
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if len(tensors) != 1:
-            raise _not_one_tensor(path, list(tensors))
-        content = next(iter(tensors.values()))
-    if not isinstance(content, Tensor):
+    if isinstance(content, Tensor):
+        content = {"": content}
+    if not isinstance(content, Mapping):
         raise ImageError(f"{path} contains {type(content).__name__}, not a tensor; save only the tensor")
-    return content.detach()
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: tensors[name].detach() for name in _chosen(path, list(tensors), names)}
+
+
+def _chosen(path: Path, found: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
+    """Return which of the tensors in a file to read: those named, or the only one; its name is empty if it has none."""
+    if not names:
+        if len(found) != 1:
+            raise _not_one_tensor(path, found)
+        return found
+    if missing := [name for name in names if name not in found]:
+        shown = listed([f"{printable(name):.60}" for name in found if name != ""], 4)
+        raise ImageError(
+            f"{path} has no tensor {missing[0]}{shown and f' (it has {shown})'}, and the network takes several inputs "
+            f"({', '.join(names)}); save a dict of tensors with these names, with torch.save(tensors, path)"
+        )
+    return names
 
 
 def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
@@ -222,7 +245,7 @@ def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
 
 
 def _check_shape(path: Path, values: Tensor, channels: int | None, layout: str) -> None:
-    found, dimensions = f"{path} has the shape {_shape(values)}", len(layout.split(" x "))
+    found, dimensions = f"{path} has the shape {shape_text(values)}", len(layout.split(" x "))
     if values.ndim != dimensions:
         way_out = "; save one image as image[None]" if values.ndim == dimensions - 1 else ""
         raise ImageError(f"{found}, but {layout} is expected{way_out}")
@@ -234,5 +257,6 @@ def _check_shape(path: Path, values: Tensor, channels: int | None, layout: str) 
         raise ImageError(f"{found}, {layout}, but the network takes C = {channels}{way_out}")
 
 
-def _shape(values: Tensor) -> str:
+def shape_text(values: Tensor) -> str:
+    """Return the shape of a tensor for messages."""
     return " x ".join(map(str, values.shape)) or "()"

@@ -11,7 +11,15 @@ import typer
 
 from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
-from .inputs import ImageOptions, check_checkpoint, input_channels, note_unreadable, open_checkpoint, open_device
+from .inputs import (
+    ImageOptions,
+    check_checkpoint,
+    check_one_input,
+    input_channels,
+    note_unreadable,
+    open_checkpoint,
+    open_device,
+)
 from .interruption import signals
 from .output_checks import CHECK_FAILED
 from .tables import class_table
@@ -82,6 +90,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
+    check_one_input(network, "class folders contain images alone; use bn_insert.evaluate(model, batches) in Python")
     batches = open_labelled_batches(
         data,
         transform,

@@ -15,6 +15,7 @@ from .finetune_display import FinetuneDisplay
 from .inputs import (
     ImageOptions,
     check_checkpoint,
+    check_one_input,
     input_channels,
     note_unreadable,
     open_checkpoint,
@@ -291,6 +292,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     network, transform, *_ = opened
+    check_one_input(network, "class folders contain images alone; train this network in your own loop")
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from bn_insert.support.text import counted
 
 from . import shared_options as opt
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, input_shape, open_calibration, open_checkpoint, transform_to_store
+from .inputs import ImageOptions, check_one_input, input_shape, open_calibration, open_checkpoint, transform_to_store
 from .interruption import signals
 from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
 from .tables import comparison_table
@@ -76,13 +76,15 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     stored = transform_to_store(transform, origin, images_from)
+    inputs: list[Any]
     if images_from is None:
+        check_one_input(network, "pass a tensor file with a dict of tensors of these names as IMAGES")
         shape = input_shape(network, image_side=(transform.crop or transform.resize) if stored else None)
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(count, *shape, generator=generator)]
     else:
-        inputs = [batch.images for batch in open_calibration(images_from, network, transform, image_options)]
+        inputs = [batch[0] for batch in open_calibration(images_from, network, transform, image_options)]
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)
     if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")

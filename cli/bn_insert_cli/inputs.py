@@ -98,7 +98,6 @@ def open_checkpoint(
     content = read_named_checkpoint(checkpoint, function, key=key)
     transform, origin = preprocessing(content, options)
     network = build_network(content, function, ignore_unexpected=ignore_unexpected)
-    check_one_input(network)
     if images is not None and _is_first_rank():
         print_preprocessing(transform, origin, images)
         print_assumptions(network, content.settings, checkpoint, function)
@@ -322,6 +321,7 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         workers=options.workers,
         channels=input_channels(model),
         dims=input_dims(model),
+        inputs=several_inputs(model),
         strict=options.strict,
     )
 
@@ -382,21 +382,28 @@ def input_shape(model: nn.Module, side: int | None = None, *, image_side: int | 
     return shapes[0]
 
 
-def check_one_input(model: nn.Module) -> None:
-    """Raise GraphError for a network whose forward takes several inputs: a command has only images."""
-    from bn_insert import GraphError  # noqa: PLC0415
-
+def several_inputs(model: nn.Module) -> list[str]:
+    """Return the names of the inputs that a network's forward takes if there are several; otherwise an empty list."""
     parameters = signature(model.forward).parameters.values()
     required = [
         each.name
         for each in parameters
         if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
     ]
-    if len(required) > 1:
-        raise GraphError(
-            f"{type(model).__name__} takes several inputs ({', '.join(required)}), and the command line passes images "
-            "alone: use the Python API (insert_batchnorm, fold_batchnorm), whose batches may be tuples or dicts"
-        )
+    return required if len(required) > 1 else []
+
+
+def check_one_input(model: nn.Module, way_out: str) -> None:
+    """Raise GraphError for a network whose forward takes several inputs where there is none for each.
+
+    Args:
+        model: The network.
+        way_out: What to do instead.
+    """
+    from bn_insert import GraphError  # noqa: PLC0415
+
+    if names := several_inputs(model):
+        raise GraphError(f"{type(model).__name__} takes several inputs ({', '.join(names)}): {way_out}")
 
 
 def open_device(name: str | None) -> torch.device:

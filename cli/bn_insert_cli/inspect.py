@@ -59,7 +59,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     network = build_network(content, model, ignore_unexpected=ignore_unexpected)
     transform = (content.settings.transform if content.settings else None) or {}
     stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), None)
-    check_one_input(network)
+    check_one_input(network, "no file says which shapes they have; use bn_insert.survey(model, example) in Python")
     example = torch.zeros(2, *input_shape(network, size, image_side=stored))
     found = survey(
         network,

@@ -18,6 +18,7 @@ from .inputs import (
     note_unreadable,
     open_checkpoint,
     open_device,
+    several_inputs,
 )
 from .output_checks import CHECK_FAILED
 
@@ -73,6 +74,7 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         workers=workers,
         channels=input_channels(network),
         dims=input_dims(network),
+        inputs=several_inputs(network),
         strict=strict,
         shuffle=False,
     )

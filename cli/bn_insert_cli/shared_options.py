@@ -51,11 +51,15 @@ IgnoreUnexpected = Annotated[
         rich_help_panel=CHECKPOINT,
     ),
 ]
+_IMAGES_HELP = (
+    "A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors); for a network "
+    "with several inputs, a file with a dict of tensors by the names of the forward's parameters."
+)
 Calibration = Annotated[
     Path,
     typer.Argument(
         metavar="CALIBRATION",
-        help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
+        help=_IMAGES_HELP,
         show_default=False,
     ),
 ]
@@ -63,7 +67,7 @@ Pictures = Annotated[
     Path,
     typer.Argument(
         metavar="IMAGES",
-        help="A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors).",
+        help=_IMAGES_HELP,
         show_default=False,
     ),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from bn_insert import load_checkpoint
 from bn_insert.checkpoints.read_file import read_checkpoint
@@ -235,10 +236,11 @@ def of_32_pixels():
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.dense = nn.Linear(4, 2)
+        self.embedding, self.conv = nn.Embedding(10, 4), nn.Conv2d(3, 4, 3)
+        self.hidden, self.output = nn.Linear(4, 5), nn.Linear(5, 2)
 
     def forward(self, left, right):
-        return self.dense(left + right)
+        return self.output(self.hidden(self.conv(left).mean((2, 3)) + self.embedding(right)).relu())
 
 
 class Squeezed(nn.Module):
@@ -296,11 +298,51 @@ def test_a_size_that_nothing_tells_is_one_that_the_network_runs_on(shapes: Run) 
     assert "checked on 8 random inputs of 3 x 32 x 32" in text_of(result.stderr)
 
 
-def test_a_network_with_two_inputs_is_refused_with_the_way_out(shapes: Run) -> None:
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_several_inputs_are_a_dict_of_tensors_in_a_file(shapes: Run, suffix: str) -> None:
+    inputs = {"left": torch.rand(6, 3, 8, 8), "right": torch.arange(6), "label": torch.zeros(2)}
+    (save_file if suffix == ".safetensors" else torch.save)(inputs, f"x{suffix}")
+    for words in (
+        ("insert", "TwoInputs.pth", f"x{suffix}", "-o", "bn.pth", "-b", 4),
+        ("compare", "TwoInputs.pth", "bn.pth", f"x{suffix}", "-b", 4),
+        ("fold", "bn.pth", f"x{suffix}", "-o", "folded.pth"),
+        ("adapt", "TwoInputs.pth", f"x{suffix}", f"x{suffix}", "-o", "adapted.pth"),
+        ("predict", "folded.pth", f"x{suffix}"),
+    ):
+        result = shapes(*words, *of_other_shapes("TwoInputs"))
+        assert result.exit_code == 0, result.output
+    assert f"x{suffix}[5]: " in result.stdout
+    namespace: dict[str, Any] = {}
+    exec(NETS_OF_OTHER_SHAPES, namespace)
+    network: Any = load_checkpoint("TwoInputs.pth", model=namespace["TwoInputs"]).double()
+    features = network.conv(inputs["left"].double()).mean((2, 3)) + network.embedding(inputs["right"])
+    inserted: Any = load_checkpoint("bn.pth", model=namespace["TwoInputs"])
+    assert torch.allclose(inserted.hidden[1].running_mean.double(), network.hidden(features).mean(0), rtol=0, atol=1e-6)
+
+
+def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
     torch.save(torch.rand(4, 3, 8, 8), "x.pt")
-    for words in (("insert", "TwoInputs.pth", "x.pt", "-o", "out.pth"), ("inspect", "TwoInputs.pth")):
-        refused = shapes(*words, *of_other_shapes("TwoInputs"))
-        assert_refused(refused, "TwoInputs takes several inputs (left, right)", "use the Python API (insert_batchnorm")
+    torch.save({"left": torch.rand(4, 3, 8, 8), "rigth": torch.arange(4)}, "mistyped.pt")
+    torch.save({"left": torch.rand(4, 3, 8, 8), "right": torch.arange(5)}, "uneven.pt")
+    Path("images").mkdir()
+    Image.new("RGB", (8, 8)).save("images/x.png")
+    model = of_other_shapes("TwoInputs")
+    for source, message in {
+        "x.pt": "x.pt has no tensor left, and the network takes several inputs (left, right); save a dict",
+        "mistyped.pt": "mistyped.pt has no tensor right (it has left, rigth)",
+        "uneven.pt": "the shapes left 4 x 3 x 8 x 8, right 5: inputs need the same number of rows",
+        "images": "images is no tensor file, and the network takes several inputs (left, right)",
+    }.items():
+        assert_refused(shapes("insert", "TwoInputs.pth", source, "-o", "out.pth", *model), message)
+    names = "TwoInputs takes several inputs (left, right): "
+    assert_refused(shapes("inspect", "TwoInputs.pth", *model), f"{names}no file says which shapes they have")
+    assert_refused(shapes("fold", "TwoInputs.pth", "-o", "out.pth", *model), f"{names}pass a tensor file")
+    for folder in ("classes/train/a", "classes/train/b", "classes/val/a", "classes/val/b"):
+        Path(folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(f"{folder}/x.png")
+    for command in ("evaluate", "finetune"):
+        words = (command, "TwoInputs.pth", "classes", *(["--output-dir", "run"] * (command == "finetune")))
+        assert_refused(shapes(*words, *model), f"{names}class folders contain images alone")
 
 
 def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes: Run) -> None:
