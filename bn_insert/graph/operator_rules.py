@@ -298,6 +298,14 @@ def has_role(node: fx.Node, *roles: Role) -> bool:
     return operator is not None and operator.role in roles
 
 
+def multiplies_values(node: fx.Node) -> bool:
+    """Return whether an operation multiplies tensors value by value, also as an einsum that sums over nothing."""
+    if operation(node) != "einsum":
+        return operation(node) == "mul"
+    factors, _, product = argument(node, "equation").partition("->")
+    return {letter for letter in factors if letter.isalpha()} <= set(product)
+
+
 def is_layer(node: fx.Node) -> bool:
     """Return whether an operation is that of a conv or dense layer."""
     return has_role(node, Role.CONV, Role.DENSE)

@@ -150,17 +150,38 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
     for layer in layers:
         by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name or "the model")
     found = [f"{reason}: {listed(names, _NAMES_SHOWN)}" for reason, names in by_reason.items()]
-    modules = {id(node): trace.owner(node) for node in trace.nodes if is_layer(node)}
-    known = {id(node) for _, node in trace.layer_nodes()}
-    if others := list(dict.fromkeys(name for node, name in modules.items() if node not in known)):
-        described = [
-            f"{name or 'the model'} ({type(trace.modules[name]).__name__})" for name in others if name in trace.modules
-        ]
+    if others := _operations_outside_layers(trace):
+        described = [_described(name, trace) for name in others if name in trace.modules]
         found.append(
             "conv and dense operations that are not modules of torch.nn, after which no BatchNorm can be inserted: "
             f"{listed(described, _NAMES_SHOWN) or 'functions'}"
         )
     return "; ".join(found) or "it has no conv or dense layer"
+
+
+def layers_of_other_classes(trace: Trace) -> str:
+    """Return which modules run a conv or dense operation with a weight of their own, in words; empty without any.
+
+    Those are layers of a class of the user's own, after which no BatchNorm can be inserted. An operation with a
+    constant kernel, such as a blur, is none.
+    """
+    others = [
+        _described(name, trace)
+        for name in _operations_outside_layers(trace)
+        if any(weight.ndim > 1 for weight in trace.modules.get(name, nn.Identity()).parameters(recurse=False))
+    ]
+    return listed(others, _NAMES_SHOWN) if others else ""
+
+
+def _operations_outside_layers(trace: Trace) -> list[str]:
+    """Return the names of the modules that run a conv or dense operation without being such a layer of torch.nn."""
+    modules = {id(node): trace.owner(node) for node in trace.nodes if is_layer(node)}
+    known = {id(node) for _, node in trace.layer_nodes()}
+    return list(dict.fromkeys(name for node, name in modules.items() if node not in known))
+
+
+def _described(name: str, trace: Trace) -> str:
+    return f"{name or 'the model'} ({type(trace.modules[name]).__name__})"
 
 
 @dataclass(frozen=True)

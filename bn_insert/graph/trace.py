@@ -24,11 +24,12 @@ from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, layer_kind
-from .operator_rules import Role, has_role, is_activation, is_layer, operation
+from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
 
+_REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
 _CHILDREN_SHOWN = 5
 
 # Packages whose modules keep no tensors elsewhere than in themselves.
@@ -180,10 +181,10 @@ class Trace:
             return isinstance(value, torch.Tensor) and all(extent == 1 for extent in value.shape[2:])
 
         def passes(node: fx.Node) -> bool:
-            return has_one_position(node) or operation(node) in {"expand", "expand_as"}
+            return has_one_position(node) or has_role(node, Role.RESIZING) or operation(node) in _REPETITIONS
 
         return has_one_position(start) and any(
-            operation(node) == "mul" and not has_one_position(node) for node in self.downstream(start, passes)
+            multiplies_values(node) and not has_one_position(node) for node in self.downstream(start, passes)
         )
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -17,7 +17,7 @@ from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, layers_in, reasons_without_sites
+from ..graph.sites import Layer, Placement, Site, layers_in, layers_of_other_classes, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
@@ -47,6 +47,7 @@ class Insertion(Generic[AnyModule]):
             BatchNorms normalizes: from their names in `model`, to those in the original. See the function
             `dropouts_before_batchnorm`.
         nothing: Why no BatchNorm was inserted; empty if one was.
+        others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
         one_image: What is wrong with the outputs for one image alone, which a network with `squeeze()` takes for no
             batch; empty if they are the same as before, or the original cannot run on one image.
@@ -60,6 +61,7 @@ class Insertion(Generic[AnyModule]):
     images: int
     dropouts_before_batchnorm: Mapping[str, str] = field(default_factory=dict, repr=False)
     nothing: str = field(default="", repr=False)
+    others: str = field(default="", repr=False)
     fault: str = field(default="", repr=False)
     one_image: str = field(default="", repr=False)
 
@@ -155,6 +157,7 @@ def insert(
         images=sum(Ranks.current().gathered(images)),
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         nothing="" if sites else reasons_without_sites(found, trace),
+        others=layers_of_other_classes(trace) if sites else "",
         fault=message,
         one_image=_one_image_text(model, one_image) if one_image else "",
     )
@@ -260,6 +263,10 @@ def insert_batchnorm(
         raise GraphError(insertion.fault)
     if insertion.nothing:
         warnings.warn(f"no BatchNorm was inserted: {insertion.nothing}", stacklevel=2)
+    if insertion.others:
+        warnings.warn(
+            f"no BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}", stacklevel=2
+        )
     if insertion.one_image:
         warnings.warn(insertion.one_image, stacklevel=2)
     return insertion.model

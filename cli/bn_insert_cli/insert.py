@@ -156,6 +156,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches, limited=limited)
     _note_dropouts(insertion, checkpoint)
+    if insertion.others:
+        print_warning(f"No BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
     if insertion.one_image:
         print_warning(f"{insertion.one_image}.")
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -438,6 +439,36 @@ def test_layers_that_compute_a_gate_have_no_site_and_those_whose_output_is_gated
     assert reasons(survey(DenseGate(), images(2, 8))) == {"stem": "", "gate": GATE, "head": "output layer"}
     found = reasons(survey(SqueezeExcite(), images(2, 8)))
     assert found == {"stem": "", "reduce": GATE, "expand": GATE, "head": "output layer"}
+
+
+class Gated(nn.Module):
+    """A block whose gate multiplies its values in one of several ways."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        gated = self.multiply(x, self.gate(x.mean((2, 3), keepdim=True)).sigmoid())
+        return self.head(gated.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+GATINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "repeat": (lambda x, gate: x * gate.repeat(1, 1, *x.shape[2:]), GATE),
+    "interpolate": (lambda x, gate: x * F.interpolate(gate, size=x.shape[2:]), GATE),
+    "einsum": (lambda x, gate: torch.einsum("nchw,nc->nchw", x, gate[:, :, 0, 0]), GATE),
+    "an einsum over channels": (lambda x, code: torch.einsum("nchw,nd->ndhw", x, code[:, :, 0, 0]), ""),
+    "concatenated": (lambda x, code: torch.cat([x, F.interpolate(code, size=x.shape[2:])], 1)[:, :4], ""),
+}
+
+
+@pytest.mark.parametrize("how", GATINGS)
+def test_a_gate_is_found_however_it_is_spread_to_all_positions(how: str) -> None:
+    multiply, reason = GATINGS[how]
+    found = reasons(survey(Gated(multiply), images(2, 8)))
+    assert found == {"stem": "", "gate": reason, "head": "output layer"}
 
 
 class BroadcastCode(nn.Module):

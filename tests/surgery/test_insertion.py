@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -607,6 +608,37 @@ def test_a_single_tensor_of_images_is_not_taken_for_batches() -> None:
 def test_a_first_batch_that_is_none_is_described() -> None:
     with pytest.raises(CalibrationError, match=r"^batch 0 is str; a batch is a tensor, or a tuple, "):
         insert_batchnorm(small_vgg(), ["images"])
+
+
+class ConvOfItsOwn(nn.Module):
+    """A conv that is no module of torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4, 3, 3) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class Blur(nn.Module):
+    """A constant kernel, as in networks that antialias before they subsample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.full((4, 1, 3, 3), 1 / 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, groups=4)  # type: ignore[arg-type]
+
+
+def test_layers_of_other_classes_that_get_no_batchnorm_are_named_next_to_those_that_do() -> None:
+    def network(module: nn.Module) -> nn.Sequential:
+        return sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), module, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+    with pytest.warns(UserWarning, match=r"after layers that are not modules of torch.nn: 2 \(ConvOfItsOwn\)$"):
+        insert_batchnorm(network(ConvOfItsOwn()), [torch.rand(4, 3, 8, 8)])
+    insert_batchnorm(network(Blur()), [torch.rand(4, 3, 8, 8)])  # whose kernel is no weight: without a warning
 
 
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:
