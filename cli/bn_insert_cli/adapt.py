@@ -37,6 +37,7 @@ from .output_checks import (
     note_calibration,
     report_facts,
     saying_what_is_written,
+    warn_of_other_layers,
 )
 from .tables import accuracy_table, comparison_table, shift_table
 
@@ -203,6 +204,7 @@ def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float 
         return
     if nothing := adaptation.insertion.nothing:
         print_note(f"No BatchNorm was inserted, so that SOURCE only serves to judge the result: {nothing}.")
+    warn_of_other_layers(adaptation.insertion)
     batches = -(-adaptation.source_images // batch_size)
     note_calibration(adaptation.insertion.moments, adaptation.source_images, tolerance, batches, trainable=False)
 

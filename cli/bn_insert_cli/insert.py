@@ -36,6 +36,7 @@ from .output_checks import (
     note_calibration,
     report_facts,
     saying_what_is_written,
+    warn_of_other_layers,
 )
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import LEAST_BATCHES, REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
@@ -156,8 +157,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 
     note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches, limited=limited)
     _note_dropouts(insertion, checkpoint)
-    if insertion.others:
-        print_warning(f"No BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
+    warn_of_other_layers(insertion)
     if insertion.one_image:
         print_warning(f"{insertion.one_image}.")
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bn_insert.support.text import counted, listed
 
-from .console import print_note
+from .console import print_note, print_warning
 from .inputs import check_checkpoint
 from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Comparison, Moments
+    from bn_insert import Comparison, Insertion, Moments
     from bn_insert.images import Batches
 
 CHECK_FAILED = 1
@@ -103,6 +103,12 @@ def note_calibration(
             f"Sampling error{source} above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images "
             f"would reduce the error: about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
         )
+
+
+def warn_of_other_layers(insertion: Insertion[nn.Module]) -> None:
+    """Warn of layers that an insertion left out because their classes are none of torch.nn's."""
+    if insertion.others:
+        print_warning(f"no BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
 
 
 def _rounded_up(number: float) -> int:

@@ -213,6 +213,7 @@ def test_features_of_an_own_network_can_be_frozen(run: Run, digits: Path) -> Non
 
 
 NETS_OF_OTHER_SHAPES = """
+import torch
 from torch import nn
 
 
@@ -243,6 +244,20 @@ class TwoInputs(nn.Module):
         return self.output(self.hidden(self.conv(left).mean((2, 3)) + self.embedding(right)).relu())
 
 
+class WithOwnConv(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), OwnConv(), nn.Flatten(), nn.Linear(64, 2))
+
+
+class OwnConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4, 3, 3) - 0.5)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight)
+
+
 class Squeezed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -259,7 +274,7 @@ def shapes(run: Run) -> Run:
     Path("nets_of_other_shapes.py").write_text(NETS_OF_OTHER_SHAPES)
     namespace: dict[str, Any] = {}
     exec(NETS_OF_OTHER_SHAPES, namespace)
-    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "Squeezed"):
+    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "WithOwnConv", "Squeezed"):
         torch.save(namespace[name]().state_dict(), f"{name}.pth")
     return run
 
@@ -343,6 +358,16 @@ def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
     for command in ("evaluate", "finetune"):
         words = (command, "TwoInputs.pth", "classes", *(["--output-dir", "run"] * (command == "finetune")))
         assert_refused(shapes(*words, *model), f"{names}class folders contain images alone")
+
+
+@pytest.mark.parametrize("words", [("insert", "WithOwnConv.pth", "x.pt"), ("adapt", "WithOwnConv.pth", "x.pt", "x.pt")])
+def test_layers_that_get_no_batchnorm_for_their_class_are_warned_of(shapes: Run, words: tuple[str, ...]) -> None:
+    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    result = shapes(*words, "-o", "out.pth", *of_other_shapes("WithOwnConv"))
+    assert result.exit_code == 0, result.output
+    assert "warning: no BatchNorm was inserted after layers that are not modules of torch.nn: 2" in text_of(
+        result.stderr
+    )
 
 
 def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes: Run) -> None:
