@@ -13,16 +13,17 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from ..support.arguments import is_number
 from .batch_renorm_function import Normalization, batch_moments, pool_over_ranks, renormalize
 from .gradient_checkpointing import kept_passes
 
 
 def check_limits(r_max: float = 1.0, d_max: float = 0.0) -> None:
     """Raise TrainingError unless r_max is at least 1 and d_max at least 0."""
-    if not r_max >= 1:
-        raise TrainingError(f"r_max must be at least 1 (1: nn.BatchNorm, inf: no limit), got {r_max}")
-    if not d_max >= 0:
-        raise TrainingError(f"d_max must be at least 0 (0: nn.BatchNorm, inf: no limit), got {d_max}")
+    if not (is_number(r_max) and r_max >= 1):
+        raise TrainingError(f"r_max must be at least 1 (1: nn.BatchNorm, inf: no limit), got {r_max!r:.40}")
+    if not (is_number(d_max) and d_max >= 0):
+        raise TrainingError(f"d_max must be at least 0 (0: nn.BatchNorm, inf: no limit), got {d_max!r:.40}")
 
 
 class _BatchRenorm(_BatchNorm):

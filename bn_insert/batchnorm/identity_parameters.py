@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed
 from ..statistics.moments import Moments
+from ..support.arguments import check_dtype, is_number
 
 BATCHNORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d,
@@ -47,8 +48,8 @@ def identity_batchnorm(
         dtype: Of parameters and statistics.
 
     Raises:
-        CalibrationError: If there are fewer than two values per channel, eps or dims is out of range, or the moments
-            are not finite in `dtype`.
+        CalibrationError: If there are fewer than two values per channel, an argument is out of range or of another
+            kind, or the moments are not finite in `dtype`.
 
     Examples:
         >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())
@@ -58,8 +59,15 @@ def identity_batchnorm(
         True
     """
     check_eps(eps)
-    if dims not in BATCHNORMS:
-        raise CalibrationError(f"dims must be 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims}")
+    check_momentum(momentum)
+    check_dtype("dtype", dtype)
+    if not isinstance(moments, Moments):
+        raise CalibrationError(
+            f"moments is a {type(moments).__name__}, not Moments; pass those of one layer from the dict that calibrate "
+            "returns"
+        )
+    if dims not in list(BATCHNORMS):
+        raise CalibrationError(f"dims must be 1, 2 or 3, as in BatchNorm1d, 2d, 3d, not {dims!r:.40}")
     if moments.count < 2:
         raise CalibrationError(
             f"a variance needs at least two values per channel and the calibration set has {moments.count}; "
@@ -85,10 +93,23 @@ def check_eps(eps: float) -> None:
     Raises:
         CalibrationError: If it is not.
     """
-    if not torch.finfo(torch.float32).tiny <= eps < float("inf"):
+    if not (is_number(eps) and torch.finfo(torch.float32).tiny <= eps < float("inf")):
         raise CalibrationError(
-            f"eps must be a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as 1e-5, not {eps}: "
-            "without it, constant channels would be divided by 0"
+            f"{as_passed('eps')} must be a finite number of at least {torch.finfo(torch.float32).tiny:.2g}, such as "
+            f"1e-5, not {eps!r:.40}: without it, constant channels would be divided by 0"
+        )
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Check that a momentum is from 0 to 1, or None.
+
+    Raises:
+        CalibrationError: If it is not.
+    """
+    if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
+        raise CalibrationError(
+            f"{as_passed('momentum')} must be a number from 0 to 1, or None for a cumulative average, not "
+            f"{momentum!r:.40}"
         )
 
 

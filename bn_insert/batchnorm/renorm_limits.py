@@ -12,6 +12,8 @@ from types import TracebackType
 from torch import nn
 
 from ..errors import TrainingError
+from ..graph.copies import check_module
+from ..support.arguments import is_number
 from ..support.processes import Ranks
 from .batch_renorm import BatchRenorm, check_limits
 from .lag_meter import Lag, LagMeter
@@ -27,7 +29,9 @@ def set_renorm_limits(network: nn.Module, r_max: float = math.inf, d_max: float 
 
     Raises:
         TrainingError: If a limit is out of range; nothing is changed then.
+        GraphError: If the network is not a module.
     """
+    check_module(network)
     check_limits(r_max, d_max)
     for module in network.modules():
         if isinstance(module, BatchRenorm):
@@ -59,6 +63,7 @@ class RenormScheduler:
 
     Raises:
         TrainingError: If no layer of the network renormalizes, or the threshold is out of range.
+        GraphError: If the network is not a module.
 
     Examples:
         >>> from bn_insert import set_batchnorm_mode
@@ -73,8 +78,9 @@ class RenormScheduler:
 
     def __init__(self, network: nn.Module, *, threshold: float = 2.0) -> None:
         """Start to observe the layers of a network, without limits."""
-        if not threshold > 0:
-            raise TrainingError(f"threshold is {threshold}; use a lag above 0, such as 2")
+        check_module(network)
+        if not (is_number(threshold) and threshold > 0):
+            raise TrainingError(f"threshold is {threshold!r:.40}; use a lag above 0, such as 2")
         self._network = network
         self._threshold = threshold
         self._meter = LagMeter(network)

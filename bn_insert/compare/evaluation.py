@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
-from ..graph.inputs import reference_tensor
-from ..statistics.passes import SINGLE_IMAGE, Batch, Progress, for_each_batch
+from ..statistics.passes import SINGLE_IMAGE, Batch, Progress, for_each_batch, under_autocast
+from ..support.arguments import is_whole
 from ..support.processes import on_every_rank
 
 
@@ -178,8 +177,8 @@ def predict(
         >>> len(found), found[0].classes, round(found[0].probabilities[0], 2)
         (8, ('dog', 'cat'), 0.75)
     """
-    if top < 1:
-        raise CalibrationError(f"top is {top}; use 1 or more")
+    if not (is_whole(top) and top >= 1):
+        raise CalibrationError(f"top is {top!r:.40}; use a whole number, 1 or more")
     network = working_copy(model, device)
     predictions: list[Prediction] = []
 
@@ -251,7 +250,7 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
 
 def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Float64[Tensor, "images classes"]:
     """Return the logits of a batch, on the CPU: other devices lack float64."""
-    with torch.autocast(reference_tensor(network).device.type, autocast) if autocast else nullcontext():
+    with under_autocast(network, autocast):
         outputs = batch.inputs.run(network)
     logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim != 2 or len(logits) != len(batch.inputs) or logits.shape[1] < 2:
@@ -293,6 +292,8 @@ def labels_in(values: object, batch: Batch) -> Int64[Tensor, " images"] | None:
 def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, ...]:
     if not classes:
         return tuple(map(str, range(count)))
+    if isinstance(classes, str) or not isinstance(classes, Collection):
+        raise CalibrationError(f"classes is {classes!r:.40}; pass a list with the name of each class")
     if len(classes) != count:
         names = as_passed(
             "name each of its classes, in the order of the outputs", option="pass one folder for each of its classes"

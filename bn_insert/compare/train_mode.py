@@ -18,6 +18,7 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+from ..support.arguments import as_tuple, is_whole
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -101,13 +102,16 @@ def train_mode_agreement(
         >>> [agreement.batch_size for agreement in train_mode_agreement(model, [torch.rand(50, 4)], (8, 32, 128))]
         [8, 32]
     """
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise CalibrationError(f"batch_sizes is {tuple(batch_sizes)}; pass one or more sizes of 1 or more")
+    sizes = as_tuple(batch_sizes)
+    if not sizes or not all(is_whole(size) and size >= 1 for size in sizes):
+        raise CalibrationError(
+            f"batch_sizes is {batch_sizes!r:.60}; pass one or more sizes of 1 or more, as whole numbers"
+        )
     evaluated, trained = working_copy(model, device), working_copy(model, device)
     if renorm:
         set_batchnorm_mode(trained, "renorm")
     _use_batch_statistics(trained)
-    totals = [_Totals(size) for size in dict.fromkeys(batch_sizes)]
+    totals = [_Totals(size) for size in dict.fromkeys(sizes)]
 
     def run(batch: Batch) -> None:
         images = _only_tensor(batch.inputs)
@@ -119,7 +123,7 @@ def train_mode_agreement(
     results = [total.result() for total in totals if total.images]
     if not results:
         raise CalibrationError(
-            f"{images} images do not fill one batch of the smallest size, {min(batch_sizes)}; use more images, or a "
+            f"{images} images do not fill one batch of the smallest size, {min(sizes)}; use more images, or a "
             "smaller size"
         )
     return results

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import GraphError
+from ..support.arguments import usable_device
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -78,9 +79,14 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
     Args:
         model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
         device: Device of the copy. On the device of its parameters, the copy shares them and needs no memory.
+
+    Raises:
+        GraphError: The model is not a module that can be copied.
+        CalibrationError: This machine has no such device.
     """
-    network = shared_copy(model, device).eval()
-    return network if device is None else network.to(device)
+    place = None if device is None else usable_device(device)
+    network = shared_copy(model, place).eval()
+    return network if place is None else network.to(place)
 
 
 def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:

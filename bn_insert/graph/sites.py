@@ -15,7 +15,8 @@ import msgspec
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..errors import GraphError
+from ..errors import GraphError, as_passed
+from ..support.arguments import as_tuple
 from ..support.schema import Count, Extent
 from ..support.text import listed
 from .layers import Kind, layer_kind
@@ -195,17 +196,24 @@ class SiteOptions:
 
     @classmethod
     def checked(cls, layers: Iterable[str], include_output: bool, skip: Iterable[str], placement: str) -> SiteOptions:
-        """Return the options; raise GraphError for a kind of layer or a placement that does not exist."""
-        kinds, patterns = _as_tuple(layers), _as_tuple(skip)
-        if not kinds or not set(kinds) <= set(get_args(Kind)):
+        """Return the options; raise GraphError for a kind of layer, a pattern or a placement that cannot be."""
+        kinds, patterns = as_tuple(layers), as_tuple(skip)
+        if not kinds or not all(kind in get_args(Kind) for kind in kinds):
             raise GraphError(f"layers must be one or both of {', '.join(get_args(Kind))}, not {kinds!r}")
+        if others := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+            raise GraphError(
+                f"{as_passed('skip')} has the pattern {others[0]!r:.40}; pass names of layers or glob patterns, such "
+                "as 'features.*', or an empty list to skip none"
+            )
         if placement not in get_args(Placement):
             raise GraphError(f"placement must be one of {', '.join(get_args(Placement))}, not {placement!r}")
         return cls(kinds, include_output, patterns, placement)
 
 
-def _as_tuple(values: Iterable[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)
+def check_sites(sites: Iterable[Site]) -> None:
+    """Raise GraphError for what callers pass in place of sites."""
+    if others := [site for site in as_tuple(sites) if not isinstance(site, Site)]:
+        raise GraphError(f"sites has {others[0]!r:.60}; pass the sites that find_sites(model, batch) returns")
 
 
 def _layers(trace: Trace, options: SiteOptions) -> list[Layer]:

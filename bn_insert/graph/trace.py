@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 import torch.fx.config as fx_config
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import GraphError, out_of_memory
+from ..errors import CalibrationError, GraphError, out_of_memory
 from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
@@ -72,8 +72,14 @@ class Trace:
 
         Raises:
             GraphError: The model cannot run on the example, or torch.export cannot trace it. The message has the cause.
+            CalibrationError: The example is not a batch.
         """
         model = unwrapped(model)
+        if not isinstance(example, Inputs | Tensor | Mapping | tuple | list):
+            raise CalibrationError(
+                f"the example is a {type(example).__name__}, not a batch; pass the first batch of a loader, "
+                "next(iter(loader)), or a tensor such as torch.zeros(1, 3, 224, 224)"
+            )
         inputs = Inputs.of(example, 0, model)
         if len(inputs) == 1:
             # Some networks take a batch of one for no batch, as with squeeze(): two images show what it does to many.

@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..errors import CalibrationError
-from ..graph.copies import working_copy
+from ..graph.copies import shared_copy, working_copy
 from ..graph.inputs import reference_tensor
 from ..graph.operator_rules import PER_IMAGE_MODULES
-from ..graph.sites import Site
+from ..graph.sites import Site, check_sites
 from .moments import Moments
 from .passes import SINGLE_IMAGE, NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
@@ -68,7 +68,9 @@ def calibrate(
     Raises:
         CalibrationError: If there are no data, if activations are not finite (the message names the layer, and the
             parameter or image), or if the model cannot run on a batch.
+        GraphError: If these are no sites, or the model is not a module.
     """
+    check_sites(sites)
     if not sites:
         return {}
     check_tolerance(tolerance)
@@ -264,7 +266,8 @@ def _stretches(modules: Sequence[nn.Module], bytes_per_image: Sequence[int], ima
 
 def _values_per_image(modules: Sequence[nn.Module], shape: torch.Size) -> list[int]:
     """Return for each module the number of values of its input or output, the larger, for one image of this shape."""
-    on_meta = working_copy(nn.Sequential(*modules), "meta").float()  # the meta device has shapes but no values
+    # The meta device has shapes but no values.
+    on_meta = shared_copy(nn.Sequential(*modules), "meta").to("meta", torch.float32)
     values = [torch.empty(1, *shape, device="meta")]
     for module in on_meta:
         values.append(module.forward(values[-1]))  # without hooks

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
-from ..graph.inputs import InputReader, Inputs
+from ..graph.inputs import InputReader, Inputs, reference_tensor
+from ..support.arguments import check_dtype, check_progress
 from .moments import Moments, merge
 
 Progress = Callable[[int], None]
@@ -90,6 +91,7 @@ def for_each_batch(
         CalibrationError: If the batches are not an iterable of model inputs, or `run` fails. The message names the
             batch.
     """
+    check_progress(progress)
     images = 0
     reader = InputReader(model)
     with preserved_random_state(), torch.inference_mode():
@@ -251,6 +253,18 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
         raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error
 
 
+def under_autocast(network: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return the context for the forward passes of a network: autocast to a dtype, or none.
+
+    Raises:
+        CalibrationError: It is not a floating-point dtype.
+    """
+    if not dtype:
+        return nullcontext()
+    check_dtype("autocast", dtype)
+    return torch.autocast(reference_tensor(network).device.type, dtype)
+
+
 class NotFiniteError(CalibrationError):
     """Activations or their statistics are NaN or Inf.
 
@@ -287,6 +301,10 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
         raise CalibrationError(
             f"batches is the path {str(batches)!r}, but functions take images, not paths; pass a DataLoader, or read "
             "the batches with bn_insert.images.open_batches(path, transform), or use a command such as bn-insert insert"
+        )
+    if isinstance(batches, type):
+        raise CalibrationError(
+            f"batches is the class {batches.__name__}; pass a loader, such as DataLoader(dataset, batch_size=32)"
         )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise CalibrationError(

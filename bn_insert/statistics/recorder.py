@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, GraphError
 from ..graph.copies import parameter_bytes, protected_passes
-from ..graph.inputs import Inputs, reference_tensor
+from ..graph.inputs import Inputs
+from ..support.arguments import is_number
 from ..support.processes import Ranks
 from .moments import Moments, merge, moments_of
-from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch
+from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
 
@@ -29,8 +30,8 @@ _PASSES_TO_MERGE = 64
 
 def check_tolerance(tolerance: float | None) -> None:
     """Raise CalibrationError for a tolerance that no error can be compared with."""
-    if tolerance is not None and not 0 < tolerance < inf:
-        raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance}")
+    if tolerance is not None and not (is_number(tolerance) and 0 < tolerance < inf):
+        raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance!r:.40}")
 
 
 class Recorder:
@@ -117,8 +118,7 @@ class Recorder:
         """
         with ExitStack() as stack:
             passes = _Passes(network, self, stack.enter_context(protected_passes(network)))
-            if autocast:
-                stack.enter_context(torch.autocast(reference_tensor(network).device.type, autocast))
+            stack.enter_context(under_autocast(network, autocast))
 
             def run(batch: Batch) -> None:
                 try:

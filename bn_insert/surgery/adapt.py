@@ -23,6 +23,7 @@ from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
+from ..support.arguments import check_progress
 from ..support.text import counted
 from .example_input import peeked
 from .fold import fold
@@ -138,6 +139,7 @@ def adapt(
         >>> [(shift.layer, shift.std.median() < 0.3) for shift in adaptation.shifts]
         [('0', tensor(True))]
     """
+    check_progress(progress)
     model = unwrapped(model)
     insertion = None
     if source is not None:

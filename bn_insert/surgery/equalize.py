@@ -28,7 +28,7 @@ from ..graph.operator_rules import (
     operator_of,
     writes_in_place,
 )
-from ..graph.sites import Site
+from ..graph.sites import Site, check_sites
 from ..graph.trace import Trace
 from ..statistics.moments import Moments
 from .scale_weights import exact_inputs, exact_outputs, multiply_inputs, multiply_outputs, number_of_inputs
@@ -77,7 +77,7 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
         sites: Sites of the model, as from `find_sites`. The edges are in their order.
 
     Raises:
-        GraphError: The model cannot be traced.
+        GraphError: The model cannot be traced, or these are no sites.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
@@ -86,6 +86,7 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
         >>> find_edges(model, example, find_sites(model, example))
         [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
     """
+    check_sites(sites)
     return edges_in(Trace.of(model, example), sites)
 
 

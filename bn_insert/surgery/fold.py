@@ -10,16 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import GraphError
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.trace import Trace
+from ..support.arguments import as_tuple
+from ..support.near_names import near_names
+from ..support.text import listed
 from .fold_plan import Fold, plan_folds
 from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
 from .splice import splice_out
+
+_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +89,7 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
             others are left in place.
 
     Raises:
-        GraphError: As for `fold_batchnorm`.
+        GraphError: As for `fold_batchnorm`, or a name is not that of a BatchNorm.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -93,13 +98,24 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
     """
     model = unwrapped(model)
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    plan = _plan(model, example, names) if norms else []
+    chosen = None if names is None else as_tuple(names)
+    for name in chosen or ():
+        if name not in norms:
+            raise _no_batchnorm(model, name, norms)
+    plan = _plan(model, example, chosen) if norms else []
     folded = {each.norm for each in plan}
     return FoldResult(
         _without_batchnorms(model, plan),
         tuple(name for name in norms if name in folded),
         tuple(name for name in norms if name not in folded),
     )
+
+
+def _no_batchnorm(model: nn.Module, name: object, norms: Sequence[str]) -> GraphError:
+    """Return the error for a name that no BatchNorm of the model has."""
+    near = " or ".join(near_names(str(name), norms))
+    advice = f"did you mean {near}?" if near else f"its BatchNorms are: {listed(norms, _NAMES_SHOWN) or 'none'}"
+    return GraphError(f"names has {name!r:.60}, which is not a BatchNorm of {type(model).__name__}; {advice}")
 
 
 def _plan(model: AnyModule, example: Any, names: Collection[str] | None) -> list[Fold]:

@@ -85,6 +85,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     """
     check_module(model)
     _check_classes(classes)
+    _check_whole("the width of the head", width)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
     last, output = _replaceable_output(model)
@@ -116,13 +117,17 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     return replaced
 
 
-def _check_classes(classes: object) -> None:
+def _check_classes(classes: int) -> None:
     if isinstance(classes, list | tuple):
         raise TrainingError(f"the number of classes is a {type(classes).__name__}; pass its length, {len(classes)}")
-    if isinstance(classes, bool) or not isinstance(classes, int):
-        raise TrainingError(f"the number of classes is {classes!r:.40}, not a whole number")
+    _check_whole("the number of classes", classes)
     if classes < 2:
         raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")
+
+
+def _check_whole(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):  # one of NumPy cannot be stored in a checkpoint
+        raise TrainingError(f"{what} is {value!r:.40}, not a whole number (int)")
 
 
 @torch.no_grad()

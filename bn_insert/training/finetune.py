@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
 from ..statistics.passes import preserved_random_state
+from ..support.arguments import usable_device
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
 from .classifier import Classifier
@@ -133,9 +135,9 @@ def finetune(
         CheckpointError: When state.pth cannot be read, or results cannot be written.
         GraphError: When the model is not a module.
     """
-    settings, device, ranks = settings or TrainingSettings(), torch.device(device), Ranks.current()
-    folder = Path(output_dir)
-    _check_arguments(model, images, folder / TENSORBOARD if tensorboard else None)
+    settings, device, ranks = settings or TrainingSettings(), usable_device(device, TrainingError), Ranks.current()
+    folder = _folder(output_dir)
+    _check_arguments(model, images, settings, folder / TENSORBOARD if tensorboard else None)
     check_output_dir(folder, resume=resume, overwrite=overwrite)
     with ExitStack() as closing, preserved_random_state():
         _on_first_rank(lambda: closing.enter_context(output_folder(folder)), ranks)
@@ -196,15 +198,25 @@ def finetune(
     return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
 
-def _check_arguments(model: nn.Module, images: ClassFolders, tensorboard: Path | None) -> None:
+def _check_arguments(
+    model: nn.Module, images: ClassFolders, settings: TrainingSettings, tensorboard: Path | None
+) -> None:
     """Check what a run is given, and that TensorBoard's files can be written into the folder for them."""
     check_module(model)
     if not isinstance(images, ClassFolders):
         raise TrainingError(
             f"images is {images!r:.80}, not class folders; open them with bn_insert.images.open_class_folders(path)"
         )
+    if not isinstance(settings, TrainingSettings):
+        raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
     if tensorboard:
         check_tensorboard(tensorboard)
+
+
+def _folder(output_dir: StrPath) -> Path:
+    if not isinstance(output_dir, str | PathLike):
+        raise TrainingError(f"output_dir is {output_dir!r:.40}; pass the path of a folder")
+    return Path(output_dir)
 
 
 @dataclass(frozen=True)
@@ -312,7 +324,7 @@ def check_output_dir(
             resuming and replacing are asked for.
         CheckpointError: No file can be written into the folder.
     """
-    folder = Path(output_dir)
+    folder = _folder(output_dir)
     if resume and overwrite:
         raise TrainingError(
             f"{as_passed('resume', True)} continues the run in {folder}, and {as_passed('overwrite', True, '--force')} "

@@ -19,6 +19,7 @@ from ..compare.evaluation import outcomes_of
 from ..errors import TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
 from ..statistics.passes import Progress
+from ..support.arguments import check_progress
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
 
@@ -79,6 +80,7 @@ def fit_output(
         True
     """
     check_module(model)
+    check_progress(progress)
     model = unwrapped(model)
     name, layer = output_layer(model)
     if not can_be_fitted(layer):

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import TrainingError
 from ..graph.copies import check_module
+from ..support.arguments import is_number
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -40,8 +41,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
     """
     check_module(model)
     for name, value in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
-        if not value >= 0:
-            raise TrainingError(f"{name} is {value}; use 0 or more")
+        if not (is_number(value) and value >= 0):
+            raise TrainingError(f"{name} is {value!r:.40}; use a number, 0 or more")
     weights: list[nn.Parameter] = []
     norms: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
+
+import numpy as np
 
 from ..batchnorm.modes import BatchNormMode
 from ..errors import TrainingError, as_passed
+from ..support.schema import SchemaError, checked
 from ..surgery.history import WIDEST_HEAD
 
 Optimizer = Literal["sgd", "adamw"]
@@ -23,6 +26,7 @@ _LEAST = {
     "patience": 1,
     "head": 1,
 }
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class TrainingSettings:
         patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.
 
     Raises:
-        TrainingError: For a value out of range.
+        TrainingError: For a value of another kind, or out of range.
     """
 
     epochs: int = 10
@@ -107,6 +111,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check each value before anything is read."""
+        self._check_kinds()
         self._check_counts()
         if not 0 < self.crop_scale <= 1:
             raise TrainingError(
@@ -131,18 +136,20 @@ class TrainingSettings:
                 f"{as_passed('lr_warmup_epochs')} is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of "
                 "epochs"
             )
-        for name, choices in (
-            ("opt", Optimizer),
-            ("lr_scheduler", Schedule),
-            ("batchnorm", BatchNormMode),
-            ("train", Trained),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise TrainingError(
-                    f"{as_passed(name)} is one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}"
-                )
         self._check_renorm()
         self._check_trained()
+
+    def _check_kinds(self) -> None:
+        """Check the kind of each value, and turn those of NumPy into Python's, which can be saved."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            try:
+                plain = checked(value.item() if isinstance(value, np.generic) else value, kind)
+            except SchemaError:
+                *others, last = (_KINDS.get(each, repr(each)) for each in get_args(kind) or (kind,))
+                usable = f"{', '.join(others)} or {last}" if others else last
+                raise TrainingError(f"{as_passed(name)} is {value!r:.60}; use {usable}") from None
+            object.__setattr__(self, name, plain)  # the fields are frozen
 
     def _check_counts(self) -> None:
         for name, least in _LEAST.items():

@@ -216,6 +216,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Run, d
         (("--device", "abacus"), "abacus"),
         (("--device", "meta"), "meta"),
         (("--momentum", "2"), "momentum"),
+        (("--eps", "0"), "--eps must be a finite number"),
     ],
 )
 def test_bad_options_get_exit_code_2(run: Run, digits: Path, arguments: tuple[str, ...], wording: str) -> None:

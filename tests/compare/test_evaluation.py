@@ -147,7 +147,7 @@ def test_logits_so_large_that_their_probabilities_are_equal_are_still_ordered() 
 
 
 def test_no_class_cannot_be_asked_for() -> None:
-    with pytest.raises(CalibrationError, match="top is 0; use 1 or more"):
+    with pytest.raises(CalibrationError, match="top is 0; use a whole number, 1 or more"):
         predict(Given(), [EYE], top=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -9,36 +10,50 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
 
 from bn_insert import (
+    BatchRenorm2d,
     BNInsertError,
     CalibrationError,
     GraphError,
+    RenormScheduler,
+    adapt_statistics,
     calibrate,
     compare_outputs,
+    compare_predictions,
     evaluate,
     find_edges,
     find_sites,
     finetune,
+    fit_output,
     fold,
     fold_batchnorm,
+    identity_batchnorm,
     insert,
     insert_batchnorm,
     load_checkpoint,
     parameter_groups,
+    predict,
+    recalibrate,
+    replace_head,
     replace_output,
     save_checkpoint,
     set_batchnorm_mode,
     survey,
+    train_mode_agreement,
 )
+from bn_insert.batchnorm.renorm_limits import set_renorm_limits
 from bn_insert.demo import network_path
 from bn_insert.graph.copies import check_module
+from bn_insert.statistics.moments import moments_of
 from support.idioms import (
     CollectsByHooks,
     DecidesByValues,
@@ -319,6 +334,141 @@ def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) 
 def test_arguments_of_another_kind_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(BNInsertError, match=message):
         call()
+
+
+TINY, TINY_IMAGES = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)), images(4, 8)
+LABELED = [(TINY_IMAGES, torch.tensor([0, 1, 2, 3]))]
+
+
+@cache
+def tiny_with_batchnorm() -> nn.Module:
+    return insert_batchnorm(TINY, LABELED)
+
+
+PASSES = {
+    "insert": lambda **options: insert_batchnorm(TINY, LABELED, **options),
+    "adapt": lambda **options: adapt_statistics(TINY, LABELED, LABELED, **options),
+    "calibrate": lambda **options: calibrate(TINY, find_sites(TINY, TINY_IMAGES), LABELED, **options),
+    "recalibrate": lambda **options: recalibrate(tiny_with_batchnorm(), LABELED, **options),
+    "evaluate": lambda **options: evaluate(TINY, LABELED, **options),
+    "predict": lambda **options: predict(TINY, LABELED, **options),
+    "train mode": lambda **options: train_mode_agreement(tiny_with_batchnorm(), LABELED, (4,), **options),
+    "fit": lambda **options: fit_output(copy.deepcopy(TINY), LABELED, LABELED, **options),
+    "compare": lambda **options: compare_outputs(TINY, TINY, LABELED, **options),
+    "predictions": lambda **options: compare_predictions(TINY, TINY, LABELED, **options),
+}
+
+
+@pytest.mark.parametrize("function", [name for name in PASSES if name not in ("fit", "compare", "predictions")])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device is 'gpu', which is not a device; use one such as 'cpu', 'cuda'"),
+        (3.5, "device is 3.5, which is not a device"),
+        ("cuda:63", "device is 'cuda:63', which cannot be used on this machine"),
+        ("meta", "device is 'meta', which cannot be used on this machine"),
+    ],
+)
+def test_a_device_that_is_none_or_not_there_is_named(function: str, device: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        PASSES[function](device=device)
+
+
+@pytest.mark.parametrize("function", ["insert", "adapt", "calibrate", "recalibrate", "evaluate", "predict", "fit"])
+@pytest.mark.parametrize("dtype", ["bf16", True, torch.int8])
+def test_autocast_takes_a_floating_point_dtype_alone(function: str, dtype: Any) -> None:
+    with pytest.raises(CalibrationError, match=f"autocast is {dtype!r}; pass a floating-point dtype, such as torch"):
+        PASSES[function](autocast=dtype)
+
+
+@pytest.mark.parametrize("function", [name for name in PASSES if name != "insert"])
+def test_progress_takes_a_function_alone(function: str) -> None:
+    with pytest.raises(CalibrationError, match="progress is 5; pass a function of the number of images so far"):
+        PASSES[function](progress=5)
+
+
+@pytest.mark.parametrize("function", ["insert", "adapt"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": "1e-5"}, "eps must be a finite number of at least .*, such as 1e-5, not '1e-5'"),
+        ({"eps": None}, "eps must be a finite number .* not None"),
+        ({"momentum": 2}, "momentum must be a number from 0 to 1, or None for a cumulative average, not 2"),
+        ({"momentum": -1}, "momentum must be a number from 0 to 1"),
+        ({"momentum": "0.1"}, "momentum must be a number from 0 to 1, .* not '0.1'"),
+        ({"momentum": float("nan")}, "momentum must be a number from 0 to 1"),
+        ({"skip": None}, "skip has the pattern None; pass names of layers or glob patterns"),
+        ({"skip": 5}, "skip has the pattern 5"),
+        ({"skip": ["0", 3]}, "skip has the pattern 3"),
+        ({"layers": None}, r"layers must be one or both of conv, dense, not \(None,\)"),
+        ({"layers": [["conv"]]}, "layers must be one or both of conv, dense"),
+        ({"tolerance": "0.1"}, "tolerance must be a finite number above 0, such as 0.1, not '0.1'"),
+    ],
+    ids=str,
+)
+def test_options_of_an_insertion_of_another_kind_are_named(
+    function: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BNInsertError, match=message):
+        PASSES[function](**options)
+
+
+@pytest.mark.parametrize("function", [insert_batchnorm, evaluate, recalibrate])
+@pytest.mark.parametrize("kind", [DataLoader, TensorDataset])
+def test_a_class_in_place_of_batches_is_refused_with_the_way_out(function: Callable[..., Any], kind: type) -> None:
+    with pytest.raises(CalibrationError, match=rf"batches is the class {kind.__name__}; .* DataLoader\(dataset, "):
+        function(tiny_with_batchnorm(), kind)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: predict(TINY, LABELED, top="1"), "top is '1'; use a whole number, 1 or more"),
+        (lambda: predict(TINY, LABELED, top=1.5), "top is 1.5; use a whole number"),
+        (lambda: evaluate(TINY, LABELED, classes=4), "classes is 4; pass a list with the name of each class"),
+        (lambda: evaluate(TINY, LABELED, classes="abcd"), "classes is 'abcd'; pass a list"),
+        (lambda: train_mode_agreement(tiny_with_batchnorm(), LABELED, [4.5]), r"batch_sizes is \[4.5\]; pass one or"),
+        (lambda: replace_head(small_vgg(), "8", 5), r"the width of the head is '8', not a whole number \(int\)"),
+        (lambda: replace_head(small_vgg(), np.int64(8), 5), "the width of the head is .*8.*, not a whole number"),
+        (lambda: replace_output(small_vgg(), 5.0), "the number of classes is 5.0, not a whole number"),
+        (lambda: parameter_groups(small_vgg(), "0.1"), "weight_decay is '0.1'; use a number, 0 or more"),
+        (lambda: RenormScheduler(None), "the model is None"),
+        (lambda: RenormScheduler(small_vgg(), threshold="2"), "threshold is '2'; use a lag above 0"),
+        (lambda: set_renorm_limits(None, 3, 5), "the model is None"),
+        (lambda: set_renorm_limits(small_vgg(), "3", 5), "r_max must be at least 1 .* got '3'"),
+        (lambda: BatchRenorm2d(3, d_max=None), "d_max must be at least 0 .* got None"),
+        (lambda: fold_batchnorm(tiny_with_batchnorm(), None), "the example is a NoneType, not a batch; pass the first"),
+        (lambda: find_sites(TINY, DataLoader(LABELED)), r"the example is a DataLoader, .* next\(iter\(loader\)\)"),
+        (lambda: calibrate(TINY, ["0"], LABELED), "sites has '0'; pass the sites that find_sites"),
+        (lambda: calibrate(TINY, None, LABELED), "sites has None; pass the sites that find_sites"),
+        (lambda: find_edges(TINY, TINY_IMAGES, survey(TINY, TINY_IMAGES)), r"sites has Layer\(name='0'"),
+        (lambda: identity_batchnorm({}, 2), "moments is a dict, not Moments; pass those of one layer"),
+        (lambda: identity_batchnorm(moments_of(TINY_IMAGES), "2"), "dims must be 1, 2 or 3, .* not '2'"),
+        (lambda: identity_batchnorm(moments_of(TINY_IMAGES), [2]), r"dims must be 1, 2 or 3, .* not \[2\]"),
+        (
+            lambda: identity_batchnorm(moments_of(TINY_IMAGES), 2, dtype="float32"),
+            "dtype is 'float32'; pass a ",
+        ),
+        (lambda: finetune(TINY, None, None), "output_dir is None; pass the path of a folder"),
+        (lambda: finetune(TINY, None, "run", device="gpu"), "device is 'gpu', which is not a device"),
+        (lambda: finetune(TINY, None, "run", device="cuda:63"), "device is 'cuda:63', which cannot be used"),
+    ],
+)
+def test_values_of_another_kind_are_named_with_what_to_pass(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(BNInsertError, match=message):
+        call()
+
+
+def test_one_name_is_a_pattern_to_skip_and_a_kind_of_layer() -> None:
+    assert [layer.reason for layer in survey(TINY, TINY_IMAGES, layers="conv", skip="0")] == [
+        "skipped by pattern",
+        "dense layers are not selected",
+    ]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    result = insert_batchnorm(TINY, LABELED, eps=np.float32(1e-3), momentum=np.int64(1), tolerance=np.float64(2))
+    assert result.get_submodule("1").momentum == 1
 
 
 def test_a_torchscript_program_is_refused_with_the_way_out() -> None:

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -549,6 +550,28 @@ def test_what_was_inserted_is_folded_alone_and_what_was_there_before_stays() -> 
     assert (result.folded, result.left) == (("4",), ("1",))
     assert result.model.state_dict().keys() == model.state_dict().keys()
     assert inserted_batchnorms(result.model) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["stem.2", "stem.1"], r"names has 'stem.2', which is not a BatchNorm of PreActivation; did you mean stem.1\?"),
+        (["conv"], "names has 'conv', .*; its BatchNorms are: stem.1, norm"),
+        ("stem", "names has 'stem', which is not a BatchNorm"),
+        (5, "names has 5, which is not a BatchNorm"),
+    ],
+)
+def test_a_name_to_fold_that_no_batchnorm_has_is_refused(names: Any, message: str) -> None:
+    model = randomised(PreActivation())
+    model.stem = nn.Sequential(model.stem, nn.BatchNorm2d(8)).eval()
+    with pytest.raises(GraphError, match=message):
+        fold(model, images(4, 12), names=names)
+    assert fold(model, images(4, 12), names="stem.1").folded == ("stem.1",)
+
+
+def test_a_name_to_fold_is_refused_in_a_network_without_batchnorm() -> None:
+    with pytest.raises(GraphError, match=r"names has 'features\.1', .*; its BatchNorms are: none"):
+        fold(small_vgg(), images(4, 32), names=["features.1"])
 
 
 class PreActivation(nn.Module):

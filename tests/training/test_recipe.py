@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,6 +116,45 @@ def test_the_head_alone_is_trained_while_statistics_stay(
 def test_settings_that_cannot_be_are_named(changes: dict[str, Any], wording: str) -> None:
     with pytest.raises(TrainingError, match=wording):
         TrainingSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "usable"),
+    [
+        ("epochs", "5", "a whole number"),
+        ("epochs", 2.5, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("batch_size", 8.0, "a whole number"),
+        ("batch_size", torch.tensor(8), "a whole number"),
+        ("head", "512", "a whole number or None"),
+        ("lr", "0.1", "a number or None"),
+        ("lr", True, "a number or None"),
+        ("hflip", None, "a number"),
+        ("weight_decay", [0.1], "a number"),
+        ("amp", "no", "True or False"),
+        ("recalibrate", 1, "True or False"),
+        ("opt", "adam", "'sgd' or 'adamw'"),
+        ("train", None, "'all', 'batchnorm' or 'head'"),
+    ],
+)
+def test_settings_of_another_kind_are_named(field: str, value: object, usable: str) -> None:
+    with pytest.raises(TrainingError) as error:
+        TrainingSettings(**{field: value})
+    assert str(error.value) == f"{field} is {value!r}; use {usable}"
+
+
+def test_a_dict_in_place_of_settings_is_named(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
+    settings: Any = {"epochs": 3}
+    with pytest.raises(TrainingError, match=r"settings is \{'epochs': 3\}; pass TrainingSettings\(epochs=10\)"):
+        finetune(network, digits, tmp_path, settings)
+
+
+def test_settings_keep_numbers_of_numpy_as_those_of_python_which_can_be_saved() -> None:
+    given = {"epochs": np.int64(2), "lr": np.float32(0.5), "hflip": np.float64(0.5), "amp": np.bool_(True)}
+    settings: Any = TrainingSettings(**given, momentum=0)
+    kept = [getattr(settings, field) for field in (*given, "momentum")]
+    assert kept == [2, 0.5, 0.5, True, 0.0]
+    assert list(map(type, kept)) == [int, float, float, bool, float]
 
 
 def test_a_network_without_batchnorm_has_none_to_train() -> None:

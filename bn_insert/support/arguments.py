@@ -1,0 +1,67 @@
+"""What callers pass to functions, where a value of another kind would fail late or unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from ..errors import BNInsertError, CalibrationError, as_passed
+from .text import first_line
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number, of Python or NumPy.
+
+    Examples:
+        >>> is_number(1), is_number(0.5), is_number("0.5"), is_number(True)
+        (True, True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is an integer, of Python or NumPy; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def as_tuple(values: Iterable[Any] | Any) -> tuple[Any, ...]:
+    """Return values as a tuple; a string, and what cannot be iterated over, is one value."""
+    single = isinstance(values, str) or not isinstance(values, Iterable)
+    return (values,) if single else tuple(values)
+
+
+def check_dtype(argument: str, dtype: object) -> None:
+    """Raise CalibrationError, naming the argument, for what is not a floating-point dtype."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CalibrationError(f"{argument} is {dtype!r:.40}; pass a floating-point dtype, such as torch.bfloat16")
+
+
+def check_progress(progress: object) -> None:
+    """Raise CalibrationError for what cannot be called with the number of images so far."""
+    if progress is not None and not callable(progress):
+        raise CalibrationError(f"progress is {progress!r:.40}; pass a function of the number of images so far, or None")
+
+
+def usable_device(device: torch.device | str, error: type[BNInsertError] = CalibrationError) -> torch.device:
+    """Return a device after checking that this machine has it.
+
+    Args:
+        device: The device, or its name.
+        error: What to raise if it is none, or cannot be used.
+    """
+    given = f"{as_passed('device')} is {device!r:.40}"
+    examples = "use one such as 'cpu', 'cuda', 'cuda:1' or 'mps'"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):  # its message lists all kinds of devices that PyTorch was ever built for
+        raise error(f"{given}, which is not a device; {examples}") from None
+    try:
+        torch.zeros(1, device=found).item()
+    except (AssertionError, ImportError, RuntimeError) as reason:
+        # Of a kind that is not part of this build of PyTorch, the message names an operator.
+        said = "" if isinstance(reason, NotImplementedError) else f" ({first_line(reason).split('. ')[0]})"
+        raise error(f"{given}, which cannot be used on this machine{said}; {examples}") from None
+    return found
