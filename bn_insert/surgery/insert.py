@@ -12,16 +12,17 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropouts_upstream
-from ..batchnorm.identity_parameters import check_eps, identity_batchnorm
+from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, layers_in, layers_of_other_classes, reasons_without_sites
+from ..graph.sites import Layer, Placement, Site, check_sites, layers_in, layers_of_other_classes, reasons_without_sites
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
+from ..support.arguments import check_progress
 from ..support.processes import Ranks
 from .equalize import Edge, edges_in
 from .equalize import equalize as equalize_channels
@@ -47,8 +48,8 @@ class Insertion(Generic[AnyModule]):
             BatchNorms normalizes: from their names in `model`, to those in the original. See the function
             `dropouts_before_batchnorm`.
         nothing: Why no BatchNorm was inserted; empty if one was.
-        others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
+        others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
         one_image: What is wrong with the outputs for one image alone, which a network with `squeeze()` takes for no
             batch; empty if they are the same as before, or the original cannot run on one image.
     """
@@ -61,8 +62,8 @@ class Insertion(Generic[AnyModule]):
     images: int
     dropouts_before_batchnorm: Mapping[str, str] = field(default_factory=dict, repr=False)
     nothing: str = field(default="", repr=False)
-    others: str = field(default="", repr=False)
     fault: str = field(default="", repr=False)
+    others: str = field(default="", repr=False)
     one_image: str = field(default="", repr=False)
 
     @property
@@ -107,6 +108,8 @@ def insert(
         torch.Size([8])
     """
     check_eps(eps)
+    check_momentum(momentum)
+    check_progress(progress)
     images = 0
 
     def count(done: int) -> None:
@@ -157,8 +160,8 @@ def insert(
         images=sum(Ranks.current().gathered(images)),
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         nothing="" if sites else reasons_without_sites(found, trace),
-        others=layers_of_other_classes(trace) if sites else "",
         fault=message,
+        others=layers_of_other_classes(trace) if sites else "",
         one_image=_one_image_text(model, one_image) if one_image else "",
     )
 
@@ -295,8 +298,16 @@ def insert_at(
 
     Raises:
         CalibrationError: A site has no usable moments.
+        GraphError: These are no sites.
     """
     check_eps(eps)
+    check_momentum(momentum)
+    check_sites(sites)
+    for site in sites:
+        if not isinstance(moments, Mapping) or site.name not in moments:
+            raise CalibrationError(
+                f"moments has none for the layer {site.name}; pass the dict that calibrate returns for these sites"
+            )
     return _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)[0]
 
 

@@ -38,6 +38,7 @@ from bn_insert import (
     fold_batchnorm,
     identity_batchnorm,
     insert,
+    insert_at,
     insert_batchnorm,
     load_checkpoint,
     parameter_groups,
@@ -381,7 +382,7 @@ def test_autocast_takes_a_floating_point_dtype_alone(function: str, dtype: Any) 
         PASSES[function](autocast=dtype)
 
 
-@pytest.mark.parametrize("function", [name for name in PASSES if name != "insert"])
+@pytest.mark.parametrize("function", PASSES)
 def test_progress_takes_a_function_alone(function: str) -> None:
     with pytest.raises(CalibrationError, match="progress is 5; pass a function of the number of images so far"):
         PASSES[function](progress=5)
@@ -442,6 +443,11 @@ def test_a_class_in_place_of_batches_is_refused_with_the_way_out(function: Calla
         (lambda: calibrate(TINY, ["0"], LABELED), "sites has '0'; pass the sites that find_sites"),
         (lambda: calibrate(TINY, None, LABELED), "sites has None; pass the sites that find_sites"),
         (lambda: find_edges(TINY, TINY_IMAGES, survey(TINY, TINY_IMAGES)), r"sites has Layer\(name='0'"),
+        (lambda: insert_at(TINY, find_sites(TINY, TINY_IMAGES), {}), "moments has none for the layer 0; pass the dict"),
+        (lambda: insert_at(TINY, find_sites(TINY, TINY_IMAGES), None), "moments has none for the layer 0"),
+        (lambda: insert_at(TINY, ["0"], {}), "sites has '0'; pass the sites that find_sites"),
+        (lambda: insert_at(TINY, [], {}, momentum=2), "^momentum must be a number from 0 to 1"),
+        (lambda: insert_batchnorm(TINY, LABELED, momentum=2), "^momentum must be a number from 0 to 1"),
         (lambda: identity_batchnorm({}, 2), "moments is a dict, not Moments; pass those of one layer"),
         (lambda: identity_batchnorm(moments_of(TINY_IMAGES), "2"), "dims must be 1, 2 or 3, .* not '2'"),
         (lambda: identity_batchnorm(moments_of(TINY_IMAGES), [2]), r"dims must be 1, 2 or 3, .* not \[2\]"),
