@@ -1,15 +1,17 @@
 """What adapting to corrupted images gains, without labels and without training, by the number of target images.
 
     python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-vgg.pth
+    python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-folded.pth --name folded
 
-A VGG without normalization (`python -m benchmarks.renorm.cifar_network` trains it) is tested on corrupted CIFAR-10
-images (`corruptions.py`), as it is and adapted by `adapt_statistics` with 1 to 1,000 images of the same corruption.
-BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to
-are others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and
-their labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this
-(speckle noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
+A VGG without normalization is tested on corrupted CIFAR-10 images (`corruptions.py`), as it is and adapted by
+`adapt_statistics` with 1 to 1,000 images of the same corruption. `python -m benchmarks.renorm.cifar_network` trains it
+without BatchNorm, or for `folded.md` with BatchNorm (`--batchnorm --epochs 16`), which is folded afterwards. BatchNorm
+is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to are
+others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and their
+labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this (speckle
+noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
 
-Every severity of a corruption is a line in `adaptation.jsonl`: interrupted, the program continues where it was.
+Every severity of a corruption is a line in `NAME.jsonl`: interrupted, the program continues where it was.
 """
 
 from __future__ import annotations
@@ -46,11 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with train/ and val/ of CIFAR-10")
     parser.add_argument("--network", type=Path, required=True, help="checkpoint of a VGG trained on it")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for adaptation.jsonl, .md and .png")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--name", default="adaptation", help="of the results: NAME.jsonl, NAME.md and NAME.png")
     parser.add_argument("--severities", type=int, nargs="+", default=list(SEVERITIES))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record(options.output / "adaptation.jsonl")
+    record = Record(options.output / f"{options.name}.jsonl")
     lines = record.lines
     done = {(line["corruption"], line["severity"]) for line in lines}
     missing = [case for case in CASES if case not in done and case[1] in options.severities]
@@ -76,8 +79,8 @@ def main() -> None:
             line["machine"] = machine()
             record.add(line)
             print(name, severity, line["original"], line["adapted"], flush=True)
-    (options.output / "adaptation.md").write_text(report(lines))
-    figure(lines).savefig(options.output / "adaptation.png", dpi=150)
+    (options.output / f"{options.name}.md").write_text(report(lines, options.name))
+    figure(lines).savefig(options.output / f"{options.name}.png", dpi=150)
 
 
 @torch.inference_mode()
@@ -103,7 +106,7 @@ def by_corruption(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
     return result
 
 
-def report(lines: Sequence[Mapping[str, Any]]) -> str:
+def report(lines: Sequence[Mapping[str, Any]], results: str) -> str:
     """Return the page with the table and the figures that the table amounts to."""
     rows = by_corruption(lines)
     corruptions = {name: row for name, row in rows.items() if name != CLEAN}
@@ -128,7 +131,7 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             text,
             "Gains over the original, in points. A case is one severity of one corruption.",
             gains(lines),
-            "![Accuracy of the original and the adapted network for each corruption](adaptation.png)",
+            f"![Accuracy of the original and the adapted network for each corruption]({results}.png)",
             lines[-1]["machine"] if lines else machine(),
             "",
         ]

