@@ -6,10 +6,12 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError, as_passed
 from ..graph.inputs import reference_tensor
@@ -43,8 +45,8 @@ def load_checkpoint(
 
     Args:
         path: A .pth, .pt, .bin or .safetensors file; its content determines the format. It contains a state dict, or a
-            dict with one under a common key such as "state_dict" or "model". A common prefix of its keys, such as
-            "module." or "backbone.", is removed. Of objects other than tensors, those of harmless types, such as
+            dict with one under a common key such as "state_dict" or "model". A prefix that all of its keys have, such
+            as "module." or "backbone.", is removed. Of objects other than tensors, those of harmless types, such as
             argparse.Namespace, are passed over; a file with any other is refused.
         model: The architecture, required for other networks than VGGs: a module, of which a copy is returned, a
             zero-argument function that builds the module, or the name of that function as "package.module:function",
@@ -54,8 +56,10 @@ def load_checkpoint(
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
             layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
             that share memory in the file share it in the network.
-        key: The key of the dict in the file that contains the state dict, if it is not a common one. With a key, a
-            file that is a state dict itself is refused.
+        key: The key of the dict in the file that contains the state dict, if it is not a common one; of dicts in
+            dicts, the keys joined by dots, such as "trainer.best". Where a state dict has several networks, the prefix
+            of the keys of one of them, such as "teacher". With any other key, a file that is a state dict itself is
+            refused.
         ignore_unexpected: Ignore tensors that the network does not have, such as the counts of a profiler, with a
             warning that names them.
 
@@ -101,16 +105,14 @@ def build_network(
             from .vgg import layer_tensors, vgg_from_state_dict  # noqa: PLC0415
 
             _check_needs_no_function(settings.history)
-            prefix, tensors = without_prefix(_unshared(checkpoint), others=ignore_unexpected)
+            prefix, tensors = without_prefix(_unshared(checkpoint), others=ignore_unexpected, key=checkpoint.key)
             known = layer_tensors(tensors) if ignore_unexpected else tensors
             network: nn.Module = vgg_from_state_dict(known)
             unexpected = [key for key in tensors if key not in known]
             history = History() if prefix else settings.history
             history.mark_inserted(network)
         else:
-            network, changes, prefix, unexpected = _filled(
-                given, checkpoint.tensors, settings.history, ignore_unexpected=ignore_unexpected
-            )
+            network, changes, prefix, unexpected = _filled(given, checkpoint, ignore_unexpected=ignore_unexpected)
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
         way_out = ""
@@ -178,6 +180,8 @@ def _built(model: Architecture) -> nn.Module:
         )
     if any(isinstance(value, Tensor) and value.is_meta for value in built.state_dict().values()):
         raise CheckpointError("the model passed is on the meta device, which has no memory; build it on the CPU")
+    if any(is_lazy(value) for value in (*built.parameters(), *built.buffers())):
+        raise CheckpointError("the model passed has lazy layers, whose shapes are not known; call it once on an input")
     return built
 
 
@@ -190,16 +194,18 @@ def _check_needs_no_function(history: History) -> None:
 
 
 def _filled(
-    network: nn.Module, tensors: Mapping[str, Tensor], history: History, *, ignore_unexpected: bool
+    network: nn.Module, checkpoint: Checkpoint, *, ignore_unexpected: bool
 ) -> tuple[nn.Module, tuple[Change, ...], str, list[str]]:
-    """Load the tensors into the network, in place and strictly.
+    """Load the tensors of a checkpoint into the network, in place and strictly.
 
     The changes in the checkpoint's history are replayed first, unless the network has its keys and shapes already.
     Returns the network, the changes made, the prefix removed from the keys, and the keys that are not in the network.
     """
     device, described = reference_tensor(network).device, type(network).__name__
     changes: tuple[Change, ...] = ()
-    prefix, named = without_prefix(tensors, network.state_dict().keys(), others=ignore_unexpected)
+    history = checkpoint.settings.history if checkpoint.settings else History()
+    stripped = partial(without_prefix, checkpoint.tensors, others=ignore_unexpected, key=checkpoint.key)
+    prefix, named = stripped(network.state_dict())
     if history.changes and not _has_all_of(network, named):
         changes = history.changes
         own = History.of(network).changes  # made by the function itself, which may fold, for example
@@ -212,7 +218,7 @@ def _filled(
                 "that they were made to"
             ) from error
         described += " with the changes recorded in its settings"
-        prefix, named = without_prefix(tensors, network.state_dict().keys(), others=ignore_unexpected)
+        prefix, named = stripped(network.state_dict())
     without_memory = [
         key for key, value in network.state_dict().items() if isinstance(value, Tensor) and value.is_meta and value.ndim
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import warnings
 from collections.abc import Mapping
@@ -22,12 +21,11 @@ from ..support.safe_torch_load import RefusedError, check_expansion, check_same_
 from ..support.text import printable
 from .damaged_files import START, file_in, guess, unreadable
 from .legacy_sidecar import read_sidecar, sidecar_path
+from .parts import check_is_no_index, check_is_whole
 from .settings import HEADER_KEY, METADATA_KEY, Settings, stored_metadata
-from .state_dict import checked_tensors, unneeded_key, unwrapped_state_dict
+from .state_dict import checked_tensors, unwrapped_state_dict
 
 FileKind = Literal["torch", "safetensors"]
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|bin|pth|pt)$")
 
 # Where settings are, for messages.
 _HEADER, _METADATA = "the file's header", "the file's metadata"
@@ -45,6 +43,7 @@ class Checkpoint:
         settings_place: Where the settings were found, for messages: "the file's metadata", "the file's header", or the
             sidecar of an older bn-insert.
         mapped: Whether the tensors stay in the file until they are used.
+        key: Where in the file the tensors are, as `read_checkpoint` takes it; empty if the file is their state dict.
     """
 
     path: Path
@@ -53,6 +52,7 @@ class Checkpoint:
     settings: Settings | None = None
     settings_place: str = ""
     mapped: bool = False
+    key: str = ""
 
 
 def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None) -> Checkpoint:
@@ -65,7 +65,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         path: A file with a state dict, or with a dict that contains one under a common key such as "state_dict" or
             "model".
         mmap: Map the file into memory instead of reading it, if its format allows. Safetensors files are always mapped.
-        key: The key of the dict that contains the state dict.
+        key: The key of the dict that contains the state dict; of dicts in dicts, the keys joined by dots. Where a
+            state dict has several networks, the prefix of the keys of one of them.
 
     Raises:
         UnneededKeyError: The file is a state dict itself, and a key is passed.
@@ -73,23 +74,24 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
             than its size can justify, or has damaged settings.
     """
     path = Path(path)
-    _check_whole(path)
     with _open(path) as file:
+        check_is_no_index(path)
         kind = _file_kind(path, file)
-        if kind == "safetensors" and key is not None:
-            raise unneeded_key(path)
+        check_is_whole(path, is_safetensors=kind == "safetensors")
         try:
             if kind == "safetensors":
                 content, text = _read_safetensors(file)
+                found = unwrapped_state_dict(path, content, key)
             else:
-                content, text = _read_torch(path, file, mapped=mmap, key=key)
+                found = unwrapped_state_dict(path, _read_torch(file, mapped=mmap), key)
+                text = stored_metadata(found.state_dict).get(METADATA_KEY)
         except CheckpointError:
             raise
         except Exception as error:  # parsers raise anything for a damaged file
             if out_of_memory(error):
                 raise
             raise unreadable(path, error) from error
-        tensors = checked_tensors(path, content)
+        tensors = checked_tensors(path, found)
         try:
             check_expansion(file, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         except RefusedError as error:
@@ -98,33 +100,15 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         settings = None if text is None else _parsed(path, text, place)
         if settings is None and kind == "torch" and (settings := read_sidecar(file)) is not None:
             place = str(sidecar_path(real_path(path)))
-    return Checkpoint(path, kind, tensors, settings, place if settings else "", mmap)
+    if prefix := found.prefix:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        settings = settings and settings.of_part(prefix)
+    return Checkpoint(path, kind, tensors, settings, place if settings else "", mmap, found.key)
 
 
 def read_settings(path: StrPath) -> Settings | None:
     """Return the settings stored in a checkpoint, or None if there are none; raises as `read_checkpoint` does."""
     return read_checkpoint(path, mmap=True).settings
-
-
-def _check_whole(path: Path) -> None:
-    """Raise CheckpointError for one of several files that a large checkpoint was divided into, and for their index.
-
-    Read alone, the first file of a VGG is a shorter VGG.
-    """
-    name = path.name.removesuffix(".index.json")
-    part = _PART.search(name)
-    if name == path.name and (part is None or int(part[2]) < 2):
-        return
-    stem, suffix = (name[: part.start()], part[3]) if part else name.rsplit(".", 1) if "." in name else (name, "bin")
-    load = "safetensors.torch.load_file(part)" if suffix == "safetensors" else "torch.load(part)"
-    save = f"safetensors.torch.save_file(tensors, '{stem}.safetensors')"
-    save = save if suffix == "safetensors" else f"torch.save(tensors, '{stem}.{suffix}')"
-    what = f"part {int(part[1])} of {int(part[2])} of a checkpoint" if part else "the index of a checkpoint in parts"
-    raise CheckpointError(
-        f"{path} is {what}; merge the parts into one file first: "
-        f"tensors = {{key: value for part in sorted(glob.glob('{printable(stem)}-*-of-*')) for key, value in "
-        f"{load}.items()}}; {printable(save)}"
-    )
 
 
 def _open(path: Path) -> BufferedReader:
@@ -156,9 +140,9 @@ def _file_kind(path: Path, file: BufferedReader) -> FileKind:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     # The first eight bytes are the length of the header and can look like anything, so this comes first: a zip archive
     # and the older format of torch.save have other bytes after them.
-    if start[8:9] == b"{":
+    if start[8:9] == b"{" and 0 in start[:8]:  # text has no zeros, and no header is that long
         return "safetensors"
-    if start.startswith(b"PK\x03\x04") and b".npy" in start[:64]:
+    if start.startswith(b"PK\x03\x04") and _first_member(start).endswith(b".npy"):
         raise CheckpointError(
             f"{path} is an .npz file of NumPy arrays; convert it: torch.save({{key: torch.from_numpy(value) for key, "
             "value in numpy.load(path).items()}, other_path)"
@@ -166,6 +150,11 @@ def _file_kind(path: Path, file: BufferedReader) -> FileKind:
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch"
     raise CheckpointError(f"{path} is not a checkpoint: {guess(start)}")
+
+
+def _first_member(archive: bytes) -> bytes:
+    """Return the name of the first member of a zip archive, from its first bytes."""
+    return archive[30 : 30 + int.from_bytes(archive[26:28], "little")]
 
 
 def _read_safetensors(file: BufferedReader) -> tuple[dict[Any, Any], object]:
@@ -176,14 +165,11 @@ def _read_safetensors(file: BufferedReader) -> tuple[dict[Any, Any], object]:
         return tensors, (opened.metadata() or {}).get(HEADER_KEY)
 
 
-def _read_torch(path: Path, file: BufferedReader, *, mapped: bool, key: str | None) -> tuple[dict[Any, Any], object]:
-    """Return the state dict, with unchecked keys and values, and what it has in place of the text of the settings."""
+def _read_torch(file: BufferedReader, *, mapped: bool) -> object:
     with warnings.catch_warnings():
         # How the file was written (old pickle protocols, typed storages) does not concern its reader.
         warnings.simplefilter("ignore")
-        content = load_torch_file(file, mapped=mapped)
-    state_dict = unwrapped_state_dict(path, content, key)
-    return state_dict, stored_metadata(state_dict).get(METADATA_KEY)
+        return load_torch_file(file, mapped=mapped)
 
 
 def _parsed(path: Path, text: object, place: str) -> Settings:

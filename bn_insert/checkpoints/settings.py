@@ -166,6 +166,13 @@ class Settings:
         dropout = {name.removeprefix(prefix): p for name, p in self.dropout.items()}
         return replace(self, batchnorm=batchnorm, dropout=dropout)
 
+    def of_part(self, prefix: str) -> Settings:
+        """Return the settings of the layers whose names begin with a prefix, without it: of one of several networks."""
+        batchnorm = {name: norm for name, norm in self.batchnorm.items() if name.startswith(prefix)}
+        dropout = {name: p for name, p in self.dropout.items() if name.startswith(prefix)}
+        part = replace(self, batchnorm=batchnorm, dropout=dropout, history=History(), rebuilt_from_keys=False)
+        return part.without_prefix(prefix)
+
     def apply_to(self, model: nn.Module) -> None:
         """Set eps, momentum and p of the layers of a model, in place.
 

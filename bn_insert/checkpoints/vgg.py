@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +14,11 @@ from torchvision.models.vgg import VGG
 
 from ..errors import CheckpointError, as_passed
 from .settings import Settings
-from .state_dict import is_plain
+from .state_dict import LAYER_KEY, is_plain
 
 Kind = Literal["conv", "dense", "batchnorm"]
 Role = Literal["batchnorm", "activation", "extra"]
 
-_KEY = re.compile(
-    r"(?P<layer>(?P<section>features|classifier)\.(?P<index>0|[1-9][0-9]{0,8}))\."
-    r"(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)"
-)
 _NEEDED = {
     "conv": {"weight"},
     "dense": {"weight"},
@@ -84,7 +79,7 @@ def vgg_from_state_dict(state_dict: Mapping[str, Tensor], settings: Settings | N
 
 def layer_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of conv, dense and BatchNorm layers by their keys in torchvision's layout, without others."""
-    return {key: tensor for key, tensor in state_dict.items() if _KEY.fullmatch(key)}
+    return {key: tensor for key, tensor in state_dict.items() if LAYER_KEY.fullmatch(key)}
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ def _layers(state_dict: Mapping[str, Tensor]) -> list[_Layer]:
     """Return the layers in order, each checked on its own."""
     found: dict[tuple[str, int], dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
-        match = _KEY.fullmatch(key)
+        match = LAYER_KEY.fullmatch(key)
         if match is None:
             _refuse(
                 f"the key {key!r:.80} is not features.N or classifier.N with a tensor of a conv, dense or BatchNorm"

@@ -95,6 +95,10 @@ class Ignored:
         """Keep nothing."""
 
 
+class IgnoredArray(Ignored):
+    """Takes the place of an array of NumPy."""
+
+
 class RefusedError(ValueError):
     """The file requests more memory or time than its size can justify."""
 
@@ -123,13 +127,20 @@ def load_torch_file(file: BufferedReader, *, mapped: bool = False) -> object:
         mapped &= _check_archive(file, harmless)
     else:
         _check_pickles(file, harmless)
-    with torch.serialization.safe_globals([(Ignored, name) for name in sorted(harmless)]):
+    with torch.serialization.safe_globals([(_stand_in(name), name) for name in sorted(harmless)]):
         if mapped and archived:
             content: object = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
             check_same_file(file)
             return content
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+
+
+def _stand_in(name: str) -> type[Ignored]:
+    """Return the class of what takes the place of objects of a type, named as messages call such an object."""
+    if name.endswith("multiarray._reconstruct"):
+        return type("NumPy array", (IgnoredArray,), {})
+    return type("NumPy scalar" if name.endswith("multiarray.scalar") else name.rpartition(".")[2], (Ignored,), {})
 
 
 def check_same_file(file: BufferedReader) -> None:

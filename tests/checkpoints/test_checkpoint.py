@@ -314,10 +314,33 @@ def test_prefixes_are_stripped_when_all_keys_have_them(prefix: str, tmp_path: Pa
     assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
 
 
-def test_prefixes_are_kept_when_one_key_lacks_them(tmp_path: Path) -> None:
+def test_a_key_without_the_prefix_of_all_others_is_named(tmp_path: Path) -> None:
     state = {"module." + key: value for key, value in plain_state().items()}
-    torch.save(state | {"other": torch.ones(1)}, tmp_path / "vgg.pth")
-    assert "the key 'module.features.0.weight'" in refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
+    torch.save({"n_averaged": torch.ones(())} | state | {"other": torch.ones(1)}, tmp_path / "vgg.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
+    assert "the key 'other' does not begin with 'module.', as those of its VGG do" in message
+    assert message.endswith("or leave out what does not belong to the network (ignore_unexpected=True)")
+
+
+def test_a_tensor_beside_the_prefixed_ones_of_an_architecture_is_the_only_mismatch(tmp_path: Path) -> None:
+    state = {f"net.{key}": value for key, value in SmallResidual().state_dict().items()}
+    torch.save(state | {"loss.weight": torch.ones(1)}, tmp_path / "small.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "small.pth", model=SmallResidual))
+    assert "does not fit SmallResidual: loss.weight is not in the model; pass" in message
+
+
+def test_a_key_that_a_prefix_would_hide_is_no_part_of_the_network(tmp_path: Path) -> None:
+    state = {f"net.{key}": value for key, value in SmallResidual().state_dict().items()}
+    torch.save(state | {"model.bn.bias": torch.ones(4)}, tmp_path / "small.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "small.pth", model=SmallResidual))
+    assert "does not fit SmallResidual: net.model.bn.bias is not in the model" in message
+
+
+def test_the_features_of_one_module_and_the_classifier_of_another_are_no_vgg(tmp_path: Path) -> None:
+    state = {("model." if "features" in key else "") + key: value for key, value in plain_state().items()}
+    torch.save(state, tmp_path / "parts.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "parts.pth"))
+    assert "the key 'classifier.0.weight' does not begin with 'model.'" in message
 
 
 def test_the_averaged_model_of_torchs_own_training_scripts_is_read(tmp_path: Path) -> None:
@@ -431,6 +454,13 @@ def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path
     assert "returned a int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
     meta = nn.Linear(2, 2, device="meta")
     assert "build it on the CPU" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=meta))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_an_architecture_with_lazy_layers_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(nn.Linear(2, 2), tmp_path / "dense.pth")
+    message = refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=nn.LazyLinear(2)))
+    assert message == "the model passed has lazy layers, whose shapes are not known; call it once on an input"
 
 
 # Settings
@@ -989,6 +1019,15 @@ def lfs_pointer() -> bytes:
     [
         (b"", "is not a checkpoint: it is empty"),
         (b"hello, world\n", "is not a checkpoint: it is a text file"),
+        ("größer\n".encode(), "is not a checkpoint: it is a text file"),
+        (b'[       {"error": "not found"}]', "is not a checkpoint: it is a text file"),
+        (b"\xff" * 300, "neither torch.save nor safetensors wrote it"),
+        (bytes(1000), "it begins with zeros, as after an interrupted download"),
+        (b"\n<HTML><body>", "is not a checkpoint: it is a web page"),
+        ("\ufeff<!doctype html>".encode(), "is not a checkpoint: it is a web page"),
+        ("<!doctype html>".encode("utf-16"), "is not a checkpoint: it is a web page"),
+        (("<!DOCTYPE html>" + "ä" * 300).encode(), "is not a checkpoint: it is a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is not a checkpoint: it is a web page"),
         (lfs_pointer(), "fetch the file itself with git lfs pull"),
         (b"\x00\x01\x02\x03" * 20, "neither torch.save nor safetensors wrote it"),
         (b"PK\x03\x04", "is incomplete: it ends before its zip directory"),

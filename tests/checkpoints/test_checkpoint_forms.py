@@ -1,19 +1,34 @@
 """The forms in which people have their checkpoints are read, or named with a way out."""
 
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from bn_insert import load_checkpoint
+from bn_insert import CheckpointError, insert_batchnorm, load_checkpoint, save_checkpoint
+from bn_insert.errors import messages_name_options
 from support.checkpoint_forms import FORMS, outcome, state
 from support.networks import images, small_vgg
 
 # What the message names, for each form that is not loaded.
 REFUSED = {
     "state dict, pickle protocol 4": "has a newer pickle protocol than PyTorch reads without running code",
+    "prefix student. and prefix teacher.": "it has 2 networks, whose keys begin with student., teacher.; choose one: "
+    "key='student' or key='teacher'",
+    "prefix student. and prefix teacher., with model": "choose one: key='student' or key='teacher'",
+    "prefix student. and prefix teacher., ignored": "choose one: key='student' or key='teacher'",
+    "prefix student. and prefix teacher., under state_dict": "choose one: key='state_dict.student' or "
+    "key='state_dict.teacher'",
+    "prefix backbone., and another layer": "the key 'head.weight' does not begin with 'backbone.', as those of its VGG "
+    "do; for other architectures pass model, or leave out what does not belong",
+    "two unknown levels: best in trainer": "name its key, as in key='trainer.best'",
+    "two unknown levels: best in trainer, with half a key": "name its key, as in key='trainer.best'",
     "under best_model": "name its key, as in key='best_model'; its keys are epoch (int), best_model (dict)",
     "under generator, with another key": "has no dict under the key 'g'; its keys are generator (dict)",
     "beside a function": "contains code or objects other than tensors (functools.partial)",
@@ -29,11 +44,26 @@ REFUSED = {
     "from, or leave these tensors out (ignore_unexpected=True)",
     "another network": "this is not a VGG in torchvision's layout",
     "the model lacks a layer": "classifier.6.weight is not in the file",
-    "part 1 of 2": "is part 1 of 2 of a checkpoint; merge the parts into one file first",
-    "index of parts": "is the index of a checkpoint in parts; merge the parts into one file first",
-    "index of parts, torch": "is the index of a checkpoint in parts; merge the parts into one file first",
+    "part 1 of 2": "is part 1 of 2 of a checkpoint, by its name (if it is a whole one, rename it); merge the parts",
+    "part 1 of 2, with index": "is one of 2 parts of a checkpoint, listed in model.safetensors.index.json; merge",
+    "part 1 of 2, torch": "is part 1 of 2 of a checkpoint",
+    "part 1 of 2, the other absent": "put the other part beside it, and merge the parts",
+    "part 1 of 2, short numbers": "is part 1 of 2 of a checkpoint",
+    "part 1 of 2, upper case": "is part 1 of 2 of a checkpoint",
+    "part 1 of 2, precision in the name": "is part 1 of 2 of a checkpoint",
+    "part 1 of 2, precision in the names, with index": "listed in model.safetensors.index.fp16.json",
+    "part under another name, with index": "listed in model.safetensors.index.json",
+    "part under another name, with index, the other absent": "put part2.safetensors beside it, and merge the parts",
+    "index of parts": "is the index of a checkpoint in parts; merge the parts into one file",
+    "index of parts, torch": "is the index of a checkpoint in parts; merge the parts into one file",
+    "index of one file": "is the index of a checkpoint; name the file in it: model-00001-of-00001.safetensors",
+    "NumPy arrays": "has a NumPy array under 'features.0.weight', where a state dict has a tensor; convert the arrays",
+    "NumPy arrays under state_dict": "has a NumPy array under 'features.0.weight'",
+    "NumPy scalar in the state dict": "has a NumPy scalar under 'accuracy', where a state dict has a tensor; leave it",
+    "epoch in the state dict": "has an int under 'epoch', where a state dict has a tensor; leave it out",
     ".npz": "is an .npz file of NumPy arrays; convert it",
     "plain pickle of NumPy arrays": "is a pickle that torch.save did not write",
+    "plain pickle of a whole module": "is a pickle of a whole torchvision.models.vgg.VGG that torch.save did not write",
     "plain pickle of numbers": "is a pickle that torch.save did not write",
     "float8": "classifier.0.weight is torch.float8_e4m3fn; weights must be float16, bfloat16, float32 or float64",
     "quantized dense layer": "the layer is quantized: save the network as it was before that",
@@ -47,7 +77,9 @@ REFUSED = {
     "folder of a distributed checkpoint (FSDP)": "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
     "HDF5": "it is an HDF5 file, as Keras writes",
     "Git LFS pointer": "it is a Git LFS pointer",
+    "web page": "it is a web page, as servers send in place of a file",
     "text": "it is a text file",
+    "zeros": "it begins with zeros, as after an interrupted download",
     "empty": "it is empty",
     "folder": "is a folder, not a checkpoint file",
     "truncated": "is incomplete: it ends before its zip directory",
@@ -63,8 +95,215 @@ def test_each_form_is_loaded_or_named_with_a_way_out(name: str, tmp_path: Path) 
     assert REFUSED[name] in found if name in REFUSED else found == "loaded"
 
 
+# Of the messages that contain the way out as code, those by which a file is converted.
+CONVERTED = (
+    *("state dict, pickle protocol 4", "TorchScript", "NumPy arrays", "NumPy arrays under state_dict", ".npz"),
+    *("NumPy scalar in the state dict", "epoch in the state dict", "plain pickle of NumPy arrays"),
+    "plain pickle of a whole module",
+)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore:.torch.jit.load. is deprecated")
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_code_in_a_message_makes_a_checkpoint_of_the_file(name: str, tmp_path: Path) -> None:
+    message = outcome(name, tmp_path)
+    code = re.findall(r"torch\.save\((?!model\.).*?, other_path\)", message)
+    other = tmp_path / "other.pth"
+    exec(
+        code[0],
+        {"torch": torch, "numpy": numpy, "pickle": pickle, "path": tmp_path / FORMS[name].name, "other_path": other},
+    )
+    x = images(2, 16)
+    assert torch.equal(load_checkpoint(other)(x), small_vgg()(x))
+
+
+PARTS = [name for name in FORMS if name.startswith("part") and name in REFUSED and "absent" not in name]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("name", PARTS)
+def test_the_code_in_a_message_makes_one_file_of_parts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = outcome(name, tmp_path).partition(", in Python: ")[2]
+    before = set(tmp_path.iterdir())
+    exec(code, {})
+    (merged,) = set(tmp_path.iterdir()) - before
+    x = images(2, 16)
+    assert torch.equal(load_checkpoint(merged)(x), small_vgg()(x))
+
+
+@pytest.mark.parametrize("folder", ["[a]", "it's", "a b"])
+def test_the_code_that_merges_parts_finds_them_in_any_folder_and_no_others(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "model[a]-1-of-2.safetensors"
+    path.parent.mkdir()
+    FORMS["part 1 of 2, short numbers"].write(path)
+    for other in ("model[a]-1-of-3.safetensors", "model[a]-old-1-of-2.safetensors", "modela-1-of-2.safetensors"):
+        path.with_name(other).write_text("not read")
+    with pytest.raises(CheckpointError, match="is part 1 of 2 of a checkpoint") as refusal:
+        load_checkpoint(path)
+    exec(str(refusal.value).partition(", in Python: ")[2], {})
+    assert load_checkpoint(path.with_name("model[a]-merged.safetensors")).state_dict().keys() == state().keys()
+
+
 @pytest.mark.parametrize(
-    "name", ["prefix timm_model.", "features.module.N (DataParallel around the features)", "under params_ema"]
+    "name",
+    [
+        *(
+            "model_01_of_02.pth",
+            "model.00001-of-00002.ckpt",
+            "00001-of-00002.bin",
+            "model-00001-of-00002",
+            "part1of2.pt",
+        ),
+        *("model-00000-of-00002.pth", "epochs-1-of-2.pth", "unfold-1-of-2.pth"),
+    ],
+)
+def test_a_part_alone_is_never_taken_for_a_shorter_network(name: str, tmp_path: Path) -> None:
+    torch.save(dict(list(state().items())[:4]), tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"is part \d of 2 of a checkpoint, .*put the other part beside it"):
+        load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["epoch_3_of_10.pth", "vgg-fold1of5.pth", "run 2 of 3.pth", "best-of-5.pth", "model-7-of-5.pth", "v1-of-1.pth"],
+)
+def test_a_whole_network_that_is_counted_among_others_is_read(name: str, tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / name)
+    load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**5,
+        '{"weight_map": {"a": "\\u0000"}}',
+    ],
+)
+def test_an_index_that_lists_nothing_is_passed_over(text: str, tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "model.pth")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    load_checkpoint(tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"index\.json is"):
+        load_checkpoint(tmp_path / "model.safetensors.index.json")
+
+
+def test_a_part_that_does_not_exist_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_checkpoint(tmp_path / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": {"b": state()}},
+        {"a": {"b": {"c": state()}}, "epoch": 3},
+        {"model": {"epoch": 3, "b": state()}},
+        {"best_accuracy": torch.tensor(0.7), "best.pth": {"net.0": state()}},
+        {"config": {"model": {"depth": 16}}, "my net": state(), "optimizer": {"state": {"m": {"x": torch.ones(1)}}}},
+        {"a": {"state_dict": {f"{name}.{key}": value for name in "bc" for key, value in state().items()}}},
+    ],
+)
+@pytest.mark.parametrize("key", [None, "a", "b", "model"])
+@pytest.mark.filterwarnings("error")
+def test_the_key_in_a_message_leads_to_the_network(content: dict[str, Any], key: str | None, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    loaded = None
+    for _ in range(3):
+        try:
+            loaded = load_checkpoint(tmp_path / "a.pth", key=key)
+        except CheckpointError as error:
+            key = re.findall(r"key='(.*?)'", str(error))[-1]
+    x = images(2, 16)
+    assert loaded is not None
+    assert torch.equal(loaded(x), small_vgg()(x))
+
+
+def test_the_key_in_a_message_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    torch.save({"my net": state()}, tmp_path / "a.pth")
+    with messages_name_options(), pytest.raises(CheckpointError, match="as in --key 'my net';"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_the_warning_of_moving_averages_names_the_key_that_leads_to_them(tmp_path: Path) -> None:
+    averaged = {key: torch.zeros_like(value) for key, value in state().items()}
+    torch.save({"model": {"state_dict": state(), "ema": averaged}}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="which also has 'ema'; to read that instead, pass key='model.ema'"):
+        load_checkpoint(tmp_path / "a.pth")
+    assert not load_checkpoint(tmp_path / "a.pth", key="model.ema").features[0].weight.any()
+
+
+def test_a_dict_without_tensors_under_a_common_key_is_passed_over(tmp_path: Path) -> None:
+    torch.save({"net": {"config": {"depth": 16}}, "weights": state()}, tmp_path / "a.pth")
+    load_checkpoint(tmp_path / "a.pth")
+
+
+def two_networks() -> nn.Module:
+    """Return a module with two VGGs, whose BatchNorms differ in eps."""
+    both = nn.ModuleDict()
+    for number, name in enumerate(("student", "teacher"), start=1):
+        both[name] = insert_batchnorm(small_vgg(), [images(4, 16)])
+        for norm in both[name].modules():
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+                norm.eps = number * 1e-3
+    return both
+
+
+@pytest.mark.parametrize("name", ["both.pth", "both.safetensors"])
+def test_one_of_two_networks_is_read_with_its_own_settings(name: str, tmp_path: Path) -> None:
+    both = two_networks()
+    save_checkpoint(both, tmp_path / name)
+    x = images(2, 16)
+    for key in ("student", "teacher"):
+        assert torch.equal(load_checkpoint(tmp_path / name, key=key)(x), both[key](x))
+        with_model = load_checkpoint(tmp_path / name, key=key, model=both[key])
+        assert torch.equal(with_model(x), both[key](x))
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_unexpected": True}, {"model": small_vgg, "ignore_unexpected": True}])
+def test_of_several_networks_none_is_guessed(options: dict[str, Any], tmp_path: Path) -> None:
+    tensors = {f"net.encoder_{name}.{key}": value for name in "kq" for key, value in state().items()}
+    torch.save(tensors | {"net.queue": torch.ones(3)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"choose one: key='net\.encoder_k' or key='net\.encoder_q'$"):
+        load_checkpoint(tmp_path / "a.pth", **options)
+    for key in ("net.encoder_q", "net.encoder_q."):
+        assert load_checkpoint(tmp_path / "a.pth", key=key).state_dict().keys() == state().keys()
+
+
+def test_of_several_networks_the_one_with_the_shapes_of_the_architecture_is_read(tmp_path: Path) -> None:
+    other = {key: torch.zeros(1, *value.shape) for key, value in state().items()}
+    tensors = {f"{name}.{key}": value for name, part in (("a", other), ("b", state())) for key, value in part.items()}
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="ignoring 10 tensors"):
+        loaded = load_checkpoint(tmp_path / "a.pth", model=small_vgg, ignore_unexpected=True)
+    assert torch.equal(loaded.features[0].weight, small_vgg().features[0].weight)
+
+
+def test_a_network_at_the_top_is_read_where_what_is_beside_it_is_ignored(tmp_path: Path) -> None:
+    averaged = {f"ema.module.{key}": torch.zeros_like(value) for key, value in state().items()}
+    torch.save(averaged | state(), tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="ignoring 10 tensors"):
+        loaded = load_checkpoint(tmp_path / "a.pth", ignore_unexpected=True)
+    assert loaded.features[0].weight.any()
+    assert not load_checkpoint(tmp_path / "a.pth", key="ema").features[0].weight.any()
+
+
+def test_a_name_with_npy_in_it_is_no_array(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "weights.npy.pth")
+    load_checkpoint(tmp_path / "weights.npy.pth")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prefix timm_model.", "prefix 0.", "features.module.N (DataParallel around the features)", "under params_ema"],
 )
 def test_the_network_of_each_form_has_the_weights_of_the_file(name: str, tmp_path: Path) -> None:
     FORMS[name].write(tmp_path / "a.pth")

@@ -163,25 +163,54 @@ def _pickled(content: Callable[[], Any]) -> Callable[[Path], object]:
 
 
 def _npz(path: Path) -> None:
-    np.savez(path.open("wb"), **{key: value.numpy() for key, value in state().items()})
+    np.savez(path.open("wb"), **_arrays())
 
 
 def _traced(path: Path) -> None:
     torch.jit.trace(small_vgg(), torch.zeros(1, 3, 16, 16)).save(path)
 
 
+def _arrays() -> dict[str, Any]:
+    return {key: value.numpy() for key, value in state().items()}
+
+
+def _student_and_teacher() -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state().items()}
+
+
 def _with(**extra: Tensor) -> dict[str, Tensor]:
     return state() | {key.replace("__", "."): value for key, value in extra.items()}
 
 
-def _in_parts(path: Path) -> None:
-    tensors = state()
-    first = dict(list(tensors.items())[:4])
-    safetensors.torch.save_file(first, path)
+def _in_parts(index: str = "", *, absent: bool = False) -> Callable[[Path], object]:
+    """Write the first four tensors, which are those of a shorter VGG, and beside them the others."""
+
+    def write(path: Path) -> None:
+        tensors = list(state().items())
+        other = path.with_name(path.name.replace("1", "2", 1))
+        write_part = torch.save if path.suffix == ".bin" else safetensors.torch.save_file
+        parts = {path: dict(tensors[:4]), other: dict(tensors[4:])}
+        for each, part in parts.items():
+            if each == path or not absent:
+                write_part(part, each)
+        if index:
+            files = {key: each.name for each, part in parts.items() for key in part}
+            path.with_name(index).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+    return write
 
 
-def _index(path: Path) -> None:
-    path.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "model-00001-of-00002.safetensors")}))
+def _index(*files: str) -> Callable[[Path], object]:
+    """Write an index of these files, and the files."""
+
+    def write(path: Path) -> None:
+        for file in files:
+            path.with_name(file).touch()
+        path.write_text(
+            json.dumps({"weight_map": {f"features.{number}.weight": file for number, file in enumerate(files)}})
+        )
+
+    return write
 
 
 _ZERO = torch.zeros(1)
@@ -203,9 +232,20 @@ FORMS: Mapping[str, Form] = {
         f"prefix {prefix}": _prefixed(prefix)
         for prefix in (
             *("module.", "model.", "_orig_mod.", "module._orig_mod.", "net.", "backbone.", "vgg.", "encoder."),
-            *("timm_model.", "model.backbone.", "network.", "module.vgg."),
+            *("timm_model.", "model.backbone.", "network.", "module.vgg.", "vgg16.", "feature_extractor."),
+            *("_forward_module.", "_orig_mod.module.", "student.", "teacher.", "0."),
         )
     },
+    "prefix student. and prefix teacher.": Form(_saved(_student_and_teacher)),
+    "prefix student. and prefix teacher., with key": Form(_saved(_student_and_teacher), options={"key": "teacher"}),
+    "prefix student. and prefix teacher., with model": Form(_saved(_student_and_teacher), options={"model": small_vgg}),
+    "prefix student. and prefix teacher., ignored": Form(_saved(_student_and_teacher), options=_IGNORE),
+    "prefix student. and prefix teacher., under state_dict": Form(
+        _saved(lambda: {"state_dict": _student_and_teacher()})
+    ),
+    "prefix backbone., and another layer": Form(
+        _saved(lambda: {f"backbone.{key}": value for key, value in state().items()} | {"head.weight": _ZERO})
+    ),
     "features.module.N (DataParallel around the features)": Form(_saved(_parallel_features)),
     "AveragedModel": Form(_saved(lambda: AveragedModel(small_vgg()).state_dict())),
     **{
@@ -219,6 +259,13 @@ FORMS: Mapping[str, Form] = {
     "under best_model, with key": Form(_saved(lambda: {"best_model": state()}), options={"key": "best_model"}),
     "under generator, with another key": Form(_saved(lambda: {"generator": state()}), options={"key": "g"}),
     "two levels: state_dict in model": Form(_saved(lambda: {"model": {"state_dict": state()}})),
+    "two unknown levels: best in trainer": Form(_saved(lambda: {"trainer": {"epoch": 3, "best": state()}})),
+    "two unknown levels: best in trainer, with key": Form(
+        _saved(lambda: {"trainer": {"epoch": 3, "best": state()}}), options={"key": "trainer.best"}
+    ),
+    "two unknown levels: best in trainer, with half a key": Form(
+        _saved(lambda: {"trainer": {"epoch": 3, "best": state()}}), options={"key": "best"}
+    ),
     "beside argparse.Namespace": _beside(argparse.Namespace(lr=0.1, layers=[1, 2])),
     "beside a path": _beside(pathlib.PurePosixPath("/data/train")),
     "beside a NumPy number": _beside(np.float64(0.75)),
@@ -256,12 +303,32 @@ FORMS: Mapping[str, Form] = {
     "the model lacks a layer": Form(
         _saved(lambda: {key: value for key, value in state().items() if "6" not in key}), options={"model": small_vgg}
     ),
-    "part 1 of 2": Form(_in_parts, "model-00001-of-00002.safetensors"),
+    "part 1 of 2": Form(_in_parts(), "model-00001-of-00002.safetensors"),
+    "part 1 of 2, with index": Form(_in_parts("model.safetensors.index.json"), "model-00001-of-00002.safetensors"),
+    "part 1 of 2, torch": Form(_in_parts(), "pytorch_model-00001-of-00002.bin"),
+    "part 1 of 2, the other absent": Form(_in_parts(absent=True), "model-00001-of-00002.safetensors"),
+    "part 1 of 2, short numbers": Form(_in_parts(), "model-1-of-2.safetensors"),
+    "part 1 of 2, upper case": Form(_in_parts(), "MODEL-00001-OF-00002.SAFETENSORS"),
+    "part 1 of 2, precision in the name": Form(_in_parts(), "model-00001-of-00002.fp16.safetensors"),
+    "part 1 of 2, precision in the names, with index": Form(
+        _in_parts("model.safetensors.index.fp16.json"), "model-00001-of-00002.fp16.safetensors"
+    ),
+    "part under another name, with index": Form(_in_parts("model.safetensors.index.json"), "part1.safetensors"),
+    "part under another name, with index, the other absent": Form(
+        _in_parts("model.safetensors.index.json", absent=True), "part1.safetensors"
+    ),
     "part 1 of 1": Form(lambda path: safetensors.torch.save_file(state(), path), "model-00001-of-00001.safetensors"),
-    "index of parts": Form(_index, "model.safetensors.index.json"),
-    "index of parts, torch": Form(_index, "pytorch_model.bin.index.json"),
+    "fold 1 of 5": Form(_saved(state), "fold-1-of-5.pth"),
+    "index of parts": Form(_index("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"),
+    "index of parts, torch": Form(_index("pytorch_model-1.bin", "pytorch_model-2.bin"), "pytorch_model.bin.index.json"),
+    "index of one file": Form(_index("model-00001-of-00001.safetensors"), "model.safetensors.index.json"),
+    "NumPy arrays": Form(_saved(_arrays)),
+    "NumPy arrays under state_dict": Form(_saved(lambda: {"epoch": 3, "state_dict": _arrays()})),
+    "NumPy scalar in the state dict": Form(_saved(lambda: state() | {"accuracy": np.float32(0.5)})),
+    "epoch in the state dict": Form(_saved(lambda: state() | {"epoch": 3})),
     ".npz": Form(_npz, "network.npz"),
-    "plain pickle of NumPy arrays": Form(_pickled(lambda: {key: value.numpy() for key, value in state().items()})),
+    "plain pickle of NumPy arrays": Form(_pickled(_arrays)),
+    "plain pickle of a whole module": Form(_pickled(small_vgg)),
     "plain pickle of numbers": Form(_pickled(lambda: {"a": 1})),
     "HDF5": Form(lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), "network.h5"),
     "ONNX": Form(lambda path: path.write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x052.0.0"), "network.onnx"),
@@ -273,7 +340,9 @@ FORMS: Mapping[str, Form] = {
     "folder of Hugging Face's libraries": Form(_folder_of("config.json", "model.safetensors"), "network"),
     "folder of a distributed checkpoint (FSDP)": Form(_folder_of(".metadata", "__0_0.distcp"), "network"),
     "Git LFS pointer": Form(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x\n")),
-    "text": Form(lambda path: path.write_text("<html>404</html>")),
+    "web page": Form(lambda path: path.write_text("<!DOCTYPE html>\n<html><title>Größe der Datei</title></html>")),
+    "text": Form(lambda path: path.write_text("Access denied: invalid token.")),
+    "zeros": Form(lambda path: path.write_bytes(bytes(1000))),
     "empty": Form(lambda path: path.write_bytes(b"")),
     "folder": Form(lambda path: path.mkdir()),
     "truncated": Form(lambda path: (torch.save(state(), path), path.write_bytes(path.read_bytes()[:-4000]))),
@@ -295,5 +364,5 @@ def outcome(name: str, folder: Path) -> str:
     try:
         load_checkpoint(path, **form.options)
     except CheckpointError as error:
-        return str(error).replace(f"{folder}/", "")
+        return str(error).replace(f"{folder}/", "").replace(str(folder), ".")
     return "loaded"

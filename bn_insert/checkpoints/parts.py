@@ -1,0 +1,141 @@
+"""Checkpoints in several files: the parts that a large one is divided into, and the index that lists them.
+
+Read alone, the first part of a VGG is a shorter VGG. So parts are refused, with the code that merges them.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..support.text import listed, printable
+
+# Any name with "1 of 2" in it, unless the word before says that whole networks are counted: "fold-1-of-5.pth".
+_PART = re.compile(
+    r"(?P<before>.*?(?<!\d))(?P<number>\d{1,9})(?P<after>[-_. ]*of[-_. ]*(?P<total>\d{1,9})(?P<rest>(\D.*)?))",
+    re.IGNORECASE,
+)
+_COUNTS_NETWORKS = re.compile(r"(?<![a-z])(epoch|fold|iter|repeat|run|seed|split|step|trial)[-_. ]*$", re.IGNORECASE)
+# Hugging Face's libraries may put the precision into the name: model.safetensors.index.fp16.json.
+_INDEX = re.compile(r"(?P<whole>.+)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
+_MAX_INDEX_BYTES = 1 << 24
+_MOST_ENTRIES = 10_000  # of a folder, which may have millions
+_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a checkpoint.
+
+    Attributes:
+        paths: Code that returns the paths of the parts.
+        module: The module that this code needs.
+        merged: Where to write the checkpoint in one file.
+        missing: Which parts are not there, in words; empty if all are.
+    """
+
+    paths: str
+    module: str
+    merged: Path
+    missing: str
+
+    def way_out(self, *, is_safetensors: bool) -> str:
+        """Return in words and code how to make one file of the parts."""
+        module, load, save = "torch", "torch.load(part, map_location='cpu')", "torch.save"
+        if is_safetensors:
+            module = "safetensors.torch"
+            load, save = f"{module}.load_file(part)", f"{module}.save_file"
+        first = f"put {self.missing} beside it, and " * bool(self.missing)
+        tensors = f"{{key: value for part in {self.paths} for key, value in {load}.items()}}"
+        code = f"import {self.module}, {module}; {save}({tensors}, {_quoted(self.merged)})"
+        return f"{first}merge the parts into one file, in Python: {code}"
+
+
+def check_is_no_index(path: Path) -> None:
+    """Raise CheckpointError for a file that lists the parts of a checkpoint; the message says how to merge them."""
+    if (found := _INDEX.fullmatch(path.name)) is None or not (names := _names_in(path)):
+        return
+    if len(names) == 1:
+        only = printable(path.parent / names[0])
+        raise CheckpointError(f"{path} is the index of a checkpoint; name the file in it: {only}")
+    is_safetensors = found["whole"].lower().endswith("safetensors")
+    way_out = _listed_parts(path, names).way_out(is_safetensors=is_safetensors)
+    raise CheckpointError(f"{path} is the index of a checkpoint in parts; {way_out}")
+
+
+def check_is_whole(path: Path, *, is_safetensors: bool) -> None:
+    """Raise CheckpointError for a part of a checkpoint, which its name or an index beside it shows.
+
+    Args:
+        path: An existing file.
+        is_safetensors: Whether that is its format, and not that of torch.save.
+    """
+    for index in _indices_in(path.parent):
+        if path.name in (names := _names_in(index)) and len(names) > 1:
+            way_out = _listed_parts(index, names).way_out(is_safetensors=is_safetensors)
+            raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {way_out}")
+    found = _PART.fullmatch(path.name)
+    if found is None or _COUNTS_NETWORKS.search(found["before"]):
+        return
+    number, total = int(found["number"]), int(found["total"])
+    if total > 1 and number <= total:
+        raise CheckpointError(
+            f"{path} is part {number} of {total} of a checkpoint, by its name (if it is a whole one, rename it); "
+            f"{_numbered_parts(path, found).way_out(is_safetensors=is_safetensors)}"
+        )
+
+
+def _indices_in(folder: Path) -> list[Path]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(folder / entry.name for entry in islice(entries, _MOST_ENTRIES) if _INDEX.fullmatch(entry.name))
+    return []
+
+
+def _names_in(index: Path) -> list[str]:
+    """Return the names of the files that an index lists; none if it is damaged or something else."""
+    with suppress(OSError, ValueError, RecursionError):
+        if index.is_file() and index.stat().st_size <= _MAX_INDEX_BYTES:
+            document = json.loads(index.read_bytes())
+            files = document.get("weight_map") if isinstance(document, dict) else None
+            if isinstance(files, dict):
+                return sorted({name for name in files.values() if isinstance(name, str)})
+    return []
+
+
+def _listed_parts(index: Path, names: Sequence[str]) -> _Parts:
+    """Return the parts that an index lists."""
+    listing = f"set(json.load(open({_quoted(index)}))['weight_map'].values())"
+    missing = [name for name in names if not os.path.exists(index.parent / name)]  # noqa: PTH110 - it takes any name
+    whole = Path(_INDEX.sub(r"\g<whole>", index.name))
+    return _Parts(
+        f"[{_quoted(index.parent)} + '/' + name for name in {listing}]",
+        "json",
+        index.with_name(f"{whole.stem}-merged{whole.suffix}"),
+        printable(listed(missing, _NAMES_SHOWN)),
+    )
+
+
+def _numbered_parts(path: Path, found: re.Match[str]) -> _Parts:
+    """Return the parts whose names differ from that of a part in the number alone."""
+    name = f"{glob.escape(found['before'])}[0-9]*{glob.escape(found['after'])}"
+    pattern = Path(glob.escape(str(path.parent))) / name
+    missing = int(found["total"]) - len(glob.glob(str(pattern)))  # noqa: PTH207 - as in the code of the message
+    return _Parts(
+        f"glob.glob({_quoted(pattern)})",
+        "glob",
+        path.with_name(f"{found['before'].rstrip('-_. ') or 'checkpoint'}-merged{found['rest']}"),
+        "" if missing <= 0 else "the other part" if missing == 1 else f"the other {missing} parts",
+    )
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as code."""
+    return repr(str(path))
