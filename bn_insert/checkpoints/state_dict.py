@@ -88,7 +88,8 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             one of several networks in it; by default one of WRAPPERS, if it is there.
 
     Raises:
-        UnneededKeyError: There is a key, and the content is a dict of nothing but tensors: the state dict itself.
+        UnneededKeyError: There is a key, and the content is a dict of nothing but tensors: the state dict itself,
+            with one network.
         CheckpointError: The content is not a dict, has no dict under that key, or is the state of a training run.
     """
     found_format = dict.get(content, "format") if isinstance(content, dict) else None
@@ -106,7 +107,7 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
     if key is not None:
         if (chosen := _under_key(content, key)) is None:
             if _is_state_dict(content):
-                raise unneeded_key(path)
+                raise UnneededKeyError(f"{path} is a state dict itself; leave out {as_passed('key')}")
             other = f"; {_way_to_largest(content)}" if _largest(content) else ""
             raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}{other}")
         found = Found(content, *chosen)
@@ -130,9 +131,16 @@ def _under_key(content: dict[Any, Any], key: str) -> tuple[dict[Any, Any], tuple
         if isinstance(found := dict.get(content, outer), dict) and (deeper := _under_key(found, inner)):
             return deeper[0], (outer, *deeper[1]), deeper[2]
     prefix = f"{key.removesuffix('.')}."
-    if any(isinstance(name, str) and name.startswith(prefix) for name in dict.keys(content)):
-        return content, (), prefix
-    return None
+    return (content, (), prefix) if _has_another_network(content, prefix) else None
+
+
+def _has_another_network(content: dict[Any, Any], prefix: str) -> bool:
+    """Return whether some keys of a state dict begin with a prefix, that of a network in it, and some do not."""
+    names = [name for name in dict.keys(content) if isinstance(name, str) and name != AVERAGED]
+    chosen = [name for name in names if name.startswith(prefix)]
+    layers = filter(None, map(_PREFIXED.fullmatch, chosen))
+    is_section = any(len(layer["prefix"]) < len(prefix) for layer in layers)  # "features." of one VGG
+    return 0 < len(chosen) < len(names) and not is_section
 
 
 def _warn_of_others(path: Path, found: Found, wrapper: str) -> None:
@@ -144,11 +152,6 @@ def _warn_of_others(path: Path, found: Found, wrapper: str) -> None:
             f"{_key_as_passed(*found.path, others[0])}",
             stacklevel=2,
         )
-
-
-def unneeded_key(path: Path) -> UnneededKeyError:
-    """Return the error for a key that was passed for a file that is a state dict itself."""
-    return UnneededKeyError(f"{path} is a state dict itself; leave out {as_passed('key')}")
 
 
 def _key_as_passed(*path: str) -> str:

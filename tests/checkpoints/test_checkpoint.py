@@ -24,7 +24,7 @@ from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
-from bn_insert.errors import CheckpointError, messages_name_options
+from bn_insert.errors import CheckpointError, UnneededKeyError, messages_name_options
 from bn_insert.images import Transform
 from bn_insert.support.files import write_atomically
 from support.commands import run_forked
@@ -297,10 +297,18 @@ def test_of_two_state_dicts_the_first_is_read_and_the_other_is_named(tmp_path: P
 
 
 @BOTH_FORMATS
-def test_a_key_is_refused_for_a_file_that_is_a_state_dict_itself(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["nonsense", "features", "classifier.0"])
+def test_a_key_is_refused_for_a_file_that_is_a_state_dict_itself(name: str, key: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name)
-    message = refusal_of(lambda: load_checkpoint(tmp_path / name, key="nonsense"))
+    message = refusal_of(lambda: load_checkpoint(tmp_path / name, key=key))
     assert message == f"{tmp_path / name} is a state dict itself; leave out key"
+
+
+@pytest.mark.parametrize("more", [{}, {"n_averaged": torch.ones(())}])
+def test_a_prefix_that_all_keys_have_is_no_key(more: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(more | {f"model.{key}": value for key, value in plain_state().items()}, tmp_path / "vgg.pth")
+    with pytest.raises(UnneededKeyError, match="is a state dict itself; leave out key"):
+        load_checkpoint(tmp_path / "vgg.pth", key="model")
 
 
 def test_a_configuration_under_the_name_of_a_wrapper_is_passed_over(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from bn_insert import load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.model_option import make_network
 from bn_insert.demo import network_path
 from bn_insert.images import Transform
 from support.commands import AS_STORED, Run, assert_refused, text_of
@@ -45,6 +47,41 @@ def test_a_key_for_compare_has_to_be_in_one_of_the_files(run: Run, digits: Path)
     refused = run("compare", plain, plain, digits, *AS_STORED, "--key", "best")
     assert_refused(refused, "plain.pth is a state dict itself; leave out --key")
     assert_refused(run("inspect", "vgg16", "--key", "best"), "vgg16 is a network of torchvision; leave out --key")
+
+
+NET_WITH_A_MODEL = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.model(x)
+"""
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_key_that_is_an_attribute_of_the_network_as_well_is_needed_where_a_dict_has_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("nets_with_a_model.py").write_text(NET_WITH_A_MODEL)
+    state = make_network("nets_with_a_model:Net").state_dict()
+    torch.save({"model": state} if wrapped else state, "net.pth")
+    torch.save(torch.rand(8, 3, 8, 8), "x.pt")
+    model = ("--model", "nets_with_a_model:Net")
+    key = ("--key", "model")
+    inserted = run("insert", "net.pth", "x.pt", "-o", "out.pth", *model, *key)
+    if wrapped:
+        assert inserted.exit_code == 0, inserted.output
+        compared = run("compare", "net.pth", "out.pth", "x.pt", *model, *key)
+        assert compared.exit_code == 0, compared.output
+    else:
+        assert_refused(inserted, "net.pth is a state dict itself; leave out --key")
 
 
 def test_compare_takes_the_preprocessing_of_a_where_b_stores_none(run: Run, digits: Path) -> None:
