@@ -255,7 +255,7 @@ def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> F
     logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim != 2 or len(logits) != len(batch.inputs) or logits.shape[1] < 2:
         found = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
-        squeezed = logits is not None and logits.ndim == 1 and len(batch.inputs) == 1
+        squeezed = logits is not None and logits.ndim == 1 and len(logits) > 1 and len(batch.inputs) == 1
         raise CalibrationError(
             f"the output of {type(network).__name__} is {found} for {batch}, not one logit per class for each image; "
             + (SINGLE_IMAGE if squeezed else "only classifiers with two or more classes can be evaluated")

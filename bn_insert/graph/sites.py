@@ -20,7 +20,7 @@ from ..support.arguments import as_tuple
 from ..support.schema import Count, Extent
 from ..support.text import listed
 from .layers import Kind, layer_kind
-from .operator_rules import is_layer
+from .operator_rules import Role, has_role, is_layer
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]
@@ -130,19 +130,7 @@ def survey(
         GraphError: The model cannot be traced, or a `skip` pattern matches no layer.
     """
     options = SiteOptions.checked(layers, include_output, skip, placement)
-    return _layers(Trace.of(model, example), options)
-
-
-def layers_in(
-    trace: Trace,
-    *,
-    layers: Kind | Iterable[Kind] = ("conv", "dense"),
-    include_output: bool = False,
-    skip: Iterable[str] = (),
-    placement: Placement = "before_activation",
-) -> list[Layer]:
-    """Return what `survey` returns, for a model that is already traced."""
-    return _layers(trace, SiteOptions.checked(layers, include_output, skip, placement))
+    return layers_in(Trace.of(model, example), options)
 
 
 def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
@@ -160,25 +148,37 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
     return "; ".join(found) or "it has no conv or dense layer"
 
 
-def layers_of_other_classes(trace: Trace) -> str:
-    """Return which modules run a conv or dense operation with a weight of their own, in words; empty without any.
+def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
+    """Return the layers that would get a BatchNorm if they were modules of torch.nn, in words; empty without any.
 
-    Those are layers of a class of the user's own, after which no BatchNorm can be inserted. An operation with a
-    constant kernel, such as a blur, is none.
+    These are modules of a class of the user's own that run a conv or dense operation with a weight of their own. One
+    with a constant kernel, such as a blur, is none.
     """
-    others = [
-        _described(name, trace)
-        for name in _operations_outside_layers(trace)
-        if any(weight.ndim > 1 for weight in trace.modules.get(name, nn.Identity()).parameters(recurse=False))
-    ]
+    roles = [role for role, kind in ((Role.CONV, "conv"), (Role.DENSE, "dense")) if kind in options.kinds]
+    others = []
+    for name, nodes in _operations_outside_layers(trace).items():
+        module = trace.modules.get(name)
+        if module is None or type(module).__module__.startswith("torch."):
+            continue
+        if (
+            any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+            and any(has_role(node, *roles) for node in nodes)
+            and not any(map(trace.normalization_downstream, nodes))
+            and (options.include_output or not any(map(trace.reaches_output, nodes)))
+            and not any(fnmatchcase(name, pattern) for pattern in options.skip)
+        ):
+            others.append(_described(name, trace))
     return listed(others, _NAMES_SHOWN) if others else ""
 
 
-def _operations_outside_layers(trace: Trace) -> list[str]:
-    """Return the names of the modules that run a conv or dense operation without being such a layer of torch.nn."""
-    modules = {id(node): trace.owner(node) for node in trace.nodes if is_layer(node)}
-    known = {id(node) for _, node in trace.layer_nodes()}
-    return list(dict.fromkeys(name for node, name in modules.items() if node not in known))
+def _operations_outside_layers(trace: Trace) -> dict[str, list[fx.Node]]:
+    """Return the conv and dense operations that are not in such a layer of torch.nn, by the name of their module."""
+    known = {node for _, node in trace.layer_nodes()}
+    found: dict[str, list[fx.Node]] = {}
+    for node in trace.nodes:
+        if is_layer(node) and node not in known:
+            found.setdefault(trace.owner(node), []).append(node)
+    return found
 
 
 def _described(name: str, trace: Trace) -> str:
@@ -216,10 +216,12 @@ def check_sites(sites: Iterable[Site]) -> None:
         raise GraphError(f"sites has {others[0]!r:.60}; pass the sites that find_sites(model, batch) returns")
 
 
-def _layers(trace: Trace, options: SiteOptions) -> list[Layer]:
+def layers_in(trace: Trace, options: SiteOptions) -> list[Layer]:
+    """Return what `survey` returns, for a model that is already traced."""
     found = [_layer(trace, name, module, options) for name, module in trace.layers_in_order()]
+    names = [*(layer.name for layer in found), *_operations_outside_layers(trace)]
     for pattern in options.skip:
-        if not any(fnmatchcase(layer.name, pattern) for layer in found):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise GraphError(
                 f"the skip pattern {pattern!r} matches no conv or dense layer; the layers are: "
                 f"{', '.join(layer.name for layer in found)}"

@@ -189,9 +189,13 @@ class Trace:
         def passes(node: fx.Node) -> bool:
             return has_one_position(node) or has_role(node, Role.RESIZING) or operation(node) in _REPETITIONS
 
-        return has_one_position(start) and any(
-            multiplies_values(node) and not has_one_position(node) for node in self.downstream(start, passes)
-        )
+        def multiplies_others(node: fx.Node) -> bool:
+            # A factor of its own, such as a constant, makes no gate of the other.
+            others = (each for each in node.all_input_nodes if each not in reached and not has_one_position(each))
+            return multiplies_values(node) and not has_one_position(node) and any(others)
+
+        reached = list(self.downstream(start, passes))
+        return has_one_position(start) and any(map(multiplies_others, reached))
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
         """Yield start and every node that its values reach, continuing past a node only if `passes` allows it."""

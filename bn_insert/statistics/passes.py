@@ -27,7 +27,7 @@ from .moments import Moments, merge
 Progress = Callable[[int], None]
 
 SINGLE_IMAGE = (
-    "squeeze() in the forward removes the batch axis of a single image: use batches of two images or more, the last "
+    "squeeze() in the forward may remove the batch axis of a single image: use batches of two images or more, the last "
     "one included, or flatten(1) in place of squeeze()"
 )
 """What to do about a network that takes a batch of one image for no batch, for messages."""

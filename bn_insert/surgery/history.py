@@ -103,6 +103,32 @@ class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": 
         splice_out(network, self.norms)
 
 
+class RemovedBatchNorms(_Change, frozen=True, rename={"norms": "remove"}):
+    """BatchNorm layers were removed together with the output layer before them.
+
+    Attributes:
+        norms: Names of the BatchNorms, children of an nn.Sequential.
+    """
+
+    norms: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"{counted(len(self.norms), 'BatchNorm layer')} behind the output layer removed"
+
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Make the change in place and return the network."""
+        for name in self.norms:
+            if not isinstance(norm := _submodule(network, name), _BatchNorm):
+                raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
+        return splice_out(network, dict.fromkeys(self.norms, True))
+
+    def outline(self, network: nn.Module) -> None:
+        """Make the change, in place, to a network whose layers are placeholders."""
+        splice_out(network, dict.fromkeys(self.norms, True))
+
+
 class ReplacedOutput(_Change, frozen=True, rename={"layer": "new_output"}):
     """The output layer was replaced by a new one.
 
@@ -168,11 +194,12 @@ class ReplacedHead(_Change, frozen=True, rename={"layers": "new_head"}):
         splice_over(network, *self.layers, head)
 
 
-Change = InsertedBatchNorms | FoldedBatchNorms | ReplacedOutput | ReplacedHead
+Change = InsertedBatchNorms | FoldedBatchNorms | RemovedBatchNorms | ReplacedOutput | ReplacedHead
 
 _KINDS: dict[str, type[Change]] = {
     "insert": InsertedBatchNorms,
     "fold": FoldedBatchNorms,
+    "remove": RemovedBatchNorms,
     "new_output": ReplacedOutput,
     "new_head": ReplacedHead,
 }

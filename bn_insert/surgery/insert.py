@@ -17,7 +17,16 @@ from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
-from ..graph.sites import Layer, Placement, Site, check_sites, layers_in, layers_of_other_classes, reasons_without_sites
+from ..graph.sites import (
+    Layer,
+    Placement,
+    Site,
+    SiteOptions,
+    check_sites,
+    layers_in,
+    layers_of_other_classes,
+    reasons_without_sites,
+)
 from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
@@ -110,6 +119,7 @@ def insert(
     check_eps(eps)
     check_momentum(momentum)
     check_progress(progress)
+    options = SiteOptions.checked(layers, include_output, skip, placement)
     images = 0
 
     def count(done: int) -> None:
@@ -121,7 +131,7 @@ def insert(
     with preserved_random_state():
         peek = peeked(model, batches, "insert_batchnorm")
         trace = _trace(model, peek)
-        found = layers_in(trace, layers=layers, include_output=include_output, skip=skip, placement=placement)
+        found = layers_in(trace, options)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
             model, sites, peek.batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
@@ -145,7 +155,7 @@ def insert(
         )
         if not fault.runs:
             raise GraphError(message)
-    one_image = fault_of(model, result, peek.first, one_image=True) if sites else None
+    one_image = fault_of(model, result, peek.first, one_image=True) if sites and not fault else None
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
     if not dropout_before_batchnorm:
@@ -161,7 +171,7 @@ def insert(
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
-        others=layers_of_other_classes(trace) if sites else "",
+        others=layers_of_other_classes(trace, options) if sites else "",
         one_image=_one_image_text(model, one_image) if one_image else "",
     )
 

@@ -6,6 +6,8 @@ output of a traced network, which may be several: see `graph/sites.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -15,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TrainingError, as_passed
 from ..graph.copies import check_module
 from ..graph.layers import NormalizedLayer, layer_kind
-from .history import WIDEST_HEAD, FoldedBatchNorms, History, ReplacedHead, ReplacedOutput, new_head, new_output
-from .splice import inserted_batchnorms, splice_out, splice_over
+from .history import WIDEST_HEAD, History, RemovedBatchNorms, ReplacedHead, ReplacedOutput, new_head, new_output
+from .splice import inserted_batchnorms, splice_over
 
 
 def replace_output(model: nn.Module, classes: int) -> None:
@@ -48,7 +50,8 @@ def replace_output(model: nn.Module, classes: int) -> None:
     """
     check_module(model)
     _check_classes(classes)
-    name, output = _replaceable_output(model)
+    _, _, norms = _replaceable_output(model)
+    name, output = _without_batchnorms(model, norms)
     new = new_output(output, classes)
     _initialize(new)
     parent, _, child = name.rpartition(".")
@@ -88,7 +91,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
     _check_whole("the width of the head", width)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
-    last, output = _replaceable_output(model)
+    last, output, norms = _replaceable_output(model)
     if not isinstance(output, nn.Linear):
         raise TrainingError(
             f"the output layer {last} is a {type(output).__name__}, and a new head takes the place of dense layers; "
@@ -107,6 +110,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
                     f"{name} of {parent or type(model).__name__} has a conv layer between the dense layers, so that "
                     f"they cannot be replaced by a new head; keep them ({as_passed('head', None, '--head keep')})"
                 )
+    last, output = _without_batchnorms(model, norms)
     old = model.get_submodule(first)
     modules = new_head(cast(nn.Linear, old), width, classes)
     _initialize(modules[-1])
@@ -140,8 +144,8 @@ def _initialize(layer: nn.Module) -> None:
             parameter.zero_()
 
 
-def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the output layer, after removing the BatchNorms that were inserted behind it, in place.
+def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d, list[str]]:
+    """Return the output layer, and the names of the BatchNorms that were inserted behind it.
 
     Raises:
         TrainingError: If another BatchNorm comes after it.
@@ -158,11 +162,7 @@ def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
                 f"BatchNorm {norm_name} comes after the output layer {name}; leave that layer out when inserting "
                 f"BatchNorm ({skip})"
             )
-    if inserted:
-        in_sequence = dict.fromkeys(inserted, True)
-        splice_out(model, in_sequence)
-        History.of(model).with_change(FoldedBatchNorms(in_sequence)).keep_with(model)
-    return output_layer(model)
+    return name, output, inserted
 
 
 def _inserted_behind(model: nn.Module, name: str) -> list[str]:
@@ -171,9 +171,20 @@ def _inserted_behind(model: nn.Module, name: str) -> list[str]:
     container = model.get_submodule(parent)
     if not isinstance(container, nn.Sequential) or (container is model and isinstance(model, NormalizedLayer)):
         return []
-    names = [f"{parent}.{each}" if parent else each for each, _ in container.named_children()]
+    children = [(f"{parent}.{each}" if parent else each, child) for each, child in container.named_children()]
+    position = [each for each, _ in children].index(name) + 1
+    its_own = takewhile(lambda each: not any(map(layer_kind, each[1].modules())), children[position:])
     inserted = inserted_batchnorms(model)
-    return [each for each in names[names.index(name) + 1 :] if each in inserted]
+    return [each for each, _ in its_own if each in inserted]
+
+
+def _without_batchnorms(model: nn.Module, norms: Sequence[str]) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Remove the BatchNorms behind the output layer, in place, and return that layer, whose name may change."""
+    if norms:
+        change = RemovedBatchNorms(tuple(norms))
+        change.replay(model)
+        History.of(model).with_change(change).keep_with(model)
+    return output_layer(model)
 
 
 def _name_before_insertion(model: nn.Module, name: str) -> str:

@@ -135,7 +135,8 @@ def finetune(
         CheckpointError: When state.pth cannot be read, or results cannot be written.
         GraphError: When the model is not a module.
     """
-    settings, device, ranks = settings or TrainingSettings(), usable_device(device, TrainingError), Ranks.current()
+    settings = TrainingSettings() if settings is None else settings
+    device, ranks = usable_device(device, TrainingError), Ranks.current()
     folder = _folder(output_dir)
     _check_arguments(model, images, settings, folder / TENSORBOARD if tensorboard else None)
     check_output_dir(folder, resume=resume, overwrite=overwrite)

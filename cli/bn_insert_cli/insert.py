@@ -254,11 +254,11 @@ def _write_report(
 
 def _train_mode(result: nn.Module, batches: Batches, device: torch.device) -> TrainMode:
     """Return the agreement of train mode with eval mode, and in words what it means or why it cannot be measured."""
-    from bn_insert import CalibrationError  # noqa: PLC0415
+    from bn_insert import CalibrationError, GraphError  # noqa: PLC0415
 
     try:
         found = measure_train_mode(result, batches, device, REPORT_SIZES, seconds=REPORT_SECONDS)
-    except CalibrationError as error:  # a classifier of NaN, too few images: the checkpoint is good all the same
+    except (CalibrationError, GraphError) as error:  # NaN, too few images, several inputs: the checkpoint is good
         print_note(f"Train mode could not be measured for the report: {error}")
         return TrainMode([], [], f"Train mode could not be measured: {error}")
     print_note(found.reading)

@@ -8,6 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from .console import image_progress, print_note
+from .inputs import check_one_input
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,9 @@ def measure_train_mode(
 
     Raises:
         CalibrationError: As for `train_mode_agreement`.
+        GraphError: The network takes several inputs.
     """
+    check_one_input(network, "train mode and eval mode can only be compared for a forward that takes one")
     from bn_insert import TrainingError, agreement_reading, train_mode_agreement  # noqa: PLC0415 - imports torch
 
     end = inf if seconds is None else time.monotonic() + seconds

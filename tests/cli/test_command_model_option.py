@@ -327,6 +327,13 @@ def test_several_inputs_are_a_dict_of_tensors_in_a_file(shapes: Run, suffix: str
         result = shapes(*words, *of_other_shapes("TwoInputs"))
         assert result.exit_code == 0, result.output
     assert f"x{suffix}[5]: " in result.stdout
+    report = shapes(
+        "insert", "TwoInputs.pth", f"x{suffix}", "-o", "b.pth", "--report", "r.html", *of_other_shapes("TwoInputs")
+    )
+    assert report.exit_code == 0, report.output
+    assert "Train mode could not be measured for the report: TwoInputs takes several inputs" in text_of(report.stderr)
+    modes = shapes("compare-modes", "bn.pth", f"x{suffix}", *of_other_shapes("TwoInputs"))
+    assert_refused(modes, "TwoInputs takes several inputs (left, right): train mode and eval mode can only be compared")
     namespace: dict[str, Any] = {}
     exec(NETS_OF_OTHER_SHAPES, namespace)
     network: Any = load_checkpoint("TwoInputs.pth", model=namespace["TwoInputs"]).double()

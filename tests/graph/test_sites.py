@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from bn_insert import GraphError, Layer, Site, find_sites, survey
-from bn_insert.graph.sites import layers_in
+from bn_insert.graph.sites import SiteOptions, layers_in
 from bn_insert.graph.trace import Trace
 from support.idioms import SqueezeExcite
 from support.networks import (
@@ -145,8 +145,9 @@ def test_a_survey_has_every_layer_and_why_it_has_no_site() -> None:
 def test_one_trace_has_the_layers_of_a_survey_with_any_options() -> None:
     model, x = small_vgg(), images(2, 16)
     trace = Trace.of(model, x)
-    assert layers_in(trace) == survey(model, x)
-    assert layers_in(trace, layers="dense", include_output=True, skip="*.0", placement="after_activation") == survey(
+    assert layers_in(trace, SiteOptions.checked(("conv", "dense"), False, (), "before_activation")) == survey(model, x)
+    options = SiteOptions.checked("dense", True, "*.0", "after_activation")
+    assert layers_in(trace, options) == survey(
         model, x, layers="dense", include_output=True, skip="*.0", placement="after_activation"
     )
 
@@ -459,6 +460,7 @@ GATINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "repeat": (lambda x, gate: x * gate.repeat(1, 1, *x.shape[2:]), GATE),
     "interpolate": (lambda x, gate: x * F.interpolate(gate, size=x.shape[2:]), GATE),
     "einsum": (lambda x, gate: torch.einsum("nchw,nc->nchw", x, gate[:, :, 0, 0]), GATE),
+    "scaled by a constant": (lambda x, code: x + F.interpolate(code, size=x.shape[2:]) * 0.5, ""),
     "an einsum over channels": (lambda x, code: torch.einsum("nchw,nd->ndhw", x, code[:, :, 0, 0]), ""),
     "concatenated": (lambda x, code: torch.cat([x, F.interpolate(code, size=x.shape[2:])], 1)[:, :4], ""),
 }

@@ -638,7 +638,14 @@ def test_layers_of_other_classes_that_get_no_batchnorm_are_named_next_to_those_t
 
     with pytest.warns(UserWarning, match=r"after layers that are not modules of torch.nn: 2 \(ConvOfItsOwn\)$"):
         insert_batchnorm(network(ConvOfItsOwn()), [torch.rand(4, 3, 8, 8)])
-    insert_batchnorm(network(Blur()), [torch.rand(4, 3, 8, 8)])  # whose kernel is no weight: without a warning
+    # Without a warning: a kernel that is no weight, layers that are skipped, not chosen or normalized already.
+    insert_batchnorm(network(Blur()), [torch.rand(4, 3, 8, 8)])
+    insert_batchnorm(network(ConvOfItsOwn()), [torch.rand(4, 3, 8, 8)], skip=(name for name in ("2",)))
+    normalized = network(nn.Sequential(ConvOfItsOwn(), nn.BatchNorm2d(4)).eval())
+    insert_batchnorm(normalized, [torch.rand(4, 3, 8, 8)])
+    insert_batchnorm(sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), ConvOfItsOwn()), [torch.rand(4, 3, 8, 8)])
+    attention = sequential(nn.Conv1d(4, 8, 1), nn.ReLU(), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))
+    insert_batchnorm(attention, [torch.rand(4, 4, 8)])
 
 
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:

@@ -571,6 +571,21 @@ def test_an_inserted_batchnorm_of_another_layer_is_not_removed_with_the_output_l
     assert inserted_batchnorms(model) == ["conv.1"]
 
 
+def test_a_head_that_cannot_be_replaced_leaves_the_network_as_it_was() -> None:
+    model = insert_batchnorm(network_with_conv_output(), [torch.rand(8, 3, 32, 32)])
+    with pytest.raises(TrainingError, match="1 is a Conv2d, and a new head takes the place of dense layers"):
+        replace_head(model, 8, 4)
+    assert inserted_batchnorms(model) == ["0.1", "0.4", "2"]
+
+
+def test_only_the_batchnorm_of_the_output_layer_is_removed_with_it() -> None:
+    layers = [nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 5, 1), nn.ReLU()]
+    model = insert_batchnorm(nn.Sequential(*layers).eval(), [torch.rand(8, 4)])
+    with pytest.raises(TrainingError, match="BatchNorm 5 comes after the output layer 0"):
+        replace_output(model, 3)
+    assert inserted_batchnorms(model) == ["1", "5"]
+
+
 def test_the_output_conv_with_a_batchnorm_elsewhere_behind_it_is_named_as_the_option_to_skip_it_takes_it() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)]
     pooled = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
