@@ -55,6 +55,8 @@ _NEXT_NAME = re.compile(r"[^.]+\.(?=.*\.)")  # of a module, not of a tensor
 _KEYS_SHOWN = 12
 _NETWORKS_SHOWN = 4
 _MAX_KEY = 100  # characters of a key that is worth naming
+_MAX_DEPTH = 4  # dicts in dicts in which a state dict is looked for
+_MAX_ENTRIES = 500_000  # of these dicts together
 
 
 class Found(NamedTuple):
@@ -111,14 +113,17 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
             other = f"; {_way_to_largest(content)}" if _largest(content) else ""
             raise CheckpointError(f"{path} has no dict under the key {key!r:.60}{_keys_of(content)}{other}")
         found = Found(content, *chosen)
+    if found.prefix:
+        return found
+    ways = [way for way, _ in _tensor_dicts(found.state_dict)]
     # A pickle can contain a dict that contains itself: no real checkpoint has more than two layers of wrapping.
-    for _ in range(0 if found.prefix else 3):
-        values: dict[str, Any] = {name: dict.get(found.state_dict, name) for name in WRAPPERS}
-        wrapper = next((name for name, value in values.items() if any(_tensor_dicts(value))), None)
+    for level in range(3):
+        wrapper = next((name for name in WRAPPERS if any(way[level : level + 1] == (name,) for way in ways)), None)
         if wrapper is None:
             break
         _warn_of_others(path, found, wrapper)
-        found = Found(content, values[wrapper], (*found.path, wrapper))
+        found = Found(content, dict.__getitem__(found.state_dict, wrapper), (*found.path, wrapper))
+        ways = [way for way in ways if way[level : level + 1] == (wrapper,)]
     return found
 
 
@@ -163,14 +168,14 @@ def _key_as_passed(*path: str) -> str:
 def _tensor_dicts(content: object) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield the way to each dict in the content of a file that has tensors or arrays, and how many; the outer first."""
     queue: deque[tuple[tuple[str, ...], dict[Any, Any]]] = deque([((), content)] if isinstance(content, dict) else [])
-    seen = set()  # dicts of an untrusted file may contain each other
-    while queue:
+    entries = 0
+    while queue and entries < _MAX_ENTRIES:  # dicts of an untrusted file may contain each other
         path, found = queue.popleft()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
+        entries += dict.__len__(found) + 1
         if tensors := sum(isinstance(value, Tensor | IgnoredArray) for value in dict.values(found)):
             yield path, tensors
+        if len(path) == _MAX_DEPTH:
+            continue
         for key, value in dict.items(found):
             if isinstance(value, dict) and isinstance(key, str) and len(key) <= _MAX_KEY and key.isprintable():
                 queue.append(((*path, key), value))

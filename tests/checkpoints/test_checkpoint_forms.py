@@ -227,6 +227,24 @@ def test_the_key_in_a_message_leads_to_the_network(content: dict[str, Any], key:
     assert torch.equal(loaded(x), small_vgg()(x))
 
 
+def test_a_state_dict_is_found_inside_at_most_four_dicts(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": {"b": {"c": {"d": state()}}}}
+    for way_out in ("name its key, as in key='a.b.c.d'", r"save the weights as a state dict"):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=way_out):
+            load_checkpoint(tmp_path / "a.pth")
+        content = {"e": content}
+    load_checkpoint(tmp_path / "a.pth", key="e.a.b.c.d")
+
+
+def test_dicts_that_contain_each_other_many_times_are_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content |= {f"{number}": content for number in range(1000)}
+    torch.save({"state_dict": content}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="has a dict under 'state_dict', where a state dict has a tensor"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
 def test_the_key_in_a_message_is_quoted_for_the_shell(tmp_path: Path) -> None:
     torch.save({"my net": state()}, tmp_path / "a.pth")
     with messages_name_options(), pytest.raises(CheckpointError, match="as in --key 'my net';"):
