@@ -298,7 +298,9 @@ def without_prefix(
             f"it has {len(names)} networks, whose keys begin with {listed(names, _NETWORKS_SHOWN)}; choose one: "
             f"{' or '.join(choices)}"
         )
-    prefix = prefixes[0] if prefixes else _common_prefix(tensors, wanted or {}, others=others)
+    prefix = next(iter(prefixes), "")
+    if wanted is not None and not prefixes:
+        prefix = _common_prefix(tensors, wanted, others=others)
     if "" in prefixes or not prefix:
         return "", dict(tensors)
     beside = [each for each in tensors if not each.startswith(prefix) and each != AVERAGED]
@@ -345,7 +347,7 @@ def _common_prefix(tensors: Iterable[str], wanted: Container[str], *, others: bo
     while keys and not any(key.removeprefix(common) in wanted for key in keys):
         key = _with_most_common_name(keys, len(common)) if others else keys[0]
         found = _NEXT_NAME.match(key, len(common))
-        if found is None:
+        if found is None or found.end() > _MAX_KEY:
             return ""  # the names are those of another architecture
         with_prefix = [each for each in keys if each.startswith(found[0], len(common))]
         if len(with_prefix) < len(keys) and not others:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bn_insert import CheckpointError, insert_batchnorm, load_checkpoint, save_checkpoint
+from bn_insert.checkpoints.state_dict import without_prefix
 from bn_insert.errors import messages_name_options
 from support.checkpoint_forms import FORMS, outcome, state
 from support.networks import images, small_vgg
@@ -243,6 +244,13 @@ def test_dicts_that_contain_each_other_many_times_are_refused(tmp_path: Path) ->
     torch.save({"state_dict": content}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="has a dict under 'state_dict', where a state dict has a tensor"):
         load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("names", "is_removed"), [(1, True), (10, True), (1000, False)])
+def test_a_prefix_longer_than_that_of_any_file_is_left(names: int, is_removed: bool) -> None:
+    tensors = {"model." * names + "0.weight": torch.ones(1)}
+    wanted = {"0.weight": torch.ones(2)}
+    assert ("0.weight" in without_prefix(tensors, wanted)[1]) == is_removed
 
 
 def test_the_key_in_a_message_is_quoted_for_the_shell(tmp_path: Path) -> None:
