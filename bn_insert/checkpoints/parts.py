@@ -18,15 +18,17 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..support.text import listed, printable
 
-# Any name with "1 of 2" in it, unless the word before says that whole networks are counted: "fold-1-of-5.pth".
+# "model-00001-of-00002", as Hugging Face's libraries write, or "part 1 of 2". Whole networks are numbered in any other
+# way: "fold-1-of-5.pth", "epoch_30_of_90.pth", "client_1_of_10.pth".
 _PART = re.compile(
-    r"(?P<before>.*?(?<!\d))(?P<number>\d{1,9})(?P<after>[-_. ]*of[-_. ]*(?P<total>\d{1,9})(?P<rest>(\D.*)?))",
+    r"(?P<before>.*?(?:(?<![a-z])(?:part|shard)[-_. ]*|(?<!\d)(?=\d{5}-of-\d{5}(?!\d))))(?P<number>\d{1,9})"
+    r"(?P<after>[-_. ]*of[-_. ]*(?P<total>\d{1,9})(?P<rest>(\D.*)?))",
     re.IGNORECASE,
 )
-_COUNTS_NETWORKS = re.compile(r"(?<![a-z])(epoch|fold|iter|repeat|run|seed|split|step|trial)[-_. ]*$", re.IGNORECASE)
 # Hugging Face's libraries may put the precision into the name: model.safetensors.index.fp16.json.
 _INDEX = re.compile(r"(?P<whole>.+)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
-_MAX_INDEX_BYTES = 1 << 24
+_MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor that is read
+_MAX_INDICES = 16
 _MOST_ENTRIES = 10_000  # of a folder, which may have millions
 _NAMES_SHOWN = 4
 
@@ -54,8 +56,13 @@ class _Parts:
             module = "safetensors.torch"
             load, save = f"{module}.load_file(part)", f"{module}.save_file"
         first = f"put {self.missing} beside it, and " * bool(self.missing)
-        tensors = f"{{key: value for part in {self.paths} for key, value in {load}.items()}}"
-        code = f"import {self.module}, {module}; {save}({tensors}, {_quoted(self.merged)})"
+        # Whole networks that only look like parts have keys in common.
+        code = (
+            f"import {self.module}, {module}; parts = [{load} for part in {self.paths}]; "
+            "tensors = {key: value for part in parts for key, value in part.items()}; "
+            "assert len(tensors) == sum(map(len, parts)), 'the files have keys in common: they are no parts'; "
+            f"{save}(tensors, {_quoted(self.merged)})"
+        )
         return f"{first}merge the parts into one file, in Python: {code}"
 
 
@@ -79,11 +86,10 @@ def check_is_whole(path: Path, *, is_safetensors: bool) -> None:
         is_safetensors: Whether that is its format, and not that of torch.save.
     """
     for index in _indices_in(path.parent):
-        if path.name in (names := _names_in(index)) and len(names) > 1:
+        if path.name in (names := _names_in(index, path.name)) and len(names) > 1:
             way_out = _listed_parts(index, names).way_out(is_safetensors=is_safetensors)
             raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {way_out}")
-    found = _PART.fullmatch(path.name)
-    if found is None or _COUNTS_NETWORKS.search(found["before"]):
+    if (found := _PART.fullmatch(path.name)) is None:
         return
     number, total = int(found["number"]), int(found["total"])
     if total > 1 and number <= total:
@@ -95,18 +101,23 @@ def check_is_whole(path: Path, *, is_safetensors: bool) -> None:
 
 def _indices_in(folder: Path) -> list[Path]:
     with suppress(OSError), os.scandir(folder) as entries:
-        return sorted(folder / entry.name for entry in islice(entries, _MOST_ENTRIES) if _INDEX.fullmatch(entry.name))
+        names = sorted(entry.name for entry in islice(entries, _MOST_ENTRIES) if _INDEX.fullmatch(entry.name))
+        return [folder / name for name in names[:_MAX_INDICES]]
     return []
 
 
-def _names_in(index: Path) -> list[str]:
-    """Return the names of the files that an index lists; none if it is damaged or something else."""
+def _names_in(index: Path, name: str | None = None) -> list[str]:
+    """Return the names of the files that an index lists; none if it does not have a name, or is something else."""
     with suppress(OSError, ValueError, RecursionError):
         if index.is_file() and index.stat().st_size <= _MAX_INDEX_BYTES:
-            document = json.loads(index.read_bytes())
+            text = index.read_bytes()
+            # Those of other checkpoints in the folder are not worth parsing.
+            if name and not any(json.dumps(name, ensure_ascii=each).encode() in text for each in (True, False)):
+                return []
+            document = json.loads(text)
             files = document.get("weight_map") if isinstance(document, dict) else None
             if isinstance(files, dict):
-                return sorted({name for name in files.values() if isinstance(name, str)})
+                return sorted({each for each in files.values() if isinstance(each, str)})
     return []
 
 

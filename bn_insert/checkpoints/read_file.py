@@ -77,7 +77,6 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
     with _open(path) as file:
         check_is_no_index(path)
         kind = _file_kind(path, file)
-        check_is_whole(path, is_safetensors=kind == "safetensors")
         try:
             if kind == "safetensors":
                 content, text = _read_safetensors(file)
@@ -100,6 +99,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         settings = None if text is None else _parsed(path, text, place)
         if settings is None and kind == "torch" and (settings := read_sidecar(file)) is not None:
             place = str(sidecar_path(real_path(path)))
+        if settings is None:  # save_checkpoint writes whole networks
+            check_is_whole(path, is_safetensors=kind == "safetensors")
     if prefix := found.prefix:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         settings = settings and settings.of_part(prefix)

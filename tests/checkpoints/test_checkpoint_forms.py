@@ -1,5 +1,6 @@
 """The forms in which people have their checkpoints are read, or named with a way out."""
 
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -137,28 +138,32 @@ def test_the_code_in_a_message_makes_one_file_of_parts(
 
 @pytest.mark.parametrize("folder", ["[a]", "it's", "a b"])
 def test_the_code_that_merges_parts_finds_them_in_any_folder_and_no_others(folder: str, tmp_path: Path) -> None:
-    path = tmp_path / folder / "model[a]-1-of-2.safetensors"
+    path = tmp_path / folder / "model[a]-part-1-of-2.safetensors"
     path.parent.mkdir()
     FORMS["part 1 of 2, short numbers"].write(path)
-    for other in ("model[a]-1-of-3.safetensors", "model[a]-old-1-of-2.safetensors", "modela-1-of-2.safetensors"):
-        path.with_name(other).write_text("not read")
+    for other in ("model[a]-part-1-of-3", "model[a]-old-part-1-of-2", "modela-part-1-of-2"):
+        path.with_name(f"{other}.safetensors").write_text("not read")
     with pytest.raises(CheckpointError, match="is part 1 of 2 of a checkpoint") as refusal:
         load_checkpoint(path)
     exec(str(refusal.value).partition(", in Python: ")[2], {})
-    assert load_checkpoint(path.with_name("model[a]-merged.safetensors")).state_dict().keys() == state().keys()
+    assert load_checkpoint(path.with_name("model[a]-part-merged.safetensors")).state_dict().keys() == state().keys()
+
+
+def test_the_code_that_merges_parts_refuses_whole_networks(tmp_path: Path) -> None:
+    for number in (1, 2):
+        torch.save(state(), tmp_path / f"shard-{number}-of-2.pth")
+    with pytest.raises(CheckpointError, match="is part 1 of 2 of a checkpoint") as refusal:
+        load_checkpoint(tmp_path / "shard-1-of-2.pth")
+    with pytest.raises(AssertionError, match="the files have keys in common: they are no parts"):
+        exec(str(refusal.value).partition(", in Python: ")[2], {})
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "model_01_of_02.pth",
-            "model.00001-of-00002.ckpt",
-            "00001-of-00002.bin",
-            "model-00001-of-00002",
-            "part1of2.pt",
-        ),
-        *("model-00000-of-00002.pth", "epochs-1-of-2.pth", "unfold-1-of-2.pth"),
+        *("model.00001-of-00002.ckpt", "00001-of-00002.bin", "PYTORCH_MODEL-00001-OF-00002", "a-00000-of-00002.pth"),
+        *("part1of2.pt", "model_part_01_of_02.pth", "vgg16.Shard-1-of-2.bin", "Model Part 1 of 2.pth"),
     ],
 )
 def test_a_part_alone_is_never_taken_for_a_shorter_network(name: str, tmp_path: Path) -> None:
@@ -169,11 +174,42 @@ def test_a_part_alone_is_never_taken_for_a_shorter_network(name: str, tmp_path: 
 
 @pytest.mark.parametrize(
     "name",
-    ["epoch_3_of_10.pth", "vgg-fold1of5.pth", "run 2 of 3.pth", "best-of-5.pth", "model-7-of-5.pth", "v1-of-1.pth"],
+    [
+        *("epoch_3_of_10.pth", "vgg-fold1of5.pth", "run 2 of 3.pth", "best-of-5.pth", "model-7-of-5.pth"),
+        *("v1-of-1.pth", "kfold-1-of-5.pth", "client_1_of_10.pth", "ckpt_30of90.pth", "iteration_500_of_1000.pth"),
+        *("epochs_30_of_90.pth", "vgg16_of_20_classes.pth", "cifar10of100.pth", "vgg-1-of-2.pth", "10-of-10.pth"),
+        *("department_1_of_3.pth", "part-1-of-1.pth", "step-000500-of-001000.pth", "model-00003-of-00002.pth"),
+    ],
 )
 def test_a_whole_network_that_is_counted_among_others_is_read(name: str, tmp_path: Path) -> None:
     torch.save(state(), tmp_path / name)
     load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["part-1-of-2.pth", "vgg-00001-of-00002.safetensors"])
+def test_what_bn_insert_saved_is_whole_under_any_name(name: str, tmp_path: Path) -> None:
+    save_checkpoint(small_vgg(), tmp_path / name)
+    load_checkpoint(tmp_path / name)
+
+
+def test_only_an_index_that_has_the_name_of_the_file_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    monkeypatch.setattr("bn_insert.checkpoints.parts.json.loads", parsed.append)
+    for name in ("vgg.pth", "größe.pth"):
+        torch.save(state(), tmp_path / name)
+    texts = [json.dumps({"weight_map": {"a": name}}) for name in ("other.pth", "größe.pth")]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.pth.index.json").write_text(text)
+    for name in ("vgg.pth", "größe.pth"):
+        load_checkpoint(tmp_path / name)
+    assert parsed == [texts[1].encode()]
+
+
+def test_an_index_that_is_too_large_is_passed_over(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "vgg.pth")
+    text = json.dumps({"weight_map": {"a": "vgg.pth", "b": "other.pth"}})
+    (tmp_path / "vgg.pth.index.json").write_text(text + " " * (1 << 22))
+    load_checkpoint(tmp_path / "vgg.pth")
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ FORMS: Mapping[str, Form] = {
     "part 1 of 2, with index": Form(_in_parts("model.safetensors.index.json"), "model-00001-of-00002.safetensors"),
     "part 1 of 2, torch": Form(_in_parts(), "pytorch_model-00001-of-00002.bin"),
     "part 1 of 2, the other absent": Form(_in_parts(absent=True), "model-00001-of-00002.safetensors"),
-    "part 1 of 2, short numbers": Form(_in_parts(), "model-1-of-2.safetensors"),
+    "part 1 of 2, short numbers": Form(_in_parts(), "model-part-1-of-2.safetensors"),
     "part 1 of 2, upper case": Form(_in_parts(), "MODEL-00001-OF-00002.SAFETENSORS"),
     "part 1 of 2, precision in the name": Form(_in_parts(), "model-00001-of-00002.fp16.safetensors"),
     "part 1 of 2, precision in the names, with index": Form(
