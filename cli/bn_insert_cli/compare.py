@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from bn_insert.errors import UnneededKeyError
+from bn_insert.errors import CheckpointError, UnneededKeyError
 
 from . import shared_options as opt
 from .console import image_progress, print_json, print_result, print_table
@@ -21,6 +22,7 @@ from .inputs import (
     open_device,
     print_assumptions,
     print_preprocessing,
+    read_named_checkpoint,
 )
 from .output_checks import CHECK_FAILED
 from .tables import comparison_table
@@ -137,6 +139,12 @@ def _open(
         if not optional:
             raise
         return open_checkpoint(checkpoint, options, function, ignore_unexpected=ignore_unexpected), False
+    except CheckpointError:
+        # In a state dict, the key may be an attribute of the network rather than one of several networks.
+        with suppress(CheckpointError):
+            if optional and not read_named_checkpoint(checkpoint, function).key:
+                return open_checkpoint(checkpoint, options, function, ignore_unexpected=ignore_unexpected), False
+        raise
     return opened, key is not None
 
 

@@ -61,27 +61,33 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.model(x)
+
+
+class NetWithHead(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.model(x))
 """
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_a_key_that_is_an_attribute_of_the_network_as_well_is_needed_where_a_dict_has_it(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+@pytest.mark.parametrize("function", ["Net", "NetWithHead"])
+def test_compare_tells_a_key_from_an_attribute_of_the_network(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     Path("nets_with_a_model.py").write_text(NET_WITH_A_MODEL)
-    state = make_network("nets_with_a_model:Net").state_dict()
-    torch.save({"model": state} if wrapped else state, "net.pth")
+    options = ("--model", f"nets_with_a_model:{function}", "--key", "model")
+    torch.save({"model": make_network(options[1]).state_dict()}, "net.pth")
     torch.save(torch.rand(8, 3, 8, 8), "x.pt")
-    model = ("--model", "nets_with_a_model:Net")
-    key = ("--key", "model")
-    inserted = run("insert", "net.pth", "x.pt", "-o", "out.pth", *model, *key)
-    if wrapped:
-        assert inserted.exit_code == 0, inserted.output
-        compared = run("compare", "net.pth", "out.pth", "x.pt", *model, *key)
+    inserted = run("insert", "net.pth", "x.pt", "-o", "out.pth", *options)
+    assert inserted.exit_code == 0, inserted.output
+    for files in (("net.pth", "out.pth"), ("out.pth", "net.pth")):
+        compared = run("compare", *files, "x.pt", *options)
         assert compared.exit_code == 0, compared.output
-    else:
-        assert_refused(inserted, "net.pth is a state dict itself; leave out --key")
+    assert_refused(run("compare", "out.pth", "out.pth", "x.pt", *options), "error: out.pth")
 
 
 def test_compare_takes_the_preprocessing_of_a_where_b_stores_none(run: Run, digits: Path) -> None:
