@@ -289,7 +289,10 @@ def without_prefix(
         ('module._orig_mod.', ['features.0.weight'])
     """
     if not any(_WRAPPED_SECTION.search(each) for each in wanted or ()):
-        tensors = {_WRAPPED_SECTION.sub(r"\1\2.", each): tensor for each, tensor in tensors.items()}
+        plain = {_WRAPPED_SECTION.sub(r"\1\2.", each): tensor for each, tensor in tensors.items()}
+        tensors = (
+            plain if len(plain) == len(tensors) else tensors
+        )  # of two keys that become one, neither is the right one
     prefixes = _prefixes_of_vggs(tensors) if wanted is None else _prefixes_that_fit(tensors, wanted)
     if len(prefixes) > 1 and "" not in prefixes:
         names = [each[:_MAX_KEY] for each in prefixes]

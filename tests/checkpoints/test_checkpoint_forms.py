@@ -412,3 +412,11 @@ def test_harmless_objects_beside_the_weights_are_not_made(tmp_path: Path) -> Non
 
     torch.save({"model": state(), "args": Recorded()}, tmp_path / "a.pth")
     load_checkpoint(tmp_path / "a.pth")  # PosixPath itself would raise a TypeError
+
+
+def test_two_keys_that_would_become_one_are_refused(tmp_path: Path) -> None:
+    tensors = small_vgg().state_dict()
+    tensors["features.module.0.weight"] = torch.zeros_like(tensors["features.0.weight"])
+    torch.save(tensors, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match="features.module.0.weight"):
+        load_checkpoint(tmp_path / "net.pth")
