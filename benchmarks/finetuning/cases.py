@@ -121,7 +121,14 @@ def cifar_folded(places: Places) -> nn.Module:
 
 def cifar_vgg_new_output(places: Places) -> nn.Module:
     """Return the CIFAR network with a new output layer."""
-    network = load_checkpoint(places.cifar_vgg)
+    network = cifar_vgg(places)
+    replace_output(network, 10)
+    return network
+
+
+def cifar_folded_new_output(places: Places) -> nn.Module:
+    """Return the CIFAR network that was trained with BatchNorm, which is folded, with a new output layer."""
+    network = cifar_folded(places)
     replace_output(network, 10)
     return network
 
@@ -240,7 +247,9 @@ CASES = {
     ),
     "wrong scale": replace(
         _SMALL_PHOTOGRAPHS,
-        title="CIFAR network, new output layer, photographs of clothing, 32 px, pixels in 0..1 instead of -2..2",
+        title="CIFAR network whose own BatchNorm is folded, new output layer, photographs of clothing, 32 px, pixels in "
+        "0..1 instead of -2..2",
+        load=cifar_folded_new_output,
         preprocess=unit_range,
         methods=(*PLAIN, "fresh", "identity", "identity AdamW", *FITTED),
     ),
