@@ -247,8 +247,8 @@ CASES = {
     ),
     "wrong scale": replace(
         _SMALL_PHOTOGRAPHS,
-        title="CIFAR network whose own BatchNorm is folded, new output layer, photographs of clothing, 32 px, pixels in "
-        "0..1 instead of -2..2",
+        title="CIFAR network whose own BatchNorm is folded, new output layer, 2,848 photographs of clothing, 32 px, "
+        "pixels in 0..1 instead of -2..2",
         load=cifar_folded_new_output,
         preprocess=unit_range,
         methods=(*PLAIN, "fresh", "identity", "identity AdamW", *FITTED),
