@@ -232,8 +232,11 @@ def adapt_inserted(
     changed = any(not _same_statistics(norms[name], norm) for name, norm in with_statistics(found.model).items())
     if insertion is None or keep_batchnorm:
         return Adaptation(found.model, found.model, insertion, (), shifts, found.images, changed)
-    folds = fold(found.model, peek.example, names=set(layer_of))
-    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images, changed)
+    try:
+        folds = fold(found.model, peek.example, names=set(layer_of))
+    except GraphError as error:
+        raise _unless_kept(error) from error
+    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images, changed, folds.untied)
 
 
 def adapt_statistics(
@@ -336,8 +339,13 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
     with preserved_random_state():
         peek = peeked(model, source, "adapt_statistics")
     if obstacle := Trace.of(model, peek.example).obstacle:
-        raise GraphError(f"{obstacle}. Or keep the BatchNorms ({as_passed('keep_batchnorm', True)})")
+        raise _unless_kept(obstacle)
     return peek.batches
+
+
+def _unless_kept(obstacle: object) -> GraphError:
+    """Return the error for what prevents folding alone."""
+    return GraphError(f"{obstacle}. Or keep the BatchNorms ({as_passed('keep_batchnorm', True)})")
 
 
 def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> GraphError | CalibrationError:

@@ -6,9 +6,12 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import GraphError, as_passed
 from ..graph.layers import layer_kind
@@ -105,11 +108,11 @@ def _fold(trace: Trace, layers: Mapping[fx.Node, str], name: str, calls: Sequenc
             _check_not_overwritten(trace, calls)
             return Fold(name, affine, in_sequence, downstream=_layers_downstream(trace, layers, calls, affine))
         except _NotExactError as downstream:
-            raise _NotExactError(
-                f"neither into the layer upstream ({upstream}) nor into the layers downstream ({downstream}). Leave "
-                "the model unfolded, or insert BatchNorm with "
-                f"{as_passed('placement', 'before_activation', '--placement before-activation')}"
-            ) from None
+            reasons = f"neither into the layer upstream ({upstream}) nor into the layers downstream ({downstream})"
+            if any(_source(call) not in layers for call in calls):
+                placement = as_passed("placement", "before_activation", "--placement before-activation")
+                reasons += f"; insert BatchNorm with {placement}"
+            raise _NotExactError(reasons) from None
 
 
 def _layers_upstream(
@@ -166,15 +169,31 @@ def _checked(trace: Trace, layers: Mapping[fx.Node, str], found: Sequence[fx.Nod
         if not set(nodes) <= set(found):
             raise _NotExactError(f"{_described(trace, nodes[0])} is also called elsewhere")
         weight = cast(fx.Node, argument(nodes[0], "weight"))
-        computed = [each for each in ("weight", "bias") if each not in trace.modules[name]._parameters]
+        module = trace.modules[name]
+        computed = [each for each in ("weight", "bias") if each not in module._parameters]
         if weight.op != "placeholder" or computed:
-            raise _NotExactError(
-                f"the {(computed or ['weight'])[0]} of {_described(trace, nodes[0])} is computed (weight_norm, a "
-                "parametrization); make it a plain parameter first"
-            )
+            parameter = (computed or ["weight"])[0]
+            way = _way_to_parameter(module, parameter)
+            raise _NotExactError(f"the {parameter} of {_described(trace, nodes[0])} is {way}")
         if not all(user in layers for user in weight.users):
             raise _NotExactError(f"the weight of {_described(trace, nodes[0])} is also used elsewhere")
     return names
+
+
+def _way_to_parameter(layer: nn.Module, name: str) -> str:
+    """Return what the weight or bias of a layer is instead of a parameter, and how to make it one."""
+    if is_parametrized(layer, name):
+        steps = cast(ParametrizationList, cast(nn.ModuleDict, layer.parametrizations)[name])
+        kinds = ", ".join(type(step).__name__.lstrip("_") for step in steps)
+        remove = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+        return f"computed by the parametrization {kinds}; remove it first, with {remove}"
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm) and hook.name == name:
+            kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+            return f"computed by {kind}; remove it first, with torch.nn.utils.remove_{kind}(layer)"
+    if name in layer._buffers:
+        return "a buffer; make it an nn.Parameter first"
+    return f"computed by {type(layer).__name__}; replace it by a plain layer with the computed {name} first"
 
 
 def _check_not_overwritten(trace: Trace, calls: Sequence[fx.Node]) -> None:

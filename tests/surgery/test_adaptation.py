@@ -237,3 +237,9 @@ def test_a_forward_that_depends_on_values_is_refused_before_the_first_pass_unles
     assert seen == []
     adapt(DependsOnValues(), iter(x.split(8)), x.split(8), keep_batchnorm=True, progress=seen.append)
     assert seen == [8, 16, 24, 32]
+
+
+def test_a_layer_that_cannot_be_folded_into_is_refused_with_the_way_to_keep_its_batchnorm() -> None:
+    model = sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    with pytest.raises(GraphError, match=r"the parametrization WeightNorm.* Or keep .*\(keep_batchnorm=True\)"):
+        adapt(model, [source()], [shifted(source())], include_output=True)

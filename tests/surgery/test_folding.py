@@ -496,11 +496,51 @@ def test_a_layer_whose_calls_lead_to_different_batchnorms_is_refused() -> None:
     assert "conv 0 is also called elsewhere" in refusal(model, images(1, 12, channels=4))
 
 
-def test_a_computed_weight_is_refused() -> None:
-    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
-    assert "the weight of conv 0 is computed" in refusal(
-        fine_tuned(nn.Sequential(conv, nn.BatchNorm2d(8))), images(1, 12)
-    )
+class StandardizedConv(nn.Conv2d):
+    """Standardizes its weight in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias)
+
+
+def conv_with_buffer() -> nn.Conv2d:
+    conv = nn.Conv2d(3, 8, 3)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.register_buffer("weight", weight)
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+            "computed by the parametrization WeightNorm; remove it first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+        ),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 8, 3)), "computed by the parametrization Orthog"),
+        (
+            lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)),
+            "computed by spectral_norm; remove it first, with torch.nn.utils.remove_spectral_norm(layer)",
+        ),
+        (
+            lambda: nn.utils.weight_norm(nn.Conv2d(3, 8, 3)),
+            "computed by weight_norm; remove it first, with torch.nn.utils.remove_weight_norm(layer)",
+        ),
+        (lambda: StandardizedConv(3, 8, 3), "computed by StandardizedConv; replace it by a plain layer"),
+        (conv_with_buffer, "a buffer; make it an nn.Parameter first"),
+    ],
+    ids=["weight_norm", "orthogonal", "old spectral_norm", "old weight_norm", "own class", "buffer"],
+)
+def test_for_a_weight_that_is_no_parameter_the_refusal_says_what_it_is_and_how_to_make_it_one(
+    make: Callable[[], nn.Module], words: str
+) -> None:
+    message = refusal(fine_tuned(nn.Sequential(make(), nn.BatchNorm2d(8))), images(1, 12))
+    assert f"the weight of conv 0 is {words}" in message
+    assert "placement" not in message, "it is before any activation"
 
 
 def test_a_weight_that_a_forward_also_uses_by_itself_is_refused() -> None:
