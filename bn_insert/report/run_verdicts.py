@@ -30,8 +30,8 @@ def run_health(
         epochs: The metrics of each completed epoch.
         settings: The training settings.
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
-            `output_replaced`, whether the run began with a new output layer. What depends on a missing one is not
-            checked.
+            `output_replaced`, whether the run began with a new output layer; `output_kind`, "dense" or "conv". What
+            depends on a missing one is not checked.
         output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
     """
     if not epochs:
@@ -39,7 +39,7 @@ def run_health(
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
-    lower_rate = lower_rate_advice(settings, new_output=new_output)
+    lower_rate = lower_rate_advice(settings, new_head=new_output and data.get("output_kind") != "conv")
     if not new_output and settings.get("fit_output") is False:
         fit = as_passed("fit_output", False, "--no-fit-output")
         lower_rate += f" If the checkpoint was trained on other classes, leave out {fit}."
@@ -50,18 +50,19 @@ def run_health(
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
-def lower_rate_advice(settings: Mapping[str, Any], *, new_output: bool, others: Sequence[str] = ()) -> str:
+def lower_rate_advice(settings: Mapping[str, Any], *, new_head: bool, others: Sequence[str] = ()) -> str:
     """Return what to try after a run whose learning rate was too high, as a sentence.
 
     Args:
         settings: The training settings.
-        new_output: Whether the run began with a new or fitted output layer on the pretrained dense layers.
+        new_head: Whether a new head might help: the run began with a new or fitted output layer on the pretrained dense
+            layers.
         others: What else might help, as phrases.
     """
     rate, lower = settings.get("lr"), f"a lower learning rate ({as_passed('lr')})"
     if isinstance(rate, float):
         lower = f"a third of this learning rate ({as_passed('lr', float(f'{rate / 3:.2g}'))})"
-    head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if new_output else []
+    head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if new_head else []
     *ways, last = [lower, *head, *others]
     return f"Try {', '.join(ways)} or {last}." if ways else f"Try {last}."
 
@@ -124,7 +125,7 @@ def _loss(
     guess = f"{guessing:.3f} = ln({classes}), the loss of guessing"
     if lowest > guessing:
         way_out = f"Train for more epochs ({more_epochs})." if falling else lower_rate
-        text = f"The validation loss, {lowest:.3f} at its lowest, is above {guess}. {way_out}"
+        text = f"The validation loss, {lowest:.3f} at its lowest, is no lower than {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:
         text = (

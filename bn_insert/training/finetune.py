@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError, as_passed
 from ..graph.copies import check_module
+from ..graph.layers import layer_kind
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
@@ -21,6 +22,7 @@ from ..statistics.passes import preserved_random_state
 from ..support.arguments import usable_device
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
+from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .dropout import set_dropout
 from .loop import TrainingLoop
@@ -169,7 +171,9 @@ def finetune(
         new_output = replaces_output(model, settings, len(images.classes))
         facts = {
             **(facts or {}),
-            **run_facts(summary, images, ranks, output_replaced=new_output),
+            **run_facts(
+                summary, images, ranks, output_replaced=new_output, output_kind=layer_kind(output_layer(network)[1])
+            ),
         }
         progress = Progress()
         if state:
@@ -295,8 +299,9 @@ def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Prog
         return "Check the preprocessing and the weights of the network."
     others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
     others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
-    new = facts["data"]["output_replaced"] or bool(progress.fit and progress.fit.fitted)
-    return lower_rate_advice(asdict(settings), new_output=new, others=others)
+    data = facts["data"]
+    new_output = data["output_replaced"] or bool(progress.fit and progress.fit.fitted)
+    return lower_rate_advice(asdict(settings), new_head=new_output and data["output_kind"] != "conv", others=others)
 
 
 def _example(images: ClassFolders) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoints.save import stage_checkpoint
 from ..errors import CheckpointError, TrainingError
+from ..graph.layers import Kind
 from ..images.class_folders import ClassFolders
 from ..report import choice_text, output_fit_text, preprocessing_text, read_run, run_report, write_report
 from ..support.files import stage_file, staging_folder
@@ -87,7 +88,9 @@ def _checkpoints_at(progress: Progress) -> list[str]:
     return [LAST] * at_end + [BEST] * progress.just_improved
 
 
-def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool) -> dict[str, Any]:
+def run_facts(
+    summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output_replaced: bool, output_kind: Kind | None
+) -> dict[str, Any]:
     """Return what the report shows about a run besides settings and epochs.
 
     Args:
@@ -95,6 +98,7 @@ def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output
         images: Its images.
         ranks: Its processes.
         output_replaced: Whether it begins with a new output layer on the model's other layers.
+        output_kind: Kind of its output layer.
     """
     return {
         "data": {
@@ -105,6 +109,7 @@ def run_facts(summary: RunSummary, images: ClassFolders, ranks: Ranks, *, output
             "largest_class": max(Counter(image.label for image in images.val).values()) / len(images.val),
             "preprocessing": images.transform.to_dict(),
             "output_replaced": output_replaced,
+            "output_kind": output_kind,
         },
         "batchnorms": summary.batchnorms,
         "parameters": summary.parameters,

@@ -128,9 +128,10 @@ def _output(model: nn.Module, network: nn.Module, settings: TrainingSettings, cl
         replaced += ", and the BatchNorm behind it removed"
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:
+        new_head = f", or use a new head ({as_passed('head', 512)})" if isinstance(layer, nn.Linear) else ""
         replaced += (
-            f"; its inputs are large (about {size:.2g}), which makes training difficult: check the preprocessing, or "
-            f"use a new head ({as_passed('head', 512)})"
+            f"; its inputs are large (about {size:.2g}), which makes training difficult: check the preprocessing"
+            f"{new_head}"
         )
     return replaced
 

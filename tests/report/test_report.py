@@ -469,7 +469,7 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
             (1.9, 1.5, 1.5),
             (0.6, 0.7, 0.7),
             "bad",
-            "1.500 at its lowest, is above 1.386 = ln(4), the loss of guessing. "
+            "1.500 at its lowest, is no lower than 1.386 = ln(4), the loss of guessing. "
             "Try a third of this learning rate (lr=0",
         ),
         ((3.0, 2.0, 1.5), (0.6, 0.7, 0.7), "bad", "the loss of guessing. Train for more epochs"),
@@ -526,6 +526,8 @@ def test_after_a_failed_run_a_rate_is_named_and_a_new_head_where_the_output_laye
         (replaced,) = run_health(found, settings, {"classes": 4, "output_replaced": True})
     advice = "Try a third of this learning rate (--lr 0.0033) or a new head with BatchNorm (--head 512)."
     assert replaced.text.endswith(advice)
+    (conv,) = run_health(found, settings, {"classes": 4, "output_replaced": True, "output_kind": "conv"})
+    assert conv.text == kept.text, "a new head takes the place of dense layers"
     (unknown,) = run_health(found, {"epochs": 2}, {"classes": 4})
     assert unknown.text.endswith("Try a lower learning rate (lr).")
 
@@ -554,6 +556,11 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     found = epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8))
     assert run_health(found, {"epochs": 9, "patience": 1}, {})[0].state == "good"
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
+
+
+def test_a_loss_a_little_above_guessing_is_not_called_above_an_equal_number() -> None:
+    (verdict,) = run_health(epochs((math.log(3) + 1e-5,), (0.6,)), {"epochs": 1}, {"classes": 3})
+    assert "1.099 at its lowest, is no lower than 1.099 = ln(3)" in verdict.text
 
 
 def test_a_loss_above_guessing_with_a_kept_output_layer_that_was_not_fitted_names_the_option() -> None:

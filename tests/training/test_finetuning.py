@@ -487,6 +487,18 @@ def test_large_inputs_of_a_new_output_layer_are_noted(
     assert run["data"]["output_replaced"], "for the advice after a failed run"
 
 
+def test_a_new_head_is_not_advised_where_the_output_layer_is_a_conv(digits: ClassFolders, tmp_path: Path) -> None:
+    body = [nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*body, nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(model[1].weight, 30.0)
+    told: list[RunSummary] = []
+    run = finetune(model, digits, tmp_path, replace(BRIEF, epochs=1, lr=30.0), on_start=told.append)
+    texts = [told[0].output, *(verdict.text for verdict in run.health)]
+    assert "large (about 30), which makes training difficult: check the preprocessing" in texts[0]
+    assert any("Try " in text for text in texts)
+    assert [text for text in texts if "head" in text] == []
+
+
 def test_other_classes_get_a_new_output_layer(network: nn.Module, tmp_path: Path) -> None:
     four = open_digits(copy_labelled_digits(tmp_path / "four", train=6, classes=4))
     finetune(network, four, tmp_path / "run", BRIEF)
