@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError, as_passed
+from ..graph.copies import deep_copy
 from ..graph.inputs import reference_tensor
 from ..support.files import StrPath
 from ..support.text import counted, listed, printable
@@ -173,7 +173,7 @@ def _built(model: Architecture) -> nn.Module:
             f"model is a {type(model).__name__}; pass a module with the architecture of the checkpoint, or a function "
             "that builds one"
         )
-    built = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    built = model if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
         raise CheckpointError(
             f"model must be a module or a function that returns one, and returned a {type(built).__name__}"
@@ -182,7 +182,7 @@ def _built(model: Architecture) -> nn.Module:
         raise CheckpointError("the model passed is on the meta device, which has no memory; build it on the CPU")
     if any(is_lazy(value) for value in (*built.parameters(), *built.buffers())):
         raise CheckpointError("the model passed has lazy layers, whose shapes are not known; call it once on an input")
-    return built
+    return deep_copy(built) if built is model else built
 
 
 def _check_needs_no_function(history: History) -> None:
@@ -206,7 +206,7 @@ def _filled(
     history = checkpoint.settings.history if checkpoint.settings else History()
     stripped = partial(without_prefix, checkpoint.tensors, others=ignore_unexpected, key=checkpoint.key)
     prefix, named = stripped(network.state_dict())
-    if history.changes and not _has_all_of(network, named):
+    if history.changes and (not _has_all_of(network, named) or (history.unties and _differing(network, named))):
         changes = history.changes
         own = History.of(network).changes  # made by the function itself, which may fold, for example
         remaining = changes[len(own) :] if changes[: len(own)] == own else changes
@@ -225,6 +225,11 @@ def _filled(
     absent = [f"{key} is not in the file" for key in without_memory if key not in named]
     _check_fit(described, absent + _misfits(network, named))  # before memory is allocated: the file may claim any size
     _give_memory(network, device)
+    if pair := _differing(network, named):
+        raise CheckpointError(
+            f"{' and '.join(pair)} are one parameter of {described}, and differ in the file; pass an architecture "
+            "whose layers do not share it"
+        )
     missing, unexpected = _load(network, named, described)
     mismatches = [f"{key} is not in the file" for key in missing]
     if not ignore_unexpected:
@@ -233,6 +238,17 @@ def _filled(
     ignoring = as_passed("ignore_unexpected", True)
     _check_fit(described, mismatches, f"or leave these tensors out ({ignoring})" if unexpected_alone else "")
     return network, changes, prefix, unexpected
+
+
+def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return two keys of one parameter of a network whose tensors differ: only one of them could be loaded."""
+    first: dict[int, str] = {}
+    for key, parameter in network.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), key)
+        there = other != key and {key, other} <= tensors.keys()
+        if there and not torch.allclose(tensors[key], tensors[other], rtol=0, atol=0, equal_nan=True):
+            return other, key
+    return None
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], described: str) -> tuple[list[str], list[str]]:

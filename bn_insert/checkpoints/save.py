@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def stage_checkpoint(
             f"cannot write {path}: transform is a {type(transform).__name__}, not a dict; pass "
             "bn_insert.images.Transform(...).to_dict()"
         )
+    if isinstance(classes, str) or not isinstance(classes, Collection):
+        raise CheckpointError(
+            f"cannot write {path}: classes is {classes!r:.40}; pass a list with the name of each class"
+        )
     try:
         state_dict = _state_dict(network)
         settings = Settings.of(network, transform, classes)
@@ -138,6 +143,8 @@ def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[Str
         inputs: Files that the work reads. If the path leads to one of them, also through a link, it is refused even
             with `overwrite`.
     """
+    if not isinstance(path, str | PathLike):
+        raise CheckpointError(f"the path is {path!r:.40}; pass the name of a file that ends in {', '.join(_SUFFIXES)}")
     if _suffix(path) not in _SUFFIXES:
         raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {', '.join(_SUFFIXES)}")
     check_writable(path, overwrite=overwrite, inputs=inputs)

@@ -264,7 +264,7 @@ def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> F
 
 
 def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
-    labels = labels_in(list(batch.value.values()) if isinstance(batch.value, Mapping) else batch.value, batch)
+    labels = labels_in(batch)
     if labels is None:
         raise CalibrationError(
             f"{batch} has no labels; pass a tuple (images, labels), where labels is an integer tensor with the index "
@@ -275,15 +275,20 @@ def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
     return labels
 
 
-def labels_in(values: object, batch: Batch) -> Int64[Tensor, " images"] | None:
-    """Return the labels of a batch on the CPU, or None unless the second of its values is one integer per image.
-
-    Args:
-        values: What may be a tuple or list.
-        batch: The batch that they are of.
-    """
-    labels = values[1] if isinstance(values, tuple | list) and len(values) > 1 else None
-    if not isinstance(labels, Tensor) or labels.shape != (len(batch.inputs),):
+def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
+    """Return the labels of a batch on the CPU, or None unless one integer per image follows the network's inputs."""
+    value, inputs = batch.value, batch.inputs
+    others: Sequence[Any] = ()
+    if isinstance(value, Mapping):
+        inputs_named = set(inputs.kwargs) or {next(iter(value))}
+        takes_dict = any(isinstance(each, Mapping) for each in inputs.args)
+        others = () if takes_dict else [each for name, each in value.items() if name not in inputs_named]
+    elif isinstance(value, tuple | list):
+        # The inputs may be in a tuple of their own, or the first values.
+        in_own = isinstance(value[0], tuple | list | Mapping)
+        others = value[1 if in_own else len(inputs.args) + len(inputs.kwargs) :]
+    labels = next(iter(others), None)
+    if not isinstance(labels, Tensor) or labels.shape != (len(inputs),):
         return None
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     return labels.cpu().long() if whole else None

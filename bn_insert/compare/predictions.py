@@ -109,7 +109,7 @@ def compare_predictions(
             inputs = Inputs.of(batch.value, batch.number, network)
             with failures_named(f"the {role} ({type(network).__name__})", batch):
                 logits.append(next(leaf for leaf in tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)))
-        totals.add(logits[0].cpu().double(), logits[-1].cpu().double(), labels_in(batch.value, batch))
+        totals.add(logits[0].cpu().double(), logits[-1].cpu().double(), labels_in(batch))
 
     images = for_each_batch(original, batches, run, progress=progress)
     if images == 0:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import GraphError
@@ -84,6 +85,9 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
         GraphError: The model is not a module that can be copied.
         CalibrationError: This machine has no such device.
     """
+    check_module(model)
+    if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        raise GraphError(f"{type(model).__name__} has lazy layers, whose shapes are not known; call it once on a batch")
     place = None if device is None else usable_device(device)
     network = shared_copy(model, place).eval()
     return network if place is None else network.to(place)

@@ -19,6 +19,7 @@ from ..errors import GraphError, as_passed
 from ..support.arguments import as_tuple
 from ..support.schema import Count, Extent
 from ..support.text import listed
+from .copies import unwrapped
 from .layers import Kind, layer_kind
 from .operator_rules import Role, has_role, is_layer
 from .trace import Trace
@@ -210,10 +211,20 @@ class SiteOptions:
         return cls(kinds, include_output, patterns, placement)
 
 
-def check_sites(sites: Iterable[Site]) -> None:
-    """Raise GraphError for what callers pass in place of sites."""
+def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise GraphError for what callers pass in place of sites of a model."""
+    if isinstance(sites, Site):
+        raise GraphError(f"sites is one Site, of the layer {sites.name}; pass a list of sites")
     if others := [site for site in as_tuple(sites) if not isinstance(site, Site)]:
         raise GraphError(f"sites has {others[0]!r:.60}; pass the sites that find_sites(model, batch) returns")
+    model = unwrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in sites:
+        if site.anchor not in modules or site.name not in modules or layer_kind(modules[site.name]) != site.kind:
+            raise GraphError(
+                f"{type(model).__name__} has no {site.kind} layer {site.name}, for which there is a site; pass the "
+                "sites that find_sites returns for this model"
+            )
 
 
 def layers_in(trace: Trace, options: SiteOptions) -> list[Layer]:

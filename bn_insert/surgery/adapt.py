@@ -92,6 +92,9 @@ class Adaptation(Generic[AnyModule]):
         target_images: Number of images of the target, over all processes.
         changed: Whether any statistics of the adapted copy differ from those of the source. With very few images and
             `shrink`, all differences may be such as chance causes.
+        left: Qualified names, in `with_batchnorm`, of inserted BatchNorms that belong to no layer they could be folded
+            into, and stay.
+        untied: As in `FoldResult`.
     """
 
     model: AnyModule = field(repr=False)
@@ -101,6 +104,8 @@ class Adaptation(Generic[AnyModule]):
     shifts: tuple[StatisticsShift, ...] = field(repr=False)
     target_images: int
     changed: bool = field(repr=False)
+    left: tuple[str, ...] = field(default=(), repr=False)
+    untied: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def source_images(self) -> int:
@@ -236,7 +241,10 @@ def adapt_inserted(
         folds = fold(found.model, peek.example, names=set(layer_of))
     except GraphError as error:
         raise _unless_kept(error) from error
-    return Adaptation(folds.model, found.model, insertion, folds.folded, shifts, found.images, changed, folds.untied)
+    left = tuple(name for name in folds.left if name in layer_of)
+    return Adaptation(
+        folds.model, found.model, insertion, folds.folded, shifts, found.images, changed, left, folds.untied
+    )
 
 
 def adapt_statistics(

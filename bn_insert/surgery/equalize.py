@@ -86,7 +86,7 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
         >>> find_edges(model, example, find_sites(model, example))
         [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
     """
-    check_sites(sites)
+    check_sites(model, sites)
     return edges_in(Trace.of(model, example), sites)
 
 

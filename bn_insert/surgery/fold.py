@@ -35,11 +35,14 @@ class FoldResult(Generic[AnyModule]):
         model: A copy of the model without the folded BatchNorms.
         folded: Qualified names, in the given model, of the BatchNorms that were folded.
         left: Qualified names, in the given model, of the BatchNorms that were left in place.
+        untied: Names of layers that share a parameter in the given model, and have their own now, because their
+            BatchNorms differ. A class that shares it cannot take the state dict; `load_checkpoint` can.
     """
 
     model: AnyModule = field(repr=False)
     folded: tuple[str, ...]
     left: tuple[str, ...]
+    untied: tuple[str, ...] = ()
 
 
 def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
@@ -104,11 +107,24 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
             raise _no_batchnorm(model, name, norms)
     plan = _plan(model, example, chosen) if norms else []
     folded = {each.norm for each in plan}
+    result, untied = _without_batchnorms(model, plan)
     return FoldResult(
-        _without_batchnorms(model, plan),
+        result,
         tuple(name for name in norms if name in folded),
         tuple(name for name in norms if name not in folded),
+        untied,
     )
+
+
+def _untied(model: nn.Module, result: nn.Module) -> list[str]:
+    """Return the names of the layers that share a parameter in a model, and have their own after the folds."""
+    first: dict[int, str] = {}
+    found = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and not torch.equal(result.get_parameter(name), result.get_parameter(other)):
+            found |= {each.rpartition(".")[0] for each in (name, other)}
+    return sorted(found)
 
 
 def _no_batchnorm(model: nn.Module, name: object, norms: Sequence[str]) -> GraphError:
@@ -126,8 +142,8 @@ def _plan(model: AnyModule, example: Any, names: Collection[str] | None) -> list
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained
-def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
-    """Return a copy of the model with every fold of the plan applied."""
+def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> tuple[AnyModule, tuple[str, ...]]:
+    """Return a copy of the model with every fold of the plan applied, and the layers that share no parameter now."""
     result = deep_copy(model)
     for each in plan:
         merges = [(name, merge_into_outputs) for name in each.upstream]
@@ -140,11 +156,13 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> AnyModule:
                     f"{cast(Tensor, layer.weight).dtype}, or is not finite itself; repair its statistics, or convert "
                     "the model to float32 first"
                 )
+    untied = tuple(_untied(model, result))
     layers = [(name, result.get_submodule(name)) for each in plan for name in (*each.upstream, *each.downstream)]
     biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
     norms = {each.norm: each.in_sequence for each in plan}
     # Another class only if the model itself is a wrapper around one layer.
     result = cast(AnyModule, splice_out(result, norms))
     if norms:
-        History.of(model).with_change(FoldedBatchNorms(norms, tuple(sorted(biases)))).keep_with(result)
-    return result
+        change = FoldedBatchNorms(norms, tuple(sorted(biases)), untied)
+        History.of(model).with_change(change).keep_with(result)
+    return result, untied

@@ -74,10 +74,12 @@ class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": 
     Attributes:
         norms: For each removed BatchNorm, by qualified name, whether it was a child of an nn.Sequential.
         biases: Names of the layers that got a bias.
+        untied: Names of the layers that shared a parameter with others, and got their own.
     """
 
     norms: dict[str, bool]
     biases: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -93,6 +95,10 @@ class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": 
             weight = next(layer.parameters())
             channels = outputs_of(cast(nn.Linear, layer))
             layer.bias = nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=weight.device))
+        for name in self.untied:
+            layer = _submodule(network, name)
+            for kind, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, kind, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
                 raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
@@ -272,6 +278,11 @@ class History:
     def keep_with(self, model: nn.Module) -> None:
         """Keep this history with a model, in place of its previous one."""
         vars(model)[_ATTRIBUTE] = self
+
+    @property
+    def unties(self) -> bool:
+        """Whether a change gave layers that shared a parameter their own."""
+        return any(isinstance(change, FoldedBatchNorms) and change.untied for change in self.changes)
 
     def with_change(self, change: Change) -> History:
         """Return the history with one more change."""

@@ -312,7 +312,7 @@ def insert_at(
     """
     check_eps(eps)
     check_momentum(momentum)
-    check_sites(sites)
+    check_sites(model, sites)
     for site in sites:
         if not isinstance(moments, Mapping) or site.name not in moments:
             raise CalibrationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode
 from ..batchnorm.renorm_limits import RenormScheduler, set_renorm_limits
 from ..errors import TrainingError, as_passed
+from ..graph.copies import deep_copy
 from ..graph.layers import outputs_of
 from ..support.processes import Ranks
 from ..surgery.replace_output import output_layer, replace_head, replace_output
@@ -31,7 +31,7 @@ def prepared_network(
     Raises:
         TrainingError: For settings that the model cannot take.
     """
-    network = copy.deepcopy(model)
+    network = deep_copy(model)
     if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
         network.float()  # small steps would be rounded away
     head = _head(network, settings, classes)

@@ -38,6 +38,7 @@ from .output_checks import (
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
+    warn_of_untied,
 )
 from .tables import accuracy_table, comparison_table, shift_table
 
@@ -193,9 +194,20 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if not accepted:
         print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
+    _warn_of_other_architecture(adaptation, output)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
     done = f"adapted to {counted(adaptation.target_images, 'image')}" if adaptation.changed else "nothing was adapted"
     print_result(f"Wrote {output}: {done}{kept}.")
+
+
+def _warn_of_other_architecture(adaptation: Adaptation[Any], output: Path) -> None:
+    """Warn if the original's class cannot take the state dict that was written."""
+    if adaptation.left:
+        print_warning(
+            f"{counted(len(adaptation.left), 'inserted BatchNorm layer')} could not be folded ({adaptation.left[0]}), "
+            f"so that {output} has keys that the original does not have."
+        )
+    warn_of_untied(adaptation.untied, output)
 
 
 def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float | None) -> None:

@@ -13,7 +13,7 @@ from . import shared_options as opt
 from .console import print_note, print_result, print_table
 from .inputs import ImageOptions, check_one_input, input_shape, open_calibration, open_checkpoint, transform_to_store
 from .interruption import signals
-from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files
+from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files, warn_of_untied
 from .tables import comparison_table
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
         save_checkpoint(result.model, output, transform=stored, classes=classes, overwrite=force)
+    warn_of_untied(result.untied, output)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {counted(len(result.folded), 'BatchNorm layer')} folded{kept}.")
 

@@ -111,6 +111,15 @@ def warn_of_other_layers(insertion: Insertion[nn.Module]) -> None:
         print_warning(f"no BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
 
 
+def warn_of_untied(layers: Sequence[str], output: Path) -> None:
+    """Warn of layers that shared a parameter and do not any more: only bn-insert knows that from the file."""
+    if layers:
+        print_warning(
+            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and have their own now: bn-insert reads {output}, but "
+            "load_state_dict of the original's class would give all of them the values of one."
+        )
+
+
 def _rounded_up(number: float) -> int:
     """Return a number rounded up to two digits: 1,440 is about 1,500."""
     step = 10 ** max(0, len(str(int(number))) - 2)

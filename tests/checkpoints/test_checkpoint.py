@@ -1208,3 +1208,12 @@ def test_tensors_that_share_memory_in_the_file_do_not_in_the_network(tmp_path: P
     loaded = load_checkpoint(tmp_path / "network.pth").state_dict()
     assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == len(state)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in loaded.values())
+
+
+def test_a_module_with_an_old_weight_norm_is_an_architecture_too(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    x = torch.rand(2, 3, 8, 8)
+    expected = model(x)  # the weight is now a tensor that was computed
+    assert torch.equal(load_checkpoint(tmp_path / "net.pth", model=model)(x), expected)

@@ -418,5 +418,5 @@ def test_two_keys_that_would_become_one_are_refused(tmp_path: Path) -> None:
     tensors = small_vgg().state_dict()
     tensors["features.module.0.weight"] = torch.zeros_like(tensors["features.0.weight"])
     torch.save(tensors, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match="features.module.0.weight"):
+    with pytest.raises(CheckpointError, match=r"features\.module\.0\.weight"):
         load_checkpoint(tmp_path / "net.pth")

@@ -154,3 +154,28 @@ def test_no_class_cannot_be_asked_for() -> None:
 def test_of_several_outputs_a_map_is_not_one_logit_per_class() -> None:
     with pytest.raises(CalibrationError, match="the output of SeveralOutputs is the shape"):
         predict(SeveralOutputs(), [images(2, 8)])
+
+
+class Indexed(nn.Module):
+    """A classifier that takes images and an integer for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.embedding = nn.Linear(4, 3), nn.Embedding(3, 3)
+
+    def forward(self, image: Tensor, index: Tensor) -> Tensor:
+        return self.dense(image) + 100 * self.embedding(index)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["tuple in a tuple", "flat", "dict"])
+def test_labels_follow_all_inputs_of_a_network_with_several(form: str) -> None:
+    model, x, index = Indexed().eval(), torch.rand(20, 4), torch.randint(0, 3, (20,))
+    labels = model(x, index).argmax(1)
+    batch: Any = {
+        "tuple in a tuple": ((x, index), labels),
+        "flat": (x, index, labels),
+        "dict": {"image": x, "index": index, "label": labels},
+    }[form]
+    assert evaluate(model, [batch]).accuracy == 1
+    with pytest.raises(CalibrationError, match="has no labels"):
+        evaluate(model, [(x, index)])

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_insert import (
+    CheckpointError,
     GraphError,
     compare_outputs,
     fold_batchnorm,
     insert,
     insert_batchnorm,
     inserted_batchnorms,
+    load_checkpoint,
     recalibrate,
+    save_checkpoint,
 )
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
@@ -715,3 +719,28 @@ def test_a_model_without_batchnorm_is_copied() -> None:
     folded = fold_batchnorm(model, images(1, 16))
     assert folded is not model
     assert bits(folded) == bits(model)
+
+
+class Tied(nn.Module):
+    """Two convs with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).relu()  # type: ignore[no-any-return]
+
+
+def test_layers_that_share_a_weight_no_more_are_loaded_as_they_were_folded(tmp_path: Path) -> None:
+    x = images(4, 12)
+    model = fine_tuned(insert_batchnorm(Tied().eval(), [x]))
+    folded = fold(model, x)
+    assert folded.untied == ("first.0", "second.0")
+    save_checkpoint(folded.model, tmp_path / "folded.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "folded.pth", model=Tied)(x), folded.model(x))
+    torch.save(folded.model.state_dict(), tmp_path / "state.pth")
+    with pytest.raises(CheckpointError, match=r"first.weight and second.weight are one parameter of Tied, and differ"):
+        load_checkpoint(tmp_path / "state.pth", model=Tied)
+    assert not fold(insert_batchnorm(Tied().eval(), [x]), x).untied

@@ -754,3 +754,11 @@ class Squeezed(nn.Module):
 def test_a_network_that_cannot_run_on_one_image_any_more_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="on a single image Squeezed with BatchNorm inserted cannot run.*flatten"):
         insert_batchnorm(Squeezed().eval(), [torch.rand(4, 4, 8, 1)])
+
+
+def test_lazy_layers_are_named_until_their_shapes_are_known() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    with pytest.raises(GraphError, match="Sequential has lazy layers, whose shapes are not known; call it once"):
+        insert_batchnorm(model, [images(2, 8)])
+    model(images(2, 8))
+    assert len(batchnorms(insert_batchnorm(model, [images(2, 8)]))) == 1
