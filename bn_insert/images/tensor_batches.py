@@ -141,6 +141,7 @@ def read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix.lower(), _read_torch)
+    saved, only = ("tensors", "a dict of tensors") if names else ("tensor", "a tensor")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those about old formats do not help the user here
@@ -151,8 +152,8 @@ def read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise ImageError(
-            f"{path} is damaged, or contains more than a tensor: reading it could run code, so it was not read; "
-            "save only the tensor, with torch.save(tensor, path)"
+            f"{path} is damaged, or contains more than {only}: reading it could run code, so it was not read; "
+            f"save only the {saved}, with torch.save({saved}, path)"
         ) from error
     except Exception as error:  # on a damaged file the readers may raise anything
         if out_of_memory(error):
@@ -161,7 +162,7 @@ def read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
         text = str(error) if " " in str(error) else type(error).__name__
         reason = printable(" ".join(text.splitlines()[0].split()))[:200]
         raise ImageError(
-            f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save(tensor, path)"
+            f"{path} is damaged, or not a {path.suffix} file ({reason}); write it again with torch.save({saved}, path)"
         ) from error
     for tensor in tensors.values():
         _check_tensor(path, tensor)
@@ -214,7 +215,10 @@ def _read_torch(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     if isinstance(content, Tensor):
         content = {"": content}
     if not isinstance(content, Mapping):
-        raise ImageError(f"{path} contains {type(content).__name__}, not a tensor; save only the tensor")
+        needed = "a tensor; save only the tensor"
+        if names:
+            needed = f"a dict of the tensors {', '.join(names)}; save one, with torch.save(tensors, path)"
+        raise ImageError(f"{path} contains {type(content).__name__}, not {needed}")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: tensors[name].detach() for name in _chosen(path, list(tensors), names)}
 

@@ -234,6 +234,16 @@ def test_a_file_with_not_exactly_one_tensor_is_refused(content: Any, message: st
         tensor_batches(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("content", [(VALUES, VALUES), [VALUES], VALUES.numpy()], ids=["tuple", "list", "array"])
+def test_for_several_inputs_a_file_without_a_dict_is_refused_with_the_names_it_needs(
+    content: Any, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "x.pt", pickle_protocol=4)
+    with pytest.raises(ImageError, match=r"a dict of .*torch\.save\(tensors, path\)") as caught:
+        open_batches(tmp_path / "x.pt", Transform(), inputs=["left", "right"])
+    assert "only the tensor," not in str(caught.value)
+
+
 def test_safetensors_with_two_tensors_are_refused(tmp_path: Path) -> None:
     save_file({"a": VALUES, "b": VALUES.clone()}, tmp_path / "x.safetensors")
     with pytest.raises(ImageError, match=r"x.safetensors contains 2 tensors \(a, b\)"):
