@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -43,6 +43,13 @@ def check_progress(progress: object) -> None:
     """Raise CalibrationError for what cannot be called with the number of images so far."""
     if progress is not None and not callable(progress):
         raise CalibrationError(f"progress is {progress!r:.40}; pass a function of the number of images so far, or None")
+
+
+def check_functions(error: type[BNInsertError], functions: Mapping[str, object]) -> None:
+    """Raise an error, naming the argument, for what is neither a function nor None."""
+    for argument, function in functions.items():
+        if function is not None and not callable(function):
+            raise error(f"{argument} is {function!r:.40}; pass a function, or None")
 
 
 def usable_device(device: torch.device | str, error: type[BNInsertError] = CalibrationError) -> torch.device:

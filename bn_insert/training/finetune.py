@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
 from ..statistics.passes import preserved_random_state
-from ..support.arguments import usable_device
+from ..support.arguments import check_functions, usable_device
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
@@ -140,7 +140,14 @@ def finetune(
     settings = TrainingSettings() if settings is None else settings
     device, ranks = usable_device(device, TrainingError), Ranks.current()
     folder = _folder(output_dir)
-    _check_arguments(model, images, settings, folder / TENSORBOARD if tensorboard else None)
+    _check_arguments(
+        model,
+        images,
+        settings,
+        {"on_start": on_start, "on_fit": on_fit, "on_trial": on_trial, "on_step": on_step}
+        | {"on_epoch": on_epoch, "stop": stop},
+        folder / TENSORBOARD if tensorboard else None,
+    )
     check_output_dir(folder, resume=resume, overwrite=overwrite)
     with ExitStack() as closing, preserved_random_state():
         _on_first_rank(lambda: closing.enter_context(output_folder(folder)), ranks)
@@ -204,7 +211,11 @@ def finetune(
 
 
 def _check_arguments(
-    model: nn.Module, images: ClassFolders, settings: TrainingSettings, tensorboard: Path | None
+    model: nn.Module,
+    images: ClassFolders,
+    settings: TrainingSettings,
+    callbacks: Mapping[str, object],
+    tensorboard: Path | None,
 ) -> None:
     """Check what a run is given, and that TensorBoard's files can be written into the folder for them."""
     check_module(model)
@@ -214,12 +225,13 @@ def _check_arguments(
         )
     if not isinstance(settings, TrainingSettings):
         raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
+    check_functions(TrainingError, callbacks)
     if tensorboard:
         check_tensorboard(tensorboard)
 
 
 def _folder(output_dir: StrPath) -> Path:
-    if not isinstance(output_dir, str | PathLike):
+    if not isinstance(output_dir, str | PathLike) or not fspath(output_dir):
         raise TrainingError(f"output_dir is {output_dir!r:.40}; pass the path of a folder")
     return Path(output_dir)
 

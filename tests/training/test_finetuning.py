@@ -487,6 +487,16 @@ def test_large_inputs_of_a_new_output_layer_are_noted(
     assert run["data"]["output_replaced"], "for the advice after a failed run"
 
 
+@pytest.mark.parametrize("name", ["on_start", "on_fit", "on_trial", "on_step", "on_epoch", "stop"])
+def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_written(
+    name: str, network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    callbacks: dict[str, Any] = {name: 5}
+    with pytest.raises(TrainingError, match=f"{name} is 5; pass a function, or None"):
+        finetune(network, digits, tmp_path / "run", BRIEF, **callbacks)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_new_head_is_not_advised_where_the_output_layer_is_a_conv(digits: ClassFolders, tmp_path: Path) -> None:
     body = [nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4), nn.ReLU()]
     model = nn.Sequential(*body, nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
