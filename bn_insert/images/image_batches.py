@@ -159,6 +159,11 @@ class ImageReader:
 
     def __post_init__(self) -> None:
         """Check the options before any file is read."""
+        if not isinstance(self.transform, Transform):
+            raise ImageError(
+                f"transform is {self.transform!r:.80}; pass a bn_insert.images.Transform: Transform() for the "
+                "preprocessing of torchvision's networks"
+            )
         check_at_least(0, workers=self.workers)
         if self.channels not in MODES:
             raise ImageError(

@@ -70,7 +70,7 @@ def calibrate(
             parameter or image), or if the model cannot run on a batch.
         GraphError: If these are no sites, or the model is not a module.
     """
-    check_sites(sites)
+    check_sites(model, sites)
     if not sites:
         return {}
     check_tolerance(tolerance)
@@ -123,7 +123,12 @@ class _PassRecorder(Recorder):
 def _check_shape(output: Tensor, site: Site) -> None:
     """Raise CalibrationError if a site's output does not have the axes of a batch."""
     axes = 2 if site.kind == "dense" else 2 + site.dims
-    if output.ndim != axes or output.shape[1] != site.channels:
+    if output.ndim == axes and output.shape[1] != site.channels:
+        raise CalibrationError(
+            f"the outputs of layer {site.name} have {output.shape[1]} channels, but its site {site.channels}; pass the "
+            "sites that find_sites returns for this model"
+        )
+    if output.ndim != axes:
         raise CalibrationError(
             f"the outputs of layer {site.name} have the shape {tuple(output.shape)}, not a batch of {site.channels} "
             f"channels: {SINGLE_IMAGE}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ from bn_insert import (
 from bn_insert.batchnorm.renorm_limits import set_renorm_limits
 from bn_insert.demo import network_path
 from bn_insert.graph.copies import check_module
+from bn_insert.images import open_class_folders
 from bn_insert.statistics.moments import moments_of
 from support.idioms import (
     CollectsByHooks,
@@ -302,6 +304,11 @@ def test_outputs_that_a_module_collects_by_its_hooks_do_not_hinder_a_trace() -> 
 # Mistakes
 
 
+TINY, TINY_IMAGES = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)), images(4, 8)
+LABELED = [(TINY_IMAGES, torch.tensor([0, 1, 2, 3]))]
+(SITE,) = find_sites(TINY, TINY_IMAGES)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -329,16 +336,20 @@ def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) 
         (lambda: load_checkpoint({}), "the path is a dict; load_checkpoint reads a file"),
         (lambda: load_checkpoint(network_path(), model={}), "model is a dict; pass a module with the architecture"),
         (lambda: save_checkpoint("a.pth", small_vgg()), "the model is a path, 'a.pth'"),
+        (lambda: save_checkpoint(small_vgg(), None), "the path is None; pass the name of a file that ends in .pth"),
+        (lambda: save_checkpoint(small_vgg(), "a.pth", classes=3), "cannot write a.pth: classes is 3; pass a list"),
+        (lambda: save_checkpoint(small_vgg(), "a.pth", classes="abc"), "classes is 'abc'; pass a list with the name"),
+        (lambda: open_class_folders("data", None), "transform is None; pass a bn_insert.images.Transform"),
+        (lambda: calibrate(TINY, SITE, LABELED), r"sites is one Site, of the layer 0; pass a list of sites"),
+        (lambda: calibrate(small_vgg(), [SITE], LABELED), "VGG has no conv layer 0, for which there is a site; pass"),
+        (lambda: calibrate(TINY, [replace(SITE, channels=5)], LABELED), "layer 0 have 8 channels, but its site 5;"),
+        (lambda: insert_at(small_vgg(), [SITE], {"0": None}), "VGG has no conv layer 0, for which there is a site"),
         (lambda: set_batchnorm_mode("a.pth", "renorm"), "the model is a path, 'a.pth'"),
     ],
 )
 def test_arguments_of_another_kind_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(BNInsertError, match=message):
         call()
-
-
-TINY, TINY_IMAGES = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)), images(4, 8)
-LABELED = [(TINY_IMAGES, torch.tensor([0, 1, 2, 3]))]
 
 
 @cache
@@ -456,6 +467,7 @@ def test_a_class_in_place_of_batches_is_refused_with_the_way_out(function: Calla
             "dtype is 'float32'; pass a ",
         ),
         (lambda: finetune(TINY, None, None), "output_dir is None; pass the path of a folder"),
+        (lambda: finetune(TINY, None, ""), "output_dir is ''; pass the path of a folder"),
         (lambda: finetune(TINY, None, "run", device="gpu"), "device is 'gpu', which is not a device"),
         (lambda: finetune(TINY, None, "run", device="cuda:63"), "device is 'cuda:63', which cannot be used"),
     ],

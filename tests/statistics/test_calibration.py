@@ -386,9 +386,10 @@ def test_an_empty_calibration_set_is_refused(batches: tuple[Tensor, ...]) -> Non
 
 def test_a_site_that_is_never_called_on_the_calibration_set_is_named() -> None:
     model = randomised(HeldAsAttributes())
+    model.spare = nn.Conv2d(3, 8, 3)
     sites = find_sites(model, images(2, 9))
-    sites[1] = Site("blocks", "conv", "blocks", channels=8, dims=2, calls=1, in_sequence=False)
-    with pytest.raises(CalibrationError, match=r"^the layer blocks was never called on the calibration set$"):
+    sites[1] = Site("spare", "conv", "spare", channels=8, dims=2, calls=1, in_sequence=False)
+    with pytest.raises(CalibrationError, match=r"^the layer spare was never called on the calibration set$"):
         calibrate(model, sites, [images(4, 9)])
 
 
