@@ -39,7 +39,7 @@ from .example_input import Peek, peeked
 from .history import History, InsertedBatchNorms
 from .report_data import layer_statistics
 from .splice import splice_after
-from .verification import Fault, fault_of
+from .verification import error_on_one_image, fault_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ class Insertion(Generic[AnyModule]):
         nothing: Why no BatchNorm was inserted; empty if one was.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
         others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
-        one_image: What is wrong with the outputs for one image alone, which a network with `squeeze()` takes for no
-            batch; empty if they are the same as before, or the original cannot run on one image.
+        one_image: Why the copy cannot run on one image alone, which a network with `squeeze()` takes for no batch;
+            empty if it can, or the original cannot either.
     """
 
     model: AnyModule = field(repr=False)
@@ -155,7 +155,7 @@ def insert(
         )
         if not fault.runs:
             raise GraphError(message)
-    one_image = fault_of(model, result, peek.first, one_image=True) if sites and not fault else None
+    on_one_image = error_on_one_image(model, result, peek.first) if sites and not fault else ""
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
     if not dropout_before_batchnorm:
@@ -172,14 +172,14 @@ def insert(
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
         others=layers_of_other_classes(trace, options) if sites else "",
-        one_image=_one_image_text(model, one_image) if one_image else "",
+        one_image=_one_image_text(model, on_one_image) if on_one_image else "",
     )
 
 
-def _one_image_text(model: nn.Module, fault: Fault) -> str:
+def _one_image_text(model: nn.Module, error: str) -> str:
     return (
-        f"on a single image {type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. {SINGLE_IMAGE}, or "
-        f"leave out the layers behind it ({as_passed('skip')})"
+        f"on a single image {type(unwrapped(model)).__name__} with BatchNorm inserted cannot run: {error}. "
+        f"{SINGLE_IMAGE}, or leave out the layers behind it ({as_passed('skip')})"
     )
 
 

@@ -5,7 +5,7 @@ The command `insert` also compares the outputs on more images, with a tolerance:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,27 +37,45 @@ class Fault(NamedTuple):
     runs: bool
 
 
-def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None, *, one_image: bool = False) -> Fault | None:
+def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None) -> Fault | None:
     """Return what is wrong with a changed model on the first images of any rank; None if its outputs are the same.
 
     Args:
         model: The model before the change.
         result: The model after it.
         batch: The first batch of this rank, if it has one.
-        one_image: Whether to run one image alone, whose batch axis squeeze() in a forward removes, if the model runs on
-            it; otherwise it is two images, or the whole batch where the model runs on no part of it.
     """
-
-    def fault() -> Fault | None:
-        if batch is None:
-            return None
-        return _fault_here(model, result, (batch.rows(0, 1),) if one_image else (batch.rows(0, _CHECKED_ROWS), batch))
-
-    return next(filter(None, on_every_rank(fault)), None)
+    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch))
+    return next(filter(None, faults), None)
 
 
-def _fault_here(model: nn.Module, result: nn.Module, parts: Iterable[Inputs]) -> Fault | None:
-    for part in parts:
+def error_on_one_image(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
+    """Return what a changed model raises on one image of any rank, if the model runs on it; empty if nothing.
+
+    BatchNorm needs the batch axis, which squeeze() in a forward removes where there is a single image.
+
+    Args:
+        model: The model before the change.
+        result: The model after it.
+        batch: The first batch of this rank, if it has one.
+    """
+    errors = on_every_rank(lambda: "" if batch is None else _error_on(batch.rows(0, 1), model, result))
+    return next(filter(None, errors), "")
+
+
+def _error_on(image: Inputs, model: nn.Module, result: nn.Module) -> str:
+    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+        try:
+            image.run(working_copy(result))
+        except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+            with suppress(Exception):
+                image.run(working_copy(model))
+                return first_line(error)
+    return ""
+
+
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> Fault | None:
+    for part in (batch.rows(0, _CHECKED_ROWS), batch):
         with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
             seed = torch.initial_seed()
             try:
