@@ -24,7 +24,7 @@ weight decay 1e-4 on weights, dropout off unless a row says otherwise, running s
 images before each evaluation. "Test" is the mean over the seeds with its standard error over seeds; "after a quarter"
 is the validation accuracy after a quarter of the steps, mean over seeds. A new output layer starts from zeros unless a
 row says otherwise. The CIFAR network has a test accuracy of 83.6% (84.6% in the tables on contrast and on a fitted
-output layer).
+output layer), the one whose own BatchNorm is folded 84.2% on the 3,000 images that it was validated with.
 """
 
 
