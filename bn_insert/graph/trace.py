@@ -194,7 +194,7 @@ class Trace:
             others = (each for each in node.all_input_nodes if each not in reached and not has_one_position(each))
             return multiplies_values(node) and not has_one_position(node) and any(others)
 
-        reached = list(self.downstream(start, passes))
+        reached = set(self.downstream(start, passes))
         return has_one_position(start) and any(map(multiplies_others, reached))
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
