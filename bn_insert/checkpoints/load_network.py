@@ -246,7 +246,10 @@ def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, 
     for key, parameter in network.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), key)
         there = other != key and {key, other} <= tensors.keys()
-        if there and not torch.allclose(tensors[key], tensors[other], rtol=0, atol=0, equal_nan=True):
+        if not there:
+            continue
+        values, others = (tensors[each].to(parameter.dtype) for each in (key, other))
+        if not torch.allclose(values, others, rtol=0, atol=0, equal_nan=True):
             return other, key
     return None
 

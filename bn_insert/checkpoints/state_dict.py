@@ -176,7 +176,8 @@ def _tensor_dicts(content: object) -> Iterator[tuple[tuple[str, ...], int]]:
             yield path, tensors
         if len(path) == _MAX_DEPTH:
             continue
-        for key, value in dict.items(found):
+        # The usual keys first, before other dicts use up the limit.
+        for key, value in sorted(dict.items(found), key=lambda item: item[0] not in WRAPPERS):
             if isinstance(value, dict) and isinstance(key, str) and len(key) <= _MAX_KEY and key.isprintable():
                 queue.append(((*path, key), value))
 

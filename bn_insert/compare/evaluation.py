@@ -280,9 +280,10 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
     value, inputs = batch.value, batch.inputs
     others: Sequence[Any] = ()
     if isinstance(value, Mapping):
-        inputs_named = set(inputs.kwargs) or {next(iter(value))}
-        takes_dict = any(isinstance(each, Mapping) for each in inputs.args)
-        others = () if takes_dict else [each for name, each in value.items() if name not in inputs_named]
+        by_name = (
+            inputs.kwargs.keys() if inputs.kwargs and inputs.kwargs.keys() <= value.keys() else {next(iter(value))}
+        )
+        others = [each for name, each in value.items() if name not in by_name]
     elif isinstance(value, tuple | list):
         # The inputs may be in a tuple of their own, or the first values.
         in_own = isinstance(value[0], tuple | list | Mapping)

@@ -116,14 +116,23 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
     )
 
 
-def _untied(model: nn.Module, result: nn.Module) -> list[str]:
-    """Return the names of the layers that share a parameter in a model, and have their own after the folds."""
+def _tied_where_equal(model: nn.Module, result: nn.Module) -> list[str]:
+    """Let layers share a parameter, in place, as in a model before the folds, where its values are still equal.
+
+    Returns:
+        The names of the layers whose values are not.
+    """
     first: dict[int, str] = {}
     found = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not torch.equal(result.get_parameter(name), result.get_parameter(other)):
-            found |= {each.rpartition(".")[0] for each in (name, other)}
+        if other == name:
+            continue
+        layer, _, kind = name.rpartition(".")
+        if torch.equal(result.get_parameter(name), result.get_parameter(other)):
+            setattr(result.get_submodule(layer), kind, result.get_parameter(other))
+        else:
+            found |= {layer, other.rpartition(".")[0]}
     return sorted(found)
 
 
@@ -156,7 +165,7 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> tuple[AnyModu
                     f"{cast(Tensor, layer.weight).dtype}, or is not finite itself; repair its statistics, or convert "
                     "the model to float32 first"
                 )
-    untied = tuple(_untied(model, result))
+    untied = tuple(_tied_where_equal(model, result))
     layers = [(name, result.get_submodule(name)) for each in plan for name in (*each.upstream, *each.downstream)]
     biases = {name for name, layer in layers if layer.bias is not None and model.get_submodule(name).bias is None}
     norms = {each.norm: each.in_sequence for each in plan}

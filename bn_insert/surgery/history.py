@@ -68,7 +68,7 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
         splice_after(network, {site: nn.Identity() for site in self.sites})
 
 
-class FoldedBatchNorms(_Change, frozen=True, rename={"norms": "fold", "biases": "new_biases"}):
+class FoldedBatchNorms(_Change, frozen=True, omit_defaults=True, rename={"norms": "fold", "biases": "new_biases"}):
     """BatchNorm layers were folded into the layers before them, and layers without a bias got one.
 
     Attributes:

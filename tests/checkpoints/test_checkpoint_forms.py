@@ -420,3 +420,20 @@ def test_two_keys_that_would_become_one_are_refused(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match=r"features\.module\.0\.weight"):
         load_checkpoint(tmp_path / "net.pth")
+
+
+def test_a_state_dict_behind_a_large_dict_is_found(tmp_path: Path) -> None:
+    torch.save(
+        {"index": dict.fromkeys(range(500_001), 0), "state_dict": small_vgg().state_dict()}, tmp_path / "net.pth"
+    )
+    assert torch.equal(load_checkpoint(tmp_path / "net.pth")(images(2, 16)), small_vgg()(images(2, 16)))
+
+
+def test_a_shared_parameter_may_have_two_dtypes_in_a_file(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        network[1].weight = network[0].weight
+        return network
+
+    torch.save({"0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2).half()}, tmp_path / "net.pth")
+    assert load_checkpoint(tmp_path / "net.pth", model=tied)[1].weight.tolist() == [[1, 1], [1, 1]]  # type: ignore[index]

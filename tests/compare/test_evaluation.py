@@ -179,3 +179,23 @@ def test_labels_follow_all_inputs_of_a_network_with_several(form: str) -> None:
     assert evaluate(model, [batch]).accuracy == 1
     with pytest.raises(CalibrationError, match="has no labels"):
         evaluate(model, [(x, index)])
+
+
+class TakesDict(nn.Module):
+    """A classifier that takes a batch as a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.dense(batch["image"])  # type: ignore[no-any-return]
+
+
+def test_labels_in_a_dict_follow_what_the_network_takes_of_it() -> None:
+    x = torch.rand(20, 4)
+    takes_dict, takes_image = TakesDict().eval(), nn.Linear(4, 3).eval()
+    labels = takes_dict({"image": x}).argmax(1)
+    assert evaluate(takes_dict, [{"image": x, "label": labels}]).accuracy == 1
+    labels = takes_image(x).argmax(1)
+    assert evaluate(takes_image, [{"data": {"input": x}, "label": labels}]).accuracy == 1
