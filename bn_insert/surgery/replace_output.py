@@ -97,6 +97,25 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
             f"the output layer {last} is a {type(output).__name__}, and a new head takes the place of dense layers; "
             f"keep the head ({as_passed('head', None, '--head keep')})"
         )
+    _first_of_head(model, last)  # before anything is changed
+    last, output = _without_batchnorms(model, norms)
+    first = _first_of_head(model, last)
+    old = model.get_submodule(first)
+    modules = new_head(cast(nn.Linear, old), width, classes)
+    _initialize(modules[-1])
+    for module in modules:
+        module.train(output.training)
+    replaced = splice_over(model, first, last, modules)
+    History.of(model).with_change(ReplacedHead((first, last), width, classes)).keep_with(model)
+    return replaced
+
+
+def _first_of_head(model: nn.Module, last: str) -> str:
+    """Return the name of the first module of the head whose output layer is `last`.
+
+    Raises:
+        TrainingError: A conv layer is between the dense layers.
+    """
     parent = last.rpartition(".")[0]
     container = model.get_submodule(parent)
     first = last
@@ -110,15 +129,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
                     f"{name} of {parent or type(model).__name__} has a conv layer between the dense layers, so that "
                     f"they cannot be replaced by a new head; keep them ({as_passed('head', None, '--head keep')})"
                 )
-    last, output = _without_batchnorms(model, norms)
-    old = model.get_submodule(first)
-    modules = new_head(cast(nn.Linear, old), width, classes)
-    _initialize(modules[-1])
-    for module in modules:
-        module.train(output.training)
-    replaced = splice_over(model, first, last, modules)
-    History.of(model).with_change(ReplacedHead((first, last), width, classes)).keep_with(model)
-    return replaced
+    return first
 
 
 def _check_classes(classes: int) -> None:

@@ -600,6 +600,22 @@ def test_a_head_that_cannot_be_replaced_leaves_the_network_as_it_was() -> None:
     assert inserted_batchnorms(model) == ["0.1", "0.4", "2"]
 
 
+def test_a_head_with_a_batchnorm_behind_its_output_layer_is_replaced_where_a_forward_calls_it_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.output = nn.Conv2d(3, 4, 3), nn.Linear(4, 1000)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    images = torch.rand(4, 3, 8, 8)
+    model = insert_batchnorm(Named().eval(), [images], include_output=True)
+    assert inserted_batchnorms(model) == ["conv.1", "output.1"]
+    replace_head(model, 6, 3)
+    assert model(images).shape == (4, 3)
+
+
 def test_only_the_batchnorm_of_the_output_layer_is_removed_with_it() -> None:
     layers = [nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 5, 1), nn.ReLU()]
     model = insert_batchnorm(nn.Sequential(*layers).eval(), [torch.rand(8, 4)])
