@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -116,6 +116,16 @@ def _clean(places: argparse.Namespace) -> Part:
 _UNIT = ("--resize", "0", "--crop", "0", "--mean", "0", "--std", "1")
 _IMAGENET = ("--resize", "0", "--crop", "0")
 _CIFAR = ("--resize", "0", "--crop", "0", "--mean", "0.4914,0.4822,0.4465", "--std", "0.247,0.2435,0.2616")
+_NOISE = Task(
+    "CIFAR-10 network, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
+    "cifar_vgg",
+    _noisy,
+    _CIFAR,
+    epochs=4,
+    options=("-b", "16"),
+    source=_clean,
+)
+_SMALL_BATCHES = replace(_NOISE, title="the same with batches of 4, 100 steps", epochs=1, options=("-b", "4"))
 TASKS = {
     "digits": Task("VGG16 and its own dense head, 300 digits, 48 px", "vgg16", lambda _: digits(48), _UNIT),
     "photographs": Task(
@@ -160,42 +170,14 @@ TASKS = {
         _CIFAR,
         epochs=10,
     ),
-    "noise": Task(
-        "CIFAR-10 network, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
-        "cifar_vgg",
-        _noisy,
-        _CIFAR,
-        epochs=4,
-        options=("-b", "16"),
-        source=_clean,
+    "noise": _NOISE,
+    "noise, small batches": _SMALL_BATCHES,
+    "noise, folded": replace(
+        _NOISE,
+        title="CIFAR-10 network whose own BatchNorm is folded, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
+        checkpoint="cifar_folded",
     ),
-    "noise, small batches": Task(
-        "the same with batches of 4, 100 steps",
-        "cifar_vgg",
-        _noisy,
-        _CIFAR,
-        epochs=1,
-        options=("-b", "4"),
-        source=_clean,
-    ),
-    "noise, folded": Task(
-        "CIFAR-10 network whose own BatchNorm is folded, 400 CIFAR-10 images with noise (sigma 0.2), 100 steps",
-        "cifar_folded",
-        _noisy,
-        _CIFAR,
-        epochs=4,
-        options=("-b", "16"),
-        source=_clean,
-    ),
-    "noise, folded, small batches": Task(
-        "the same with batches of 4, 100 steps",
-        "cifar_folded",
-        _noisy,
-        _CIFAR,
-        epochs=1,
-        options=("-b", "4"),
-        source=_clean,
-    ),
+    "noise, folded, small batches": replace(_SMALL_BATCHES, checkpoint="cifar_folded"),
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--opt", "sgd", "--dropout", "0"), -6),
