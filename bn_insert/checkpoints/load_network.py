@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError, as_passed
-from ..graph.copies import deep_copy
+from ..graph.copies import deep_copy, tied_parameters
 from ..graph.inputs import reference_tensor
 from ..support.files import StrPath
 from ..support.text import counted, listed, printable
@@ -242,15 +242,11 @@ def _filled(
 
 def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Return two keys of one parameter of a network whose tensors differ: only one of them could be loaded."""
-    first: dict[int, str] = {}
-    for key, parameter in network.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), key)
-        there = other != key and {key, other} <= tensors.keys()
-        if not there:
-            continue
-        values, others = (tensors[each].to(parameter.dtype) for each in (key, other))
-        if not torch.allclose(values, others, rtol=0, atol=0, equal_nan=True):
-            return other, key
+    for pair in tied_parameters(network):
+        if tensors.keys() >= set(pair):
+            first, second = (tensors[key].to(network.get_parameter(key).dtype) for key in pair)
+            if not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
+                return pair
     return None
 
 

@@ -72,6 +72,14 @@ def check_module(model: object) -> None:
     raise GraphError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
 
 
+def tied_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the first name of each parameter that a model has under several, with each of its other names."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := first.setdefault(id(parameter), name)) != name:
+            yield other, name
+
+
 def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
     """Return a copy in eval mode for temporary use: changes to its flags and hooks do not affect the model.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import GraphError
-from ..graph.copies import AnyModule, deep_copy, unwrapped
+from ..graph.copies import AnyModule, deep_copy, tied_parameters, unwrapped
 from ..graph.trace import Trace
 from ..support.arguments import as_tuple
 from ..support.near_names import near_names
@@ -122,12 +122,8 @@ def _tied_where_equal(model: nn.Module, result: nn.Module) -> list[str]:
     Returns:
         The names of the layers whose values are not.
     """
-    first: dict[int, str] = {}
     found = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if other == name:
-            continue
+    for other, name in tied_parameters(model):
         layer, _, kind = name.rpartition(".")
         if torch.equal(result.get_parameter(name), result.get_parameter(other)):
             setattr(result.get_submodule(layer), kind, result.get_parameter(other))
