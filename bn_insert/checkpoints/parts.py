@@ -1,6 +1,7 @@
 """Checkpoints in several files: the parts that a large one is divided into, and the index that lists them.
 
-Read alone, the first part of a VGG is a shorter VGG. So parts are refused, with the code that merges them.
+Read alone, the first part of a VGG is a shorter VGG. So parts are refused, with the code that merges them. A part shows
+by its name, by an index, or by a file beside it that differs from it in number and has none of its keys.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -18,13 +19,14 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..support.text import listed, printable
 
-# "model-00001-of-00002", as Hugging Face's libraries write, or "part 1 of 2". Whole networks are numbered in any other
-# way: "fold-1-of-5.pth", "epoch_30_of_90.pth", "client_1_of_10.pth".
+_NUMBER = r"(?P<number>\d{1,9})(?P<after>[-_. ]*of[-_. ]*(?P<total>\d{1,9})(?P<rest>(\D.*)?))"
+# "model-00001-of-00002", as Hugging Face's libraries write, or "part 1 of 2".
 _PART = re.compile(
-    r"(?P<before>.*?(?:(?<![a-z])(?:part|shard)[-_. ]*|(?<!\d)(?=\d{5}-of-\d{5}(?!\d))))(?P<number>\d{1,9})"
-    r"(?P<after>[-_. ]*of[-_. ]*(?P<total>\d{1,9})(?P<rest>(\D.*)?))",
-    re.IGNORECASE,
+    rf"(?P<before>.*?(?:(?<![a-z])(?:part|shard)[-_. ]*|(?<!\d)(?=\d{{5}}-of-\d{{5}}(?!\d)))){_NUMBER}", re.IGNORECASE
 )
+# Whole networks are numbered in any other way: "fold-1-of-5.pth", "epoch_30_of_90.pth", "client_1_of_10.pth". So may
+# parts be: "model-1-of-2.pth".
+_COUNTED = re.compile(rf"(?P<before>.*?(?<!\d)){_NUMBER}", re.IGNORECASE)
 # Hugging Face's libraries may put the precision into the name: model.safetensors.index.fp16.json.
 _INDEX = re.compile(r"(?P<whole>.+)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
 _MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor that is read
@@ -78,25 +80,47 @@ def check_is_no_index(path: Path) -> None:
     raise CheckpointError(f"{path} is the index of a checkpoint in parts; {way_out}")
 
 
-def check_is_whole(path: Path, *, is_safetensors: bool) -> None:
-    """Raise CheckpointError for a part of a checkpoint, which its name or an index beside it shows.
+def check_is_whole(
+    path: Path, keys: Collection[str], keys_of: Callable[[Path], Collection[str]], *, is_safetensors: bool
+) -> None:
+    """Raise CheckpointError for a part of a checkpoint, which its name or the files beside it show.
 
     Args:
         path: An existing file.
+        keys: Those of its tensors.
+        keys_of: Returns those of another file, or raises CheckpointError.
         is_safetensors: Whether that is its format, and not that of torch.save.
     """
     for index in _indices_in(path.parent):
         if path.name in (names := _names_in(index, path.name)) and len(names) > 1:
             way_out = _listed_parts(index, names).way_out(is_safetensors=is_safetensors)
             raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {way_out}")
-    if (found := _PART.fullmatch(path.name)) is None:
+    if (found := _PART.fullmatch(path.name) or _COUNTED.fullmatch(path.name)) is None:
         return
     number, total = int(found["number"]), int(found["total"])
-    if total > 1 and number <= total:
-        raise CheckpointError(
-            f"{path} is part {number} of {total} of a checkpoint, by its name (if it is a whole one, rename it); "
-            f"{_numbered_parts(path, found).way_out(is_safetensors=is_safetensors)}"
-        )
+    if not number <= total > 1:
+        return
+    shown_by = "its name"
+    if found.re is _COUNTED:
+        if (other := _other_part(path, found, keys, keys_of)) is None:
+            return
+        shown_by = f"its name and {printable(other.name)} beside it, which has other keys"
+    raise CheckpointError(
+        f"{path} is part {number} of {total} of a checkpoint, by {shown_by} (if it is a whole one, rename it); "
+        f"{_numbered_parts(path, found).way_out(is_safetensors=is_safetensors)}"
+    )
+
+
+def _other_part(
+    path: Path, found: re.Match[str], keys: Collection[str], keys_of: Callable[[Path], Collection[str]]
+) -> Path | None:
+    """Return the first file that differs from a part in the number alone, if it has none of its keys."""
+    others = (Path(name) for name in sorted(glob.glob(str(_pattern(path, found)))))  # noqa: PTH207 - as in the message
+    other = next((other for other in others if other.name != path.name), None)
+    with suppress(CheckpointError):
+        if other and not set(keys) & set(keys_of(other)):
+            return other
+    return None
 
 
 def _indices_in(folder: Path) -> list[Path]:
@@ -136,8 +160,7 @@ def _listed_parts(index: Path, names: Sequence[str]) -> _Parts:
 
 def _numbered_parts(path: Path, found: re.Match[str]) -> _Parts:
     """Return the parts whose names differ from that of a part in the number alone."""
-    name = f"{glob.escape(found['before'])}[0-9]*{glob.escape(found['after'])}"
-    pattern = Path(glob.escape(str(path.parent))) / name
+    pattern = _pattern(path, found)
     missing = int(found["total"]) - len(glob.glob(str(pattern)))  # noqa: PTH207 - as in the code of the message
     return _Parts(
         f"glob.glob({_quoted(pattern)})",
@@ -145,6 +168,12 @@ def _numbered_parts(path: Path, found: re.Match[str]) -> _Parts:
         path.with_name(f"{found['before'].rstrip('-_. ') or 'checkpoint'}-merged{found['rest']}"),
         "" if missing <= 0 else "the other part" if missing == 1 else f"the other {missing} parts",
     )
+
+
+def _pattern(path: Path, found: re.Match[str]) -> Path:
+    """Return what `glob.glob` finds all parts by, from the name of one."""
+    name = f"{glob.escape(found['before'])}[0-9]*{glob.escape(found['after'])}"
+    return Path(glob.escape(str(path.parent))) / name
 
 
 def _quoted(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -74,6 +74,20 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
             than its size can justify, or has damaged settings.
     """
     path = Path(path)
+    checkpoint = _read(path, mmap=mmap, key=key)
+
+    def keys_of(other: Path) -> Collection[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they do not concern the file that is read
+            return _read(other, mmap=True, key=key).tensors.keys()
+
+    if checkpoint.settings is None:  # save_checkpoint writes whole networks
+        check_is_whole(path, checkpoint.tensors.keys(), keys_of, is_safetensors=checkpoint.kind == "safetensors")
+    return checkpoint
+
+
+def _read(path: Path, *, mmap: bool, key: str | None) -> Checkpoint:
+    """Return what `read_checkpoint` returns, of a part of a checkpoint too."""
     with _open(path) as file:
         check_is_no_index(path)
         kind = _file_kind(path, file)
@@ -99,8 +113,6 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         settings = None if text is None else _parsed(path, text, place)
         if settings is None and kind == "torch" and (settings := read_sidecar(file)) is not None:
             place = str(sidecar_path(real_path(path)))
-        if settings is None:  # save_checkpoint writes whole networks
-            check_is_whole(path, is_safetensors=kind == "safetensors")
     if prefix := found.prefix:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         settings = settings and settings.of_part(prefix)

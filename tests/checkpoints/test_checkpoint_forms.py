@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -184,6 +185,38 @@ def test_a_part_alone_is_never_taken_for_a_shorter_network(name: str, tmp_path: 
 def test_a_whole_network_that_is_counted_among_others_is_read(name: str, tmp_path: Path) -> None:
     torch.save(state(), tmp_path / name)
     load_checkpoint(tmp_path / name)
+
+
+def _write_two(folder: Path, name: str, *contents: dict[str, Any]) -> None:
+    for number, content in enumerate(contents, start=1):
+        write = safetensors.torch.save_file if name.endswith(".safetensors") else torch.save
+        write(content, folder / name.format(number))
+
+
+@pytest.mark.parametrize("name", ["model-{}-of-2.pth", "vgg_{}_of_2.safetensors", "{}of2.bin"])
+def test_a_part_under_any_number_is_known_by_another_with_other_keys(name: str, tmp_path: Path) -> None:
+    tensors = list(state().items())
+    parts = [dict(tensors[:4]), dict(tensors[4:])]
+    _write_two(tmp_path, name, *parts)
+    for number in (1, 2):
+        refusal = rf"is part {number} of 2 .* by its name and {name.format(3 - number)} beside it, which has other keys"
+        with pytest.raises(CheckpointError, match=refusal):
+            load_checkpoint(tmp_path / name.format(number))
+
+
+def test_the_code_that_merges_parts_merges_those_known_by_their_keys(tmp_path: Path) -> None:
+    tensors = list(state().items())
+    _write_two(tmp_path, "model-{}-of-2.pth", dict(tensors[:4]), dict(tensors[4:]))
+    with pytest.raises(CheckpointError, match="is part 1 of 2 of a checkpoint") as refusal:
+        load_checkpoint(tmp_path / "model-1-of-2.pth")
+    exec(str(refusal.value).partition(", in Python: ")[2], {})
+    assert load_checkpoint(tmp_path / "model-merged.pth").state_dict().keys() == state().keys()
+
+
+@pytest.mark.parametrize("other", [state(), {"model": state(), "model_ema": state()}, {"optimizer": "none"}])
+def test_whole_networks_counted_side_by_side_are_read(other: dict[str, Any], tmp_path: Path) -> None:
+    _write_two(tmp_path, "client_{}_of_2.pth", state(), other)
+    load_checkpoint(tmp_path / "client_1_of_2.pth")
 
 
 @pytest.mark.parametrize("name", ["part-1-of-2.pth", "vgg-00001-of-00002.safetensors"])
