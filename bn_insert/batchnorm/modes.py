@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from ..graph.copies import check_module
+from ..support.arguments import check_flags
 from .batch_renorm import BATCH_RENORMS, PLAIN_BATCHNORMS, SETTINGS, BatchRenorm, check_can_renormalize, check_limits
 from .lag_meter import LagMeter
 from .renorm_limits import set_renorm_limits
@@ -66,6 +67,7 @@ def set_batchnorm_mode(
     if mode not in get_args(BatchNormMode):
         raise TrainingError(f"the mode of BatchNorm must be one of {', '.join(get_args(BatchNormMode))}, not {mode!r}")
     check_limits(r_max, d_max)
+    check_flags(TrainingError, synchronize=synchronize)
     check_module(model)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():

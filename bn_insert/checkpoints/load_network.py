@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import CheckpointError, as_passed
 from ..graph.copies import deep_copy, tied_parameters
 from ..graph.inputs import reference_tensor
+from ..support.arguments import check_flags
 from ..support.files import StrPath
 from ..support.text import counted, listed, printable
 from ..surgery.history import Change, History
@@ -97,6 +98,7 @@ def build_network(
     Raises:
         CheckpointError: As for `load_checkpoint`.
     """
+    check_flags(CheckpointError, ignore_unexpected=ignore_unexpected)
     path, settings = checkpoint.path, checkpoint.settings or Settings()
     given = None if model is None else _built(model)
     try:

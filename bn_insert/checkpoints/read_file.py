@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, out_of_memory
+from ..support.arguments import check_flags
 from ..support.files import StrPath, real_path
 from ..support.near_names import did_you_mean
 from ..support.safe_torch_load import RefusedError, check_expansion, check_same_file, load_torch_file
@@ -73,6 +74,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
         CheckpointError: The file is not a checkpoint, is damaged, contains anything but tensors, requests more memory
             than its size can justify, or has damaged settings.
     """
+    check_flags(CheckpointError, mmap=mmap)
     path = Path(path)
     checkpoint = _read(path, mmap=mmap, key=key)
 

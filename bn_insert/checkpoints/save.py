@@ -21,6 +21,7 @@ from ..batchnorm.modes import has_own_pre_hooks
 from ..errors import CheckpointError, TrainingError
 from ..graph.copies import check_module, unwrapped
 from ..graph.layers import outputs_of
+from ..support.arguments import check_flags
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
 from ..support.text import counted
 from ..surgery.replace_output import output_layer
@@ -143,6 +144,7 @@ def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[Str
         inputs: Files that the work reads. If the path leads to one of them, also through a link, it is refused even
             with `overwrite`.
     """
+    check_flags(CheckpointError, overwrite=overwrite)
     if not isinstance(path, str | PathLike):
         raise CheckpointError(f"the path is {path!r:.40}; pass the name of a file that ends in {', '.join(_SUFFIXES)}")
     if _suffix(path) not in _SUFFIXES:

@@ -18,7 +18,7 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
-from ..support.arguments import as_tuple, is_whole
+from ..support.arguments import as_tuple, check_flags, is_whole
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -107,6 +107,7 @@ def train_mode_agreement(
         raise CalibrationError(
             f"batch_sizes is {batch_sizes!r:.60}; pass one or more sizes of 1 or more, as whole numbers"
         )
+    check_flags(CalibrationError, renorm=renorm)
     evaluated, trained = working_copy(model, device), working_copy(model, device)
     if renorm:
         set_batchnorm_mode(trained, "renorm")

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphError, as_passed
-from ..support.arguments import as_tuple
+from ..support.arguments import as_tuple, check_flags
 from ..support.schema import Count, Extent
 from ..support.text import listed
 from .copies import unwrapped
@@ -198,6 +198,7 @@ class SiteOptions:
     @classmethod
     def checked(cls, layers: Iterable[str], include_output: bool, skip: Iterable[str], placement: str) -> SiteOptions:
         """Return the options; raise GraphError for a kind of layer, a pattern or a placement that cannot be."""
+        check_flags(GraphError, include_output=include_output)
         kinds, patterns = as_tuple(layers), as_tuple(skip)
         if not kinds or not all(kind in get_args(Kind) for kind in kinds):
             raise GraphError(f"layers must be one or both of {', '.join(get_args(Kind))}, not {kinds!r}")

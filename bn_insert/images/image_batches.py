@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ImageError, as_passed
+from ..support.arguments import check_flags
 from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 from .image_files import MODES, find_images, read_pixels
 from .tensor_batches import TENSOR_SUFFIXES
@@ -50,6 +51,7 @@ def image_batches(
         ImageError: For a folder without images, a transform that does not fit the channels, and options out of range.
     """
     check_at_least(1, batch_size=batch_size)
+    check_flags(ImageError, strict=strict)
     reader = ImageReader(transform, channels, workers, strict)
     paths = find_images(source) if isinstance(source, str | Path) else source
     if not paths:

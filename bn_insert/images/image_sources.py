@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ImageError
+from ..support.arguments import check_flags
 from ..support.near_names import did_you_mean
 from .batch_interface import Batches, check_at_least
 from .image_batches import image_batches
@@ -53,6 +54,7 @@ def open_batches(
     """
     source = Path(source)
     check_at_least(1, images=images)
+    check_flags(ImageError, strict=strict, shuffle=shuffle)
     _check_kind(source)
     if source.is_file() and source.suffix.lower() in TENSOR_SUFFIXES:
         tensors: TensorBatches | NamedInputBatches

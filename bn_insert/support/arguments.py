@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BNInsertError, CalibrationError, as_passed
@@ -50,6 +51,13 @@ def check_functions(error: type[BNInsertError], functions: Mapping[str, object])
     for argument, function in functions.items():
         if function is not None and not callable(function):
             raise error(f"{argument} is {function!r:.40}; pass a function, or None")
+
+
+def check_flags(error: type[BNInsertError], **flags: object) -> None:
+    """Raise an error, naming the argument, for what is neither True nor False: the string "no" would count as true."""
+    for argument, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise error(f"{as_passed(argument)} is {value!r:.40}; pass True or False")
 
 
 def usable_device(device: torch.device | str, error: type[BNInsertError] = CalibrationError) -> torch.device:

@@ -23,7 +23,7 @@ from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
-from ..support.arguments import check_progress
+from ..support.arguments import check_flags, check_progress
 from ..support.text import counted
 from .example_input import peeked
 from .fold import fold
@@ -145,6 +145,7 @@ def adapt(
         [('0', tensor(True))]
     """
     check_progress(progress)
+    check_flags(GraphError, keep_batchnorm=keep_batchnorm, shrink=shrink)
     model = unwrapped(model)
     insertion = None
     if source is not None:

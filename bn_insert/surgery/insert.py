@@ -31,7 +31,7 @@ from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
-from ..support.arguments import check_progress
+from ..support.arguments import check_flags, check_progress
 from ..support.processes import Ranks
 from .equalize import Edge, edges_in
 from .equalize import equalize as equalize_channels
@@ -119,6 +119,7 @@ def insert(
     check_eps(eps)
     check_momentum(momentum)
     check_progress(progress)
+    check_flags(GraphError, equalize=equalize, dropout_before_batchnorm=dropout_before_batchnorm)
     options = SiteOptions.checked(layers, include_output, skip, placement)
     images = 0
 

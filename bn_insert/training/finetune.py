@@ -19,7 +19,7 @@ from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
 from ..report.run_verdicts import lower_rate_advice
 from ..statistics.passes import preserved_random_state
-from ..support.arguments import check_functions, usable_device
+from ..support.arguments import check_flags, check_functions, usable_device
 from ..support.files import StrPath, check_folder, is_same_file, output_folder
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
@@ -146,7 +146,8 @@ def finetune(
         settings,
         {"on_start": on_start, "on_fit": on_fit, "on_trial": on_trial, "on_step": on_step}
         | {"on_epoch": on_epoch, "stop": stop},
-        folder / TENSORBOARD if tensorboard else None,
+        {"resume_epochs": resume_epochs, "tensorboard": tensorboard},
+        tensorboard=folder / TENSORBOARD if tensorboard else None,
     )
     check_output_dir(folder, resume=resume, overwrite=overwrite)
     with ExitStack() as closing, preserved_random_state():
@@ -215,6 +216,8 @@ def _check_arguments(
     images: ClassFolders,
     settings: TrainingSettings,
     callbacks: Mapping[str, object],
+    flags: Mapping[str, object],
+    *,
     tensorboard: Path | None,
 ) -> None:
     """Check what a run is given, and that TensorBoard's files can be written into the folder for them."""
@@ -226,6 +229,7 @@ def _check_arguments(
     if not isinstance(settings, TrainingSettings):
         raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
     check_functions(TrainingError, callbacks)
+    check_flags(TrainingError, **flags)
     if tensorboard:
         check_tensorboard(tensorboard)
 
@@ -342,6 +346,7 @@ def check_output_dir(
             resuming and replacing are asked for.
         CheckpointError: No file can be written into the folder.
     """
+    check_flags(TrainingError, resume=resume, overwrite=overwrite)
     folder = _folder(output_dir)
     if resume and overwrite:
         raise TrainingError(
