@@ -121,11 +121,13 @@ class _Signature:
     Attributes:
         model: Name of the model's class.
         required: Names of the parameters without a default.
+        by_position: Whether some of these cannot be passed by name.
         mapping: Whether there is only one such parameter, and it is annotated as a dict.
     """
 
     model: str
     required: tuple[str, ...]
+    by_position: bool
     mapping: bool
 
     @classmethod
@@ -136,6 +138,7 @@ class _Signature:
         return cls(
             type(model).__name__,
             tuple(each.name for each in required),
+            any(each.kind == each.POSITIONAL_ONLY for each in required),
             len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
         )
 
@@ -157,6 +160,12 @@ def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
         if signature.mapping:
             return _checked((dict(value),), {}, number)
         if set(signature.required) <= value.keys() and signature.required:
+            if signature.by_position:
+                raise CalibrationError(
+                    f"batch {number} is a dict with {', '.join(signature.required)}, which the forward of "
+                    f"{signature.model} takes by position alone; pass a tuple of these, or leave out the / in its "
+                    "parameters"
+                )
             return _checked((), {name: value[name] for name in signature.required}, number)
         if not several:
             return _read(next(iter(value.values())), batch, number, signature)

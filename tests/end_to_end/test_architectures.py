@@ -172,6 +172,23 @@ def test_several_inputs_are_read_by_position_or_by_name(batch: Any) -> None:
     assert same_tensors(insert_batchnorm(model, [batch(*inputs)]), insert_batchnorm(model, [inputs]))
 
 
+class ByPosition(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+
+    def forward(self, left: Tensor, right: Tensor, /) -> Tensor:
+        return self.dense(left + right).relu()
+
+
+def test_names_of_inputs_that_are_taken_by_position_alone_are_refused_with_the_way_out() -> None:
+    model, inputs = ByPosition().eval(), (torch.rand(6, 4), torch.rand(6, 4))
+    refusal = "batch 0 is a dict with left, right, which the forward of ByPosition takes by position alone"
+    with pytest.raises(CalibrationError, match=f"{refusal}; pass a tuple of these, or leave out the / in its"):
+        insert_batchnorm(model, [dict(zip(("left", "right"), inputs, strict=True))])
+    assert [site.name for site in insert(model, [inputs], include_output=True).sites] == ["dense"]
+
+
 def test_a_forward_annotated_to_take_a_dict_gets_the_whole_dict() -> None:
     model, batch = made("forward takes a dict"), ARCHITECTURES["forward takes a dict"].batch()
     assert same_tensors(insert_batchnorm(model, [(batch, torch.zeros(4))]), insert_batchnorm(model, [batch]))
