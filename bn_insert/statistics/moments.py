@@ -206,9 +206,15 @@ def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Floa
 
 @dataclass(frozen=True, eq=False)
 class GroupMoments:
-    """Count, mean and second central moment of groups of values of the same channels."""
+    """Count, mean and second central moment of groups of values of the same channels.
 
-    counts: Float64[Tensor, " groups"]
+    Attributes:
+        counts: Number of values of a channel in each group; one number if all groups have as many.
+        means: Mean of each channel in each group.
+        m2: Sum of squared deviations from that mean.
+    """
+
+    counts: int | Float64[Tensor, " groups"]
     means: Float64[Tensor, "groups channels"]
     m2: Float64[Tensor, "groups channels"]
 
@@ -217,10 +223,10 @@ class GroupMoments:
         cls, slices: Iterable[Tensor], channels: int, column_moments: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> GroupMoments:
         """Return the moments of all groups in the slices, by a function that returns mean and biased variance."""
-        means, variances, counts = zip(
-            *((*column_moments(each), _counts(len(each), each.shape[1] // channels)) for each in slices), strict=True
-        )
-        return cls._joined(counts, *(_joined(each).reshape(-1, channels) for each in (means, variances)))
+        parts = [(len(each), *column_moments(each)) for each in slices]
+        rows, means, variances = zip(*parts, strict=True)
+        groups = [mean.numel() // channels for mean in means]
+        return cls._of_parts(rows, groups, *(_joined(each).reshape(-1, channels) for each in (means, variances)))
 
     @classmethod
     def of_contiguous(cls, values: Float[Tensor, "batch channels *positions"]) -> GroupMoments:
@@ -228,31 +234,34 @@ class GroupMoments:
         rows = values.flatten(0, 1).flatten(1)
         rows_per_slice = max(1, _VALUES_PER_SLICE // rows.shape[1])
         means, variances = zip(*(_row_moments(each) for each in rows.split(rows_per_slice)), strict=True)
-        counts = _counts(rows.shape[1], len(values))
-        return cls._joined([counts], *(_joined(each).reshape(values.shape[:2]) for each in (means, variances)))
+        parts = (_joined(each).reshape(values.shape[:2]) for each in (means, variances))
+        return cls._of_parts([rows.shape[1]], [len(values)], *parts)
 
     @classmethod
-    def _joined(cls, counts: Sequence[Tensor], means: Tensor, variances: Tensor) -> GroupMoments:
+    def _of_parts(cls, counts: Sequence[int], groups: Sequence[int], means: Tensor, variances: Tensor) -> GroupMoments:
+        """Return the moments of consecutive groups, of which `groups[i]` have `counts[i]` values each."""
         device = means.device if means.device.type in WITH_FLOAT64 else torch.device("cpu")
-        count = _joined(counts).to(device)
         mean, variance = (each.to(device, torch.float64) for each in (means, variances))
-        return cls(count, mean, variance * count[:, None])
+        if len(set(counts)) == 1:
+            return cls(counts[0], mean, variance * counts[0])
+        count = torch.tensor(counts, dtype=torch.float64).repeat_interleave(torch.tensor(groups))
+        return cls(count, mean, variance * count.to(device)[:, None])
 
     def pooled(self) -> Moments:
         """Return the moments of all groups together."""
         if len(self.means) == 1:
             return Moments(int(self.counts), self.means[0], self.m2[0])
-        counts = self.counts.to(self.means.device)[:, None]
-        total = counts.sum()
         origin = self.means[0]  # subtracted first, so that equal means pool to exactly that mean
         deviations = self.means - origin
-        shift = (counts * deviations).sum(0) / total
+        counts: int | Tensor
+        if isinstance(self.counts, int):
+            counts, total = self.counts, self.counts * len(self.means)
+            shift = deviations.mean(0)
+        else:
+            counts, total = self.counts.to(self.means.device)[:, None], int(self.counts.sum())
+            shift = (counts * deviations).sum(0) / total
         between_groups = deviations.sub_(shift).square_().mul_(counts).sum(0)
-        return Moments(int(total), origin + shift, self.m2.sum(0) + between_groups)
-
-
-def _counts(count: int, groups: int) -> Float64[Tensor, " groups"]:
-    return torch.full((groups,), float(count), dtype=torch.float64)
+        return Moments(total, origin + shift, self.m2.sum(0) + between_groups)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

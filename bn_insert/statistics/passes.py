@@ -38,7 +38,7 @@ _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's
 _BYTES_AT_A_TIME = 8 << 20
 # Images are tested for depending on each other: this many, after this many others.
 _IMAGES_TESTED = 2
-_IMAGES_BEFORE_TEST = 64
+_IMAGES_BEFORE_TEST = 128
 # The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass is
 # limited to an eighth of the batches before it.
 _EARLIER_PASSES = 8

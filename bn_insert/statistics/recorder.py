@@ -56,7 +56,7 @@ class Recorder:
         # Of this thread alone, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             moments = moments_of(values)
-            finite = isfinite(float((moments.mean + moments.m2).sum()))
+            finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bn_insert import CalibrationError, Moments, calibrate, find_sites
 
-BATCHES, SIZE, SHAPE = 60, 2, (3, 8, 8)
+BATCHES, SIZE, SHAPE = 100, 2, (3, 8, 8)
 
 
 def network_of(*layers: nn.Module) -> nn.Sequential:
@@ -61,7 +61,7 @@ def test_large_batches_of_a_small_network_run_in_parts_and_have_the_statistics_o
     monkeypatch.setattr("bn_insert.statistics.passes._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
     in_parts = Calibrated(network, batches)
     assert whole.sizes == [80] * 4
-    assert in_parts.sizes == [80, 2, 2, 4, *[27, 27, 26] * 3]
+    assert in_parts.sizes == [80, 80, 2, 2, 4, *[27, 27, 26] * 2]
     assert_same(in_parts, whole)
     for name, moments in in_parts.moments.items():  # the spread between the batches of the caller
         torch.testing.assert_close(moments.standard_error, whole.moments[name].standard_error)
@@ -69,9 +69,9 @@ def test_large_batches_of_a_small_network_run_in_parts_and_have_the_statistics_o
 
 def test_an_image_that_is_not_finite_is_named_in_a_batch_that_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bn_insert.statistics.passes._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
-    images = images_of(160)
-    images[80 + 50] = torch.nan
-    with pytest.raises(CalibrationError, match="first for image 50 of batch 1"):
+    images = images_of(240)
+    images[160 + 50] = torch.nan
+    with pytest.raises(CalibrationError, match="first for image 50 of batch 2"):
         Calibrated(network_of(), images.split(80))
 
 
@@ -119,8 +119,8 @@ def test_a_forward_that_takes_one_batch_size_alone_works() -> None:
 
 def test_an_image_that_is_not_finite_is_named_by_its_own_batch() -> None:
     images = images_of()
-    images[101] = torch.nan
-    with pytest.raises(CalibrationError, match="first for image 1 of batch 50"):
+    images[171] = torch.nan
+    with pytest.raises(CalibrationError, match="first for image 1 of batch 85"):
         Calibrated(network_of(), images.split(SIZE))
 
 
