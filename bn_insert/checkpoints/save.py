@@ -58,7 +58,7 @@ def save_checkpoint(
         model: The model to save.
         path: A file name that ends in .pth, .pt or .safetensors.
         transform: Preprocessing of images for the model, as `bn_insert.images.Transform(...).to_dict()` returns it, for
-            the commands; any other JSON object is stored, but of no use to them.
+            the commands; any other JSON object is stored, but they refuse it unless options replace all of it.
         classes: Names of the classes, in the order of the model's outputs; none if they are not known. Warns if there
             are more or fewer than the output layer has outputs.
         overwrite: Replace an existing file.

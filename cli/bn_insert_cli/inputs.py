@@ -302,10 +302,15 @@ def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transfor
     if not values:
         return Transform()
     replaced = {name: value for name, value in Transform().to_dict().items() if getattr(options, name) is not None}
+    if len(replaced) == len(Transform().to_dict()):  # nothing of what is stored is used, so it may be of any kind
+        return Transform()
     try:
         return Transform.from_dict({**values, **{name: value for name, value in replaced.items() if name in values}})
     except ImageError as error:
-        raise ImageError(f"{checkpoint.path}: the preprocessing in {checkpoint.settings_place}: {error}") from error
+        raise ImageError(
+            f"{checkpoint.path}: the preprocessing in {checkpoint.settings_place}: {error}; to use another, pass all "
+            "of --resize, --crop, --mean and --std"
+        ) from error
 
 
 def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:

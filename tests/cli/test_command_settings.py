@@ -99,3 +99,13 @@ def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, 
         run(*command), "error: x.pth: the preprocessing in the file's metadata: crop of a transform is 16384"
     )
     assert run(*command, "--crop", 0).exit_code == 0
+
+
+def test_a_transform_of_another_kind_is_replaced_by_options_that_name_all_of_it(run: Run, digits: Path) -> None:
+    stored = Transform(resize=None).to_dict() | {"interpolation": "bicubic"}
+    save_checkpoint(load_checkpoint(network_path()), "x.pth", transform=stored)
+    command = ("insert", "x.pth", digits, "-o", "out.pth", "--resize", 0, "--crop", 0, "--mean", 0, "-j", 0)
+    refused = run(*command)
+    assert_refused(refused, "unknown field interpolation; to use another, pass all of --resize, --crop")
+    assert run(*command, "--std", 1).exit_code == 0
+    assert run("fold", "out.pth", digits, "-o", "folded.pth").exit_code == 0
