@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.batch_renorm import PLAIN_BATCHNORMS
 from ..batchnorm.modes import has_own_pre_hooks
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError
 from ..graph.copies import check_module, unwrapped
 from ..graph.layers import outputs_of
 from ..support.arguments import check_flags
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
 from ..support.text import counted
-from ..surgery.replace_output import output_layer
+from ..surgery.replace_output import output_layer, possible_output_layers
 from .settings import HEADER_KEY, METADATA_KEY, Settings
 from .state_dict import independent, is_plain
 
@@ -119,18 +119,16 @@ def stage_checkpoint(
 
 
 def _warn_of_other_classes(network: nn.Module, classes: Sequence[str]) -> None:
-    """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost."""
-    if not classes:
-        return
-    try:
-        name, layer = output_layer(network)
-    except TrainingError:
-        return
-    outputs = outputs_of(layer)
-    if len(classes) != outputs:
+    """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost.
+
+    Of several layers, it is unknown here which one is called last.
+    """
+    layers = possible_output_layers(network)
+    if classes and layers and len(classes) not in map(outputs_of, layers.values()):
+        name = output_layer(network).name
         warnings.warn(
-            f"{counted(len(classes), 'class name')} for the {outputs} outputs of {name}: the network cannot be "
-            "evaluated under these names; save it again with one name for each output",
+            f"{counted(len(classes), 'class name')} for the {outputs_of(layers[name])} outputs of {name}: the network "
+            "cannot be evaluated under these names; save it again with one name for each output",
             stacklevel=4,
         )
 

@@ -1,32 +1,38 @@
 """The layer that computes the logits, and its replacement for another number of classes.
 
-It is found by its position, without a trace. `insert_batchnorm` leaves out the layers whose output reaches the
-output of a traced network, which may be several: see `graph/sites.py`.
+It is found by the order of calls on an example, or by its position, without a trace. `insert_batchnorm` leaves out the
+layers whose output reaches the output of a traced network, which may be several: see `graph/sites.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from ..errors import TrainingError, as_passed
-from ..graph.copies import check_module
-from ..graph.layers import NormalizedLayer, layer_kind
+from ..graph.copies import unchanged_attributes, unwrapped, working_copy
+from ..graph.inputs import Inputs
+from ..graph.layers import NormalizedLayer, layer_kind, outputs_of
+from ..statistics.passes import preserved_random_state
 from .history import WIDEST_HEAD, History, RemovedBatchNorms, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import inserted_batchnorms, splice_over
 
 
-def replace_output(model: nn.Module, classes: int) -> None:
+def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> None:
     """Replace a network's output layer, in place, by one for another number of classes.
 
-    The output layer is the last nn.Linear, or the last nn.Conv2d of a network without dense layers, such as SqueezeNet.
-    The new one has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at a
-    loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
+    Without an example, the output layer is the nn.Linear that is declared last, or the last nn.Conv2d of a network
+    without dense layers, such as SqueezeNet. With one, it is the nn.Linear or nn.Conv2d that is called last, if the
+    model returns one logit for each of its outputs.
+
+    The new layer has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at
+    a loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
     the second step. A conv, after which there may be a ReLU that passes no gradient at zero, gets normal weights with a
     std of 0.01 and zero bias, as in torchvision's SqueezeNet.
 
@@ -36,6 +42,7 @@ def replace_output(model: nn.Module, classes: int) -> None:
     Args:
         model: The network to change.
         classes: Number of classes, 2 or more.
+        example: One batch, as for `insert_batchnorm`.
 
     Raises:
         TrainingError: If there are fewer than 2 classes, the network has neither a dense layer nor a conv, or there is
@@ -48,18 +55,24 @@ def replace_output(model: nn.Module, classes: int) -> None:
         >>> model[-1]
         Linear(in_features=4, out_features=10, bias=True)
     """
-    check_module(model)
+    model = unwrapped(model)
+    replace_output_layer(model, output_layer(model, example), classes)
+
+
+def replace_output_layer(model: nn.Module, output: OutputLayer, classes: int) -> str:
+    """Replace the output layer that was found, as `replace_output` does, and return the name of the new one."""
     _check_classes(classes)
-    _, _, norms = _replaceable_output(model)
-    name, output = _without_batchnorms(model, norms)
-    new = new_output(output, classes)
+    layer = output.module_in(model)
+    name = _without_batchnorms(model, layer, _batchnorms_to_remove(model, output))
+    new = new_output(layer, classes)
     _initialize(new)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new.train(output.training))
+    setattr(model.get_submodule(parent), child, new.train(layer.training))
     History.of(model).with_change(ReplacedOutput(name, classes)).keep_with(model)
+    return name
 
 
-def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
+def replace_head(model: nn.Module, width: int, classes: int, *, example: Any = None) -> list[str]:
     """Replace a network's dense layers, in place, by a new head: Linear, BatchNorm, ReLU and an output layer.
 
     What is replaced are the children of an nn.Sequential from its first dense layer to the output layer, or, if the
@@ -70,6 +83,7 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
         model: The network to change.
         width: Number of hidden channels, from 1 to 65,536.
         classes: Number of classes, 2 or more.
+        example: As for `replace_output`.
 
     Returns:
         The qualified names of the new modules.
@@ -86,25 +100,31 @@ def replace_head(model: nn.Module, width: int, classes: int) -> list[str]:
         >>> [type(module).__name__ for module in model]
         ['Flatten', 'Linear', 'BatchNorm1d', 'ReLU', 'Linear']
     """
-    check_module(model)
+    model = unwrapped(model)
+    return replace_dense_layers(model, output_layer(model, example), width, classes)
+
+
+def replace_dense_layers(model: nn.Module, output: OutputLayer, width: int, classes: int) -> list[str]:
+    """Replace the dense layers up to the output layer that was found, as `replace_head` does."""
     _check_classes(classes)
     _check_whole("the width of the head", width)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
-    last, output, norms = _replaceable_output(model)
-    if not isinstance(output, nn.Linear):
+    layer = output.module_in(model)
+    norms = _batchnorms_to_remove(model, output)
+    if not isinstance(layer, nn.Linear):
         raise TrainingError(
-            f"the output layer {last} is a {type(output).__name__}, and a new head takes the place of dense layers; "
-            f"keep the head ({as_passed('head', None, '--head keep')})"
+            f"the output layer {output.name} is a {type(layer).__name__}, and a new head takes the place of dense "
+            f"layers; keep the head ({as_passed('head', None, '--head keep')})"
         )
-    _first_of_head(model, last)  # before anything is changed
-    last, output = _without_batchnorms(model, norms)
+    _first_of_head(model, output.name)  # before anything is changed
+    last = _without_batchnorms(model, layer, norms)
     first = _first_of_head(model, last)
     old = model.get_submodule(first)
     modules = new_head(cast(nn.Linear, old), width, classes)
     _initialize(modules[-1])
     for module in modules:
-        module.train(output.training)
+        module.train(layer.training)
     replaced = splice_over(model, first, last, modules)
     History.of(model).with_change(ReplacedHead((first, last), width, classes)).keep_with(model)
     return replaced
@@ -155,25 +175,22 @@ def _initialize(layer: nn.Module) -> None:
             parameter.zero_()
 
 
-def _replaceable_output(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d, list[str]]:
-    """Return the output layer, and the names of the BatchNorms that were inserted behind it.
+def _batchnorms_to_remove(model: nn.Module, output: OutputLayer) -> list[str]:
+    """Return the names of the BatchNorms that were inserted behind the output layer.
 
     Raises:
         TrainingError: If another BatchNorm comes after it.
     """
-    name, output = output_layer(model)
-    inserted = _inserted_behind(model, name)
-    modules = list(model.named_modules())
-    after_output = modules[[module for _, module in modules].index(output) + 1 :]
-    for norm_name, norm in after_output:
-        if isinstance(norm, _BatchNorm) and norm_name not in inserted:
-            before = _name_before_insertion(model, name)
+    inserted = _inserted_behind(model, output.name)
+    for norm in output.norms_after:
+        if norm not in inserted:
+            before = _name_before_insertion(model, output.name)
             skip = as_passed("skip", (before,), f"--skip {before}")
             raise TrainingError(
-                f"BatchNorm {norm_name} comes after the output layer {name}; leave that layer out when inserting "
+                f"BatchNorm {norm} comes after the output layer {output.name}; leave that layer out when inserting "
                 f"BatchNorm ({skip})"
             )
-    return name, output, inserted
+    return inserted
 
 
 def _inserted_behind(model: nn.Module, name: str) -> list[str]:
@@ -189,13 +206,13 @@ def _inserted_behind(model: nn.Module, name: str) -> list[str]:
     return [each for each, _ in its_own if each in inserted]
 
 
-def _without_batchnorms(model: nn.Module, norms: Sequence[str]) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Remove the BatchNorms behind the output layer, in place, and return that layer, whose name may change."""
+def _without_batchnorms(model: nn.Module, output: nn.Module, norms: Sequence[str]) -> str:
+    """Remove the BatchNorms behind the output layer, in place, and return that layer's name, which may change."""
     if norms:
         change = RemovedBatchNorms(tuple(norms))
         change.replay(model)
         History.of(model).with_change(change).keep_with(model)
-    return output_layer(model)
+    return next(name for name, module in model.named_modules() if module is output)
 
 
 def _name_before_insertion(model: nn.Module, name: str) -> str:
@@ -206,17 +223,72 @@ def _name_before_insertion(model: nn.Module, name: str) -> str:
     return ".".join(filter(None, [parent, str(int(number) - in_front)])) if number.isdigit() else name
 
 
-def output_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the last dense layer and its qualified name, or the last Conv2d of a network without dense layers.
+class OutputLayer(NamedTuple):
+    """The output layer of a network, by its name, which is the same in a copy.
+
+    Attributes:
+        name: Its qualified name.
+        norms_after: Names of the BatchNorms that come after it.
+    """
+
+    name: str
+    norms_after: tuple[str, ...]
+
+    def module_in(self, model: nn.Module) -> nn.Linear | nn.Conv2d:
+        """Return the layer in a model."""
+        return cast("nn.Linear | nn.Conv2d", model.get_submodule(self.name))
+
+
+def output_layer(model: nn.Module, example: Any = None) -> OutputLayer:
+    """Return the output layer of a model that is not wrapped; see `replace_output` for which one it is.
 
     Raises:
-        TrainingError: If the network has neither.
+        TrainingError: If the network has neither a dense layer nor a conv.
     """
-    modules = [(name, module) for name, module in model.named_modules() if name]
-    dense = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
-    convs = [(name, module) for name, module in modules if isinstance(module, nn.Conv2d) and module.groups == 1]
-    if dense:
-        return dense[-1]
-    if convs:
-        return convs[-1]
-    raise TrainingError(f"{type(model).__name__} has no dense layer and no conv to use as the output layer")
+    layers = possible_output_layers(model)
+    if not layers:
+        raise TrainingError(f"{type(model).__name__} has no dense layer and no conv to use as the output layer")
+    order = [name for name, _ in model.named_modules()]
+    output = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), [*layers][-1])
+    if example is not None:
+        called, logits = _calls(model, example)
+        last = next((name for name in reversed(called) if name in layers), None)
+        if last is not None and outputs_of(layers[last]) == logits:
+            order, output = called, last
+    after = order[order.index(output) + 1 :]
+    return OutputLayer(output, tuple(name for name in after if isinstance(model.get_submodule(name), _BatchNorm)))
+
+
+def possible_output_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that can be output layers, by their names, in the order in which they were declared."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+    }
+
+
+def _calls(model: nn.Module, example: Any) -> tuple[list[str], int]:
+    """Return the names of modules in the order of their last calls, and the number of logits that the model returns.
+
+    If it cannot run on the example, there are none.
+    """
+    network = working_copy(model)
+    called: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            called.pop(name, None)
+            called[name] = None
+
+        return hook
+
+    for name, module in network.named_modules():
+        module.register_forward_pre_hook(note(name))
+    try:
+        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(model):
+            outputs = Inputs.of(example, 0, network).run(network)
+    except Exception:  # noqa: BLE001 - whatever it is, training raises it again, with its context
+        return [], 0
+    shapes = [leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return list(called), shapes[0][1] if shapes and len(shapes[0]) > 1 else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,23 +30,28 @@ class Classifier:
         network: The network itself.
         parallel: The network as a training step calls it: inside DistributedDataParallel when there are several
             processes, otherwise `network`.
+        output: Name of its output layer.
         classes: Number of logits per image.
         device: Where the network is.
         amp: Run under bfloat16 autocast.
         memory_format: That of images and conv weights.
+        takes_one_image: Whether it runs on a batch of one image, whose batch axis squeeze() in a forward removes.
     """
 
     network: nn.Module
     parallel: nn.Module
+    output: str
     classes: int
     device: torch.device
     amp: bool
     memory_format: torch.memory_format = torch.channels_last
+    takes_one_image: bool = True
 
     @classmethod
     def of(
         cls,
         network: nn.Module,
+        output: str,
         classes: int,
         device: torch.device,
         ranks: Ranks,
@@ -57,15 +63,23 @@ class Classifier:
 
         Args:
             network: The network; its conv weights get the memory format.
+            output: Name of its output layer.
             classes: Number of logits per image.
             device: Where the network is.
             ranks: The processes that train it.
             amp: Run under bfloat16 autocast.
-            example: Images to find out which memory format the network takes.
+            example: Images to find out which memory format the network takes, and whether it takes one image.
         """
-        memory_format = torch.channels_last if example is None else _memory_format(network, example.to(device))
+        memory_format, takes_one_image = torch.channels_last, True
+        if example is not None:
+            # Two images, as some views are of several images alone.
+            images = example[:1].expand(2, -1, -1, -1).to(device, next(network.parameters()).dtype)
+            # channels_last is faster; some forwards take contiguous activations alone, as x.view does.
+            memory_format = torch.channels_last if _runs(network, images, memory_format) else torch.contiguous_format
+            takes_one_image = _runs(network, images[:1], memory_format) or not _runs(network, images, memory_format)
         network.to(memory_format=memory_format)
-        return cls(network, _parallel(network, device, ranks), classes, device, amp, memory_format)
+        parallel = _parallel(network, device, ranks)
+        return cls(network, parallel, output, classes, device, amp, memory_format, takes_one_image)
 
     def copied(self, ranks: Ranks) -> Classifier:
         """Return a classifier with a copy of the network; all processes call this together."""
@@ -77,6 +91,12 @@ class Classifier:
         dtype = next(self.network.parameters()).dtype
         images = batch.images.to(self.device, dtype, memory_format=self.memory_format)
         return images, batch.labels.to(self.device)
+
+    def each_input(
+        self, batches: Iterable[LabelledBatch]
+    ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
+        """Return the inputs of batches outside of training; a single image that would not run alone joins others."""
+        return map(self.inputs, batches if self.takes_one_image else _single_images_joined(batches))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the network is run."""
@@ -100,9 +120,8 @@ class Classifier:
             if out_of_memory(error):
                 raise
             raise TrainingError(
-                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; its last dense "
-                "layer (without one, its last conv) is assumed to be the output layer, and all images must have one "
-                f"size ({as_passed('crop')})"
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; {self.output} is "
+                f"assumed to be its output layer, and all images must have one size ({as_passed('crop')})"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -113,17 +132,31 @@ class Classifier:
         return logits
 
 
-def _memory_format(network: nn.Module, images: Float[Tensor, "n c h w"]) -> torch.memory_format:
-    """Return channels_last, which is faster, unless the forward takes contiguous activations alone, as x.view does."""
-    # Two images, as some views are of several images alone; a copy, as a forward may keep tensors.
-    images = images[:1].expand(2, -1, -1, -1).to(next(network.parameters()).dtype, memory_format=torch.channels_last)
+def _runs(network: nn.Module, images: Float[Tensor, "n c h w"], memory_format: torch.memory_format) -> bool:
+    """Return whether a network runs on images in a memory format, and its outputs have one row for each of them."""
     try:
         with preserved_random_state(), torch.inference_mode():
             # The weights too: with them, a forward that makes its images contiguous has activations in channels_last.
-            working_copy(network).to(memory_format=torch.channels_last)(images)
+            # Copies, as a forward may keep tensors, or change them in place.
+            logits = working_copy(network).to(memory_format=memory_format)(images.clone(memory_format=memory_format))
     except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
-        return torch.contiguous_format
-    return torch.channels_last
+        return False
+    return isinstance(logits, Tensor) and logits.shape[:1] == images.shape[:1]
+
+
+def _single_images_joined(batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
+    """Yield batches of two images or more: a single image joins the batch before it, the first one that behind it."""
+    waiting: LabelledBatch | None = None
+    for batch in batches:
+        if waiting is None:
+            waiting = batch
+        elif 1 in {len(waiting.labels), len(batch.labels)} and waiting.images.shape[1:] == batch.images.shape[1:]:
+            waiting = LabelledBatch(*map(torch.cat, zip(waiting, batch, strict=True)))
+        else:
+            yield waiting
+            waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 def cross_entropy(

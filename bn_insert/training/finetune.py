@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, TrainingError, as_passed
-from ..graph.copies import check_module
+from ..graph.copies import check_module, unwrapped
 from ..graph.layers import layer_kind
 from ..images.class_folders import ClassFolders
 from ..report import Verdict, run_health
@@ -98,7 +98,9 @@ def finetune(
     The copy has float32 in place of half precision, the memory format channels_last unless its forward takes contiguous
     tensors alone, and a new output layer if the model's does not have one output per class. Dropout before a BatchNorm
     is switched off unless `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is
-    left out if it is a single image that a BatchNorm would have to normalize by. PyTorch's random state is restored.
+    left out if it is a single image that a BatchNorm would have to normalize by, or that the network does not run on
+    alone, because squeeze() removes its batch axis; in validation, such an image joins the batch before it. PyTorch's
+    random state is restored.
 
     In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
     DistributedDataParallel, and only the first rank writes.
@@ -157,11 +159,12 @@ def finetune(
         existing = results_in(folder)
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
-        network = prepared_network(model, settings, len(images.classes), device, ranks)
-        example = _example(images)
+        model, classes, example = unwrapped(model), len(images.classes), _example(images)
+        given_output = output_layer(model, example)
+        network, output = prepared_network(model, given_output, settings, classes, device=device, ranks=ranks)
         dropout = set_dropout(network, settings.dropout, example)
-        classifier = Classifier.of(network, len(images.classes), device, ranks, amp=settings.amp, example=example)
-        training_set = TrainingSet.of(images, network, settings, ranks)
+        classifier = Classifier.of(network, output, classes, device, ranks, amp=settings.amp, example=example)
+        training_set = TrainingSet.of(images, classifier, settings, ranks)
         state, data = None, run_data(network, images, ranks)
         if resume and existing:
             state = load_state(folder / STATE)
@@ -170,17 +173,27 @@ def finetune(
             if resume_epochs:
                 settings = state.with_epochs(settings)
         summary = summarize(
-            model, network, images, settings, device=device, dropout=str(dropout), steps=training_set.steps
+            model,
+            given_output,
+            network,
+            images,
+            settings,
+            device=device,
+            dropout=str(dropout),
+            steps=training_set.steps,
         )
         settings = replace(settings, lr=summary.lr)
-        optimizer = make_optimizer(network, settings)
-        renorm_scheduler = make_renorm_scheduler(network, settings)
+        optimizer, renorm_scheduler = make_optimizer(network, settings), make_renorm_scheduler(network, settings)
         step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
-        new_output = replaces_output(model, settings, len(images.classes))
+        new_output = replaces_output(model, given_output, settings, classes)
         facts = {
             **(facts or {}),
             **run_facts(
-                summary, images, ranks, output_replaced=new_output, output_kind=layer_kind(output_layer(network)[1])
+                summary,
+                images,
+                ranks,
+                output_replaced=new_output,
+                output_kind=layer_kind(network.get_submodule(output)),
             ),
         }
         progress = Progress()

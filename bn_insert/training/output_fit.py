@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ def fit_output(
     train: Iterable[Any],
     validation: Iterable[Any],
     *,
+    example: Any = None,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> bool:
@@ -56,6 +57,7 @@ def fit_output(
         train: Batches of images and labels in random order, as for `evaluate`; iterated once. The inputs of the output
             layer are kept in memory.
         validation: The same for the images that choose the penalty, in random order too; iterated once.
+        example: One batch, by which the output layer is found, as for `replace_output`.
         autocast: Dtype for the forward passes.
         progress: Called after each batch with the number of images so far, of both passes together, and before each
             fit.
@@ -82,25 +84,29 @@ def fit_output(
     check_module(model)
     check_progress(progress)
     model = unwrapped(model)
-    name, layer = output_layer(model)
+    output = output_layer(model, example)
+    layer = output.module_in(model)
     if not can_be_fitted(layer):
-        raise TrainingError(not_fittable(name, layer))
-    return not fit_layer(model, layer, train, validation, autocast=autocast, progress=progress)
+        raise TrainingError(not_fittable(output.name, layer))
+    return not fit_layer(model, output.name, train, validation, autocast=autocast, progress=progress)
 
 
 def fit_layer(
     model: nn.Module,
-    layer: nn.Linear,
+    output: str,
     train: Iterable[Any],
     validation: Iterable[Any],
     *,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Fit the output layer `layer` of a model, as `fit_output` does; return why it was not fitted, empty if it was."""
+    """Fit the output layer of this name, as `fit_output` does; return why it was not fitted, empty if it was."""
+    layer = cast(nn.Linear, model.get_submodule(output))
     try:
-        train_set, seen = _features(_as_trained(model, dropout=False), train, autocast, progress)
-        val_set, seen = _features(_as_trained(model, dropout=True), validation, autocast, progress, seen)
+        network = _as_trained(model, dropout=False)
+        train_set, seen = _features(network, output, train, autocast=autocast, progress=progress)
+        network = _as_trained(model, dropout=True)
+        val_set, seen = _features(network, output, validation, autocast=autocast, progress=progress, before=seen)
     except _UnusableError as error:
         return str(error)
 
@@ -155,12 +161,19 @@ def _as_trained(model: nn.Module, *, dropout: bool) -> nn.Module:
 
 
 def _features(
-    network: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None, progress: Progress | None, before: int = 0
+    network: nn.Module,
+    output: str,
+    batches: Iterable[Any],
+    *,
+    autocast: torch.dtype | None,
+    progress: Progress | None,
+    before: int = 0,
 ) -> tuple[_Examples, int]:
     """Return the examples of all ranks, and the number of this rank's images so far.
 
     Args:
         network: A copy of the classifier.
+        output: Name of its output layer.
         batches: Images and labels.
         autocast: Dtype for the forward passes.
         progress: Called after each batch with the number of images so far.
@@ -171,7 +184,7 @@ def _features(
         TrainingError: If the output layer does not have one output for each logit.
     """
     inputs: list[Tensor] = []
-    name, layer = output_layer(network)
+    layer = cast(nn.Linear, network.get_submodule(output))
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         (features,) = args or kwargs.values()
@@ -197,8 +210,9 @@ def _features(
         raise _UnusableError("its inputs are not one vector for each image")
     if outcomes.classes != layer.out_features:
         raise TrainingError(
-            f"{name} has {layer.out_features} outputs, and the network returns {outcomes.classes} logits, so it is "
-            "not the output layer, and cannot be fitted"
+            f"{output} has {layer.out_features} outputs, and the network returns {outcomes.classes} logits, so it is "
+            "not the output layer, and cannot be fitted; fit_output(..., example=images) finds the one that is called "
+            "last"
         )
     features = torch.cat(parts)
     if len(features) != outcomes.images:

@@ -15,18 +15,35 @@ from ..errors import TrainingError, as_passed
 from ..graph.copies import deep_copy
 from ..graph.layers import outputs_of
 from ..support.processes import Ranks
-from ..surgery.replace_output import output_layer, replace_head, replace_output
+from ..surgery.replace_output import OutputLayer, replace_dense_layers, replace_output_layer
 from .parameter_groups import parameter_groups
 from .settings import Trained, TrainingSettings
 
 
 def prepared_network(
-    model: nn.Module, settings: TrainingSettings, classes: int, device: torch.device, ranks: Ranks
-) -> nn.Module:
+    model: nn.Module,
+    output: OutputLayer,
+    settings: TrainingSettings,
+    classes: int,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[nn.Module, str]:
     """Return a copy of a model on its device, with what the settings freeze or change.
 
     It has float32 in place of half precision, and the new head of the settings, or a new output layer if the model's
     does not have one output per class.
+
+    Args:
+        model: The model, not wrapped.
+        output: Its output layer.
+        settings: The settings.
+        classes: Number of classes.
+        device: Where the copy is trained.
+        ranks: The processes that train it.
+
+    Returns:
+        The copy, and the name of its output layer.
 
     Raises:
         TrainingError: For settings that the model cannot take.
@@ -34,7 +51,7 @@ def prepared_network(
     network = deep_copy(model)
     if next(network.parameters()).dtype in (torch.float16, torch.bfloat16):
         network.float()  # small steps would be rounded away
-    head = _head(network, settings, classes)
+    head = _head(network, output, settings, classes)
     network.to(device)
     renorm = settings.batchnorm == "renorm"
     if settings.sync_bn and not renorm:
@@ -58,21 +75,21 @@ def prepared_network(
         _part(network, "classifier")
         set_batchnorm_mode(features, "freeze")
         features.requires_grad_(requires_grad=False)
-    return network
+    return network, head[-1]
 
 
-def replaces_output(model: nn.Module, settings: TrainingSettings, classes: int) -> bool:
+def replaces_output(model: nn.Module, output: OutputLayer, settings: TrainingSettings, classes: int) -> bool:
     """Return whether a run gives a model a new output layer on its own other layers."""
-    return settings.head is None and outputs_of(output_layer(model)[1]) != classes
+    return settings.head is None and outputs_of(output.module_in(model)) != classes
 
 
-def _head(network: nn.Module, settings: TrainingSettings, classes: int) -> list[str]:
-    """Give a network its head, in place, and return the names of the head's modules."""
+def _head(network: nn.Module, output: OutputLayer, settings: TrainingSettings, classes: int) -> list[str]:
+    """Give a network its head, in place, and return the names of the head's modules; the last is the output layer."""
     if settings.head is not None:
-        return replace_head(network, settings.head, classes)
-    if replaces_output(network, settings, classes):
-        replace_output(network, classes)
-    return [output_layer(network)[0]]
+        return replace_dense_layers(network, output, settings.head, classes)
+    if replaces_output(network, output, settings, classes):
+        return [replace_output_layer(network, output, classes)]
+    return [output.name]
 
 
 def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> None:

@@ -39,7 +39,7 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
     }
     if not names:
         return
-    inputs = (classifier.inputs(batch)[0] for batch in batches)
+    inputs = (images for images, _ in classifier.each_input(batches))
     autocast = torch.bfloat16 if classifier.amp else None
     try:
         result = reestimate(

@@ -14,7 +14,6 @@ from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import Outcomes
 from ..errors import CalibrationError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
-from ..surgery.replace_output import output_layer
 from .classifier import Classifier
 from .metrics import OutputFit
 from .output_fit import can_be_fitted, fit_layer, not_fittable
@@ -85,7 +84,8 @@ class _Fit:
             own = outcomes.accuracy
             if not _says_little(outcomes):
                 return self._result(accuracy=own, own_accuracy=own)
-        name, layer = output_layer(self.classifier.network)
+        name = self.classifier.output
+        layer = self.classifier.network.get_submodule(name)
         if not can_be_fitted(layer):
             return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
         try:
@@ -106,7 +106,7 @@ class _Fit:
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         reason = fit_layer(
             self.classifier.network,
-            layer,
+            self.classifier.output,
             self._inputs(self.training_set.sample(0, count)),
             self._inputs(self.images.batches(chosen_by, settings.batch_size)) if chosen_by else (),
             autocast=torch.bfloat16 if self.classifier.amp else None,
@@ -150,7 +150,7 @@ class _Fit:
 
     def _inputs(self, batches: Iterable[LabelledBatch]) -> Iterable[Any]:
         least = 2 if any(map(needs_several_values, self.classifier.network.modules())) else 1
-        return (self.classifier.inputs(batch) for batch in batches if len(batch.labels) >= least)
+        return (inputs for inputs in self.classifier.each_input(batches) if len(inputs[1]) >= least)
 
 
 def _says_little(outcomes: Outcomes) -> bool:

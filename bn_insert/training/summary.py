@@ -15,7 +15,7 @@ from ..errors import as_passed
 from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..support.text import counted
-from ..surgery.replace_output import output_layer
+from ..surgery.replace_output import OutputLayer
 from .lr_trials import untried_learning_rate
 from .preparation import replaces_output
 from .settings import TrainingSettings
@@ -75,6 +75,7 @@ class RunSummary:
 
 def summarize(
     model: nn.Module,
+    output: OutputLayer,
     network: nn.Module,
     images: ClassFolders,
     settings: TrainingSettings,
@@ -87,6 +88,7 @@ def summarize(
 
     Args:
         model: The model as it was given.
+        output: Its output layer.
         network: The network as it is trained.
         images: The images.
         settings: The settings.
@@ -105,7 +107,7 @@ def summarize(
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         _batchnorms(network),
         dropout,
-        _output(model, network, settings, len(images.classes)),
+        _output(model, output, network, settings, len(images.classes)),
         settings.lr if untried is None else untried,
         settings.epochs,
         steps,
@@ -117,11 +119,11 @@ def _batchnorms(network: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in network.modules())
 
 
-def _output(model: nn.Module, network: nn.Module, settings: TrainingSettings, classes: int) -> str:
-    name, layer = output_layer(model)
+def _output(model: nn.Module, output: OutputLayer, network: nn.Module, settings: TrainingSettings, classes: int) -> str:
+    name, layer = output.name, output.module_in(model)
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
-    if not replaces_output(model, settings, classes):
+    if not replaces_output(model, output, settings, classes):
         return f"{name}, with {classes} classes as in the checkpoint"
     replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
     if _batchnorms(network) < _batchnorms(model):

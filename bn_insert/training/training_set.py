@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..batchnorm.modes import needs_several_values
 from ..errors import TrainingError, as_passed
 from ..images.augmentation import augmented
 from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
+from ..statistics.passes import SINGLE_IMAGE
 from ..support.processes import Ranks
+from .classifier import Classifier
 from .settings import TrainingSettings
 
 # Seeds of epochs and of batches are this far apart, so that neighboring seeds of users share none of them.
@@ -38,24 +38,30 @@ class TrainingSet:
     images_per_epoch: int
 
     @classmethod
-    def of(cls, images: ClassFolders, network: nn.Module, settings: TrainingSettings, ranks: Ranks) -> TrainingSet:
+    def of(cls, images: ClassFolders, classifier: Classifier, settings: TrainingSettings, ranks: Ranks) -> TrainingSet:
         """Return the training set of a network.
 
-        A last batch of one image is left out when a BatchNorm would have to normalize by it.
+        A last batch of one image is left out when a BatchNorm would have to normalize by it, and when the network does
+        not run on it.
 
         Raises:
-            TrainingError: When every batch would be too small for BatchNorm.
+            TrainingError: When every batch would be too small, or a process would have one validation image alone and
+                the network does not run on it.
         """
         share, size = -(-len(images.train) // ranks.count), settings.batch_size
-        left_out = 0
-        if any(map(needs_several_values, network.modules())):
-            if size == 1 or share < 2:
-                raise TrainingError(
-                    f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
-                    f"size {size}); use a batch size of 2 or more, or "
-                    f"{as_passed('batchnorm', 'renorm')}"
-                )
-            left_out = int(share % size == 1)
+        several = any(map(needs_several_values, classifier.network.modules()))
+        if several and (size == 1 or share < 2):
+            raise TrainingError(
+                f"BatchNorm cannot normalize a batch of one image ({share} training images per process, batch "
+                f"size {size}); use a batch size of 2 or more, or "
+                f"{as_passed('batchnorm', 'renorm')}"
+            )
+        if not classifier.takes_one_image and (size == 1 or share < 2 or len(images.val) < 2 * ranks.count):
+            raise TrainingError(
+                f"{type(classifier.network).__name__} cannot run on one image alone ({share} training images per "
+                f"process, {len(images.val)} validation images, batch size {size}); {SINGLE_IMAGE}"
+            )
+        left_out = (several or not classifier.takes_one_image) and share % size == 1
         return cls(images, ranks, settings, share - left_out)
 
     @property

@@ -56,7 +56,7 @@ def validate(
 
     outcomes = outcomes_of(
         working_copy(classifier.network),
-        map(classifier.inputs, images.batches(share, batch_size)) if share else (),
+        classifier.each_input(images.batches(share, batch_size)) if share else (),
         autocast=torch.bfloat16 if classifier.amp else None,
         progress=after_batch,
     )

@@ -49,15 +49,6 @@ class Encoder(nn.Module):
         return [self.conv(x)]
 
 
-class Backwards(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head, self.hidden, self.conv = nn.Linear(6, 4), nn.Linear(8, 6), nn.Conv2d(3, 8, 3)
-
-    def forward(self, x):
-        return self.head(F.relu(self.hidden(self.conv(x).mean((2, 3)))))
-
-
 def make():
     return Net()
 
@@ -79,7 +70,7 @@ def run_with_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(sys, "path", list(sys.path))
     nets: dict[str, type] = {}
     exec(NETS, nets)
-    for name in ("Net", "Encoder", "Backwards"):
+    for name in ("Net", "Encoder"):
         torch.save(nets[name]().state_dict(), f"{name.lower()}.pth")
     yield run
     sys.modules.pop("my_nets", None)
@@ -191,16 +182,10 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
     assert_refused(run("inspect", "net.pth"), "this is not a VGG", "pass --model package.module:function")
 
 
-@pytest.mark.parametrize(
-    ("function", "wording"),
-    [
-        ("Encoder", "Encoder returns a list for a batch of 8 images instead of one logit for each of 10"),
-        ("Backwards", "Backwards cannot run on a batch of shape (8, 3, 32, 32)"),
-    ],
-)
-def test_finetune_says_what_is_no_classifier(run: Run, digits: Path, function: str, wording: str) -> None:
-    command = ("finetune", f"{function.lower()}.pth", digits, "--output-dir", "run", "-b", 8, *AS_STORED)
-    assert_refused(run(*command, "--device", "cpu", "--model", f"my_nets:{function}"), wording)
+def test_finetune_says_what_is_no_classifier(run: Run, digits: Path) -> None:
+    command = ("finetune", "encoder.pth", digits, "--output-dir", "run", "-b", 8, *AS_STORED)
+    result = run(*command, "--device", "cpu", "--model", "my_nets:Encoder")
+    assert_refused(result, "Encoder returns a list for a batch of 8 images instead of one logit for each of 10")
     assert not Path("run").exists()
 
 

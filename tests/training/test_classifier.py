@@ -21,7 +21,9 @@ class GroupsRows(nn.Module):
 
 def test_finding_the_memory_format_leaves_no_tensor_in_the_network_that_cannot_be_trained() -> None:
     network = GroupsRows()
-    classifier = Classifier.of(network, 4, torch.device("cpu"), Ranks(), amp=False, example=torch.rand(1, 3, 8, 8))
+    classifier = Classifier.of(
+        network, "fc", 4, torch.device("cpu"), Ranks(), amp=False, example=torch.rand(1, 3, 8, 8)
+    )
     assert classifier.memory_format is torch.contiguous_format
     assert network.mask is None
 
@@ -40,7 +42,7 @@ class FlipsChannels(nn.Module):
 def test_a_forward_that_views_activations_behind_contiguous_images_is_trained_in_contiguous_format() -> None:
     network, images = FlipsChannels(), torch.rand(4, 3, 8, 8)
     pointer = network.conv.weight.data_ptr()
-    classifier = Classifier.of(network, 4, torch.device("cpu"), Ranks(), amp=False, example=images)
+    classifier = Classifier.of(network, "fc", 4, torch.device("cpu"), Ranks(), amp=False, example=images)
     assert classifier.memory_format is torch.contiguous_format
     assert network.conv.weight.data_ptr() == pointer
     assert classifier.training_logits(images).shape == (4, 4)

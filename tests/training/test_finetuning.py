@@ -37,7 +37,7 @@ from bn_insert.graph.sites import Placement
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support import files
 from bn_insert.support.processes import Ranks
-from bn_insert.surgery.replace_output import replace_head, replace_output
+from bn_insert.surgery.replace_output import output_layer, replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
 from bn_insert.training.preparation import prepared_network
 from bn_insert.training.progress import Progress
@@ -669,7 +669,9 @@ def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
     network: nn.Module, changes: dict[str, Any], expected: str
 ) -> None:
     settings = replace(BRIEF, **changes)
-    prepared = prepared_network(network, settings, 10, torch.device("cpu"), Ranks())
+    prepared, _ = prepared_network(
+        network, output_layer(network), settings, 10, device=torch.device("cpu"), ranks=Ranks()
+    )
     assert str(set_dropout(prepared, settings.dropout, torch.rand(1, 3, 32, 32))) == expected
 
 

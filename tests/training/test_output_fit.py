@@ -316,8 +316,8 @@ def test_an_output_layer_of_as_many_other_classes_is_fitted_anew(digits: ClassFo
     assert sentence.split("s output")[1] in (tmp_path / "report.html").read_text()
 
 
-def poor_fit(_model: nn.Module, layer: nn.Linear, *_: object, **__: object) -> str:
-    nn.init.zeros_(layer.weight)
+def poor_fit(model: nn.Module, output: str, *_: object, **__: object) -> str:
+    nn.init.zeros_(model.get_parameter(f"{output}.weight"))
     return ""
 
 

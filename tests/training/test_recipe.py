@@ -25,6 +25,7 @@ from bn_insert.images import ClassFolders, Unreadable
 from bn_insert.images.augmentation import augmented
 from bn_insert.statistics.passes import NotFiniteError
 from bn_insert.support.processes import Ranks
+from bn_insert.surgery.replace_output import output_layer
 from bn_insert.training.preparation import prepared_network
 from bn_insert.training.reestimation import reestimate_statistics
 from bn_insert.training.remaining_time import RemainingTime
@@ -57,7 +58,8 @@ def dense_network() -> nn.Sequential:
 
 
 def prepared(model: nn.Module, classes: int = 10, **changes: Any) -> nn.Module:
-    return prepared_network(model, replace(BRIEF, **changes), classes, torch.device("cpu"), Ranks())
+    settings, device = replace(BRIEF, **changes), torch.device("cpu")
+    return prepared_network(model, output_layer(model), settings, classes, device=device, ranks=Ranks())[0]
 
 
 def changed(before: nn.Module, folder: Path) -> set[str]:
@@ -404,7 +406,9 @@ def test_only_statistics_that_are_not_finite_are_divergence_also_on_another_rank
     kind: type[CalibrationError], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    classifier = SimpleNamespace(network=network, amp=False, inputs=lambda batch: (batch, None))
+    classifier = SimpleNamespace(
+        network=network, amp=False, each_input=lambda batches: [(each, None) for each in batches]
+    )
     fail_on_rank_1(kind, monkeypatch)
     with pytest.raises(raised, match="rank 1 failed: its reason") as failure:
         reestimate_statistics(classifier, [torch.rand(8, 3)], StopCheck(None, Ranks(0, 1)))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from bn_insert.demo import network_path
 from bn_insert.errors import TrainingError
 from bn_insert.images import ClassFolders
 from bn_insert.support.processes import Ranks
+from bn_insert.surgery.replace_output import output_layer
 from bn_insert.training.preparation import prepared_network
 from support.commands import AS_STORED, forked_ranks, run
 from support.digits import copy_labelled_digits, open_digits
@@ -129,7 +130,9 @@ def test_batches_of_one_image_are_trained_on_and_none_is_left_out(digits: ClassF
 
 def test_frozen_features_do_not_renormalize(network: nn.Module) -> None:
     settings = replace(BRIEF, freeze_features=True)
-    prepared: Any = prepared_network(network, settings, 10, torch.device("cpu"), Ranks())
+    prepared: Any = prepared_network(
+        network, output_layer(network), settings, 10, device=torch.device("cpu"), ranks=Ranks()
+    )[0]
     assert not any(isinstance(module, BatchRenorm2d) for module in prepared.features.modules())
     assert any(type(module).__name__ == "BatchRenorm1d" for module in prepared.classifier.modules())
 
