@@ -178,6 +178,13 @@ TASKS = {
         checkpoint="cifar_folded",
     ),
     "noise, folded, small batches": replace(_SMALL_BATCHES, checkpoint="cifar_folded"),
+    "noise, deep": replace(
+        _NOISE,
+        title="CIFAR-10 network of thirteen convs, its own BatchNorm folded, 400 CIFAR-10 images with noise (sigma "
+        "0.2), 100 steps",
+        checkpoint="cifar_deep",
+    ),
+    "noise, deep, small batches": replace(_SMALL_BATCHES, checkpoint="cifar_deep"),
 }
 OPPONENTS = (
     Opponent("SGD, no dropout", ("--opt", "sgd", "--dropout", "0"), -6),
@@ -378,7 +385,7 @@ def _standard_error(side: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("vgg16", "cifar-vgg", "cifar-folded", "clothing", "cifar", "fashion-mnist", "output"):
+    for name in ("vgg16", "cifar-vgg", "cifar-folded", "cifar-deep", "clothing", "cifar", "fashion-mnist", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
