@@ -52,9 +52,12 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
-def pytest_sessionfinish() -> None:
-    """Give the garbage collector everything back: what hypothesis imports at the end asks it for references."""
-    gc.unfreeze()
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave out what hypothesis does at the end, unless it has something to say: it imports all of itself for that."""
+    if session.testsfailed or session.config.getoption("hypothesis_show_statistics", default=False):
+        gc.unfreeze()  # what it imports asks the garbage collector for references
+    elif (plugin := session.config.pluginmanager.get_plugin("hypothesispytest")) is not None:
+        session.config.pluginmanager.unregister(plugin)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,14 @@ def one_thread() -> Iterator[None]:
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out charts, which take most of the time of a short run and of a page."""
     leave_out_charts(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def no_charts_in_module() -> Iterator[None]:
+    """Do the same in all of a module, and in its fixtures that run only once."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_charts(monkeypatch)
+        yield
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
 from support.networks import randomised, small_vgg
 
 # Charts are drawn only where they matter: by the tests of what a run leaves behind, and through the command line.
-pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_charts_in_module")
 
 BRIEF = TrainingSettings(opt="sgd", epochs=2, batch_size=8, lr=0.003, fit_output=False)
 FILES = {"metrics.csv", "curves.png", "best.pth", "last.pth", "classes.txt", "state.pth"}

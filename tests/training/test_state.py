@@ -27,7 +27,7 @@ from bn_insert.images.class_folders import ClassFolders, open_class_folders
 from bn_insert.images.transform import Transform
 from support.digits import copy_labelled_digits
 
-pytestmark = pytest.mark.usefixtures("no_charts")
+pytestmark = pytest.mark.usefixtures("no_charts_in_module")
 
 BRIEF = TrainingSettings(opt="sgd", epochs=2, batch_size=8, lr=0.003)
 SAME = Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,))
