@@ -569,9 +569,8 @@ def test_no_random_state_is_touched(workers: int, folder: Path, monkeypatch: pyt
 
 def test_ctrl_c_ends_the_workers_without_a_word_from_them(folder: Path) -> None:
     script = """
-        import gc, signal, sys, time
+        import signal, sys, time
         from bn_insert.images import Transform, image_batches
-        gc.unfreeze()  # frozen before the fork, objects of triton would be named as leaks at the end
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         try:
             for batch in image_batches(sys.argv[1], Transform(None, 8), batch_size=1, workers=2):

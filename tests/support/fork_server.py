@@ -6,8 +6,11 @@ descriptors come with it: standard output, standard error, and one to which the 
 code are written, a line each. As with `subprocess`, the exit code is -N if signal N ended the program.
 """
 
+# ruff: noqa: E402 - the exit handler comes first
+
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -15,6 +18,20 @@ import runpy
 import socket
 import sys
 from contextlib import suppress
+
+exit_code: int | None = None  # of a program that has ended as it wanted to
+
+
+def end_process() -> None:
+    """End a process as the command line does, without taking apart what was imported: 0.4 s for each program."""
+    if exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(exit_code)
+
+
+atexit.register(end_process)  # before all other exit handlers, so that it runs after them
 
 import torch
 import torch._dynamo
@@ -43,7 +60,7 @@ def main() -> None:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             if not message:
-                return
+                os._exit(0)
             if os.fork() == 0:
                 requests.close()
                 start(json.loads(message), *descriptors)
@@ -64,7 +81,7 @@ def start(request: dict[str, object], output: int, errors: int, status: int) -> 
         encoding = request["environment"].get("PYTHONIOENCODING")  # type: ignore[attr-defined]
         sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        run(**request)  # type: ignore[arg-type]
+        run_to_its_end(request)
         return
     os.close(output)
     os.close(errors)
@@ -72,6 +89,17 @@ def start(request: dict[str, object], output: int, errors: int, status: int) -> 
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(status, f"{code}\n".encode())
     os._exit(0)
+
+
+def run_to_its_end(request: dict[str, object]) -> None:
+    """Run a program, and note the code that it ends with; Python itself reports exceptions."""
+    global exit_code  # noqa: PLW0603 - the exit handler takes no arguments
+    try:
+        run(**request)  # type: ignore[arg-type]
+    except SystemExit as stop:
+        exit_code = stop.code if isinstance(stop.code, int) else None if stop.code else 0
+        raise
+    exit_code = 0
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
