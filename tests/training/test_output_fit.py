@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bn_insert import (
@@ -100,6 +99,8 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 
 def test_the_fit_is_the_logistic_regression_that_is_best_on_validation_images(train: Batches, val: Batches) -> None:
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - takes each process two seconds
+
     network = new_network()
     assert fit_output(network, train, val)
     (train_features, train_labels), (val_features, val_labels) = features(network, train), features(network, val)
