@@ -99,6 +99,7 @@ def test_a_class_without_validation_images_is_warned_of(run: Run, tmp_path: Path
     )
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_sigterm_in_mid_epoch_then_resume_loses_nothing(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--epochs", 3, *BRIEF, "-b", 2, "--output-dir")
     uninterrupted = run(*command, "whole")
