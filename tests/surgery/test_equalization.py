@@ -25,6 +25,7 @@ from bn_insert import (
     find_edges,
     find_sites,
     fold_batchnorm,
+    insert,
     insert_batchnorm,
     load_checkpoint,
 )
@@ -81,12 +82,10 @@ def test_logits_are_bit_identical_and_folding_keeps_them(
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gamma_is_near_1_in_every_channel_that_is_not_constant(placement: Placement) -> None:
     model, x = spread(narrow_vgg("vgg11"), 0.5), images(8)
-    sites = find_sites(model, x, placement=placement)
-    moments = calibrate(model, sites, [x])
-    result = insert_batchnorm(model, [x], equalize=True, placement=placement)
-    assert not any(reasons(model, 32).values())
-    for site, gamma in zip(sites, gammas(result).values(), strict=True):
-        alive = moments[site.name].m2 > 0
+    insertion = insert(model, [x], equalize=True, placement=placement)
+    assert not any(edge.reason for edge in insertion.edges)
+    for site, gamma in zip(insertion.sites, gammas(insertion.model).values(), strict=True):
+        alive = insertion.moments[site.name].m2 > 0
         assert alive.any()
         assert ((gamma[alive] >= 0.70) & (gamma[alive] <= 1.42)).all(), site.name
 
@@ -104,8 +103,9 @@ def test_without_equalization_gamma_is_far_from_1() -> None:
 
 def test_the_demo_network_is_equalized_everywhere_and_unchanged() -> None:
     model = load_checkpoint(network_path())
-    assert list(reasons(model, 32).values()) == [""] * 8
-    assert_unchanged(model, insert_batchnorm(model, [images(16)], equalize=True), 32)
+    insertion = insert(model, [images(16)], equalize=True)
+    assert [edge.reason for edge in insertion.edges] == [""] * 8
+    assert_unchanged(model, insertion.model, 32)
 
 
 def test_the_given_model_is_left_alone() -> None:
@@ -179,10 +179,10 @@ def grouped() -> nn.Module:
 @pytest.mark.parametrize("build", [grouped, TwoConsumers], ids=["grouped, depthwise, transposed", "two consumers"])
 def test_every_kind_of_conv_and_any_number_of_consumers_are_equalized_exactly(build: Build) -> None:
     model = spread(randomised(build()), 1.0)
-    assert not any(reasons(model).values())
-    result = insert_batchnorm(model, [images(8, 16)], equalize=True)
-    assert_unchanged(model, result, 16)
-    assert_unchanged(model, fold_batchnorm(result, images(1, 16)), 16)
+    insertion = insert(model, [images(8, 16)], equalize=True)
+    assert not any(edge.reason for edge in insertion.edges)
+    assert_unchanged(model, insertion.model, 16)
+    assert_unchanged(model, fold_batchnorm(insertion.model, images(1, 16)), 16)
 
 
 def test_branches_that_are_concatenated_are_equalized() -> None:
@@ -245,10 +245,10 @@ def weight_normalized() -> nn.Module:
 )
 def test_an_edge_that_cannot_be_equalized_says_why_and_nothing_changes(build: Build, site: str, reason: str) -> None:
     model = randomised(build())
-    found = reasons(model)
+    insertion = insert(model, [images(8, 16)], equalize=True)
+    found = {edge.site: edge.reason for edge in insertion.edges}
     assert re.search(reason, found[site]), found
-    result = insert_batchnorm(model, [images(8, 16)], equalize=True)
-    assert compare_outputs(model, result, [images(4, 16, seed=9)]).bit_identical
+    assert compare_outputs(model, insertion.model, [images(4, 16, seed=9)]).bit_identical
 
 
 @pytest.mark.parametrize("factor", [2.0**120, 2.0**-120], ids=["overflow", "underflow"])
@@ -314,12 +314,10 @@ def balanced(model: nn.Sequential, decades: float = 3.0, seed: int = 3) -> nn.Se
 def test_channels_six_decades_apart_stay_bit_identical_with_gamma_near_1(placement: Placement) -> None:
     model, x = narrow_vgg("vgg11"), images(8)
     balanced(model.features)
-    sites = find_sites(model, x, placement=placement)
-    moments = calibrate(model, sites, [x])
-    result = insert_batchnorm(model, [x], equalize=True, placement=placement)
-    assert_unchanged(model, result, 32)
-    for site, gamma in zip(sites, gammas(result).values(), strict=True):
-        alive = moments[site.name].m2 > 0
+    insertion = insert(model, [x], equalize=True, placement=placement)
+    assert_unchanged(model, insertion.model, 32)
+    for site, gamma in zip(insertion.sites, gammas(insertion.model).values(), strict=True):
+        alive = insertion.moments[site.name].m2 > 0
         assert ((gamma[alive] >= 0.70) & (gamma[alive] <= 1.42)).all(), site.name
 
 
@@ -384,9 +382,10 @@ def test_what_mixes_channels_or_writes_through_an_alias_blocks_the_edge(
     layers: tuple[nn.Module, nn.Module], way: Callable[[Tensor], Tensor], x: Tensor, reason: str
 ) -> None:
     model = randomised(Between(*map(copy.deepcopy, layers), way))
-    (edge,) = find_edges(model, x, find_sites(model, x))
+    insertion = insert(model, [x], equalize=True)
+    (edge,) = insertion.edges
     assert re.search(reason, edge.reason), edge
-    assert torch.equal(insert_batchnorm(model, [x], equalize=True)(x), model(x))
+    assert torch.equal(insertion.model(x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -419,11 +418,10 @@ def test_ways_that_keep_the_scale_are_equalized_exactly(
 ) -> None:
     model, x = randomised(Between(*map(copy.deepcopy, layers), way)), images(8, 16)
     spread(model, 1.0)
-    edges = find_edges(model, x, find_sites(model, x))
-    result = insert_batchnorm(model, [x], equalize=True)
-    assert not edges[0].reason
-    assert torch.equal(result(x), model(x))
-    assert torch.equal(fold_batchnorm(result, x)(x), model(x))
+    insertion = insert(model, [x], equalize=True)
+    assert not insertion.edges[0].reason
+    assert torch.equal(insertion.model(x), model(x))
+    assert torch.equal(fold_batchnorm(insertion.model, x)(x), model(x))
 
 
 @pytest.mark.parametrize("active", [False, True])
@@ -448,17 +446,19 @@ class Concatenated(nn.Module):
 @pytest.mark.parametrize("concatenate", [torch.cat, torch.concat, torch.concatenate], ids=lambda f: f.__name__)
 def test_the_reader_of_a_concatenation_scales_each_branchs_own_columns(concatenate: Callable[..., Tensor]) -> None:
     model, x = spread(randomised(Concatenated(concatenate)), 1.0), images(8, 16)
-    assert find_edges(model, x, find_sites(model, x)) == [
+    insertion = insert(model, [x], equalize=True)
+    assert insertion.edges == (
         Edge("a", (Consumer("head", 0, 196),)),
         Edge("b", (Consumer("head", 8 * 196, 196),)),
-    ]
-    assert_unchanged(model, insert_batchnorm(model, [x], equalize=True), 16)
+    )
+    assert_unchanged(model, insertion.model, 16)
 
 
 def test_dense_layers_written_as_convs_are_equalized_too() -> None:
     model = randomised(timm.models.vgg.VGG([8, "M", 12, "M"], num_classes=4, mlp_ratio=0.01))
-    assert set(reasons(model, 32).values()) == {""}
-    assert_unchanged(model, insert_batchnorm(model, [images(8)], equalize=True), 32)
+    insertion = insert(model, [images(8)], equalize=True)
+    assert {edge.reason for edge in insertion.edges} == {""}
+    assert_unchanged(model, insertion.model, 32)
 
 
 def test_a_shared_bias_is_named_as_such() -> None:
