@@ -53,7 +53,7 @@ def fold(inputs: Path) -> Command:
 
 def finetune(inputs: Path) -> Command:
     command = ("finetune", inputs / "bn.pth", inputs / "digits", "--epochs", 1, "-b", 20, "-j", 0, "--device", "cpu")
-    return lambda output: (*command, "--output-dir", output)
+    return lambda output: (*command, "--lr", 0.001, "--output-dir", output)  # trials of rates take most of the time
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
