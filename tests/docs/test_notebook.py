@@ -21,8 +21,8 @@ def cells() -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # matplotlib, given tensors
 def test_the_notebook_adapts_and_fine_tunes_as_its_text_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Half of the images say the same.
-    monkeypatch.setattr("bn_insert.demo.images_path", lambda: copy_digits(tmp_path / "images", 18))
+    # A third of the images say the same.
+    monkeypatch.setattr("bn_insert.demo.images_path", lambda: copy_digits(tmp_path / "images", 12))
     matplotlib.use("agg")
     found: dict[str, Any] = {"print": lambda *_: None}
     for cell in cells():
