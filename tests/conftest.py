@@ -49,6 +49,8 @@ def pytest_collection() -> Generator[None, object, object]:
     result = yield
     gc.freeze()
     gc.enable()
+    # What is imported later, for the first trace and the first chart, stays too, and was searched every few tests.
+    gc.set_threshold(700, 10, 100)
     return result
 
 
