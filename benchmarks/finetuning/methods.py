@@ -123,7 +123,7 @@ def prepared(network: nn.Module, method: Method, images: Tensor, source: Tensor 
         set_batchnorm_mode(network, "renorm")
     if method.only_batchnorm:
         network.requires_grad_(False)
-        output_layer(network).module_in(network).requires_grad_(True)
+        network.get_submodule(output_layer(network).name or "").requires_grad_(True)
         for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(True)

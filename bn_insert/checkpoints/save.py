@@ -78,7 +78,9 @@ def save_checkpoint(
     check_module(model)
     check_output(path, overwrite=overwrite)
     with staging_folder(real_path(path)) as folder:
-        stage_checkpoint(model, path, folder, transform=transform, classes=classes, overwrite=overwrite)()
+        put_in_place = stage_checkpoint(model, path, folder, transform=transform, classes=classes, overwrite=overwrite)
+        _warn_of_other_classes(unwrapped(model), classes)
+        put_in_place()
 
 
 def stage_checkpoint(
@@ -90,7 +92,10 @@ def stage_checkpoint(
     classes: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Callable[[], None]:
-    """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place."""
+    """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place.
+
+    The number of classes is not compared with the layers: `finetune` knows how many logits the network returns.
+    """
     network = unwrapped(model)
     if transform is not None and not isinstance(transform, Mapping):
         raise CheckpointError(
@@ -107,7 +112,6 @@ def stage_checkpoint(
         text = replace(settings, rebuilt_from_keys=_is_rebuilt(network, state_dict, settings)).to_json()
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
-    _warn_of_other_classes(network, classes)
     write: Callable[[Path], object]
     if _suffix(path) == ".safetensors":
         # One key alone: the order of several would vary.
@@ -121,15 +125,15 @@ def stage_checkpoint(
 def _warn_of_other_classes(network: nn.Module, classes: Sequence[str]) -> None:
     """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost.
 
-    Of several layers, it is unknown here which one is called last.
+    Of several layers, it is unknown here which one computes the logits.
     """
     layers = possible_output_layers(network)
     if classes and layers and len(classes) not in map(outputs_of, layers.values()):
-        name = output_layer(network).name
+        output = output_layer(network)
         warnings.warn(
-            f"{counted(len(classes), 'class name')} for the {outputs_of(layers[name])} outputs of {name}: the network "
+            f"{counted(len(classes), 'class name')} for the {output.outputs} outputs of {output.name}: the network "
             "cannot be evaluated under these names; save it again with one name for each output",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -1,7 +1,7 @@
 """The conv and dense layers of a model, and the sites where a BatchNorm can be inserted.
 
 Output layers are found here by tracing. `surgery/replace_output.py`, which replaces one for other classes, goes by
-position: it takes the last dense layer, or the last conv.
+runs on an example, or takes the last dense layer, or the last conv.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The layer that computes the logits, and its replacement for another number of classes.
 
-It is found by the order of calls on an example, or by its position, without a trace. `insert_batchnorm` leaves out the
-layers whose output reaches the output of a traced network, which may be several: see `graph/sites.py`.
+It is found by runs on an example, or by its position, without a trace. `insert_batchnorm` leaves out the layers whose
+output reaches the output of a traced network, which may be several: see `graph/sites.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
@@ -28,8 +28,8 @@ def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> No
     """Replace a network's output layer, in place, by one for another number of classes.
 
     Without an example, the output layer is the nn.Linear that is declared last, or the last nn.Conv2d of a network
-    without dense layers, such as SqueezeNet. With one, it is the nn.Linear or nn.Conv2d that is called last, if the
-    model returns one logit for each of its outputs.
+    without dense layers, such as SqueezeNet. With one, it is the last nn.Linear or nn.Conv2d called that has as many
+    outputs as the model returns logits, and an effect on them; if none is called, one whose weight has an effect.
 
     The new layer has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at
     a loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
@@ -45,8 +45,8 @@ def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> No
         example: One batch, as for `insert_batchnorm`.
 
     Raises:
-        TrainingError: If there are fewer than 2 classes, the network has neither a dense layer nor a conv, or there is
-            a BatchNorm after the output layer that `insert_batchnorm` did not insert.
+        TrainingError: If there are fewer than 2 classes, no such layer is found, or there is a BatchNorm after the
+            output layer that `insert_batchnorm` did not insert.
         GraphError: If the model is not an nn.Module.
 
     Examples:
@@ -62,8 +62,8 @@ def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> No
 def replace_output_layer(model: nn.Module, output: OutputLayer, classes: int) -> str:
     """Replace the output layer that was found, as `replace_output` does, and return the name of the new one."""
     _check_classes(classes)
-    layer = output.module_in(model)
-    name = _without_batchnorms(model, layer, _batchnorms_to_remove(model, output))
+    old_name, layer = output.found(model, f"build the network for {classes} classes ({as_passed('model')})")
+    name = _without_batchnorms(model, layer, _batchnorms_to_remove(model, old_name, output))
     new = new_output(layer, classes)
     _initialize(new)
     parent, _, child = name.rpartition(".")
@@ -89,8 +89,8 @@ def replace_head(model: nn.Module, width: int, classes: int, *, example: Any = N
         The qualified names of the new modules.
 
     Raises:
-        TrainingError: As for `replace_output`, for a width out of range, for a conv layer between the dense layers, and
-            for a network without dense layers.
+        TrainingError: As for `replace_output`, for a width out of range, for a conv layer between the dense layers, for
+            a network without dense layers, and for an output layer that an example shows not to be called.
         GraphError: As for `replace_output`.
 
     Examples:
@@ -110,14 +110,20 @@ def replace_dense_layers(model: nn.Module, output: OutputLayer, width: int, clas
     _check_whole("the width of the head", width)
     if not 1 <= width <= WIDEST_HEAD:
         raise TrainingError(f"a head needs a width of 1 to {WIDEST_HEAD}, not {width}")
-    layer = output.module_in(model)
-    norms = _batchnorms_to_remove(model, output)
+    keep = f"keep the head ({as_passed('head', None, '--head keep')})"
+    name, layer = output.found(model, keep)
+    norms = _batchnorms_to_remove(model, name, output)
     if not isinstance(layer, nn.Linear):
         raise TrainingError(
-            f"the output layer {output.name} is a {type(layer).__name__}, and a new head takes the place of dense "
-            f"layers; keep the head ({as_passed('head', None, '--head keep')})"
+            f"the output layer {name} is a {type(layer).__name__}, and a new head takes the place of dense layers; "
+            f"{keep}"
         )
-    _first_of_head(model, output.name)  # before anything is changed
+    if not output.called:
+        raise TrainingError(
+            f"{type(model).__name__} does not call its output layer {name}, but computes with its weight, which a new "
+            f"head does not have; {keep}"
+        )
+    _first_of_head(model, name)  # before anything is changed
     last = _without_batchnorms(model, layer, norms)
     first = _first_of_head(model, last)
     old = model.get_submodule(first)
@@ -175,22 +181,25 @@ def _initialize(layer: nn.Module) -> None:
             parameter.zero_()
 
 
-def _batchnorms_to_remove(model: nn.Module, output: OutputLayer) -> list[str]:
-    """Return the names of the BatchNorms that were inserted behind the output layer.
+def _batchnorms_to_remove(model: nn.Module, name: str, output: OutputLayer) -> list[str]:
+    """Return the names of the BatchNorms that were inserted behind the output layer of this name.
 
     Raises:
         TrainingError: If another BatchNorm comes after it.
     """
-    inserted = _inserted_behind(model, output.name)
+    removed = _inserted_behind(model, name)
     for norm in output.norms_after:
-        if norm not in inserted:
-            before = _name_before_insertion(model, output.name)
-            skip = as_passed("skip", (before,), f"--skip {before}")
-            raise TrainingError(
-                f"BatchNorm {norm} comes after the output layer {output.name}; leave that layer out when inserting "
-                f"BatchNorm ({skip})"
-            )
-    return inserted
+        if norm not in removed:
+            if norm in inserted_batchnorms(model):
+                before = _name_before_insertion(model, name)
+                skip = as_passed("skip", (before,), f"--skip {before}")
+                advice = f"leave that layer out when inserting BatchNorm ({skip})"
+            else:
+                advice = "a network with a BatchNorm of its own there keeps its classes and its head"
+            if not output.example_given:
+                advice = f"if it is only declared after it, pass one batch (example=images); otherwise, {advice}"
+            raise TrainingError(f"BatchNorm {norm} comes after the output layer {name}; {advice}")
+    return removed
 
 
 def _inserted_behind(model: nn.Module, name: str) -> list[str]:
@@ -227,36 +236,54 @@ class OutputLayer(NamedTuple):
     """The output layer of a network, by its name, which is the same in a copy.
 
     Attributes:
-        name: Its qualified name.
+        name: Its qualified name; None if the logits are not the outputs of one nn.Linear or nn.Conv2d.
+        outputs: Number of logits that the network returns; without a run on an example, of outputs of the layer.
         norms_after: Names of the BatchNorms that come after it.
+        called: Whether the network calls it, and does not compute with its weight alone.
+        example_given: Whether it was looked for by an example.
     """
 
-    name: str
-    norms_after: tuple[str, ...]
+    name: str | None
+    outputs: int
+    norms_after: tuple[str, ...] = ()
+    called: bool = True
+    example_given: bool = True
 
-    def module_in(self, model: nn.Module) -> nn.Linear | nn.Conv2d:
-        """Return the layer in a model."""
-        return cast("nn.Linear | nn.Conv2d", model.get_submodule(self.name))
+    def found(self, model: nn.Module, otherwise: str) -> tuple[str, nn.Linear | nn.Conv2d]:
+        """Return the layer's name, and the layer in a model.
+
+        Args:
+            model: The network, or a copy of it.
+            otherwise: What to do if there is no such layer, for the message.
+
+        Raises:
+            TrainingError: If there is no such layer.
+        """
+        if self.name is None:
+            raise TrainingError(
+                f"{type(model).__name__} returns {self.outputs} logits, and they are not the outputs of one nn.Linear "
+                f"or nn.Conv2d; {otherwise}"
+            )
+        return self.name, cast("nn.Linear | nn.Conv2d", model.get_submodule(self.name))
 
 
 def output_layer(model: nn.Module, example: Any = None) -> OutputLayer:
     """Return the output layer of a model that is not wrapped; see `replace_output` for which one it is.
 
     Raises:
-        TrainingError: If the network has neither a dense layer nor a conv.
+        TrainingError: If the network has neither a dense layer nor a conv, and no example shows what it returns.
     """
     layers = possible_output_layers(model)
+    run = None if example is None else _run(model, example)
+    if run and run.output.ndim > 1:
+        found = _layer_with_an_effect(model, example, layers, run)
+        if found or run.output.ndim == 2:
+            return found or OutputLayer(None, run.output.shape[1])
     if not layers:
         raise TrainingError(f"{type(model).__name__} has no dense layer and no conv to use as the output layer")
-    order = [name for name, _ in model.named_modules()]
-    output = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), [*layers][-1])
-    if example is not None:
-        called, logits = _calls(model, example)
-        last = next((name for name in reversed(called) if name in layers), None)
-        if last is not None and outputs_of(layers[last]) == logits:
-            order, output = called, last
-    after = order[order.index(output) + 1 :]
-    return OutputLayer(output, tuple(name for name in after if isinstance(model.get_submodule(name), _BatchNorm)))
+    name = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), [*layers][-1])
+    after = _norms_declared_after(model, name)
+    return OutputLayer(name, outputs_of(layers[name]), after, example_given=example is not None)
 
 
 def possible_output_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -268,18 +295,63 @@ def possible_output_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]
     }
 
 
-def _calls(model: nn.Module, example: Any) -> tuple[list[str], int]:
-    """Return the names of modules in the order of their last calls, and the number of logits that the model returns.
+def _norms_declared_after(model: nn.Module, layer: str) -> tuple[str, ...]:
+    names = [name for name, _ in model.named_modules()]
+    after = names[names.index(layer) + 1 :]
+    return tuple(name for name in after if isinstance(model.get_submodule(name), _BatchNorm))
 
-    If it cannot run on the example, there are none.
+
+class _Run(NamedTuple):
+    """What a network did with an example.
+
+    Attributes:
+        output: Its first output.
+        called: Names of the modules that it called, in the order of their last calls.
+        sums: Sum of the last input of each BatchNorm, by its name.
     """
+
+    output: Tensor
+    called: tuple[str, ...]
+    sums: dict[str, float]
+
+
+def _layer_with_an_effect(
+    model: nn.Module, example: Any, layers: Mapping[str, nn.Linear | nn.Conv2d], run: _Run
+) -> OutputLayer | None:
+    """Return the layer with as many outputs as there are logits that is called last and has an effect on them.
+
+    After these come layers whose weight alone is used, as in a cosine classifier.
+    """
+    logits = run.output.shape[1]
+    uncalled = [name for name in layers if name not in run.called]
+    for name in (*reversed(run.called), *reversed(uncalled)):
+        if name in layers and outputs_of(layers[name]) == logits:
+            called = name in run.called
+            changed = _run(model, example, _replace_outputs if called else _replace_weights, name)
+            if changed is None or not torch.equal(changed.output, run.output):
+                later = run.called[run.called.index(name) + 1 :] if called else run.called
+                sums = changed.sums if changed else {}
+                norms = tuple(each for each in later if each in run.sums and run.sums[each] != sums.get(each))
+                return OutputLayer(name, logits, norms, called)
+    return None
+
+
+def _run(
+    model: nn.Module, example: Any, change: Callable[[nn.Module], object] | None = None, layer: str = ""
+) -> _Run | None:
+    """Run a copy of a model, in which a layer is changed; None if it cannot run or returns no tensor."""
     network = working_copy(model)
+    if change:
+        change(network.get_submodule(layer))
     called: dict[str, None] = {}
+    sums: dict[str, float] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             called.pop(name, None)
             called[name] = None
+            if isinstance(module, _BatchNorm) and args:
+                sums[name] = args[0].float().sum().item()
 
         return hook
 
@@ -289,6 +361,22 @@ def _calls(model: nn.Module, example: Any) -> tuple[list[str], int]:
         with preserved_random_state(), torch.inference_mode(), unchanged_attributes(model):
             outputs = Inputs.of(example, 0, network).run(network)
     except Exception:  # noqa: BLE001 - whatever it is, training raises it again, with its context
-        return [], 0
-    shapes = [leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return list(called), shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
+        return None
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return _Run(tensors[0], tuple(called), sums) if tensors else None
+
+
+def _replace_outputs(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _module, _args, output: _other_values(output))
+
+
+def _replace_weights(layer: nn.Module) -> None:
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_other_values(parameter), requires_grad=False))
+
+
+def _other_values(tensor: Tensor) -> Tensor:
+    """Return positive values, which pass a ReLU, all different, so that no softmax is the same for them."""
+    values = torch.linspace(1, 2, tensor.numel(), device=tensor.device)
+    return values.to(tensor.dtype).reshape(tensor.shape)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError, as_passed, out_of_memory
-from ..graph.copies import deep_copy, working_copy
+from ..graph.copies import deep_copy, protected_parameters, working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
@@ -30,7 +31,7 @@ class Classifier:
         network: The network itself.
         parallel: The network as a training step calls it: inside DistributedDataParallel when there are several
             processes, otherwise `network`.
-        output: Name of its output layer.
+        output: Name of its output layer; None if it has none, see `OutputLayer`.
         classes: Number of logits per image.
         device: Where the network is.
         amp: Run under bfloat16 autocast.
@@ -40,7 +41,7 @@ class Classifier:
 
     network: nn.Module
     parallel: nn.Module
-    output: str
+    output: str | None
     classes: int
     device: torch.device
     amp: bool
@@ -51,7 +52,7 @@ class Classifier:
     def of(
         cls,
         network: nn.Module,
-        output: str,
+        output: str | None,
         classes: int,
         device: torch.device,
         ranks: Ranks,
@@ -63,12 +64,16 @@ class Classifier:
 
         Args:
             network: The network; its conv weights get the memory format.
-            output: Name of its output layer.
+            output: Name of its output layer, or None.
             classes: Number of logits per image.
             device: Where the network is.
             ranks: The processes that train it.
             amp: Run under bfloat16 autocast.
-            example: Images to find out which memory format the network takes, and whether it takes one image.
+            example: Two images to find out which memory format the network takes, whether it takes one image, and
+                whether it returns one logit per class.
+
+        Raises:
+            TrainingError: When it does not return one logit per class for the example.
         """
         memory_format, takes_one_image = torch.channels_last, True
         if example is not None:
@@ -79,7 +84,10 @@ class Classifier:
             takes_one_image = _runs(network, images[:1], memory_format) or not _runs(network, images, memory_format)
         network.to(memory_format=memory_format)
         parallel = _parallel(network, device, ranks)
-        return cls(network, parallel, output, classes, device, amp, memory_format, takes_one_image)
+        classifier = cls(network, parallel, output, classes, device, amp, memory_format, takes_one_image)
+        if example is not None:
+            classifier._check_logits(example)
+        return classifier
 
     def copied(self, ranks: Ranks) -> Classifier:
         """Return a classifier with a copy of the network; all processes call this together."""
@@ -119,15 +127,37 @@ class Classifier:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
+            assumed = f"{self.output} is assumed to be its output layer, and " if self.output else ""
             raise TrainingError(
-                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; {self.output} is "
-                f"assumed to be its output layer, and all images must have one size ({as_passed('crop')})"
+                f"{name} cannot run on a batch of shape {tuple(images.shape)}: {first_line(error)}; {assumed}all "
+                f"images must have one size ({as_passed('crop')})"
             ) from error
-        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.classes):
+        return self._checked(logits, len(images))
+
+    def _check_logits(self, images: Float[Tensor, "n c h w"]) -> None:
+        """Run a copy in train mode, before anything is fitted; an error of the forward is left to the first step.
+
+        Raises:
+            TrainingError: When it does not return one logit per class.
+        """
+        network = working_copy(self.network).train()
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):  # neither a batch of one value nor other processes matter
+                module.eval()
+        images = images.to(self.device, next(network.parameters()).dtype, memory_format=self.memory_format, copy=True)
+        try:
+            with preserved_random_state(), torch.inference_mode(), self.autocast(), protected_parameters(network):
+                logits = network(images)
+        except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
+            return
+        self._checked(logits, len(images))
+
+    def _checked(self, logits: object, images: int) -> Float[Tensor, "n classes"]:
+        if not isinstance(logits, Tensor) or logits.shape != (images, self.classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise TrainingError(
-                f"{name} returns {found} for a batch of {len(images)} images instead of one logit for each of "
-                f"{self.classes} classes; only classifiers can be fine-tuned"
+                f"{type(self.network).__name__} returns {found} for a batch of {images} images instead of one logit "
+                f"for each of {self.classes} classes; only classifiers can be fine-tuned"
             )
         return logits
 

@@ -96,7 +96,7 @@ def finetune(
     be resumed, and the report of the run, report.html, with its data, report.json.
 
     The copy has float32 in place of half precision, the memory format channels_last unless its forward takes contiguous
-    tensors alone, and a new output layer if the model's does not have one output per class. Dropout before a BatchNorm
+    tensors alone, and a new output layer if the model does not return one logit per class. Dropout before a BatchNorm
     is switched off unless `settings.dropout` asks for it, see `dropouts_before_batchnorm`. An epoch's last batch is
     left out if it is a single image that a BatchNorm would have to normalize by, or that the network does not run on
     alone, because squeeze() removes its batch axis; in validation, such an image joins the batch before it. PyTorch's
@@ -185,7 +185,7 @@ def finetune(
         settings = replace(settings, lr=summary.lr)
         optimizer, renorm_scheduler = make_optimizer(network, settings), make_renorm_scheduler(network, settings)
         step = TrainingStep(classifier, optimizer, renorm_scheduler, settings, ranks, StopCheck(stop, ranks))
-        new_output = replaces_output(model, given_output, settings, classes)
+        new_output = replaces_output(given_output, settings, classes)
         facts = {
             **(facts or {}),
             **run_facts(
@@ -193,7 +193,7 @@ def finetune(
                 images,
                 ranks,
                 output_replaced=new_output,
-                output_kind=layer_kind(network.get_submodule(output)),
+                output_kind=layer_kind(network.get_submodule(output)) if output else None,
             ),
         }
         progress = Progress()

@@ -84,11 +84,14 @@ def fit_output(
     check_module(model)
     check_progress(progress)
     model = unwrapped(model)
-    output = output_layer(model, example)
-    layer = output.module_in(model)
+    name, layer = output_layer(model, example).found(model, "train it without a fit")
     if not can_be_fitted(layer):
-        raise TrainingError(not_fittable(output.name, layer))
-    return not fit_layer(model, output.name, train, validation, autocast=autocast, progress=progress)
+        raise TrainingError(not_fittable(name, layer))
+    try:
+        return not fit_layer(model, name, train, validation, autocast=autocast, progress=progress)
+    except NotTheOutputError as error:
+        advice = "" if example is not None else "; pass one batch to find it: fit_output(..., example=images)"
+        raise TrainingError(f"{error}{advice}") from None
 
 
 def fit_layer(
@@ -100,7 +103,12 @@ def fit_layer(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Fit the output layer of this name, as `fit_output` does; return why it was not fitted, empty if it was."""
+    """Fit the output layer of this name, as `fit_output` does; return why it was not fitted, empty if it was.
+
+    Raises:
+        NotTheOutputError: If it does not have one output for each logit.
+        CalibrationError: As for `fit_output`.
+    """
     layer = cast(nn.Linear, model.get_submodule(output))
     try:
         network = _as_trained(model, dropout=False)
@@ -135,6 +143,10 @@ def not_fittable(name: str, layer: nn.Module) -> str:
 def can_be_fitted(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether `fit_output` can fit a layer: a dense one whose weight is not computed from other parameters."""
     return isinstance(layer, nn.Linear) and "weight" in layer._parameters
+
+
+class NotTheOutputError(TrainingError):
+    """The layer to fit does not have one output for each logit."""
 
 
 class _UnusableError(Exception):
@@ -181,7 +193,7 @@ def _features(
 
     Raises:
         _UnusableError: If there are no features, or they are of no use.
-        TrainingError: If the output layer does not have one output for each logit.
+        NotTheOutputError: If the output layer does not have one output for each logit.
     """
     inputs: list[Tensor] = []
     layer = cast(nn.Linear, network.get_submodule(output))
@@ -206,13 +218,14 @@ def _features(
     parts = [part.to(layer.weight.device) for each in ranks.gathered(sent) for part in each]
     if outcomes.images == 0:
         raise _UnusableError("there are no images that can be read, or only batches of one image")
-    if not parts or any(part.ndim != 2 for part in parts):
+    if not parts:
+        raise _UnusableError("the network does not call it, but computes with its weight")
+    if any(part.ndim != 2 for part in parts):
         raise _UnusableError("its inputs are not one vector for each image")
     if outcomes.classes != layer.out_features:
-        raise TrainingError(
+        raise NotTheOutputError(
             f"{output} has {layer.out_features} outputs, and the network returns {outcomes.classes} logits, so it is "
-            "not the output layer, and cannot be fitted; fit_output(..., example=images) finds the one that is called "
-            "last"
+            "not the output layer, and cannot be fitted"
         )
     features = torch.cat(parts)
     if len(features) != outcomes.images:

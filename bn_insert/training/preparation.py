@@ -13,7 +13,6 @@ from ..batchnorm.modes import set_batchnorm_mode
 from ..batchnorm.renorm_limits import RenormScheduler, set_renorm_limits
 from ..errors import TrainingError, as_passed
 from ..graph.copies import deep_copy
-from ..graph.layers import outputs_of
 from ..support.processes import Ranks
 from ..surgery.replace_output import OutputLayer, replace_dense_layers, replace_output_layer
 from .parameter_groups import parameter_groups
@@ -28,7 +27,7 @@ def prepared_network(
     *,
     device: torch.device,
     ranks: Ranks,
-) -> tuple[nn.Module, str]:
+) -> tuple[nn.Module, str | None]:
     """Return a copy of a model on its device, with what the settings freeze or change.
 
     It has float32 in place of half precision, and the new head of the settings, or a new output layer if the model's
@@ -43,7 +42,7 @@ def prepared_network(
         ranks: The processes that train it.
 
     Returns:
-        The copy, and the name of its output layer.
+        The copy, and the name of its output layer; None if it has none, see `OutputLayer`.
 
     Raises:
         TrainingError: For settings that the model cannot take.
@@ -75,21 +74,26 @@ def prepared_network(
         _part(network, "classifier")
         set_batchnorm_mode(features, "freeze")
         features.requires_grad_(requires_grad=False)
-    return network, head[-1]
+    return network, head[-1] if head else None
 
 
-def replaces_output(model: nn.Module, output: OutputLayer, settings: TrainingSettings, classes: int) -> bool:
+def replaces_output(output: OutputLayer, settings: TrainingSettings, classes: int) -> bool:
     """Return whether a run gives a model a new output layer on its own other layers."""
-    return settings.head is None and outputs_of(output.module_in(model)) != classes
+    return settings.head is None and output.outputs != classes
 
 
 def _head(network: nn.Module, output: OutputLayer, settings: TrainingSettings, classes: int) -> list[str]:
-    """Give a network its head, in place, and return the names of the head's modules; the last is the output layer."""
+    """Give a network its head, in place, and return the names of the head's modules; the last is the output layer.
+
+    There are none if the network has no output layer, see `OutputLayer`.
+    """
     if settings.head is not None:
         return replace_dense_layers(network, output, settings.head, classes)
-    if replaces_output(network, output, settings, classes):
+    if replaces_output(output, settings, classes):
         return [replace_output_layer(network, output, classes)]
-    return [output.name]
+    if settings.train == "head":
+        output.found(network, f"there is no head to train alone; leave out {as_passed('train', 'head')}")
+    return [output.name] if output.name else []
 
 
 def _freeze_but(network: nn.Module, head: Sequence[str], trained: Trained) -> None:

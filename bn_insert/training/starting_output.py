@@ -85,17 +85,20 @@ class _Fit:
             if not _says_little(outcomes):
                 return self._result(accuracy=own, own_accuracy=own)
         name = self.classifier.output
+        if name is None:
+            reason = "the logits are not the outputs of one nn.Linear or nn.Conv2d"
+            return self._result(accuracy=own, own_accuracy=own, reason=reason)
         layer = self.classifier.network.get_submodule(name)
         if not can_be_fitted(layer):
             return self._result(accuracy=own, own_accuracy=own, reason=not_fittable(name, layer))
         try:
-            return self._fitted(layer, own)
+            return self._fitted(name, layer, own)
         except CalibrationError as error:
             if own is None or self.training_set.ranks.count > 1:
                 raise
             return self._result(accuracy=own, own_accuracy=own, reason=str(error))
 
-    def _fitted(self, layer: nn.Linear, own: float | None) -> OutputFit:
+    def _fitted(self, name: str, layer: nn.Linear, own: float | None) -> OutputFit:
         settings, ranks = self.training_set.settings, self.training_set.ranks
         count = min(_TRAINING_IMAGES, len(self.images.train))
         chosen_by = ranks.share(with_sampled_validation(self.images, settings.seed).val, equal=False)
@@ -106,7 +109,7 @@ class _Fit:
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         reason = fit_layer(
             self.classifier.network,
-            self.classifier.output,
+            name,
             self._inputs(self.training_set.sample(0, count)),
             self._inputs(self.images.batches(chosen_by, settings.batch_size)) if chosen_by else (),
             autocast=torch.bfloat16 if self.classifier.amp else None,

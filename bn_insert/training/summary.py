@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import as_passed
-from ..graph.layers import outputs_of
 from ..images.class_folders import ClassFolders
 from ..support.text import counted
 from ..surgery.replace_output import OutputLayer
@@ -120,17 +119,21 @@ def _batchnorms(network: nn.Module) -> int:
 
 
 def _output(model: nn.Module, output: OutputLayer, network: nn.Module, settings: TrainingSettings, classes: int) -> str:
-    name, layer = output.name, output.module_in(model)
     if settings.head is not None:
         return f"new head with {settings.head} channels, BatchNorm and {classes} classes"
-    if not replaces_output(model, output, settings, classes):
-        return f"{name}, with {classes} classes as in the checkpoint"
-    replaced = f"{name} replaced, {outputs_of(layer)} to {classes} classes"
+    if output.name is None:
+        return f"not found among the layers; the {output.outputs} outputs of the network are kept"
+    if not replaces_output(output, settings, classes):
+        return f"{output.name}, with {classes} classes as in the checkpoint"
+    replaced = f"{output.name} replaced, {output.outputs} to {classes} classes"
     if _batchnorms(network) < _batchnorms(model):
         replaced += ", and the BatchNorm behind it removed"
+    layer = model.get_submodule(output.name)
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:
-        new_head = f", or use a new head ({as_passed('head', 512)})" if isinstance(layer, nn.Linear) else ""
+        new_head = (
+            f", or use a new head ({as_passed('head', 512)})" if isinstance(layer, nn.Linear) and output.called else ""
+        )
         replaced += (
             f"; its inputs are large (about {size:.2g}), which makes training difficult: check the preprocessing"
             f"{new_head}"
@@ -138,13 +141,13 @@ def _output(model: nn.Module, output: OutputLayer, network: nn.Module, settings:
     return replaced
 
 
-def _size_of_inputs(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> float:
+def _size_of_inputs(model: nn.Module, layer: nn.Module) -> float:
     """Return the root mean square of what the last BatchNorm before a layer passes on; 0 without one."""
-    size = 0.0
+    size, channels = 0.0, cast("nn.Linear | nn.Conv2d", layer).weight.shape[1]
     for module in model.modules():
         if module is layer:
             break
-        if isinstance(module, _BatchNorm) and module.affine and module.num_features == layer.weight.shape[1]:
+        if isinstance(module, _BatchNorm) and module.affine and module.num_features == channels:
             gamma, beta = module.weight.detach().double(), module.bias.detach().double()
             size = float((gamma.square() + beta.square()).mean().sqrt())
     return size

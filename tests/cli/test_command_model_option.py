@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_no_vgg_says_how_to_name_its_architecture(run: Run)
 def test_finetune_says_what_is_no_classifier(run: Run, digits: Path) -> None:
     command = ("finetune", "encoder.pth", digits, "--output-dir", "run", "-b", 8, *AS_STORED)
     result = run(*command, "--device", "cpu", "--model", "my_nets:Encoder")
-    assert_refused(result, "Encoder returns a list for a batch of 8 images instead of one logit for each of 10")
+    assert_refused(result, "Encoder returns a list for a batch of 2 images instead of one logit for each of 10")
     assert not Path("run").exists()
 
 

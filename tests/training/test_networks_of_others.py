@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,128 @@ class Cosine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.normalize(self.embedding(x.flatten(1))), F.normalize(self.output.weight))
+
+
+class Features(nn.Module):
+    """The features of the networks below: a conv, ReLU, and the mean over the positions unless `flat` is False."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 5, 4)
+
+    def features(self, x: Tensor, *, flat: bool = True) -> Tensor:
+        x = F.relu(self.conv(x))
+        return x.mean((2, 3)) if flat else x
+
+
+class AttentionPooling(Features):
+    """Calls a conv with one channel last; a BatchNorm inserted before it is called after the output layer."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.output = nn.Conv2d(6, classes, 1)
+        self.attention = nn.Sequential(nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x, flat=False)
+        logits = self.output(h).flatten(2)
+        return (logits * self.attention(h).flatten(2).softmax(-1)).sum(-1)  # type: ignore[no-any-return]
+
+
+class Temperature(Features):
+    """Multiplies its logits by the output of a layer that is called last."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.output, self.scale = nn.Linear(6, classes), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x)
+        return self.output(h) * F.softplus(self.scale(h))  # type: ignore[no-any-return]
+
+
+class Auxiliary(Features):
+    """Calls an auxiliary head last, and does not return what it computes."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.output, self.auxiliary = nn.Linear(6, classes), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x)
+        logits = self.output(h).log_softmax(1)
+        self.auxiliary_logits = self.auxiliary(h)
+        return logits
+
+
+class TwoOutputs(Auxiliary):
+    """Returns a tuple, in training alone unless `always`."""
+
+    always = True
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return (logits, self.auxiliary_logits) if self.always or self.training else logits
+
+
+class TwoOutputsInTraining(TwoOutputs):
+    always = False
+
+
+class ArcFace(Features):
+    """Has the weight of its output layer as a parameter of its own."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.neck, self.weight = nn.Linear(6, 5), nn.Parameter(torch.rand(classes, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.neck(self.features(x))), F.normalize(self.weight))
+
+
+class ClassEmbedding(Features):
+    """Multiplies features by the embeddings of the classes."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.project, self.classes = nn.Linear(6, 5), nn.Embedding(classes, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.features(x)) @ self.classes.weight.T  # type: ignore[no-any-return]
+
+
+class JoinedHeads(Features):
+    """Returns the logits of two heads in one tensor."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, classes // 2), nn.Linear(6, classes // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x)
+        return torch.cat([self.left(h), self.right(h)], 1)
+
+
+class Conv1dOutput(Features):
+    """Computes its logits with a Conv1d."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.output = nn.Conv1d(6, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.features(x, flat=False).flatten(2)).mean(2)  # type: ignore[no-any-return]
+
+
+class NormalizedLogits(SpatialTransformer):
+    """Has a BatchNorm of its own behind its output layer."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__(classes)
+        self.norm = nn.BatchNorm1d(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))  # type: ignore[no-any-return]
 
 
 class Squeezed(nn.Module):
@@ -167,19 +291,130 @@ def test_a_batchnorm_of_a_layer_that_is_declared_later_and_called_earlier_does_n
     assert inserted_batchnorms(model) == ["conv.1"]
 
 
-def test_a_batchnorm_behind_the_layer_that_is_called_last_is_refused_with_the_option_to_skip_it(
+def test_a_network_with_a_batchnorm_of_its_own_behind_the_output_layer_keeps_its_classes(
     digits: ClassFolders, tmp_path: Path
 ) -> None:
-    class NormalizedLogits(SpatialTransformer):
+    expected = "^BatchNorm norm comes after the output layer fc2; a network with a BatchNorm of its own there keeps its"
+    with pytest.raises(TrainingError, match=f"{expected} classes and its head$"):
+        finetune(NormalizedLogits().eval(), digits, tmp_path / "run", BRIEF)
+    told: list[RunSummary] = []
+    finetune(NormalizedLogits(10).eval(), digits, tmp_path / "run", BRIEF, on_start=told.append)
+    assert told[0].output == "fc2, with 10 classes as in the checkpoint"
+
+
+def test_without_an_example_a_batchnorm_that_is_declared_after_the_output_layer_is_refused_with_the_example() -> None:
+    class OutputFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.BatchNorm1d(4)
+            self.output, self.conv, self.norm = nn.Linear(4, 10), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(super().forward(x))  # type: ignore[no-any-return]
+            return self.output(self.norm(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
-    with pytest.raises(TrainingError, match=r"BatchNorm norm comes after the output layer fc2; .* \(skip=\('fc2',\)\)"):
-        finetune(NormalizedLogits().eval(), digits, tmp_path / "run", BRIEF)
+    with pytest.raises(TrainingError, match=r"only declared after it, pass one batch \(example=images\); other"):
+        replace_output(OutputFirst(), 3)
+    replace_output(OutputFirst(), 3, example=torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("build", [AttentionPooling, Temperature, Auxiliary])
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_the_output_layer_has_as_many_outputs_as_logits_and_an_effect_on_them_whatever_is_called_after_it(
+    digits: ClassFolders, tmp_path: Path, build: Callable[[int], nn.Module], batchnorm: bool
+) -> None:
+    for classes, output in (
+        (10, "output, with 10 classes as in the checkpoint"),
+        (4, "output replaced, 4 to 10 classes"),
+    ):
+        model = with_batchnorm(build(classes), digits) if batchnorm else build(classes)
+        told: list[RunSummary] = []
+        finetune(model, digits, tmp_path / str(classes), BRIEF, on_start=told.append)
+        assert told[0].output == output
+        trained = load_checkpoint(tmp_path / str(classes) / "last.pth", model=lambda classes=classes: build(classes))
+        assert trained(images_of(digits)).shape == (40, 10)
+
+
+def test_a_head_that_has_no_effect_on_the_logits_is_not_trained_alone(digits: ClassFolders, tmp_path: Path) -> None:
+    model = randomised(Auxiliary(10)).eval()
+    finetune(model, digits, tmp_path, replace(BRIEF, train="head", fit_output=False))
+    before = model.state_dict()
+    after = load_checkpoint(tmp_path / "last.pth", model=lambda: Auxiliary(10)).state_dict()
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {"output.weight", "output.bias"}
+
+
+@pytest.mark.parametrize("build", [TwoOutputs, TwoOutputsInTraining])
+def test_a_network_that_returns_a_tuple_is_refused_before_anything_is_fitted(
+    digits: ClassFolders, tmp_path: Path, build: Callable[[int], nn.Module]
+) -> None:
+    fits: list[OutputFit] = []
+    with pytest.raises(TrainingError, match=r"returns a tuple for .* only classifiers can be fine-tuned"):
+        finetune(build(10), digits, tmp_path / "run", BRIEF, on_fit=fits.append)
+    assert not fits
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_several_outputs_the_first_is_the_one_whose_layer_is_replaced() -> None:
+    model, images = TwoOutputs(), torch.rand(2, 3, 32, 32)
+    replace_output(model, 3, example=images)
+    assert [logits.shape[1] for logits in model(images)] == [3, 4]
+
+
+@pytest.mark.parametrize("build", [ArcFace, ClassEmbedding, JoinedHeads, Conv1dOutput])
+def test_logits_that_no_layer_computes_are_trained_as_they_are(
+    digits: ClassFolders, tmp_path: Path, build: Callable[[int], nn.Module]
+) -> None:
+    told: list[RunSummary] = []
+    fits: list[OutputFit] = []
+    model = randomised(build(10)).eval()
+    finetune(model, digits, tmp_path, BRIEF, on_start=told.append, on_fit=fits.append)
+    assert told[0].output == "not found among the layers; the 10 outputs of the network are kept"
+    assert not fits[-1].fitted
+    assert fits[-1].reason in {"", "the logits are not the outputs of one nn.Linear or nn.Conv2d"}
+    before, after = model.state_dict(), load_checkpoint(tmp_path / "last.pth", model=lambda: build(10)).state_dict()
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("classes", "settings", "advice"),
+    [
+        (4, {}, r"returns 4 logits, .*; build the network for 10 classes \(model\)"),
+        (10, {"head": 8}, r"returns 10 logits, .*; keep the head"),
+        (10, {"train": "head"}, r"no head to train alone; leave out train='head'"),
+    ],
+)
+def test_a_layer_that_does_not_exist_is_not_replaced(
+    digits: ClassFolders, tmp_path: Path, classes: int, settings: dict[str, Any], advice: str
+) -> None:
+    for build in (ArcFace, JoinedHeads, Conv1dOutput):
+        with pytest.raises(TrainingError, match=advice):
+            finetune(build(classes), digits, tmp_path / "run", replace(BRIEF, **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_does_not_exist_is_not_fitted(digits: ClassFolders) -> None:
+    images = images_of(digits)
+    batches = [(images, torch.arange(40) % 4)]
+    with pytest.raises(TrainingError, match="ArcFace returns 4 logits, and they are not the outputs of one"):
+        fit_output(ArcFace(), batches, batches, example=images)
+    with pytest.raises(TrainingError, match="neck has 5 outputs, and the network returns 4 logits") as refused:
+        fit_output(ArcFace(), batches, batches, example=torch.rand(2))  # the network does not run on it
+    assert "example" not in str(refused.value)
+
+
+def test_an_output_layer_that_is_not_called_gets_no_new_head(digits: ClassFolders, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"Cosine does not call its output layer output, .*; keep the head"):
+        finetune(Cosine(), digits, tmp_path / "run", replace(BRIEF, head=8))
+    assert not (tmp_path / "run").exists()
+    fits: list[OutputFit] = []
+    finetune(Cosine(), digits, tmp_path / "run", BRIEF, on_fit=fits.append)
+    assert fits[-1].reason == "the network does not call it, but computes with its weight"
+
+
+def test_in_a_network_with_nan_no_batchnorm_before_the_output_layer_comes_after_it() -> None:
+    images = torch.rand(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval()
+    nn.init.constant_(model[0].weight, math.nan)
+    replace_output(model, 3, example=images)
+    assert model(images).shape == (4, 3)
 
 
 def test_a_conv_that_is_called_last_is_the_output_layer_of_a_network_with_dense_layers_too() -> None:
@@ -216,7 +451,7 @@ def test_the_layer_that_is_taken_for_the_output_is_named_where_a_network_cannot_
 ) -> None:
     class OfFourClasses(SpatialTransformer):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).view(-1, 4)
+            return super().forward(x).view(len(x), 4)
 
     with pytest.raises(TrainingError, match=r"cannot run on a batch .*; fc2 is assumed to be its output layer"):
         finetune(OfFourClasses(), digits, tmp_path / "run", replace(BRIEF, batch_size=7))
