@@ -269,6 +269,15 @@ def check_can_renormalize(norm: _BatchNorm, name: str = "") -> None:
         )
 
 
+def can_renormalize(norm: _BatchNorm) -> bool:
+    """Return whether a BatchNorm is a BatchRenorm or can be made one."""
+    try:
+        check_can_renormalize(norm)
+    except TrainingError:
+        return False
+    return True
+
+
 def to_renorm(
     norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d,
     *,

@@ -28,7 +28,7 @@ from .dropout import set_dropout
 from .loop import TrainingLoop
 from .lr_trials import choose_learning_rate
 from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
-from .preparation import make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
+from .preparation import batchnorm_mode, make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
 from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
 from .settings import TrainingSettings
@@ -160,12 +160,13 @@ def finetune(
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         model, classes, example = unwrapped(model), len(images.classes), _example(images)
+        settings = replace(settings, batchnorm=batchnorm_mode(model, settings))
         given_output = output_layer(model, example)
         network, output = prepared_network(model, given_output, settings, classes, device=device, ranks=ranks)
         dropout = set_dropout(network, settings.dropout, example)
         classifier = Classifier.of(network, output, classes, device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, classifier, settings, ranks)
-        state, data = None, run_data(network, images, ranks)
+        state, data, progress = None, run_data(network, images, ranks), Progress()
         if resume and existing:
             state = load_state(folder / STATE)
             settings = state.with_lr(settings)
@@ -196,7 +197,6 @@ def finetune(
                 output_kind=layer_kind(network.get_submodule(output)) if output else None,
             ),
         }
-        progress = Progress()
         if state:
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.batch_renorm import BatchRenorm
-from ..batchnorm.modes import set_batchnorm_mode
+from ..batchnorm.batch_renorm import BatchRenorm, can_renormalize
+from ..batchnorm.modes import BatchNormMode, set_batchnorm_mode
 from ..batchnorm.renorm_limits import RenormScheduler, set_renorm_limits
 from ..errors import TrainingError, as_passed
 from ..graph.copies import deep_copy
@@ -17,6 +18,30 @@ from ..support.processes import Ranks
 from ..surgery.replace_output import OutputLayer, replace_dense_layers, replace_output_layer
 from .parameter_groups import parameter_groups
 from .settings import Trained, TrainingSettings
+
+# With batches of 4, a network with 14 BatchNorms lost in training what it knew, and kept it with Batch Renormalization;
+# with batches of 16, the two were equal (benchmarks/finetuning).
+_SMALLEST_TO_NORMALIZE_BY = 8
+
+
+def batchnorm_mode(model: nn.Module, settings: TrainingSettings) -> BatchNormMode:
+    """Return what BatchNorms do in training: the mode of the settings or, if they have none, that for the batch size.
+
+    Batch Renormalization corrects towards the running statistics, which a BatchNorm that is new does not have yet.
+    """
+    if settings.batchnorm is not None:
+        return settings.batchnorm
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    small = settings.batch_size < _SMALLEST_TO_NORMALIZE_BY and settings.head is None and not settings.sync_bn
+    return "renorm" if small and norms and all(map(_has_statistics, norms)) else "train"
+
+
+def _has_statistics(norm: _BatchNorm) -> bool:
+    """Return whether Batch Renormalization can correct towards the running statistics of a BatchNorm."""
+    if not can_renormalize(norm):
+        return False
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return bool((mean != 0).any() or (var != 1).any())
 
 
 def prepared_network(
@@ -36,7 +61,7 @@ def prepared_network(
     Args:
         model: The model, not wrapped.
         output: Its output layer.
-        settings: The settings.
+        settings: The settings, with what BatchNorms do.
         classes: Number of classes.
         device: Where the copy is trained.
         ranks: The processes that train it.
@@ -52,7 +77,8 @@ def prepared_network(
         network.float()  # small steps would be rounded away
     head = _head(network, output, settings, classes)
     network.to(device)
-    renorm = settings.batchnorm == "renorm"
+    mode = cast(BatchNormMode, settings.batchnorm)
+    renorm = mode == "renorm"
     if settings.sync_bn and not renorm:
         if device.type != "cuda":
             raise TrainingError(
@@ -61,10 +87,10 @@ def prepared_network(
             )
         if ranks.count > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    set_batchnorm_mode(network, settings.batchnorm, synchronize=renorm and settings.sync_bn)
+    set_batchnorm_mode(network, mode, synchronize=renorm and settings.sync_bn)
     if settings.renorm_limits:
         set_renorm_limits(network, *settings.renorm_limits)
-    if settings.head is not None and settings.batchnorm.startswith("freeze"):
+    if settings.head is not None and mode.startswith("freeze"):
         for name in head:
             set_batchnorm_mode(network.get_submodule(name), "train")  # nothing is known yet that could be frozen
     if settings.train != "all":

@@ -50,7 +50,9 @@ class TrainingSettings:
         amp: Train under bfloat16 autocast.
         sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
             device, otherwise on GPUs only.
-        batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`.
+        batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`. With None, `finetune` uses "renorm" for
+            batches of fewer than 8 images, which are too few to normalize by, and "train" for others, for a new head
+            and for BatchNorms without running statistics.
         renorm_r_max: With `batchnorm` "renorm", the limit of r in every step, see `BatchRenorm2d`; `math.inf` for no
             limit. With None for this and for `renorm_d_max`, a `RenormScheduler` sets both.
         renorm_d_max: The same for d.
@@ -93,7 +95,7 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     amp: bool = False
     sync_bn: bool = False
-    batchnorm: BatchNormMode = "train"
+    batchnorm: BatchNormMode | None = None
     renorm_r_max: float | None = None
     renorm_d_max: float | None = None
     train: Trained = "all"

@@ -33,6 +33,7 @@ class RunSummary:
         parameters: Number of parameters of the network.
         trained_parameters: Number of parameters that are trained.
         batchnorms: Number of BatchNorm layers.
+        renorm: Whether they are trained with Batch Renormalization.
         dropout: Which dropout layers are on, and which were switched off, in words.
         output: What became of the output layer, in words.
         lr: Peak learning rate; None if it will be chosen in trials.
@@ -48,6 +49,7 @@ class RunSummary:
     parameters: int
     trained_parameters: int
     batchnorms: int
+    renorm: bool
     dropout: str
     output: str
     lr: float | None
@@ -62,10 +64,11 @@ class RunSummary:
         train, val = (sum(counts[part] for counts in self.classes.values()) for part in (0, 1))
         classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
         trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
+        norms = counted(self.batchnorms, "BatchNorm layer") + ", with Batch Renormalization" * self.renorm
         return {
             "Images": f"{train:,} for training and {val:,} for validation, {classes}",
             "Output layer": self.output,
-            "Trained": f"{trained}; {counted(self.batchnorms, 'BatchNorm layer')}",
+            "Trained": f"{trained}; {norms}",
             "Dropout": self.dropout,
             "Steps": f"{self.epochs * self.steps:,} ({counted(self.epochs, 'epoch')} of {self.steps:,})",
             "Device": self.device,
@@ -105,6 +108,7 @@ def summarize(
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         _batchnorms(network),
+        settings.batchnorm == "renorm" and _batchnorms(network) > 0,
         dropout,
         _output(model, output, network, settings, len(images.classes)),
         settings.lr if untried is None else untried,

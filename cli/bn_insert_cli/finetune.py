@@ -173,15 +173,15 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = True,
     batchnorm: Annotated[
-        Literal["train", "renorm", "freeze-statistics", "freeze"],
+        Literal["train", "renorm", "freeze-statistics", "freeze"] | None,
         typer.Option(
             metavar="MODE",
             help="What BatchNorms do in training. train: normalize by the batch; renorm: Batch Renormalization, for "
             "small batches; freeze-statistics: keep running statistics fixed, train gamma and beta; freeze: keep all "
-            "of these fixed.",
+            "of these fixed. [default: renorm with batches of fewer than 8 images, otherwise train]",
             rich_help_panel=_NETWORK,
         ),
-    ] = "train",
+    ] = None,
     renorm_r_max: Annotated[
         float | None,
         typer.Option(

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -39,7 +40,7 @@ from bn_insert.support import files
 from bn_insert.support.processes import Ranks
 from bn_insert.surgery.replace_output import output_layer, replace_head, replace_output
 from bn_insert.training.dropout import set_dropout
-from bn_insert.training.preparation import prepared_network
+from bn_insert.training.preparation import batchnorm_mode, prepared_network
 from bn_insert.training.progress import Progress
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import TrainingState, load_state
@@ -439,6 +440,46 @@ def test_a_batch_size_of_one_is_refused_with_batchnorm(digits: ClassFolders, tmp
         finetune(dense_network(), digits, tmp_path, replace(BRIEF, batch_size=1))
 
 
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({"batch_size": 7}, "renorm"),
+        ({"batch_size": 8}, "train"),
+        ({"batch_size": 1}, "renorm"),
+        ({"batch_size": 4, "batchnorm": "train"}, "train"),
+        ({"batch_size": 32, "batchnorm": "renorm"}, "renorm"),
+        ({"batch_size": 4, "head": 8}, "train"),
+        ({"batch_size": 4, "sync_bn": True}, "train"),
+    ],
+)
+def test_batches_too_small_to_normalize_by_are_renormalized_unless_a_mode_is_given(
+    network: nn.Module, changes: dict[str, Any], mode: str
+) -> None:
+    assert batchnorm_mode(network, replace(BRIEF, **changes)) == mode
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()], ids=str
+)
+def test_small_batches_are_not_renormalized_without_statistics_to_correct_towards(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    assert batchnorm_mode(model, replace(BRIEF, batch_size=4)) == "train"
+
+
+def test_a_run_says_records_and_resumes_the_mode_that_it_chose(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    summaries: list[RunSummary] = []
+    settings = replace(BRIEF, batch_size=4)
+    finetune(network, digits, tmp_path, settings, on_start=summaries.append)
+    assert re.search(r"; \d+ BatchNorm layers, with Batch Renormalization$", summaries[0].texts["Trained"])
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert run["settings"]["batchnorm"] == "renorm"
+    finetune(network, digits, tmp_path, replace(settings, epochs=3), resume=True)
+    with pytest.raises(TrainingError, match="batchnorm was 'renorm' and is now 'train'"):
+        finetune(network, digits, tmp_path, replace(settings, batchnorm="train"), resume=True)
+
+
 # What is trained
 
 
@@ -668,7 +709,7 @@ def test_dropout_before_a_batchnorm_is_off_by_default_and_the_report_says_so(
 def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
     network: nn.Module, changes: dict[str, Any], expected: str
 ) -> None:
-    settings = replace(BRIEF, **changes)
+    settings = replace(BRIEF, **({"batchnorm": "train"} | changes))
     prepared, _ = prepared_network(
         network, output_layer(network), settings, 10, device=torch.device("cpu"), ranks=Ranks()
     )

@@ -58,7 +58,7 @@ def dense_network() -> nn.Sequential:
 
 
 def prepared(model: nn.Module, classes: int = 10, **changes: Any) -> nn.Module:
-    settings, device = replace(BRIEF, **changes), torch.device("cpu")
+    settings, device = replace(BRIEF, **({"batchnorm": "train"} | changes)), torch.device("cpu")
     return prepared_network(model, output_layer(model), settings, classes, device=device, ranks=Ranks())[0]
 
 
