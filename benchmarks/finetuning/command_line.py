@@ -1,8 +1,8 @@
 """`bn-insert insert` and `bn-insert finetune` with their defaults, against the best that `finetune` reaches without.
 
     python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
-        --cifar-folded cifar-folded.pth --clothing CLOTHING --cifar CIFAR10 --fashion-mnist FASHION \\
-        --output benchmarks/finetuning/results
+        --cifar-folded cifar-folded.pth --cifar-deep cifar-deep.pth --clothing CLOTHING --cifar CIFAR10 \\
+        --fashion-mnist FASHION --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
 the defaults: no option is chosen; on images of a different kind, `adapt --keep-batchnorm` takes the place of

@@ -33,7 +33,6 @@ class RunSummary:
         parameters: Number of parameters of the network.
         trained_parameters: Number of parameters that are trained.
         batchnorms: Number of BatchNorm layers.
-        renorm: Whether they are trained with Batch Renormalization.
         dropout: Which dropout layers are on, and which were switched off, in words.
         output: What became of the output layer, in words.
         lr: Peak learning rate; None if it will be chosen in trials.
@@ -41,6 +40,7 @@ class RunSummary:
         steps: Steps per epoch.
         resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.
         lr_untried: Whether `lr` is neither given nor chosen, because the run is too short for trials.
+        renorm: Whether BatchNorms are trained with Batch Renormalization.
     """
 
     classes: Mapping[str, tuple[int, int]]
@@ -49,7 +49,6 @@ class RunSummary:
     parameters: int
     trained_parameters: int
     batchnorms: int
-    renorm: bool
     dropout: str
     output: str
     lr: float | None
@@ -57,6 +56,7 @@ class RunSummary:
     steps: int
     resumed: str = ""
     lr_untried: bool = False
+    renorm: bool = False
 
     @property
     def texts(self) -> dict[str, str]:
@@ -108,13 +108,13 @@ def summarize(
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         _batchnorms(network),
-        settings.batchnorm == "renorm" and _batchnorms(network) > 0,
         dropout,
         _output(model, output, network, settings, len(images.classes)),
         settings.lr if untried is None else untried,
         settings.epochs,
         steps,
         lr_untried=untried is not None,
+        renorm=settings.batchnorm == "renorm" and _batchnorms(network) > 0,
     )
 
 
