@@ -118,9 +118,14 @@ def _other_part(
     others = (Path(name) for name in sorted(glob.glob(str(_pattern(path, found)))))  # noqa: PTH207 - as in the message
     other = next((other for other in others if other.name != path.name), None)
     with suppress(CheckpointError):
-        if other and not set(keys) & set(keys_of(other)):
+        if other and not _without_wrapper(keys) & _without_wrapper(keys_of(other)):
             return other
     return None
+
+
+def _without_wrapper(keys: Collection[str]) -> set[str]:
+    """Return keys without the prefix of DistributedDataParallel, which one of two whole networks may have."""
+    return {key.removeprefix("module.") for key in keys}
 
 
 def _indices_in(folder: Path) -> list[Path]:

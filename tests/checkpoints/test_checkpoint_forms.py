@@ -213,7 +213,15 @@ def test_the_code_that_merges_parts_merges_those_known_by_their_keys(tmp_path: P
     assert load_checkpoint(tmp_path / "model-merged.pth").state_dict().keys() == state().keys()
 
 
-@pytest.mark.parametrize("other", [state(), {"model": state(), "model_ema": state()}, {"optimizer": "none"}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        state(),
+        {"model": state(), "model_ema": state()},
+        {"optimizer": "none"},
+        {f"module.{name}": tensor for name, tensor in state().items()},
+    ],
+)
 def test_whole_networks_counted_side_by_side_are_read(other: dict[str, Any], tmp_path: Path) -> None:
     _write_two(tmp_path, "client_{}_of_2.pth", state(), other)
     load_checkpoint(tmp_path / "client_1_of_2.pth")
