@@ -264,3 +264,15 @@ AWKWARD: tuple[Callable[[], nn.Module], ...] = (
     RegisteredBackwards,
 )
 """Networks for 3-channel images with one awkward property each."""
+
+
+class OutputFirst(nn.Module):
+    """A network whose output layer is declared before its other layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Linear(4, 1000)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]

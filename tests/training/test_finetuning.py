@@ -45,7 +45,7 @@ from bn_insert.training.progress import Progress
 from bn_insert.training.schedule import learning_rate
 from bn_insert.training.state import TrainingState, load_state
 from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, open_digits
-from support.networks import randomised, small_vgg
+from support.networks import OutputFirst, randomised, small_vgg
 
 # Charts are drawn only where they matter: by the tests of what a run leaves behind, and through the command line.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts_in_module")
@@ -619,15 +619,6 @@ def test_squeezenet_with_batchnorm_gets_another_number_of_classes(placement: Pla
 
 
 def test_an_inserted_batchnorm_of_another_layer_is_not_removed_with_the_output_layer() -> None:
-    class OutputFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.output = nn.Linear(4, 1000)
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.output(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
-
     model = insert_batchnorm(OutputFirst(), [torch.rand(4, 3, 8, 8)])
     with pytest.raises(TrainingError, match=r"BatchNorm conv.1 comes after the output layer output"):
         replace_output(model, 3)

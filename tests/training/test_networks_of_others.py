@@ -31,7 +31,7 @@ from bn_insert.errors import TrainingError
 from bn_insert.images import ClassFolders
 from bn_insert.statistics.passes import SINGLE_IMAGE
 from support.digits import copy_labelled_digits, open_digits
-from support.networks import randomised
+from support.networks import OutputFirst, randomised
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
@@ -210,6 +210,12 @@ def images_of(digits: ClassFolders) -> Tensor:
     return next(digits.batches(digits.train, 40)).images
 
 
+def trained_in(folder: Path, model: nn.Module, build: Callable[[], nn.Module]) -> set[str]:
+    """Return the names of the tensors of a model that a run in a folder has changed."""
+    before, after = model.state_dict(), load_checkpoint(folder / "last.pth", model=build).state_dict()
+    return {name for name in after if not torch.equal(before[name], after[name])}
+
+
 def with_batchnorm(model: nn.Module, digits: ClassFolders) -> nn.Module:
     return insert_batchnorm(randomised(model).eval(), [images_of(digits)])
 
@@ -254,9 +260,7 @@ def test_a_resumed_run_has_the_same_output_layer(digits: ClassFolders, tmp_path:
 def test_only_the_layer_that_is_called_last_is_trained_as_the_head(digits: ClassFolders, tmp_path: Path) -> None:
     model = randomised(SpatialTransformer(10)).eval()
     finetune(model, digits, tmp_path, replace(BRIEF, train="head", fit_output=False))
-    before = model.state_dict()
-    after = load_checkpoint(tmp_path / "last.pth", model=lambda: SpatialTransformer(10)).state_dict()
-    assert {name for name in after if not torch.equal(before[name], after[name])} == {"fc2.weight", "fc2.bias"}
+    assert trained_in(tmp_path, model, lambda: SpatialTransformer(10)) == {"fc2.weight", "fc2.bias"}
 
 
 def test_with_an_example_the_functions_take_the_layer_that_is_called_last(digits: ClassFolders) -> None:
@@ -275,15 +279,6 @@ def test_with_an_example_the_functions_take_the_layer_that_is_called_last(digits
 
 
 def test_a_batchnorm_of_a_layer_that_is_declared_later_and_called_earlier_does_not_come_after_the_output() -> None:
-    class OutputFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.output = nn.Linear(4, 1000)
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.output(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
-
     images = torch.rand(4, 3, 8, 8)
     model = insert_batchnorm(OutputFirst(), [images])
     replace_output(model, 3, example=images)
@@ -336,9 +331,7 @@ def test_the_output_layer_has_as_many_outputs_as_logits_and_an_effect_on_them_wh
 def test_a_head_that_has_no_effect_on_the_logits_is_not_trained_alone(digits: ClassFolders, tmp_path: Path) -> None:
     model = randomised(Auxiliary(10)).eval()
     finetune(model, digits, tmp_path, replace(BRIEF, train="head", fit_output=False))
-    before = model.state_dict()
-    after = load_checkpoint(tmp_path / "last.pth", model=lambda: Auxiliary(10)).state_dict()
-    assert {name for name in after if not torch.equal(before[name], after[name])} == {"output.weight", "output.bias"}
+    assert trained_in(tmp_path, model, lambda: Auxiliary(10)) == {"output.weight", "output.bias"}
 
 
 @pytest.mark.parametrize("build", [TwoOutputs, TwoOutputsInTraining])
