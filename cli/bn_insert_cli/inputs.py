@@ -301,8 +301,9 @@ def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transfor
     values = checkpoint.settings.transform if checkpoint.settings else None
     if not values:
         return Transform()
-    replaced = {name: value for name, value in Transform().to_dict().items() if getattr(options, name) is not None}
-    if len(replaced) == len(Transform().to_dict()):  # nothing of what is stored is used, so it may be of any kind
+    defaults = Transform().to_dict()
+    replaced = {name: value for name, value in defaults.items() if getattr(options, name) is not None}
+    if replaced == defaults:  # nothing of what is stored is used, so it may be of any kind
         return Transform()
     try:
         return Transform.from_dict({**values, **{name: value for name, value in replaced.items() if name in values}})
