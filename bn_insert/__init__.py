@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from .surgery.splice import inserted_batchnorms as inserted_batchnorms
 
     # Insert step by step
+    from .graph.inputs import ForwardInputs as ForwardInputs, forward_inputs as forward_inputs
     from .batchnorm.identity_parameters import identity_batchnorm as identity_batchnorm
     from .graph.sites import Layer as Layer, Site as Site, find_sites as find_sites, survey as survey
     from .statistics.calibrate import calibrate as calibrate
@@ -171,6 +172,8 @@ _MODULES = {
     "FoldResult": "surgery.fold",
     "inserted_batchnorms": "surgery.splice",
     # Insert step by step
+    "forward_inputs": "graph.inputs",
+    "ForwardInputs": "graph.inputs",
     "find_sites": "graph.sites",
     "survey": "graph.sites",
     "Site": "graph.sites",

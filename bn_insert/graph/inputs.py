@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,14 +89,14 @@ class InputReader:
 
     def __init__(self, model: nn.Module) -> None:
         """Look at the forward's parameters, and at the device and dtype of the model."""
-        self._signature = _Signature.of(model)
+        self._forward = forward_inputs(model)
         self._target = reference_tensor(model)
 
     def inputs(self, batch: Any, number: int) -> Inputs:
         """Return what `Inputs.of` returns for the model."""
         if isinstance(batch, Inputs):
             return batch
-        return _read(batch, batch, number, self._signature).mapped(self._moved)
+        return _read(batch, batch, number, self._forward).mapped(self._moved)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         dtype = self._target.dtype if tensor.is_floating_point() else tensor.dtype
@@ -115,69 +115,90 @@ def reference_tensor(model: nn.Module) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Signature:
-    """The parameters of a model's forward.
+class ForwardInputs:
+    """What a model's forward takes; returned by `forward_inputs`.
 
     Attributes:
         model: Name of the model's class.
-        required: Names of the parameters without a default.
-        by_position: Whether some of these cannot be passed by name.
-        mapping: Whether there is only one such parameter, and it is annotated as a dict.
+        names: Names of the parameters without a default, in the order of the forward's parameters.
+        by_position: How many of these, the first, are positional-only.
+        by_name: How many of these, the last, are keyword-only.
+        takes_dict: Whether there is only one such parameter, and it is annotated as a dict.
     """
 
     model: str
-    required: tuple[str, ...]
-    by_position: bool
-    mapping: bool
+    names: tuple[str, ...]
+    by_position: int
+    by_name: int
+    takes_dict: bool
 
-    @classmethod
-    def of(cls, model: nn.Module) -> _Signature:
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(model.forward).parameters.values()
-        required = [each for each in parameters if each.kind in positional and each.default is each.empty]
-        return cls(
-            type(model).__name__,
-            tuple(each.name for each in required),
-            any(each.kind == each.POSITIONAL_ONLY for each in required),
-            len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
-        )
+    @property
+    def several(self) -> bool:
+        """Whether the forward takes more than one input."""
+        return len(self.names) > 1
+
+    def named(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments and keyword arguments for values by name; others than those of `names` are left out."""
+        args = tuple(values[name] for name in self.names[: self.by_position])
+        return args, {name: values[name] for name in self.names[self.by_position :]}
+
+    def ordered(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments and keyword arguments for values in the order of `names`; those beyond it are left out."""
+        last = len(self.names) - self.by_name
+        return tuple(values[:last]), dict(zip(self.names[last:], values[last:], strict=False))
+
+
+def forward_inputs(model: nn.Module) -> ForwardInputs:
+    """Return what a model's forward takes.
+
+    Args:
+        model: The network. It is not run.
+
+    Examples:
+        >>> forward_inputs(nn.Bilinear(3, 4, 5)).names
+        ('input1', 'input2')
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [each for each in parameters if each.kind not in variadic and each.default is each.empty]
+    kinds = [each.kind for each in required]
+    return ForwardInputs(
+        type(model).__name__,
+        tuple(each.name for each in required),
+        kinds.count(inspect.Parameter.POSITIONAL_ONLY),
+        kinds.count(inspect.Parameter.KEYWORD_ONLY),
+        len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
+    )
 
 
 def _text(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
-def _read(value: Any, batch: Any, number: int, signature: _Signature) -> Inputs:
-    several = len(signature.required) > 1
-    if isinstance(value, Tensor) and not several:
+def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs:
+    if isinstance(value, Tensor) and not forward.several:
         if not value.is_floating_point():
             raise CalibrationError(
                 f"batch {number} contains {value.dtype}; convert and scale the images to floating point first, as for "
                 "training"
             )
-        return Inputs((value,))
+        return Inputs((), {forward.names[0]: value}) if forward.by_name else Inputs((value,))
     if isinstance(value, Mapping) and value:
-        if signature.mapping:
+        if forward.takes_dict:
             return _checked((dict(value),), {}, number)
-        if set(signature.required) <= value.keys() and signature.required:
-            if signature.by_position:
-                raise CalibrationError(
-                    f"batch {number} is a dict with {', '.join(signature.required)}, which the forward of "
-                    f"{signature.model} takes by position alone; pass a tuple of these, or leave out the / in its "
-                    "parameters"
-                )
-            return _checked((), {name: value[name] for name in signature.required}, number)
-        if not several:
-            return _read(next(iter(value.values())), batch, number, signature)
+        if forward.names and set(forward.names) <= value.keys():
+            return _checked(*forward.named(value), number)
+        if not forward.several:
+            return _read(next(iter(value.values())), batch, number, forward)
     if isinstance(value, (tuple, list)) and value:
-        if not several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
-            return _read(value[0], batch, number, signature)
-        if len(value) >= len(signature.required):
-            return _checked(tuple(value[: len(signature.required)]), {}, number)
-    if several:
+        if not forward.several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
+            return _read(value[0], batch, number, forward)
+        if len(value) >= len(forward.names):
+            return _checked(*forward.ordered(value[: len(forward.names)]), number)
+    if forward.several:
         raise CalibrationError(
-            f"batch {number} is {_described(batch)}, but {signature.model} takes "
-            f"{', '.join(signature.required)}; pass a tuple of these, or a dict with these names"
+            f"batch {number} is {_described(batch)}, but {forward.model} takes "
+            f"{', '.join(forward.names)}; pass a tuple of these, or a dict with these names"
         )
     raise CalibrationError(
         f"batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ImageError
 from ..support.arguments import check_flags
@@ -26,7 +27,7 @@ def open_batches(
     workers: int = 0,
     channels: int = 3,
     dims: int = 2,
-    inputs: Sequence[str] = (),
+    inputs: Sequence[str] | Literal["all"] = (),
     strict: bool = False,
     pin_memory: bool = False,
     shuffle: bool = True,
@@ -43,7 +44,8 @@ def open_batches(
         channels: Channels that the network takes.
         dims: Dimensions of an image; other than 2, the source must be a tensor file, as for `tensor_batches`.
         inputs: Names of the inputs that the network's forward takes, if it takes several: the source must be a tensor
-            file with a dict of tensors of these names, and each batch has such a dict in place of images.
+            file with a dict of tensors of these names, and each batch has such a dict in place of images. "all" takes
+            all tensors of the dict.
         strict: Raise an error for the first unreadable image file instead of skipping it.
         pin_memory: Put batches into page-locked memory where there is a GPU.
         shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
@@ -64,9 +66,10 @@ def open_batches(
             tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
     if inputs:
+        taken = "a dict of inputs" if inputs == "all" else f"several inputs ({', '.join(inputs)})"
         raise ImageError(
-            f"{source} is no tensor file, and the network takes several inputs ({', '.join(inputs)}); save them as a "
-            "dict of tensors with these names (.pt, .safetensors)"
+            f"{source} is no tensor file, and the network takes {taken}; save a dict of tensors with their names (.pt, "
+            ".safetensors)"
         )
     if dims != 2:
         raise ImageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class NamedInputs(NamedTuple):
 
 
 def named_input_batches(
-    path: str | Path, names: Sequence[str], *, batch_size: int = 32, pin_memory: bool = False
+    path: str | Path, names: Sequence[str] | Literal["all"], *, batch_size: int = 32, pin_memory: bool = False
 ) -> NamedInputBatches:
     """Return tensors of a file, one for each input of a network, as batches.
 
@@ -36,7 +36,7 @@ def named_input_batches(
 
     Args:
         path: A .pt, .pth or .safetensors file with a dict of tensors, of any shape with the rows in dimension 0.
-        names: Names of the inputs.
+        names: Names of the inputs; "all" takes all tensors of the dict.
         batch_size: Rows per batch.
         pin_memory: Put batches into page-locked memory where there is a GPU.
 

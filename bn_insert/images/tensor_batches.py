@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..support.text import listed, printable
 from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
 _LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
+_Names: TypeAlias = Sequence[str] | Literal["all"]
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 
 
@@ -129,12 +130,12 @@ class TensorBatches(Batches):
         )
 
 
-def read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
+def read_tensors(path: Path, names: _Names = ()) -> dict[str, Tensor]:
     """Return tensors of a file by name, mapped into memory where its format allows; no code from the file is run.
 
     Args:
         path: The file.
-        names: Which tensors to read; without names, the only one that the file has.
+        names: Which tensors to read; "all" reads all that have a name, and without names the only one is read.
 
     Raises:
         ImageError: For a file that cannot be read or does not hold these tensors.
@@ -196,7 +197,7 @@ def _has_numbers(dtype: torch.dtype) -> bool:
     return True
 
 
-def _read_npy(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+def _read_npy(path: Path, names: _Names) -> dict[str, Tensor]:
     # Unlike np.load this reads only .npy, and never a pickle. Copy on write ("c"), because PyTorch warns when a tensor
     # is made from a read-only array.
     array = np.lib.format.open_memmap(path, mode="c")
@@ -204,12 +205,12 @@ def _read_npy(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     return dict.fromkeys(_chosen(path, [""], names), tensor)
 
 
-def _read_safetensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, names: _Names) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in _chosen(path, list(file.keys()), names)}
 
 
-def _read_torch(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+def _read_torch(path: Path, names: _Names) -> dict[str, Tensor]:
     with path.open("rb") as file:
         content = load_torch_file(file, mapped=True)
     if isinstance(content, Tensor):
@@ -217,14 +218,22 @@ def _read_torch(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         needed = "a tensor; save only the tensor"
         if names:
-            needed = f"a dict of the tensors {', '.join(names)}; save one, with torch.save(tensors, path)"
+            which = "tensors by their names" if names == "all" else f"the tensors {', '.join(names)}"
+            needed = f"a dict of {which}; save one, with torch.save(tensors, path)"
         raise ImageError(f"{path} contains {type(content).__name__}, not {needed}")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: tensors[name].detach() for name in _chosen(path, list(tensors), names)}
 
 
-def _chosen(path: Path, found: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
+def _chosen(path: Path, found: Sequence[Any], names: _Names) -> Sequence[Any]:
     """Return which of the tensors in a file to read: those named, or the only one; its name is empty if it has none."""
+    if names == "all":
+        if set(found) <= {""}:
+            raise ImageError(
+                f"{path} has no dict of tensors, and the network takes one; save a dict of its inputs by their names, "
+                "with torch.save(tensors, path)"
+            )
+        return found
     if not names:
         if len(found) != 1:
             raise _not_one_tensor(path, found)

@@ -78,7 +78,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     stored = transform_to_store(transform, origin, images_from)
     inputs: list[Any]
     if images_from is None:
-        check_one_input(network, "pass a tensor file with a dict of tensors of these names as IMAGES")
+        check_one_input(network, "pass a file with a dict of tensors by their names as IMAGES")
         shape = input_shape(network, image_side=(transform.crop or transform.resize) if stored else None)
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -388,15 +387,14 @@ def input_shape(model: nn.Module, side: int | None = None, *, image_side: int | 
     return shapes[0]
 
 
-def several_inputs(model: nn.Module) -> list[str]:
-    """Return the names of the inputs that a network's forward takes if there are several; otherwise an empty list."""
-    parameters = signature(model.forward).parameters.values()
-    required = [
-        each.name
-        for each in parameters
-        if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    ]
-    return required if len(required) > 1 else []
+def several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:
+    """Return the names of the inputs that a network's forward takes if there are several; "all" if it takes a dict."""
+    from bn_insert import forward_inputs  # noqa: PLC0415
+
+    inputs = forward_inputs(model)
+    if inputs.takes_dict:
+        return "all"
+    return inputs.names if inputs.several else ()
 
 
 def check_one_input(model: nn.Module, way_out: str) -> None:
@@ -409,7 +407,8 @@ def check_one_input(model: nn.Module, way_out: str) -> None:
     from bn_insert import GraphError  # noqa: PLC0415
 
     if names := several_inputs(model):
-        raise GraphError(f"{type(model).__name__} takes several inputs ({', '.join(names)}): {way_out}")
+        taken = "a dict of inputs" if names == "all" else f"several inputs ({', '.join(names)})"
+        raise GraphError(f"{type(model).__name__} takes {taken}: {way_out}")
 
 
 def open_device(name: str | None) -> torch.device:

@@ -229,6 +229,21 @@ class TwoInputs(nn.Module):
         return self.output(self.hidden(self.conv(left).mean((2, 3)) + self.embedding(right)).relu())
 
 
+class ByName(TwoInputs):
+    def forward(self, left, *, right):
+        return super().forward(left, right)
+
+
+class ByPosition(TwoInputs):
+    def forward(self, left, right, /):
+        return super().forward(left, right)
+
+
+class OfADict(TwoInputs):
+    def forward(self, inputs: dict):
+        return super().forward(inputs["left"], inputs["right"])
+
+
 class WithOwnConv(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), OwnConv(), nn.Flatten(), nn.Linear(64, 2))
@@ -327,6 +342,30 @@ def test_several_inputs_are_a_dict_of_tensors_in_a_file(shapes: Run, suffix: str
     assert torch.allclose(inserted.hidden[1].running_mean.double(), network.hidden(features).mean(0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ByName", "ByPosition", "OfADict"])
+def test_inputs_that_are_taken_by_name_or_by_position_alone_or_in_a_dict_are_read_from_a_file(
+    shapes: Run, name: str
+) -> None:
+    torch.save({"right": torch.arange(6), "left": torch.rand(6, 3, 8, 8)}, "x.pt")
+    outputs = []
+    for model in ("TwoInputs", name):
+        for words in (
+            ("insert", "TwoInputs.pth", "x.pt", "-o", f"{model}-bn.pth"),
+            ("predict", f"{model}-bn.pth", "x.pt"),
+        ):
+            result = shapes(*words, *of_other_shapes(model))
+            assert result.exit_code == 0, result.output
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+    torch.save(torch.rand(6, 3, 8, 8), "one.pt")
+    taken = "and the network takes one" if name == "OfADict" else "and the network takes several inputs (left, right)"
+    refused = shapes("insert", "TwoInputs.pth", "one.pt", "-o", "other.pth", *of_other_shapes(name))
+    assert_refused(refused, taken)
+    taken = "a dict of inputs" if name == "OfADict" else "several inputs (left, right)"
+    refused = shapes("inspect", "TwoInputs.pth", *of_other_shapes(name))
+    assert_refused(refused, f"{name} takes {taken}: no file says which shapes they have")
+
+
 def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
     torch.save(torch.rand(4, 3, 8, 8), "x.pt")
     torch.save({"left": torch.rand(4, 3, 8, 8), "rigth": torch.arange(4)}, "mistyped.pt")
@@ -343,7 +382,9 @@ def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
         assert_refused(shapes("insert", "TwoInputs.pth", source, "-o", "out.pth", *model), message)
     names = "TwoInputs takes several inputs (left, right): "
     assert_refused(shapes("inspect", "TwoInputs.pth", *model), f"{names}no file says which shapes they have")
-    assert_refused(shapes("fold", "TwoInputs.pth", "-o", "out.pth", *model), f"{names}pass a tensor file")
+    assert_refused(
+        shapes("fold", "TwoInputs.pth", "-o", "out.pth", *model), f"{names}pass a file with a dict of tensors"
+    )
     for folder in ("classes/train/a", "classes/train/b", "classes/val/a", "classes/val/b"):
         Path(folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(f"{folder}/x.png")

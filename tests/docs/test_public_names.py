@@ -51,6 +51,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "find_edges": ({"model": REQUIRED, "example": REQUIRED, "sites": REQUIRED}, {}),
     "find_sites": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),
     "fold_batchnorm": ({"model": REQUIRED, "example": REQUIRED}, {}),
+    "forward_inputs": ({"model": REQUIRED}, {}),
     "freeze_batchnorm": ({"model": REQUIRED, "mode": REQUIRED}, {}),
     "insert_at": (
         {"model": REQUIRED, "sites": REQUIRED, "moments": REQUIRED},
@@ -135,6 +136,7 @@ OTHERS = {"identity_batchnorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Comparison": (("images", "max_abs", "max_rel", "top1_agreement", "bit_identical"), ("within",)),
     "Edge": (("site", "consumers", "reason"), ()),
+    "ForwardInputs": (("model", "names", "by_position", "by_name", "takes_dict"), ("several", "named", "ordered")),
     "Layer": (("name", "kind", "type_name", "shape", "parameters", "site", "reason"), ()),
     "Moments": (
         ("count", "mean", "m2", "standard_error"),

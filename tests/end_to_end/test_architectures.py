@@ -172,21 +172,42 @@ def test_several_inputs_are_read_by_position_or_by_name(batch: Any) -> None:
     assert same_tensors(insert_batchnorm(model, [batch(*inputs)]), insert_batchnorm(model, [inputs]))
 
 
-class ByPosition(nn.Module):
+class TwoDense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(4, 3)
 
+
+class ByPosition(TwoDense):
     def forward(self, left: Tensor, right: Tensor, /) -> Tensor:
-        return self.dense(left + right).relu()
+        return self.dense(left - right).relu()
 
 
-def test_names_of_inputs_that_are_taken_by_position_alone_are_refused_with_the_way_out() -> None:
-    model, inputs = ByPosition().eval(), (torch.rand(6, 4), torch.rand(6, 4))
-    refusal = "batch 0 is a dict with left, right, which the forward of ByPosition takes by position alone"
-    with pytest.raises(CalibrationError, match=f"{refusal}; pass a tuple of these, or leave out the / in its"):
-        insert_batchnorm(model, [dict(zip(("left", "right"), inputs, strict=True))])
-    assert [site.name for site in insert(model, [inputs], include_output=True).sites] == ["dense"]
+class ByName(TwoDense):
+    def forward(self, left: Tensor, *, right: Tensor) -> Tensor:
+        return self.dense(left - right).relu()
+
+
+class OneByName(TwoDense):
+    def forward(self, *, left: Tensor) -> Tensor:
+        return self.dense(left).relu()
+
+
+@pytest.mark.parametrize("network", [ByPosition, ByName])
+def test_inputs_that_are_taken_by_position_or_by_name_alone_are_passed_so(network: type[nn.Module]) -> None:
+    model, inputs = network().eval(), (torch.rand(6, 4), torch.rand(6, 4))
+    by_name = dict(zip(("right", "left"), reversed(inputs), strict=True))
+    expected = (inputs[0] - inputs[1]).double() @ model.dense.weight.double().T + model.dense.bias.double()
+    for batch in (inputs, (*inputs, torch.zeros(6)), by_name):
+        norm = insert_batchnorm(model, [batch], include_output=True).dense[1]
+        torch.testing.assert_close(norm.running_mean.double(), expected.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_only_input_may_be_keyword_only() -> None:
+    model, x = OneByName().eval(), torch.rand(6, 4)
+    for batch in (x, (x, torch.zeros(6)), {"left": x}):
+        norm = insert_batchnorm(model, [batch], include_output=True).dense[1]
+        torch.testing.assert_close(norm.running_mean, model.dense(x).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_forward_annotated_to_take_a_dict_gets_the_whole_dict() -> None:
