@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
-from ..statistics.passes import SINGLE_IMAGE, Batch, Progress, for_each_batch, under_autocast
+from ..graph.inputs import Inputs
+from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
 from ..support.arguments import is_whole
 from ..support.processes import on_every_rank
 
@@ -251,16 +252,36 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
 def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Float64[Tensor, "images classes"]:
     """Return the logits of a batch, on the CPU: other devices lack float64."""
     with under_autocast(network, autocast):
-        outputs = batch.inputs.run(network)
-    logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+        logits = _first_output(network, batch.inputs)
     if logits is None or logits.ndim != 2 or len(logits) != len(batch.inputs) or logits.shape[1] < 2:
         found = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
-        squeezed = logits is not None and logits.ndim == 1 and len(logits) > 1 and len(batch.inputs) == 1
         raise CalibrationError(
             f"the output of {type(network).__name__} is {found} for {batch}, not one logit per class for each image; "
-            + (SINGLE_IMAGE if squeezed else "only classifiers with two or more classes can be evaluated")
+            "only classifiers with two or more classes can be evaluated"
         )
     return logits.cpu().double()
+
+
+def _first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
+    """Return the first tensor among the outputs.
+
+    A single image whose batch axis squeeze() in the forward removes runs together with a copy of itself.
+    """
+    alone = len(inputs) == 1
+    try:
+        output = _first_tensor(inputs.run(network))
+    except Exception:  # of any kind: a BatchNorm or a concatenation may miss the axis
+        if not alone:
+            raise
+        output = None
+    if alone and (output is None or output.ndim == 1):
+        pair = _first_tensor(inputs.mapped(lambda tensor: torch.cat([tensor, tensor])).run(network))
+        return pair if pair is None else pair[:1]
+    return output
+
+
+def _first_tensor(outputs: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
 
 
 def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:

@@ -56,6 +56,28 @@ def test_the_size_of_batches_does_not_matter() -> None:
     assert one.loss == pytest.approx(two.loss, rel=1e-6)
 
 
+class Squeezed(nn.Module):
+    """Loses the batch axis of a single image, which the BatchNorm or the user of the logits misses."""
+
+    def __init__(self, *, batchnorm: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 10, 3), nn.BatchNorm1d(10) if batchnorm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).amax((2, 3), keepdim=True).squeeze())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_a_last_image_alone_whose_batch_axis_is_lost_counts_as_the_others_do(batchnorm: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Squeezed(batchnorm=batchnorm).eval(), labelled(17, 8)
+    whole, parts = (evaluate(model, each) for each in (labelled(17, 17), batches))
+    assert parts.confusion == whole.confusion
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    one = predict(model, [batches[-1]])
+    assert [each.labels for each in one] == [each.labels for each in predict(model, labelled(17, 17))[-1:]]
+
+
 def test_the_parts_of_several_ranks_are_evaluated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = labelled()
     whole = evaluate(small_vgg(), batches)
