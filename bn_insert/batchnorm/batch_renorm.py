@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
-from ..support.arguments import is_number
+from ..support.arguments import check_flags, is_number
 from .batch_renorm_function import Normalization, batch_moments, pool_over_ranks, renormalize
 from .gradient_checkpointing import kept_passes
 
@@ -54,6 +54,7 @@ class _BatchRenorm(_BatchNorm):
         d_max: float = math.inf,
         synchronize: bool = False,
     ) -> None:
+        check_flags(TrainingError, synchronize=synchronize)
         if not track_running_stats:
             raise TrainingError(
                 "Batch Renormalization normalizes by running statistics and cannot do without them; use nn.BatchNorm "

@@ -70,6 +70,11 @@ def test_text_is_no_flag(name: str, flag: str, tmp_path: Path) -> None:
         _functions()[name](*arguments, **{flag: "no"})
 
 
+def test_text_does_not_synchronize_a_layer() -> None:
+    with pytest.raises(BNInsertError, match=r"^synchronize is 'no'; pass True or False$"):
+        bn_insert.BatchRenorm2d(4, synchronize="no")  # type: ignore[arg-type]
+
+
 def test_the_truth_of_numpy_is_a_flag() -> None:
     sites = bn_insert.find_sites(_network(), X, include_output=numpy.True_)
     assert sites == bn_insert.find_sites(_network(), X, include_output=True)
