@@ -16,6 +16,7 @@ import torch
 
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
+from bn_insert.report import SMALL_DIFFERENCE
 from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state
 from bn_insert_cli import console
@@ -152,7 +153,7 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     assert len(trials) >= 3
     chosen = load_state(Path("run/state.pth")).settings["lr"]
     assert chosen in map(float, trials)
-    reason = r"( \(a loss that is less than 5% lower does not count\))?"
+    reason = rf"( \({SMALL_DIFFERENCE}\))?"
     assert re.search(rf"^Learning rate: {chosen:g}{reason}\.$", result.stderr, re.MULTILINE)
     assert len(re.findall(r"^Estimated time left: .*, trials included\.$", result.stderr, re.M)) == 1
     assert result.stderr.index("Estimated time left: ") > result.stderr.index("Output layer kept: validation accuracy ")

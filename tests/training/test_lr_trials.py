@@ -25,6 +25,7 @@ from bn_insert import (
     insert_batchnorm,
 )
 from bn_insert.images import ClassFolders
+from bn_insert.report import SMALL_DIFFERENCE
 from bn_insert.support.processes import Ranks
 from bn_insert.training import lr_trials
 from bn_insert.training.classifier import Classifier
@@ -137,6 +138,11 @@ def test_a_lower_rate_needs_a_loss_that_is_lower_by_ten_percent_and_a_higher_one
 ) -> None:
     with_losses({0.003: 2, neighbor: loss})
     assert chosen(digits, tmp_path) == rate
+
+
+def test_the_margins_are_those_that_are_printed() -> None:
+    higher, lower = (f"{lr_trials._MARGINS[direction]:.0%}" for direction in (1, -1))
+    assert f"a higher one needs a loss that is {higher} lower, a lower one {lower}" == SMALL_DIFFERENCE
 
 
 def test_adamw_starts_at_a_lower_rate(
