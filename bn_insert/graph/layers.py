@@ -25,13 +25,22 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`.
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`, and may pass arguments besides
+    the input, as in `self.up(x, output_size=size)`.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> pair.kernel_size, pair.weight is pair[0].weight, list(pair.state_dict())[:2]
         ((3, 3), True, ['0.weight', '0.bias'])
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of the layer, normalized."""
+        layer, *norms = self
+        outputs = layer(*args, **kwargs)
+        for norm in norms:
+            outputs = norm(outputs)
+        return outputs
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the layer that the Sequential itself does not have."""

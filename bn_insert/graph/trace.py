@@ -232,10 +232,10 @@ class Trace:
         """
         parent = name.rpartition(".")[0]
         container = self.modules.get(parent)
+        if name and isinstance(container, NormalizedLayer):
+            return True
         if name == "" or container is None or type(container).forward is not nn.Sequential.forward:
             return False
-        if isinstance(container, NormalizedLayer):
-            return True
         prefix = parent + "." if parent else ""
         children = {prefix + child for child, _ in container.named_children()}
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]

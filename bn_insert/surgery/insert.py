@@ -140,12 +140,13 @@ def insert(
     edges = edges_in(trace, sites) if equalize else []
     dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-    # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`: then they keep theirs.
-    fault = fault_of(model, result, peek.first) if sites else None
+    fault = fault_of(model, result, peek.first, _by_anchor(sites, norms)) if sites else None
+    # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`, or hold them in a
+    # list: then they keep their numbers.
     if fault and any(site.in_sequence for site in sites):
         sites = [replace(site, in_sequence=False) for site in sites]
         result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-        fault = fault_of(model, result, peek.first)
+        fault = fault_of(model, result, peek.first, _by_anchor(sites, norms))
         by_name = {site.name: site for site in sites}
         found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
     message = ""
@@ -175,6 +176,10 @@ def insert(
         others=layers_of_other_classes(trace, options) if sites else "",
         one_image=_one_image_text(model, on_one_image) if on_one_image else "",
     )
+
+
+def _by_anchor(sites: Iterable[Site], norms: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {site.anchor: norms[site.name] for site in sites}
 
 
 def _one_image_text(model: nn.Module, error: str) -> str:

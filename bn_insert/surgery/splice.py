@@ -6,6 +6,7 @@ Inserted modules carry a mark, which copies keep.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,21 +22,21 @@ def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module
     """Insert each module after its site's anchor, in place, mark it as inserted, and return the model.
 
     In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
-    0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
-    replaced by `NormalizedLayer(anchor, module)`, an nn.Sequential. If several containers hold an anchor, this is done
-    in each of them.
+    0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor
+    becomes `NormalizedLayer(anchor, module)`, an nn.Sequential. If several containers hold an anchor, this is done in
+    each of them.
 
     Args:
         model: The network to change.
         norms: The module to insert at each site.
 
     Returns:
-        The model, or `NormalizedLayer(model, module)` if the model itself is an anchor.
+        The model, now a NormalizedLayer if it was an anchor itself.
     """
     for each in norms.values():
         marked(each)
-    siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
-    wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
+    anchors = {site: model.get_submodule(site.anchor) for site in norms}
+    siblings = {id(anchor): norms[site] for site, anchor in anchors.items() if site.in_sequence}
     pairs: dict[int, NormalizedLayer] = {}  # by anchor: all containers of an anchor get the same one
     for container in list(model.modules()):
         children = _children(container)
@@ -43,10 +44,12 @@ def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module
             _insert_siblings(container, siblings)
         else:
             for name, child in children:
-                if norm := wrapped.get(id(child), siblings.get(id(child))):
+                if norm := siblings.get(id(child)):
                     setattr(container, name, pairs.setdefault(id(child), _pair(child, norm)))
-    root = wrapped.get(id(model))
-    return model if root is None else _pair(model, root)
+    alone = {id(anchor): (anchor, norms[site]) for site, anchor in anchors.items() if not site.in_sequence}
+    for anchor, norm in alone.values():
+        _become_pair(anchor, norm)
+    return model
 
 
 def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
@@ -62,7 +65,7 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
             a forward calls it by name.
 
     Returns:
-        The model, or its layer if the model is a Sequential made by `splice_after`.
+        The model, now its layer if it is a Sequential made by `splice_after`.
     """
     flags = {id(model.get_submodule(name)): flag for name, flag in in_sequence.items()}
     for container in list(model.modules()):
@@ -73,11 +76,10 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
         else:
             for name, child in removed:
                 setattr(container, name, nn.Identity().train(child.training))
-    for container in list(model.modules()):
-        for name, child in _children(container):
-            if (inner := _unwrapped(child)) is not child:
-                setattr(container, name, inner)
-    return _unwrapped(model)
+    for module in list(model.modules()):
+        if isinstance(module, NormalizedLayer) and len(module) == 1:
+            _become(module, module[0])
+    return model
 
 
 def splice_over(model: nn.Module, first: str, last: str, modules: Sequence[nn.Module]) -> list[str]:
@@ -155,8 +157,20 @@ def _pair(anchor: nn.Module, norm: nn.Module) -> NormalizedLayer:
     return pair
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module[0] if isinstance(module, NormalizedLayer) and len(module) == 1 else module
+def _become_pair(anchor: nn.Module, norm: nn.Module) -> None:
+    """Make a module the pair of itself and a norm: whatever refers to it, such as a plain list, then runs both."""
+    layer = object.__new__(type(anchor))
+    _become(layer, anchor)
+    for name, value in vars(layer).items():
+        if isinstance(value, MethodType) and value.__self__ is anchor:
+            vars(layer)[name] = MethodType(value.__func__, layer)
+    _become(anchor, _pair(layer, norm))
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the class and the attributes of another, which is not used any more."""
+    module.__class__ = type(other)
+    object.__setattr__(module, "__dict__", vars(other))
 
 
 def _insert_siblings(container: nn.Sequential, siblings: Mapping[int, nn.Module]) -> None:

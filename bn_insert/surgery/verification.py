@@ -5,6 +5,8 @@ The command `insert` also compares the outputs on more images, with a tolerance:
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,13 +18,14 @@ from ..graph.copies import unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import preserved_random_state
 from ..support.processes import on_every_rank
-from ..support.text import first_line
+from ..support.text import first_line, listed
 
 _CHECKED_ROWS = 2  # two images are enough to see that a network runs and computes the same
 # Relative; on a CPU nothing differs, and on a GPU about 1e-6 in float32. In 16 bits each BatchNorm may round to another
 # number there, and the differences of many layers add up.
 _LARGEST_DIFFERENCE = 1e-3
 _ROUNDINGS = 16
+_NAMES_SHOWN = 5
 
 
 class Fault(NamedTuple):
@@ -37,15 +40,19 @@ class Fault(NamedTuple):
     runs: bool
 
 
-def fault_of(model: nn.Module, result: nn.Module, batch: Inputs | None) -> Fault | None:
+def fault_of(
+    model: nn.Module, result: nn.Module, batch: Inputs | None, norms: Mapping[str, nn.Module] | None = None
+) -> Fault | None:
     """Return what is wrong with a changed model on the first images of any rank; None if its outputs are the same.
 
     Args:
         model: The model before the change.
         result: The model after it.
         batch: The first batch of this rank, if it has one.
+        norms: The inserted modules of the result, by the names of their anchors in the model: each has to be called
+            whenever its anchor is.
     """
-    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch))
+    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch, norms or {}))
     return next(filter(None, faults), None)
 
 
@@ -74,23 +81,38 @@ def _error_on(image: Inputs, model: nn.Module, result: nn.Module) -> str:
     return ""
 
 
-def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs) -> Fault | None:
+def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs, norms: Mapping[str, nn.Module]) -> Fault | None:
+    names = {id(module): name for name, module in result.named_modules()}
+    norm_of = {anchor: names[id(norm)] for anchor, norm in norms.items()}
     for part in (batch.rows(0, _CHECKED_ROWS), batch):
         with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
             seed = torch.initial_seed()
             try:
                 torch.manual_seed(seed)
-                expected = part.run(working_copy(model))
+                expected, called = _run_counting(part, working_copy(model), norm_of)
             except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
                 continue
             try:
                 torch.manual_seed(seed)
-                actual = part.run(working_copy(result))
+                actual, norms_called = _run_counting(part, working_copy(result), norm_of.values())
             except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
                 return Fault(f"cannot run: {first_line(error)}", runs=False)
-        same = _same_outputs(expected, actual, max(_LARGEST_DIFFERENCE, _ROUNDINGS * _rounding(model, expected)))
-        return None if same else Fault("returns other outputs than without", runs=True)
+        if not _same_outputs(expected, actual, max(_LARGEST_DIFFERENCE, _ROUNDINGS * _rounding(model, expected))):
+            return Fault("returns other outputs than without", runs=True)
+        # Of a class with a `__call__` of its own, no calls are seen.
+        skipped = [norm for anchor, norm in norm_of.items() if 0 < called[anchor] != norms_called[norm]]
+        if skipped:
+            return Fault(f"does not call {listed(skipped, _NAMES_SHOWN)} whenever it calls the layer", runs=True)
+        return None
     return None
+
+
+def _run_counting(inputs: Inputs, network: nn.Module, names: Iterable[str]) -> tuple[Any, Counter[str]]:
+    """Return the outputs of a network, and how often it called each of the named modules."""
+    called: Counter[str] = Counter()
+    for name in names:
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: called.update([name]))
+    return inputs.run(network), called
 
 
 def _rounding(model: nn.Module, outputs: Any) -> float:

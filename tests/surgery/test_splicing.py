@@ -1,12 +1,17 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bn_insert import insert_batchnorm
+from bn_insert import fold, insert_batchnorm, inserted_batchnorms, load_checkpoint, save_checkpoint
+from bn_insert.graph.inputs import Inputs
+from bn_insert.surgery.verification import fault_of
 from support.networks import (
     AWKWARD,
     CalledFromTwoSequentials,
@@ -98,6 +103,88 @@ def test_members_of_module_lists_and_dicts_become_sequentials_in_their_places() 
 def test_children_of_a_sequential_that_is_sliced_or_looped_over_keep_their_numbers() -> None:
     result = insert_batchnorm(randomised(SlicedInForward()), [images(4, 9)])
     assert types(result.features) == ["NormalizedLayer", "ReLU", "NormalizedLayer", "ReLU", "Conv2d"]
+
+
+class ReachedElsewhere(nn.Module):
+    """Calls its layers by what holds them besides its children."""
+
+    def __init__(self, *, among_features: bool, hold: Callable[[list[nn.Module]], Any]) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU()]
+        if among_features:
+            self.features = nn.Sequential(*layers)
+        else:
+            self.first, self.second = layers[0], layers[2]
+        self.output = nn.Conv2d(5, 2, 1)
+        self.held = hold(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.held.values() if isinstance(self.held, dict) else self.held:
+            x = layer(x)
+        return self.output(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("among_features", [False, True], ids=["attributes", "in a Sequential"])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        list,
+        tuple,
+        lambda layers: dict(enumerate(layers)),
+        lambda layers: [nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])],
+        lambda layers: [partial(layer) for layer in layers],
+    ],
+    ids=["list", "tuple", "dict", "slices", "partial"],
+)
+def test_layers_that_a_forward_reaches_in_a_plain_container_are_followed_by_their_batchnorm(
+    among_features: bool, hold: Callable[[list[nn.Module]], Any], tmp_path: Path
+) -> None:
+    def build() -> ReachedElsewhere:
+        return ReachedElsewhere(among_features=among_features, hold=hold)
+
+    model, x = randomised(build()), images(6, 9)
+    result = insert_batchnorm(model, [x])
+    assert_same_outputs(model, result, x)
+    result.train()(x)
+    norms = {name: result.get_submodule(name) for name in inserted_batchnorms(result)}
+    assert [int(norm.num_batches_tracked) for norm in norms.values()] == [1, 1]
+    for norm in norms.values():
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    result.eval()
+    save_checkpoint(result, tmp_path / "bn.pth")
+    assert_same_outputs(result, load_checkpoint(tmp_path / "bn.pth", model=build), x)
+    folded = fold(result, x)
+    assert set(folded.folded) == set(norms)
+    assert list(folded.model.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(folded.model(x), result(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batchnorm_that_a_forward_passes_by_is_found() -> None:
+    model, x = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), images(4, 9)
+    result = insert_batchnorm(model, [x], include_output=True)
+    batch = Inputs.of(x, 0, model)
+    assert fault_of(model, result, batch, {"0": result[1]}) is None
+    result.forward = lambda x: result[2](result[0](x))
+    fault = fault_of(model, result, batch, {"0": result[1]})
+    assert fault == ("does not call 1 whenever it calls the layer", True)
+
+
+class Upsampling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x).relu(), output_size=x.shape[2:]).relu()  # type: ignore[no-any-return]
+
+
+def test_a_layer_may_be_called_with_arguments_besides_its_input() -> None:
+    model, x = randomised(Upsampling()), images(4, 10)
+    result = insert_batchnorm(model, [x], include_output=True)
+    assert inserted_batchnorms(result) == ["down.1", "up.1"]
+    assert_same_outputs(model, result, x)
+    assert set(fold(result, x).folded) == {"down.1", "up.1"}
 
 
 @pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
