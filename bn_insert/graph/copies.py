@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import GraphError
 from ..support.arguments import usable_device
+from .closures import deepcopy_with_functions
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -124,7 +125,7 @@ def deep_copy(model: AnyModule) -> AnyModule:
 
 
 def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
-    result = copy.deepcopy(model, memo)
+    result = cast(AnyModule, deepcopy_with_functions(model, memo))
     # torch.fx builds the containers of a GraphModule, and the module itself, anew and in train mode.
     modules = dict(model.named_modules())
     for name, module in result.named_modules():
@@ -136,8 +137,8 @@ def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
 def unchanged_attributes(model: nn.Module) -> Iterator[None]:
     """Undo what a forward does to the attributes of the modules of a model, and to lists, dicts and sets among them.
 
-    A copy's forward reaches the original where a hook refers to it, as in `lambda *_: self.outputs.append(...)`. What
-    it stores there during a trace has no values.
+    A copy's forward reaches the original where a hook finds it in a global variable, as in `lambda *_:
+    MODEL.outputs.append(...)`. What it stores there during a trace has no values.
     """
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents: list[tuple[Any, Any]] = [
