@@ -51,3 +51,8 @@ class NormalizedLayer(nn.Sequential):
             if layer is None or (name.startswith("__") and name.endswith("__")):
                 raise
             return getattr(layer, name)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Return whether a module runs its children one after the other: an nn.Sequential with its own forward."""
+    return type(module).forward in (nn.Sequential.forward, NormalizedLayer.forward)

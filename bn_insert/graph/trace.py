@@ -23,7 +23,7 @@ from ..errors import CalibrationError, GraphError, out_of_memory
 from ..support.text import first_line, listed
 from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
-from .layers import NormalizedLayer, layer_kind
+from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
 
 # What may be between a layer and the normalization that already belongs to it.
@@ -232,10 +232,10 @@ class Trace:
         """
         parent = name.rpartition(".")[0]
         container = self.modules.get(parent)
-        if name and isinstance(container, NormalizedLayer):
-            return True
-        if name == "" or container is None or type(container).forward is not nn.Sequential.forward:
+        if name == "" or container is None or not is_sequence(container):
             return False
+        if isinstance(container, NormalizedLayer):
+            return True
         prefix = parent + "." if parent else ""
         children = {prefix + child for child, _ in container.named_children()}
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]
@@ -357,7 +357,7 @@ def _owners_by_weight(
             tensor = getattr(model.get_submodule(by_weight), parameters[weight].rpartition(".")[2])
             several = any(own is tensor for own in named.parameters(recurse=False))  # layers with the same weight
             # torch.fx does not name the children of a Sequential. Any other module may call a function by itself.
-            if several or not (_has_weights(named) or type(named).forward is nn.Sequential.forward):
+            if several or not (_has_weights(named) or is_sequence(named)):
                 continue
         found[node] = by_weight
     return found
