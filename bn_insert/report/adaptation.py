@@ -15,6 +15,8 @@ FORMAT = "bn-insert adaptation report"
 
 _HARDLY = 0.1  # standard deviations, and relative difference of standard deviations and entropies
 _MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on source images
+_LITTLE = 0.01  # of the entropy of a guess: the entropies of two sets of certain predictions differ by less
+_FEW_IMAGES = 8  # whose predictions say nothing about others
 _MOSTLY = 0.9  # of the predictions
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
@@ -167,14 +169,17 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
     """Return whether the adapted network is probably better, as far as that can be known without labels."""
     before, after = predictions["entropy_before"], predictions["entropy_after"]
     because = f"because the entropy {_went(before, after)} nats"
+    hardly = max(_HARDLY * before, _LITTLE * math.log(predictions["classes"]))
     good = False
-    if _hardly_moved(shifts):
+    if predictions["images"] < _FEW_IMAGES:
+        guess = f"{counted(predictions['images'], 'target image')} cannot show whether it is better than before"
+    elif _hardly_moved(shifts):
         guess = "probably as before, because the statistics hardly moved"
     elif _undecided(predictions):
         guess = "probably low, because the network is rarely certain of a class"
-    elif after < (1 - _HARDLY) * before:
+    elif after < before - hardly:
         guess, good = f"probably better than before, {because}", True
-    elif after > (1 + _HARDLY) * before:
+    elif after > before + hardly:
         guess = f"perhaps worse than before, {because}, as it does if the target lacks some of the classes"
     elif predictions["agreement"] < _MOSTLY:
         changed = 1 - predictions["agreement"]

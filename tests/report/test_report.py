@@ -87,6 +87,23 @@ def test_without_labels_a_verdict_guesses_at_the_accuracy_and_says_how_to_measur
     )
 
 
+@pytest.mark.parametrize(
+    ("images", "entropies", "wording"),
+    [
+        (7, (1.1, 0.56), "7 target images cannot show whether it is better than before"),
+        (8, (1.1, 0.56), "probably better than before"),
+        (256, (3.5e-6, 8.9e-16), "probably as before, because neither the predictions nor the entropy changed much"),
+        (256, (1e-6, 0.01), "probably as before, because neither the predictions nor the entropy changed much"),
+    ],
+)
+def test_neither_few_images_nor_the_entropies_of_certain_predictions_tell_which_network_is_better(
+    images: int, entropies: tuple[float, float], wording: str
+) -> None:
+    predictions = asdict(PredictionComparison(images, 10, *entropies, 1.0))
+    verdict = adaptation_report(shifts(0.2, 1.0), predictions, {})["verdicts"][-1]
+    assert f"Not measured; {wording}" in verdict["text"]
+
+
 def test_predictions_that_stayed_the_same_are_probably_as_good() -> None:
     predictions = asdict(PredictionComparison(256, 10, 0.101, 0.1, 0.95))
     text = adaptation_report(shifts(0.2, 1.0), predictions, {})["verdicts"][-1]["text"]
