@@ -28,6 +28,7 @@ CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
 CHECK_VOLUMES = 2  # inputs with 3 dimensions, of which each costs as much as a batch of images
 _NAMES_SHOWN = 3
+_FEW_IMAGES = 128
 
 
 def check_files(
@@ -89,6 +90,11 @@ def note_calibration(
         )
     elif tolerance is not None and error > tolerance:
         print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
+    elif tolerance is None and batches < FEWEST_BATCHES and images < _FEW_IMAGES:
+        print_note(
+            f"With so few images, the statistics may be far from those of other images: use at least {_FEW_IMAGES}. "
+            f"Their sampling error is estimated from {FEWEST_BATCHES} batches on (-b sets the batch size)."
+        )
     elif tolerance is None and batches >= FEWEST_BATCHES and as_shown(error) > GOOD_ERROR:
         inexact = [name for name, each in errors.items() if as_shown(each) > GOOD_ERROR]
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)

@@ -241,8 +241,10 @@ def test_an_error_of_few_batches_is_left_out_and_the_reason_given(run: Run, digi
     words = ("insert", network_path(), digits, *AS_STORED)
     few = run(*words, "-o", "a.pth", "-b", 10)
     assert "not estimated from fewer than 8 batches" in text_of(few.stdout)
+    assert "With so few images, the statistics may be far from those of other images: use at" in text_of(few.stderr)
     many = run(*words, "-o", "b.pth", "-b", 2)
     assert "0.1 or less is good" in text_of(many.stdout)
+    assert "With so few images" not in many.stderr
 
 
 def test_inexact_statistics_are_noted_with_the_number_of_images_that_would_do(run: Run, digits: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from bn_insert import load_checkpoint
 from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import network_path
+from bn_insert.images import Transform, open_batches
 from support.commands import AS_STORED, INSTALLED, Run, assert_refused, run, run_process, text_of
 from support.digits import copy_labelled_digits
 
@@ -115,7 +116,7 @@ def test_the_installed_command_works_away_from_the_checkout_and_finds_code_in_th
     done = run_process(*command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 BatchNorm layers inserted" in done.stdout
-    said = ("Preprocessing: ", "Calibrated on ", "Dropout before BatchNorm: ")
+    said = ("Preprocessing: ", "Calibrated on ", "With so few images, ", "Dropout before BatchNorm: ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(said)] == []  # the end is quiet too
     assert (tmp_path / "out.pth").exists()
 
@@ -258,6 +259,62 @@ class OwnConv(nn.Module):
         return nn.functional.conv2d(x, self.weight)
 
 
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class ColorsToGray(nn.Module):
+    def __init__(self, channels=1):
+        super().__init__()
+        self.last, self.first = nn.Conv2d(8, 8, 3), nn.Conv2d(channels, 8, 3)
+        self.output = nn.Linear(8, 4)
+
+    def before(self, x):
+        return x.mean(1, keepdim=True)
+
+    def forward(self, x):
+        return self.output(self.last(self.first(self.before(x)).relu()).relu().mean((2, 3)))
+
+
+class DeclaredLate(ColorsToGray):
+    def __init__(self):
+        super().__init__(3)
+
+    def before(self, x):
+        return x
+
+
+class UnshuffledPixels(ColorsToGray):
+    def __init__(self):
+        super().__init__(12)
+
+    def before(self, x):
+        return nn.functional.pixel_unshuffle(x, 2)
+
+
+class WithCoordinates(ColorsToGray):
+    def __init__(self):
+        super().__init__(4)
+
+    def before(self, x):
+        rows = torch.linspace(-1, 1, x.shape[2])[:, None].expand(len(x), 1, *x.shape[2:])
+        return torch.cat([x, rows], 1)
+
+
+class OfOwnConv(ColorsToGray):
+    def __init__(self):
+        super().__init__(4)
+        self.stem = nn.Parameter(torch.rand(4, 3, 3, 3) - 0.5)
+
+    def before(self, x):
+        return nn.functional.conv2d(x, self.stem)
+
+
 class Squeezed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -268,13 +325,16 @@ class Squeezed(nn.Module):
 """
 
 
+OF_COLORS = ("ColorsToGray", "DeclaredLate", "UnshuffledPixels", "WithCoordinates", "OfOwnConv")
+
+
 @pytest.fixture
 def shapes(run: Run) -> Run:
     """Run commands in a folder with functions that build networks of other inputs, and their checkpoints."""
     Path("nets_of_other_shapes.py").write_text(NETS_OF_OTHER_SHAPES)
     namespace: dict[str, Any] = {}
     exec(NETS_OF_OTHER_SHAPES, namespace)
-    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "WithOwnConv", "Squeezed"):
+    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "WithOwnConv", "Squeezed", "Dense", *OF_COLORS):
         torch.save(namespace[name]().state_dict(), f"{name}.pth")
     return run
 
@@ -299,6 +359,100 @@ def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: 
     Image.new("RGB", (8, 8)).save("images/x.png")
     refused = shapes("insert", f"{name}.pth", "images", "-o", "other.pth", *of_other_shapes(name))
     assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions behind the channels, not images; save them")
+
+
+@pytest.mark.parametrize("name", OF_COLORS)
+def test_images_are_read_in_color_whatever_the_first_conv_that_is_declared_takes(shapes: Run, name: str) -> None:
+    for folder in ("images/train/a", "images/train/b", "images/val/a", "images/val/b"):
+        Path(folder).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8) // torch.tensor([8, 4, 1])
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(f"{folder}/{number}.png")
+    (batch,) = open_batches("images", Transform(None, None, (0,), (1,)))
+    torch.save(batch.images, "colors.pt")
+    model, means = of_other_shapes(name), []
+    for source in ("images", "colors.pt"):
+        result = shapes("insert", f"{name}.pth", source, "-o", "bn.pth", "--force", *AS_STORED, *model)
+        assert result.exit_code == 0, result.output
+        means.append(torch.load("bn.pth")["first.1.running_mean"])
+    assert torch.allclose(*means, rtol=0, atol=1e-5)
+    for words in (
+        ("inspect", f"{name}.pth"),
+        ("predict", "bn.pth", "images", *AS_STORED),
+        ("evaluate", "bn.pth", "images", *AS_STORED),
+        ("finetune", "bn.pth", "images", "--output-dir", "run", "--epochs", 1, *AS_STORED),
+    ):
+        result = shapes(*words, *model)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_tensor_file_may_have_any_channels_that_the_network_runs_on(shapes: Run) -> None:
+    torch.save(torch.rand(6, 1, 8, 8), "gray.pt")
+    torch.save(torch.rand(6, 8, 8, 3), "last.pt")
+    words = ("-o", "out.pth", "--force")
+    assert shapes("insert", "ColorsToGray.pth", "gray.pt", *words, *of_other_shapes("ColorsToGray")).exit_code == 0
+    late = of_other_shapes("DeclaredLate")
+    assert_refused(
+        shapes("insert", "DeclaredLate.pth", "gray.pt", *words, *late),
+        "gray.pt has the shape 6 x 1 x 8 x 8, N x C x H x W, but the network takes C = 3",
+    )
+    assert_refused(
+        shapes("insert", "DeclaredLate.pth", "last.pt", *words, *late),
+        "but the network takes C = 3; save tensor.permute(0, 3, 1, 2)",
+    )
+
+
+def test_features_in_a_tensor_file_are_inputs_of_a_network_that_begins_with_a_dense_layer(shapes: Run) -> None:
+    torch.save(torch.rand(64, 20), "x.pt")
+    torch.save(torch.rand(64, 21), "wider.pt")
+    model = of_other_shapes("Dense")
+    for words in (
+        ("inspect", "Dense.pth"),
+        ("insert", "Dense.pth", "x.pt", "-o", "bn.pth"),
+        ("compare", "Dense.pth", "bn.pth", "x.pt"),
+        ("compare-modes", "bn.pth", "x.pt"),
+        ("adapt", "Dense.pth", "x.pt", "x.pt", "-o", "adapted.pth"),
+        ("predict", "bn.pth", "x.pt"),
+        ("fold", "bn.pth", "-o", "folded.pth"),
+    ):
+        result = shapes(*words, *model)
+        assert result.exit_code == 0, result.output
+    assert "checked on 8 random inputs of 20." in text_of(result.stderr)
+    refused = shapes("insert", "Dense.pth", "wider.pt", "-o", "out.pth", *model)
+    assert_refused(refused, "wider.pt has the shape 64 x 21, N x C, but the network takes C = 20")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("DeclaredLate", (3, 18, 23)), ("signals", (2, 41)), ("volumes", (1, 7, 8, 9))]
+)
+def test_the_shape_of_the_inputs_in_a_tensor_file_is_stored_for_checks_without_one(
+    shapes: Run, name: str, shape: tuple[int, ...]
+) -> None:
+    torch.save(torch.rand(9, *shape), "x.pt")
+    model, shown = of_other_shapes(name), "x".join(map(str, shape))
+    assert shapes("insert", f"{name}.pth", "x.pt", "-o", "bn.pth", *model).exit_code == 0
+    folded = shapes("fold", "bn.pth", "-o", "folded.pth", *model)
+    assert f"random inputs of {' x '.join(map(str, shape))}." in text_of(folded.stderr), folded.output
+    for file in ("bn.pth", "folded.pth"):
+        inspected = text_of(shapes("inspect", file, *model).stdout)
+        assert f"for an input of {shown} (see --size)" in inspected
+        assert f"{shown}, as in the tensor file it was calibrated on" in inspected
+    sized = text_of(shapes("inspect", "bn.pth", "--size", 20, *model).stdout)
+    assert f"for an input of {'x'.join(map(str, (shape[0], *[20] * (len(shape) - 1))))} (" in sized
+    assert json.loads(shapes("inspect", "bn.pth", "--json", *model).stdout)["settings"]["input_shape"] == list(shape)
+    assert shapes("adapt", "bn.pth", "x.pt", "-o", "adapted.pth", *model).exit_code == 0
+    assert f"for an input of {shown} (" in text_of(shapes("inspect", "adapted.pth", *model).stdout)
+
+
+def test_the_shape_of_earlier_tensors_is_not_stored_with_a_calibration_on_images(shapes: Run, digits: Path) -> None:
+    torch.save(torch.rand(9, 3, 18, 23), "x.pt")
+    model = of_other_shapes("DeclaredLate")
+    assert shapes("insert", "DeclaredLate.pth", "x.pt", "-o", "bn.pth", *model).exit_code == 0
+    adapted = shapes("adapt", "bn.pth", digits / "val", "-o", "adapted.pth", *AS_STORED, *model)
+    assert adapted.exit_code == 0, adapted.output
+    settings = read_checkpoint("adapted.pth").settings
+    assert settings is not None
+    assert settings.input_shape == ()
 
 
 def test_a_size_that_nothing_tells_is_one_that_the_network_runs_on(shapes: Run) -> None:

@@ -26,8 +26,9 @@ def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) ->
     assert process.returncode == 0
     first, *others = errors.splitlines()
     assert first.startswith("Preprocessing: ")
-    calibrated, dropout = others
+    calibrated, few, dropout = others
     assert calibrated == "Calibrated on 20 images."
+    assert few.startswith("With so few images, the statistics may be far from those of other images: use at least 128.")
     assert dropout.startswith(f"Dropout before BatchNorm: classifier.3 (classifier.2 in {network_path().name}). ")
     assert (tmp_path / "out.pth").exists()
 
