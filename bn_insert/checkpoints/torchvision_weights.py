@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from ..errors import CheckpointError, as_passed
@@ -30,7 +32,10 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        state_dict = weights.get_state_dict(progress=progress, check_hash=True, map_location="cpu", weights_only=True)
+        with redirect_stdout(sys.stderr):  # torch.hub prints there that it downloads
+            state_dict = weights.get_state_dict(
+                progress=progress, check_hash=True, map_location="cpu", weights_only=True
+            )
     except Exception as error:  # no network, a damaged download, a full disk
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise CheckpointError(

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from urllib.error import URLError
@@ -360,6 +361,18 @@ def test_torchvisions_weights_come_as_the_same_network(monkeypatch: pytest.Monke
             "weights_only": True,
         }
     ]
+
+
+def test_what_the_download_prints_is_not_among_the_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get_state_dict(*_: object, **__: object) -> StateDict:
+        sys.stdout.write("Downloading: ...\n")  # as torch.hub does
+        return vgg_of().state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    torchvision_checkpoint("vgg13")
+    assert capsys.readouterr() == ("", "Downloading: ...\n")
 
 
 @pytest.mark.parametrize(
