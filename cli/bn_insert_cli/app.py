@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -40,9 +41,12 @@ class _Commands(CommandGroup):
             try:
                 return super().invoke(ctx)
             except Exception as error:
-                if wants_traceback(ctx) or not (message := _message(error)):
+                if not (message := _message(error)):
                     raise
-                print_error(message)
+                if wants_traceback(ctx):
+                    traceback.print_exc()  # ends with the message
+                else:
+                    print_error(message)
                 raise typer.Exit(BAD_INPUT) from None
             finally:
                 signals.finish()  # so that no signal comes between the outcome and the exit

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -67,6 +67,13 @@ def _note_lost_results(error: OSError) -> None:
         print_note(f"Results cannot be printed: {error.strerror}. The command continues.")
 
 
+def survive_lost_output() -> None:
+    """Let nothing that is printed fail for the rest of the process, the pages of --help included."""
+    for name, lost in (("stdout", _note_lost_results), ("stderr", lambda _: None)):
+        if (stream := getattr(sys, name)) is not None:  # closed before the start
+            setattr(sys, name, _Output(stream, lost))
+
+
 _quiet = False
 
 
@@ -95,10 +102,9 @@ def _console(*, stderr: bool) -> Console:
         setattr(sys, name, stream)
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")  # the encoding may be ASCII
-    output = cast("IO[str]", _Output(stream, (lambda _: None) if stderr else _note_lost_results))
     # With NO_COLOR, rich drops colors alone; without a color system it drops bold and dim too.
     color_system: Any = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(file=output, highlight=False, markup=False, color_system=color_system)
+    console = Console(file=stream, highlight=False, markup=False, color_system=color_system)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console

@@ -15,7 +15,7 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE in sysexits.h
 def main() -> None:
     """Run the command line, and report unexpected errors in one message too."""
     signals.install()
-    status = 1  # of an exception that Python itself reports, with --traceback
+    status = INTERNAL_ERROR  # of an exception that Python itself reports, with --traceback
 
     def end_process() -> None:
         # Python would now collect garbage among all of torch's objects. This takes up to a second, and libraries that
@@ -30,8 +30,9 @@ def main() -> None:
     # from other processes: on 2 busy cores, `insert` took 2.3 times as long with spinning threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .app import app  # noqa: PLC0415 - takes a third of a second
-    from .console import print_error, show_warnings  # noqa: PLC0415
+    from .console import print_error, show_warnings, survive_lost_output  # noqa: PLC0415
 
+    survive_lost_output()
     show_warnings()
     if os.environ.get("NO_COLOR"):
         from typer import rich_utils  # noqa: PLC0415
@@ -48,7 +49,6 @@ def main() -> None:
         print_error(
             f"unexpected {type(error).__name__}: {error}; please report this bug with the output of --traceback"
         )
-        status = INTERNAL_ERROR
         sys.exit(status)
     finally:
         signals.finish()

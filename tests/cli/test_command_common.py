@@ -96,8 +96,11 @@ def test_an_option_that_the_command_does_not_have_is_not_named(run: Run) -> None
 def test_a_traceback_can_be_asked_for_before_and_after_the_command(run: Run, *, before: bool) -> None:
     words = ["inspect", "missing.pth"]
     result = run(*(["--traceback", *words] if before else [*words, "--traceback"]))
-    assert isinstance(result.exception, bn_insert.CheckpointError)
-    assert isinstance(run(*words).exception, SystemExit)
+    assert result.exit_code == 2
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("bn_insert.errors.CheckpointError: there is no file missing.pth")
+    assert result.stderr.startswith("Traceback")
+    assert "Traceback" not in run(*words).stderr
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,7 @@ def test_the_process_ends_quietly_with_the_code_of_the_command(tmp_path: Path) -
         assert done.returncode == code
         assert len(done.stderr.splitlines()) == (code == 2)
     done = run_forked("-m", "bn_insert", "inspect", "missing.pth", "--traceback", folder=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 

@@ -33,6 +33,16 @@ def test_a_pipe_that_closes_early_loses_no_work(digits: Path, tmp_path: Path) ->
     assert (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize("words", [("--help",), ("insert", "--help"), ("--version",), ("inspect", network_path())])
+def test_a_pipe_that_closes_early_does_not_change_the_exit_code(words: tuple[object, ...], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start_forked("-m", "bn_insert", *words, folder=tmp_path, stdout=writer)
+    os.close(writer)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_full_output_is_noted_once_and_loses_no_work(digits: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
