@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -297,11 +301,16 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         warn_of_other_normalization(opened, checkpoint)
     images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
     signals.keep(lambda: _kept(output_dir))
+    missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with bn_insert.process_group(chosen) as target:
         ranks = bn_insert.Ranks.current()
         first = ranks.first
         display = FinetuneDisplay(len(images.train), batch_size * accumulate * ranks.count)
-        with stop_on_signals(display.stopping if first else None) as stop, display:
+        with (
+            stop_on_signals(display.stopping if first else None) as stop,
+            signals.cleaning(partial(_remove_unfinished, output_dir, missing)) if first else nullcontext(),
+            display,
+        ):
             try:
                 result = bn_insert.finetune(
                     network,
@@ -345,6 +354,15 @@ def _head_width(text: str) -> int | None:
 def _kept(output_dir: Path) -> str:
     saved = (output_dir / "state.pth").exists()
     return f"{output_dir} keeps what was saved last" if saved else "nothing was written"
+
+
+def _remove_unfinished(output_dir: Path, created: Sequence[Path]) -> None:
+    """Remove what a signal has cut off: files that are not complete, and folders of this run without any other."""
+    for staging in output_dir.glob(".bn-insert-*.tmp"):
+        shutil.rmtree(staging, ignore_errors=True)
+    for folder in created:
+        with suppress(OSError):  # it has files
+            folder.rmdir()
 
 
 def _exit_code(stop: StopRequest) -> int:

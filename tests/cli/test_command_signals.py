@@ -11,6 +11,7 @@ import pytest
 
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, run_forked, run_process, text_of
+from support.digits import copy_digits
 
 # Runs `python -m bn_insert`, and sends a signal to itself at an event of Python's audit.
 SCRIPT = """
@@ -25,6 +26,9 @@ def strike(name, values):
 sys.addaudithook(strike)
 runpy.run_module("bn_insert", run_name="__main__", alter_sys=True)
 """
+
+# The same twice: the first signal asks `finetune` to stop.
+TWICE = SCRIPT.replace("os.kill(os.getpid(), sent)", "os.kill(os.getpid(), sent); os.kill(os.getpid(), sent)")
 
 NOTHING = [
     ("import", "'typer'"),
@@ -62,6 +66,16 @@ def test_a_signal_while_the_output_is_saved_waits_and_says_that_it_is_written(
     assert "error: interrupted; out.pth is written and complete, the report r.json is not" in text_of(done.stderr)
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"digits", "out.pth"}
+
+
+def test_a_second_signal_while_a_run_is_saved_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        copy_digits(tmp_path / "data" / part, 2)
+    command = ("finetune", network_path(), "data", "-o", "runs/new", "--lr", "0.001", "--no-fit-output", *AS_STORED)
+    done = run_forked("-c", TWICE, int(signal.SIGINT), "os.chmod", ".bn-insert-", *command, folder=tmp_path)
+    assert done.returncode == 128 + signal.SIGINT
+    assert text_of(done.stderr).endswith("error: interrupted; nothing was written ")
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
 def test_a_signal_at_exit_does_not_change_the_outcome(tmp_path: Path) -> None:
