@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -16,9 +16,9 @@ _names_options = ContextVar("names_options", default=False)
 
 
 @contextmanager
-def messages_name_options() -> Iterator[None]:
-    """Let messages name the options of the command line instead of the arguments of functions."""
-    token = _names_options.set(True)
+def messages_name_options(wanted: bool = True) -> Iterator[None]:
+    """Let messages name the options of the command line instead of the arguments of functions, or the reverse."""
+    token = _names_options.set(wanted)
     try:
         yield
     finally:
@@ -44,6 +44,21 @@ def as_passed(argument: str, value: object = ..., option: str = "") -> str:
         return argument if value is ... else f"{argument}={value!r}"
     shown = "" if value is ... or value is True else f" {value}"
     return option or f"--{argument.replace('_', '-')}{shown}"
+
+
+def values_as_passed(values: Iterable[object]) -> str:
+    """Return several values for a message, as the user passes them: in Python or, in a command, separated by commas.
+
+    Examples:
+        >>> values_as_passed((0.0,))
+        '(0.0,)'
+        >>> with messages_name_options():
+        ...     values_as_passed((0.0,)), values_as_passed([4, 8])
+        ('0', '4,8')
+    """
+    if not _names_options.get():
+        return f"{values!r:.60}"
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
 _OUT_OF_MEMORY = re.compile(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
-from ..errors import CalibrationError, as_passed
+from ..errors import CalibrationError, as_passed, values_as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
@@ -105,7 +105,8 @@ def train_mode_agreement(
     sizes = as_tuple(batch_sizes)
     if not sizes or not all(is_whole(size) and size >= 1 for size in sizes):
         raise CalibrationError(
-            f"batch_sizes is {batch_sizes!r:.60}; pass one or more sizes of 1 or more, as whole numbers"
+            f"{as_passed('batch_sizes')} is {values_as_passed(batch_sizes)}; pass one or more sizes of 1 or more, as "
+            "whole numbers"
         )
     check_flags(CalibrationError, renorm=renorm)
     evaluated, trained = working_copy(model, device), working_copy(model, device)

@@ -12,8 +12,9 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ImageError, as_passed
+from ..errors import ImageError, as_passed, messages_name_options, values_as_passed
 from ..support.schema import Finite, SchemaError, checked
+from ..support.text import counted
 
 # Pillow's limit against decompression bombs applies to the size in the file, these to the size after resizing and
 # padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
@@ -61,7 +62,10 @@ class Transform:
                 )
             if size is not None and not 1 <= size <= _LONGEST_SIDE:
                 none = "to keep the size" if name == "resize" else "not to crop"
-                raise ImageError(f"{name} is {size}; use 1 to {_LONGEST_SIDE} pixels, or None {none}")
+                raise ImageError(
+                    f"{as_passed(name)} is {size}; use 1 to {_LONGEST_SIDE} pixels, or {as_passed('None', option='0')} "
+                    f"{none}"
+                )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if not isinstance(values, (tuple, list)):
                 raise ImageError(
@@ -70,12 +74,19 @@ class Transform:
                 )
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         if not len(mean) or not mean.isfinite().all():
-            raise ImageError(f"mean is {self.mean}; use one finite value for all channels, or one per channel")
+            raise ImageError(
+                f"{as_passed('mean')} is {values_as_passed(self.mean)}; use one finite value for all channels, or one "
+                "per channel"
+            )
         if not len(std) or not (std.isfinite() & (std > 0)).all():
-            raise ImageError(f"std is {self.std}; use one value above 0 for all channels, or one per channel")
+            raise ImageError(
+                f"{as_passed('std')} is {values_as_passed(self.std)}; use one value above 0 for all channels, or one "
+                "per channel"
+            )
         if len({len(self.mean), len(self.std)} - {1}) > 1:
             raise ImageError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; pass both, with one value per channel"
+                f"{as_passed('mean')} has {counted(len(self.mean), 'value')} and {as_passed('std')} {len(self.std)}; "
+                "pass both, with one value per channel"
             )
 
     def __call__(self, image: Image.Image) -> Float32[Tensor, "channels height width"]:
@@ -142,7 +153,8 @@ class Transform:
                     f"{name} of a transform is {size}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at most; "
                     f"if the size is meant, pass {as_passed(name)}"
                 )
-        return cls(stored.resize, stored.crop, stored.mean, stored.std)
+        with messages_name_options(False):  # a field of a file, not an option
+            return cls(stored.resize, stored.crop, stored.mean, stored.std)
 
 
 class _Stored(msgspec.Struct, forbid_unknown_fields=True):

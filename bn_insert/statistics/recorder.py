@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, GraphError
+from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs
 from ..support.arguments import is_number
@@ -31,7 +31,9 @@ _PASSES_TO_MERGE = 64
 def check_tolerance(tolerance: float | None) -> None:
     """Raise CalibrationError for a tolerance that no error can be compared with."""
     if tolerance is not None and not (is_number(tolerance) and 0 < tolerance < inf):
-        raise CalibrationError(f"tolerance must be a finite number above 0, such as 0.1, not {tolerance!r:.40}")
+        raise CalibrationError(
+            f"{as_passed('tolerance')} must be a finite number above 0, such as 0.1, not {tolerance!r:.40}"
+        )
 
 
 class Recorder:

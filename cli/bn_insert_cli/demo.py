@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from . import shared_options as opt
 from .console import print_note, print_result
 from .insert import insert
 from .interruption import signals
@@ -18,6 +19,7 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the result to this file.", show_default=False)
     ] = None,
+    force: opt.Force = False,
 ) -> None:
     """Insert BatchNorm into a small VGG that ships with the package.
 
@@ -31,6 +33,9 @@ def demo(
         signals.keep(lambda: "nothing was written")
     with tempfile.TemporaryDirectory() as folder, signals.cleaning(lambda: shutil.rmtree(folder, ignore_errors=True)):
         target = output or Path(folder) / "digits-bn.pth"
-        print_note(f"bn-insert insert {network_path().name} {images_path().name}/ -o {target.name}")
-        written = insert(str(network_path()), images_path(), target)
+        print_note(
+            f"bn-insert insert {network_path().name} {images_path().name}/ -o {output or target.name}, with the "
+            "network and the images that ship with bn-insert:"
+        )
+        written = insert(str(network_path()), images_path(), target, force=force)
     print_result(written if output else "The result was not saved. To save it, pass --output digits-bn.pth.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.commands import Run
+from support.commands import Run, assert_refused, text_of
 
 
 def test_demo_runs_start_to_finish(run: Run, tmp_path: Path) -> None:
@@ -21,3 +21,10 @@ def test_demo_keeps_its_result_with_output(run: Run) -> None:
     assert result.exit_code == 0, result.output
     assert "Wrote digits-bn.pth: 8 BatchNorm layers inserted." in result.stdout
     assert Path("digits-bn.pth").exists()
+    assert_refused(run("demo", "-o", "digits-bn.pth"), "digits-bn.pth already exists", "replace it with --force")
+    assert run("demo", "-o", "digits-bn.pth", "--force").exit_code == 0
+
+
+def test_demo_says_whose_files_the_command_that_it_shows_is_about(run: Run) -> None:
+    shown = text_of(run("demo", "-o", "./out.pth").stderr)
+    assert "bn-insert insert network.pth images/ -o out.pth, with the network and the images that ship with" in shown

@@ -11,7 +11,8 @@ import pytest
 
 import bn_insert
 from bn_insert import CheckpointError, check_output
-from support.commands import Run
+from bn_insert.demo import network_path
+from support.commands import AS_STORED, Run, assert_refused
 
 LIBRARY = Path(bn_insert.__file__).parent
 OPTION = re.compile(r"(?<![\w-])(?<!var\()--[a-z]")
@@ -27,6 +28,28 @@ def test_a_message_names_the_argument_in_python_and_the_option_on_the_command_li
     assert "choose another name, or replace it with --force\n" in result.stderr
     with pytest.raises(CheckpointError, match=r"replace it with overwrite=True$"):
         check_output(there)
+
+
+@pytest.mark.parametrize(
+    ("options", "wording"),
+    [
+        ("--resize 100000", "--resize is 100000; use 1 to 16384 pixels, or 0 to keep the size"),
+        ("--crop 100000", "--crop is 100000; use 1 to 16384 pixels, or 0 not to crop"),
+        ("--std 0", "--std is 0; use one value above 0"),
+        ("--std 0.5,0", "--std is 0.5,0; use one value above 0"),
+        ("--mean nan", "--mean is nan; use one finite value"),
+        ("--mean 0,0 --std 1,1,1", "--mean has 2 values and --std 3; pass both"),
+        ("--tolerance -1", "--tolerance must be a finite number above 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_as_it_was_typed(run: Run, digits: Path, options: str, wording: str) -> None:
+    assert_refused(run("insert", network_path(), digits, "-o", "out.pth", *options.split()), wording)
+
+
+def test_a_batch_size_out_of_range_is_named_as_it_was_typed(run: Run, digits: Path) -> None:
+    assert run("insert", network_path(), digits, "-o", "bn.pth", *AS_STORED).exit_code == 0
+    result = run("compare-modes", "bn.pth", digits, "--batch-sizes", "8,0", *AS_STORED)
+    assert_refused(result, "--batch-sizes is 8,0; pass one or more sizes of 1 or more")
 
 
 def test_no_message_of_the_library_names_an_option_by_itself() -> None:
