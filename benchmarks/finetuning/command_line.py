@@ -202,9 +202,10 @@ on the training images, then `finetune`, both with their defaults (and with SGD 
 `adapt --keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune`
 on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
 (factor 3.16, seed 0); of what was repeated with other seeds, the best on validation images over all seeds. Test
-accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing. The rows of SGD with
-BatchNorm come from an earlier rule of the learning rate trials (a neighbor needed a loss that was 5% lower, and the
-rate fell during a trial); those of the defaults were measured, or their trials checked, with the present one.
+accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing. Except for the networks
+whose own BatchNorm is folded, the rows of SGD with BatchNorm come from an earlier rule of the learning rate trials (a
+neighbor needed a loss that was 5% lower, and the rate fell during a trial); those of the defaults were measured, or
+their trials checked, with the present one.
 `--batchnorm train` was the default for batches of 4 too, until it failed on the network of thirteen convs: its rows are
 kept beside those of today's default, Batch Renormalization, or in their place where the network is not there any more.
 """
