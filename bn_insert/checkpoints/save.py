@@ -37,13 +37,14 @@ def save_checkpoint(
     *,
     transform: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
+    input_shape: Sequence[int] = (),
     overwrite: bool = False,
 ) -> None:
     """Save the state dict of a model in one file, with the settings that a state dict does not store.
 
     The settings are eps and momentum of every BatchNorm, p of every dropout layer, the transform, the names of the
-    classes, and the changes that bn-insert made to the modules, which `load_checkpoint` replays on the network that the
-    model's function builds.
+    classes, the shape of an input, and the changes that bn-insert made to the modules, which `load_checkpoint` replays
+    on the network that the model's function builds.
 
     A `.pth` or `.pt` is what `torch.save(model.state_dict(), path)` writes, so any program can load it. Its settings
     are a string in the metadata that PyTorch keeps with a state dict, `state_dict._metadata[""]["bn_insert"]`. A
@@ -61,6 +62,8 @@ def save_checkpoint(
             the commands; any other JSON object is stored, but they refuse it unless options replace all of it.
         classes: Names of the classes, in the order of the model's outputs; none if they are not known. Warns if there
             are more or fewer than the output layer has outputs.
+        input_shape: Shape of one input, such as (3, 32, 32), for the commands that run a network without images
+            (`inspect` and `fold`), where the transform does not give it.
         overwrite: Replace an existing file.
 
     Raises:
@@ -78,7 +81,9 @@ def save_checkpoint(
     check_module(model)
     check_output(path, overwrite=overwrite)
     with staging_folder(real_path(path)) as folder:
-        put_in_place = stage_checkpoint(model, path, folder, transform=transform, classes=classes, overwrite=overwrite)
+        put_in_place = stage_checkpoint(
+            model, path, folder, transform=transform, classes=classes, input_shape=input_shape, overwrite=overwrite
+        )
         _warn_of_other_classes(unwrapped(model), classes)
         put_in_place()
 
@@ -90,6 +95,7 @@ def stage_checkpoint(
     *,
     transform: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
+    input_shape: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Callable[[], None]:
     """Write what `save_checkpoint` would write into a staging folder; return the function that puts it in place.
@@ -106,9 +112,11 @@ def stage_checkpoint(
         raise CheckpointError(
             f"cannot write {path}: classes is {classes!r:.40}; pass a list with the name of each class"
         )
+    if isinstance(input_shape, str) or not isinstance(input_shape, Collection):
+        raise CheckpointError(f"cannot write {path}: input_shape is {input_shape!r:.40}; pass one such as (3, 32, 32)")
     try:
         state_dict = _state_dict(network)
-        settings = Settings.of(network, transform, classes)
+        settings = Settings.of(network, transform, classes, input_shape)
         text = replace(settings, rebuilt_from_keys=_is_rebuilt(network, state_dict, settings)).to_json()
     except CheckpointError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error

@@ -1,10 +1,11 @@
-"""Network settings that a state dict does not store: eps, momentum, dropout, preprocessing, classes and history.
+"""What a state dict does not store: eps, momentum, dropout, preprocessing, classes, shape of inputs and history.
 
 A checkpoint carries them as JSON text: a .pth in the metadata of its state dict (`_metadata[""]`), which PyTorch
 saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read_file.py` reads it.
 
 A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
-refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys.
+refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys,
+version 4 the shape of an input.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Annotated, Any
 
 import msgspec
@@ -21,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CheckpointError
-from ..support.schema import Finite, Fraction, NotNegative, SchemaError, checked
+from ..support.schema import Extent, Finite, Fraction, NotNegative, SchemaError, checked
 from ..support.text import listed
 from ..surgery.history import History
 
@@ -30,6 +32,7 @@ METADATA_KEY = "bn_insert"  # in `_metadata[""]` of a state dict
 HEADER_KEY = "bn-insert"  # in the header of a safetensors file
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
 _NAMES_SHOWN = 3
+_MAX_VALUES = 1 << 30  # of one input: color images of 16384 x 16384 have fewer
 
 
 def stored_metadata(state_dict: dict[Any, Any]) -> dict[Any, Any]:
@@ -70,7 +73,11 @@ class _Version3(_Version2):
     rebuilt_from_keys: bool = False
 
 
-_VERSIONS = {1: _Version1, 2: _Version2, 3: _Version3}
+class _Version4(_Version3):
+    input_shape: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=16)] = ()
+
+
+_VERSIONS = {1: _Version1, 2: _Version2, 3: _Version3, 4: _Version4}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Settings:
         history: How the modules of the network can be rebuilt.
         classes: Names of the classes, in the order of the network's outputs; empty if they are not known.
         rebuilt_from_keys: Whether the network was seen to be the VGG that `load_checkpoint` rebuilds from its keys.
+        input_shape: Shape of one input in the tensor file that the network was calibrated on last; empty if it was
+            calibrated on images, whose size is that of the transform.
     """
 
     batchnorm: Mapping[str, BatchNormSettings] = field(default_factory=dict)
@@ -92,16 +101,24 @@ class Settings:
     history: History = field(default_factory=History)
     classes: tuple[str, ...] = ()
     rebuilt_from_keys: bool = False
+    input_shape: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, transform: Mapping[str, Any] | None = None, classes: Sequence[str] = ()) -> Settings:
+    def of(
+        cls,
+        model: nn.Module,
+        transform: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
+        input_shape: Sequence[int] = (),
+    ) -> Settings:
         """Return the settings of a model; raises CheckpointError if they could not be read back."""
         batchnorm = {
             name: BatchNormSettings(float(norm.eps), None if norm.momentum is None else float(norm.momentum))
             for name, norm in _batchnorms(model).items()
         }
         dropout = {name: float(module.p) for name, module in _dropouts(model).items()}
-        return cls.from_json(cls(batchnorm, dropout, transform, History.of(model), tuple(classes)).to_json())
+        settings = cls(batchnorm, dropout, transform, History.of(model), tuple(classes), input_shape=tuple(input_shape))
+        return cls.from_json(settings.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -134,6 +151,7 @@ class Settings:
                 History.from_document(content.architecture),
                 _class_names(content.classes) if version > 1 else (),
                 content.rebuilt_from_keys if version > 2 else False,
+                _input_shape(content.input_shape) if version > 3 else (),
             )
         except SchemaError as error:
             raise CheckpointError(f"{error!s:.300}") from error
@@ -142,7 +160,7 @@ class Settings:
         """Return the settings as the JSON object that `from_document` reads."""
         document: dict[str, Any] = {
             "format": FORMAT,
-            "version": 3 if self.rebuilt_from_keys else 2 if self.classes else 1,
+            "version": 4 if self.input_shape else 3 if self.rebuilt_from_keys else 2 if self.classes else 1,
             "batchnorm": {name: msgspec.to_builtins(norm) for name, norm in self.batchnorm.items()},
             "dropout": dict(self.dropout),
         }
@@ -154,6 +172,8 @@ class Settings:
             document["classes"] = list(self.classes)
         if self.rebuilt_from_keys:
             document["rebuilt_from_keys"] = True
+        if self.input_shape:
+            document["input_shape"] = list(self.input_shape)
         return document
 
     def to_json(self) -> str:
@@ -231,6 +251,13 @@ def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> No
 
 def _each(values: Mapping[str, Any], schema: Any, field: str) -> dict[str, Any]:
     return {name: checked(value, schema, f"{field}.{name}") for name, value in values.items()}
+
+
+def _input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an input, for which commands take memory; raises SchemaError for too large a one."""
+    if prod(shape) > _MAX_VALUES:
+        raise SchemaError(f"the field input_shape is for more than the limit of {_MAX_VALUES:,} values")
+    return shape
 
 
 def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:

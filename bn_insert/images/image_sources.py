@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ def open_batches(
     channels: int = 3,
     dims: int = 2,
     inputs: Sequence[str] | Literal["all"] = (),
+    takes: Callable[[tuple[int, ...]], bool] | None = None,
     strict: bool = False,
     pin_memory: bool = False,
     shuffle: bool = True,
@@ -46,6 +47,7 @@ def open_batches(
         inputs: Names of the inputs that the network's forward takes, if it takes several: the source must be a tensor
             file with a dict of tensors of these names, and each batch has such a dict in place of images. "all" takes
             all tensors of the dict.
+        takes: For tensor files, as for `tensor_batches`.
         strict: Raise an error for the first unreadable image file instead of skipping it.
         pin_memory: Put batches into page-locked memory where there is a GPU.
         shuffle: Random order; otherwise files are sorted, and the rows of a tensor file stay in their order.
@@ -63,7 +65,9 @@ def open_batches(
         if inputs:
             tensors = named_input_batches(source, inputs, batch_size=batch_size, pin_memory=pin_memory)
         else:
-            tensors = tensor_batches(source, batch_size=batch_size, channels=channels, dims=dims, pin_memory=pin_memory)
+            tensors = tensor_batches(
+                source, batch_size=batch_size, channels=channels, dims=dims, takes=takes, pin_memory=pin_memory
+            )
         return tensors.sample(images, seed) if shuffle else tensors.head(images or tensors.images)
     if inputs:
         taken = "a dict of inputs" if inputs == "all" else f"several inputs ({', '.join(inputs)})"

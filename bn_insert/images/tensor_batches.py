@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,7 +20,7 @@ from ..support.safe_torch_load import load_torch_file
 from ..support.text import listed, printable
 from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
-_LAYOUTS = {1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
+_LAYOUTS = {0: "N x C", 1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
 _Names: TypeAlias = Sequence[str] | Literal["all"]
 TENSOR_SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 
@@ -31,6 +31,7 @@ def tensor_batches(
     batch_size: int = 32,
     channels: int | None = None,
     dims: int = 2,
+    takes: Callable[[tuple[int, ...]], bool] | None = None,
     pin_memory: bool = False,
 ) -> TensorBatches:
     """Return the images of a tensor file, N x C x H x W, as batches; their values are used unchanged.
@@ -43,7 +44,8 @@ def tensor_batches(
             .npy file without pickles; or a .safetensors file with one tensor.
         batch_size: Images per batch.
         channels: Channels that the network takes; None accepts any number.
-        dims: Dimensions of an image: 1 for N x C x L, 3 for N x C x D x H x W.
+        dims: Dimensions of an image: 0 for features, N x C; 1 for N x C x L, 3 for N x C x D x H x W.
+        takes: Returns whether the network takes images of a shape; if it does, `channels` and `dims` do not matter.
         pin_memory: Put batches into page-locked memory where there is a GPU.
 
     Raises:
@@ -52,7 +54,8 @@ def tensor_batches(
     """
     check_at_least(1, batch_size=batch_size)
     (values,) = read_tensors(Path(path)).values()
-    _check_shape(Path(path), values, channels, _LAYOUTS[dims])
+    if not (values.numel() and takes and takes(tuple(values.shape[1:]))):
+        _check_shape(Path(path), values, channels, _LAYOUTS[dims])
     return TensorBatches(Path(path), values, range(len(values)), batch_size, pin_memory)
 
 
@@ -80,6 +83,11 @@ class TensorBatches(Batches):
     def images(self) -> int:
         """Number of images."""
         return len(self.rows)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return tuple(self.values.shape[1:])
 
     @property
     def unreadable(self) -> list[Unreadable]:

@@ -25,6 +25,7 @@ from .inputs import (
     open_device,
     print_assumptions,
     print_preprocessing,
+    shape_to_store,
     share_of,
     transform_to_store,
 )
@@ -169,7 +170,14 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if accepted:
         stored = transform_to_store(transform, origin, target_folder)
         with signals.saving(str(output)):
-            save_checkpoint(adaptation.model, output, transform=stored, classes=classes, overwrite=force)
+            save_checkpoint(
+                adaptation.model,
+                output,
+                transform=stored,
+                classes=classes,
+                input_shape=shape_to_store(target),
+                overwrite=force,
+            )
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)

@@ -11,14 +11,15 @@ import typer
 
 from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
+from .input_shapes import image_shape
 from .inputs import (
     ImageOptions,
     check_checkpoint,
     check_one_input,
-    input_channels,
     note_unreadable,
     open_checkpoint,
     open_device,
+    side_of,
 )
 from .interruption import signals
 from .output_checks import CHECK_FAILED
@@ -98,7 +99,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         images=images,
         seed=seed,
         batch_size=batch_size,
-        channels=input_channels(network),
+        channels=image_shape(network, side_of(transform))[0],
         workers=workers,
         strict=strict,
     )

@@ -16,14 +16,15 @@ import typer
 from . import shared_options as opt
 from .console import print_error
 from .finetune_display import FinetuneDisplay
+from .input_shapes import image_shape
 from .inputs import (
     ImageOptions,
     check_checkpoint,
     check_one_input,
-    input_channels,
     note_unreadable,
     open_checkpoint,
     open_device,
+    side_of,
     warn_of_other_normalization,
 )
 from .interruption import StopRequest, signals, stop_on_signals
@@ -299,7 +300,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     check_one_input(network, "class folders contain images alone; train this network in your own loop")
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
-    images = open_class_folders(data, transform, channels=input_channels(network), workers=workers)
+    channels = image_shape(network, side_of(transform))[0]
+    images = open_class_folders(data, transform, channels=channels, workers=workers)
     signals.keep(lambda: _kept(output_dir))
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with bn_insert.process_group(chosen) as target:

@@ -11,7 +11,16 @@ from bn_insert.support.text import counted
 
 from . import shared_options as opt
 from .console import print_note, print_result, print_table
-from .inputs import ImageOptions, check_one_input, input_shape, open_calibration, open_checkpoint, transform_to_store
+from .input_shapes import input_shape
+from .inputs import (
+    ImageOptions,
+    check_one_input,
+    open_calibration,
+    open_checkpoint,
+    shape_to_store,
+    side_of,
+    transform_to_store,
+)
 from .interruption import signals
 from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files, warn_of_untied
 from .tables import comparison_table
@@ -72,19 +81,21 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     signals.begin(str(output))
     image_options = ImageOptions(CHECK_IMAGES, seed, CHECK_IMAGES, 0, resize, crop, mean, std, strict)
     check_files(output, checkpoint, [images_from] if images_from else [], None, overwrite=force)
-    network, transform, classes, origin, _ = open_checkpoint(
+    network, transform, classes, origin, settings = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
     stored = transform_to_store(transform, origin, images_from)
     inputs: list[Any]
     if images_from is None:
         check_one_input(network, "pass a file with a dict of tensors by their names as IMAGES")
-        shape = input_shape(network, image_side=(transform.crop or transform.resize) if stored else None)
+        stored_shape = settings.input_shape if settings else ()
+        shape = input_shape(network, image_side=side_of(transform) if stored else None, stored=stored_shape)
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(count, *shape, generator=generator)]
     else:
-        inputs = [batch[0] for batch in open_calibration(images_from, network, transform, image_options)]
+        batches = open_calibration(images_from, network, transform, image_options)
+        inputs, stored_shape = [batch[0] for batch in batches], shape_to_store(batches)
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)
     if not result.folded and not result.left:
         raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
@@ -97,7 +108,9 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
-        save_checkpoint(result.model, output, transform=stored, classes=classes, overwrite=force)
+        save_checkpoint(
+            result.model, output, transform=stored, classes=classes, input_shape=stored_shape, overwrite=force
+        )
     warn_of_untied(result.untied, output)
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {counted(len(result.folded), 'BatchNorm layer')} folded{kept}.")

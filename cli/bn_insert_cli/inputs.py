@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -17,11 +15,11 @@ from bn_insert.errors import UnneededKeyError
 from bn_insert.support.text import counted, figures, first_line
 
 from .console import print_note, print_warning
+from .input_shapes import image_shape, input_shape, runs_on
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.nn.modules.conv import _ConvNd
 
     from bn_insert import Checkpoint, Ranks, Settings
     from bn_insert.images import Batches, Transform, Unreadable
@@ -30,15 +28,13 @@ LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
 _REST_BY_DEFAULT = "the rest by default"
-_COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
-_FRAMES = 16
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options about images; None means the setting in the checkpoint, or else ImageNet's."""
+    """Options about images; None means the setting in the checkpoint, or else ImageNet's; of `images`, all."""
 
-    images: int
+    images: int | None
     seed: int
     batch_size: int
     workers: int
@@ -313,10 +309,22 @@ def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transfor
         ) from error
 
 
-def open_calibration(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> Batches:
-    """Return the batches of a folder of images or a tensor file, with as many channels as the model takes."""
+def open_calibration(
+    source: Path, model: nn.Module, transform: Transform, options: ImageOptions, *, shuffle: bool = True
+) -> Batches:
+    """Return the batches of a folder of images or a tensor file, with as many channels as the model takes.
+
+    Args:
+        source: The folder, or the file.
+        model: The network.
+        transform: Preprocessing of images.
+        options: How many images, and how they are read.
+        shuffle: As for `bn_insert.images.open_batches`.
+    """
     from bn_insert.images import open_batches  # noqa: PLC0415
 
+    inputs = several_inputs(model)
+    channels, *size = input_shape(model) if is_tensor_file(source) else image_shape(model, side_of(transform))
     return open_batches(
         source,
         transform,
@@ -324,11 +332,25 @@ def open_calibration(source: Path, model: nn.Module, transform: Transform, optio
         seed=options.seed,
         batch_size=options.batch_size,
         workers=options.workers,
-        channels=input_channels(model),
-        dims=input_dims(model),
-        inputs=several_inputs(model),
+        channels=channels,
+        dims=len(size),
+        inputs=inputs,
+        takes=runs_on(model),
         strict=options.strict,
+        shuffle=shuffle,
     )
+
+
+def side_of(transform: Transform) -> int | None:
+    """Return the side of images after a preprocessing; None if they keep their own."""
+    return transform.crop or transform.resize
+
+
+def shape_to_store(batches: Batches) -> tuple[int, ...]:
+    """Return the shape of the inputs in a tensor file, for a new checkpoint; empty for images and several inputs."""
+    from bn_insert.images import TensorBatches  # noqa: PLC0415
+
+    return batches.image_shape if isinstance(batches, TensorBatches) else ()
 
 
 def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
@@ -343,48 +365,6 @@ def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:
     """Return the batches of a rank, in page-locked memory where there is a GPU."""
     share = batches.part(ranks.rank, ranks.count)
     return share.with_pinned_memory() if device.type == "cuda" else share
-
-
-def input_channels(model: nn.Module) -> int:
-    """Return the number of input channels of a network, which is that of its first conv layer."""
-    return conv.in_channels if (conv := _first_conv(model)) else 3
-
-
-def input_dims(model: nn.Module) -> int:
-    """Return the number of dimensions of an image behind the channels, which is that of the first conv layer."""
-    return len(conv.kernel_size) if (conv := _first_conv(model)) else 2
-
-
-def _first_conv(model: nn.Module) -> _ConvNd | None:
-    from torch.nn.modules.conv import _ConvNd  # noqa: PLC0415
-
-    return next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
-
-
-def input_shape(model: nn.Module, side: int | None = None, *, image_side: int | None = None) -> tuple[int, ...]:
-    """Return the shape of one input of a network, without inputs that show it.
-
-    Args:
-        model: The network.
-        side: Its sides if they are known. Otherwise they are those of a common size that it runs on.
-        image_side: The side that the preprocessing gives to images. Inputs with 3 dimensions are no images: of this
-            side, they could take minutes.
-    """
-    import torch  # noqa: PLC0415
-
-    channels, dims = input_channels(model), input_dims(model)
-    state = {name: value.to("meta") for name, value in model.state_dict().items()}
-    if dims < 3:
-        side = side or image_side
-    shapes = [(channels, *[each] * dims) for each in ((side,) if side else _COMMON_SIDES)]
-    if dims == 3 and not side:
-        # The smallest first, and next to cubes the clips of 16 frames that networks for videos take.
-        shapes = sorted({*shapes, *((channels, _FRAMES, *shape[2:]) for shape in shapes)}, key=prod)
-    for shape in shapes:
-        with suppress(Exception), torch.no_grad():  # without memory: only shapes are computed
-            torch.func.functional_call(model, state, (torch.empty(2, *shape, device="meta"),))
-            return shape
-    return shapes[0]
 
 
 def several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:

@@ -24,6 +24,7 @@ from .inputs import (
     open_device,
     print_assumptions,
     print_preprocessing,
+    shape_to_store,
     share_of,
     transform_to_store,
 )
@@ -166,7 +167,14 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if accepted:
         stored = transform_to_store(transform, origin, calibration)
         with signals.saving(str(output)):
-            save_checkpoint(insertion.model, output, transform=stored, classes=classes, overwrite=force)
+            save_checkpoint(
+                insertion.model,
+                output,
+                transform=stored,
+                classes=classes,
+                input_shape=shape_to_store(batches),
+                overwrite=force,
+            )
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {

@@ -13,7 +13,8 @@ from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
 from .console import plain, print_json, print_line, print_result, print_table, stdout, table
-from .inputs import check_one_input, input_shape, layer_kinds, print_assumptions, read_named_checkpoint
+from .input_shapes import input_shape
+from .inputs import check_one_input, layer_kinds, print_assumptions, read_named_checkpoint
 from .tables import NARROW, keep_whole
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         int | None,
         typer.Option(
             min=1,
-            help="Side of the input images, which determines output shapes. [default: the checkpoint's, or 224 if the "
-            "network runs on it]",
+            help="Side of the input images, which determines output shapes. [default: the checkpoint's, or else 224 if "
+            "the network runs on it]",
         ),
     ] = None,
     as_json: opt.Json = False,
@@ -60,7 +61,8 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     transform = (content.settings.transform if content.settings else None) or {}
     stored = next((side for side in map(transform.get, ("crop", "resize")) if isinstance(side, int)), None)
     check_one_input(network, "no file says which shapes they have; use bn_insert.survey(model, example) in Python")
-    example = torch.zeros(2, *input_shape(network, size, image_side=stored))
+    stored_shape = content.settings.input_shape if content.settings else ()
+    example = torch.zeros(2, *input_shape(network, size, image_side=stored, stored=stored_shape))
     found = survey(
         network,
         example,
@@ -154,6 +156,8 @@ def _settings_table(settings: Settings, place: str) -> Table:
     else:
         described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
         result.add_row("preprocessing", plain(described))
+    if settings.input_shape:
+        result.add_row("input", f"{_dimensions(settings.input_shape)}, as in the tensor file it was calibrated on")
     if settings.classes:
         result.add_row("classes", f"{len(settings.classes):,}: {listed(settings.classes, _CLASSES_SHOWN)}")
     else:

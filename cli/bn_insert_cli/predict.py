@@ -13,12 +13,10 @@ from .console import image_progress, print_error, print_json, print_line, print_
 from .inputs import (
     ImageOptions,
     check_checkpoint,
-    input_channels,
-    input_dims,
     note_unreadable,
+    open_calibration,
     open_checkpoint,
     open_device,
-    several_inputs,
 )
 from .output_checks import CHECK_FAILED
 
@@ -29,8 +27,8 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         Path,
         typer.Argument(
             metavar="IMAGES",
-            help="An image, a folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, "
-            ".safetensors).",
+            help="An image, a folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors) of "
+            "the shape that the network takes, such as N x C x H x W.",
             show_default=False,
         ),
     ],
@@ -58,26 +56,16 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
     Other architectures: `bn-insert predict run/best.pth photographs/ --model torchvision.models:alexnet`
     """
     import bn_insert  # noqa: PLC0415 - imports torch, only when work begins
-    from bn_insert.images import check_source, open_batches  # noqa: PLC0415
+    from bn_insert.images import check_source  # noqa: PLC0415
 
-    image_options = ImageOptions(1, 0, batch_size, workers, resize, crop, mean, std, strict)
+    image_options = ImageOptions(None, 0, batch_size, workers, resize, crop, mean, std, strict)
     check_checkpoint(checkpoint)
     check_source(images_from)
     target = open_device(device)
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=images_from, key=key, ignore_unexpected=ignore_unexpected
     )
-    batches = open_batches(
-        images_from,
-        transform,
-        batch_size=batch_size,
-        workers=workers,
-        channels=input_channels(network),
-        dims=input_dims(network),
-        inputs=several_inputs(network),
-        strict=strict,
-        shuffle=False,
-    )
+    batches = open_calibration(images_from, network, transform, image_options, shuffle=False)
     if not classes:
         print_note("The checkpoint stores no class names: the classes are numbered from 0.")
     with image_progress("predicting", batches.images) as progress:

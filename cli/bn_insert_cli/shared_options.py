@@ -52,8 +52,9 @@ IgnoreUnexpected = Annotated[
     ),
 ]
 _IMAGES_HELP = (
-    "A folder of images, searched recursively, or an N x C x H x W tensor file (.pt, .npy, .safetensors); for a "
-    "network with several inputs, a file with a dict of tensors by the names of the forward's parameters."
+    "A folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors) of the shape that the "
+    "network takes, such as N x C x H x W; for a network with several inputs, a file with a dict of tensors by the "
+    "names of the forward's parameters."
 )
 Calibration = Annotated[
     Path,

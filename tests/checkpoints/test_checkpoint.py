@@ -98,6 +98,23 @@ def test_only_a_file_with_class_names_needs_a_version_of_bn_insert_that_knows_th
 
 
 @BOTH_FORMATS
+def test_the_shape_of_an_input_comes_back(name: str, tmp_path: Path) -> None:
+    save_checkpoint(vgg_of(SPEC), tmp_path / name, input_shape=torch.rand(3, 40, 48).shape)
+    settings = read_settings(tmp_path / name)
+    assert settings is not None
+    assert settings.input_shape == (3, 40, 48)
+    assert settings.to_document()["version"] == 4
+
+
+@pytest.mark.parametrize("shape", [3, "3", (3, 0, 4), (3, 4.5), ("3", "4"), [1] * 17, (2**31,), (3, 2**15, 2**15)])
+def test_what_is_no_shape_of_an_input_is_refused(shape: Any, tmp_path: Path) -> None:
+    message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth", input_shape=shape))
+    assert message.startswith(f"cannot write {tmp_path / 'vgg.pth'}: ")
+    assert "input_shape" in message
+    assert not contents(tmp_path)
+
+
+@BOTH_FORMATS
 def test_nothing_is_assumed_of_a_vgg_that_was_saved_as_what_its_keys_say(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name)
     settings = read_settings(tmp_path / name)
@@ -497,7 +514,7 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 4}, 'the field "version" is 4, and this version of bn-insert reads versions 1 to 3'),
+        ({"version": 5}, 'the field "version" is 5, and this version of bn-insert reads versions 1 to 4'),
         ({"batchnorm": []}, "the field batchnorm is wrong: expected object, got array"),
         ({"batchnorm": {"features.1": 3}}, "the field batchnorm.features.1 is wrong: expected object, got int"),
         (
@@ -533,6 +550,9 @@ def pth_with_settings(folder: Path, **changes: object) -> Path:
         ({"version": 3, "classes": ["cat\ndog"]}, "classes[0], 'cat\\ndog', contains a line break"),
         ({"version": 3, "classes": ["\ud800"]}, "classes[0], '\\ud800', is not valid Unicode"),
         ({"version": 3, "classes": ["x" * 1001]}, "classes[0] is wrong: expected str of length <= 1000, got 'xxx"),
+        ({"version": 3, "input_shape": [3]}, "unknown field input_shape"),
+        ({"version": 4, "input_shape": [3, -1]}, "the field input_shape[1] is wrong: expected int >= 1, got -1"),
+        ({"version": 4, "input_shape": [2**30, 2]}, "input_shape is for more than the limit of 1,073,741,824 values"),
         (
             {"version": 3, "classes": [str(number) for number in range(100_001)]},
             "the field classes is wrong: expected array of length <= 100000",

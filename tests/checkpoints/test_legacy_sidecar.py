@@ -112,7 +112,7 @@ def test_killed_after_the_checkpoint_was_replaced_its_new_settings_hold(
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"version": 4}, 'the field "version" is 4, and this version of bn-insert reads versions 1 to 3'),
+        ({"version": 5}, 'the field "version" is 5, and this version of bn-insert reads versions 1 to 4'),
         (
             {"batchnorm": {"features.1": {"eps": -1e-5}}},
             "batchnorm.features.1.eps is wrong: expected float >= 0.0, got -1e-05",

@@ -12,7 +12,7 @@ from torch import nn
 import bn_insert
 from bn_insert import TrainingError, check_output_dir
 from bn_insert.demo import network_path
-from bn_insert_cli.inputs import input_shape
+from bn_insert_cli.input_shapes import input_shape
 from support.commands import Run, assert_refused, text_of
 
 

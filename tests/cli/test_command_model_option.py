@@ -272,7 +272,7 @@ class ColorsToGray(nn.Module):
     def __init__(self, channels=1):
         super().__init__()
         self.last, self.first = nn.Conv2d(8, 8, 3), nn.Conv2d(channels, 8, 3)
-        self.output = nn.Linear(8, 4)
+        self.output = nn.Linear(8, 2)
 
     def before(self, x):
         return x.mean(1, keepdim=True)
@@ -361,6 +361,7 @@ def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: 
     assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions behind the channels, not images; save them")
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("name", OF_COLORS)
 def test_images_are_read_in_color_whatever_the_first_conv_that_is_declared_takes(shapes: Run, name: str) -> None:
     for folder in ("images/train/a", "images/train/b", "images/val/a", "images/val/b"):

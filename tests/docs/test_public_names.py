@@ -73,7 +73,10 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": REQUIRED, "train": REQUIRED, "validation": REQUIRED},
         {"autocast": None, "progress": None},
     ),
-    "save_checkpoint": ({"model": REQUIRED, "path": REQUIRED}, {"transform": None, "classes": (), "overwrite": False}),
+    "save_checkpoint": (
+        {"model": REQUIRED, "path": REQUIRED},
+        {"transform": None, "classes": (), "input_shape": (), "overwrite": False},
+    ),
     "smallest_agreeing": ({"agreements": REQUIRED, "least": 0.95}, {}),
     "survey": ({"model": REQUIRED, "example": REQUIRED}, SITE_OPTIONS),
     "train_mode_agreement": (
@@ -178,7 +181,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "LearningRateTrial": (("lr", "step", "steps", "loss", "chosen", "seconds_left"), ()),
     "OutputFit": (("seen", "images", "done", "accuracy", "fitted", "new", "own_accuracy", "reason"), ()),
     "StepMetrics": (("epoch", "step", "steps", "loss", "seconds_left"), ()),
-    "Settings": (("batchnorm", "dropout", "transform", "history", "classes", "rebuilt_from_keys"), ()),
+    "Settings": (("batchnorm", "dropout", "transform", "history", "classes", "rebuilt_from_keys", "input_shape"), ()),
     "TrainingSettings": (("epochs", "batch_size", "lr", "lr_warmup_epochs", "lr_scheduler"), ()),
 }
 

@@ -74,6 +74,20 @@ def test_inputs_may_have_one_or_three_dimensions_behind_the_channels(tmp_path: P
             tensor_batches(tmp_path / "x.pt", channels=3, dims=dims)
 
 
+def test_features_and_whatever_the_network_takes_are_inputs(tmp_path: Path) -> None:
+    torch.save(torch.ones(4, 6), tmp_path / "x.pt")
+    (batch,) = tensor_batches(tmp_path / "x.pt", channels=6, dims=0)
+    assert batch.images.shape == (4, 6)
+    with pytest.raises(ImageError, match="has the shape 4 x 6, N x C, but the network takes C = 5"):
+        tensor_batches(tmp_path / "x.pt", channels=5, dims=0)
+    asked: list[tuple[int, ...]] = []
+    batches = tensor_batches(tmp_path / "x.pt", channels=3, takes=lambda shape: asked.append(shape) or True)
+    assert batches.image_shape == (6,)
+    assert asked == [(6,)]
+    with pytest.raises(ImageError, match="has the shape 4 x 6, but N x C x H x W is expected"):
+        tensor_batches(tmp_path / "x.pt", channels=3, takes=lambda _: False)
+
+
 def test_a_batch_names_the_rows_it_holds(saved: Path) -> None:
     first, *_ = tensor_batches(saved, batch_size=2)
     assert first.paths == (Path(f"{saved}[0]"), Path(f"{saved}[1]"))
