@@ -7,7 +7,7 @@ claim of the row on numbers. An operation without a row is an obstacle wherever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -165,6 +165,7 @@ _ROWS = (
     Operator("batch_norm",                 Role.NORMALIZATION, per_image=(nn.BatchNorm1d, nn.BatchNorm2d)),
     Operator("_native_batch_norm_legit",   Role.NORMALIZATION),
     Operator("_native_batch_norm_legit_no_training", Role.NORMALIZATION),
+    Operator("native_batch_norm",          Role.NORMALIZATION),
     Operator("cudnn_batch_norm",           Role.NORMALIZATION),
     Operator("group_norm",                 Role.NORMALIZATION),
     Operator("instance_norm",              Role.NORMALIZATION),
@@ -309,6 +310,13 @@ def multiplies_values(node: fx.Node) -> bool:
 def is_layer(node: fx.Node) -> bool:
     """Return whether an operation is that of a conv or dense layer."""
     return has_role(node, Role.CONV, Role.DENSE)
+
+
+def layer_parameters(layer: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """Yield ("weight", node) and, if it has a bias, ("bias", node) for a call of a conv or dense layer."""
+    for name in ("weight", "bias"):
+        if isinstance(tensor := argument(layer, name), fx.Node):
+            yield name, tensor
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from ..graph.operator_rules import (
     flattens_channels,
     has_role,
     keeps_channels,
+    layer_parameters,
     operation,
     operator_of,
     writes_in_place,
@@ -156,9 +157,8 @@ def _consumer(trace: Trace, name: str, node: fx.Node, channels: _Channels) -> Co
 
 def _check_weights_not_shared(trace: Trace, node: fx.Node) -> None:
     """Check that weight and bias are plain parameters that no other operation reads."""
-    for name in ("weight", "bias"):
-        tensor = argument(node, name)
-        if isinstance(tensor, fx.Node) and (tensor.op != "placeholder" or len(tensor.users) != 1):
+    for name, tensor in layer_parameters(node):
+        if tensor.op != "placeholder" or len(tensor.users) != 1:
             what = "shared with another layer" if tensor.op == "placeholder" else "computed in each forward pass"
             raise _BlockedError(f"the {name} of {trace.owner(node)} is {what}")
 

@@ -5,24 +5,28 @@ Which can be merged, and into which layers, is planned in `fold_plan.py`; weight
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import GraphError
+from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, tied_parameters, unwrapped
+from ..graph.inputs import Inputs
+from ..graph.layers import NormalizedLayer
 from ..graph.trace import Trace
 from ..support.arguments import as_tuple
 from ..support.near_names import near_names
 from ..support.text import listed
-from .fold_plan import Fold, plan_folds
+from .fold_plan import Fold, other_batchnorms, plan_folds, was_there_before
 from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
 from .splice import splice_out
+from .verification import Fault, fault_here, runs_on
 
 _NAMES_SHOWN = 20
 
@@ -37,12 +41,15 @@ class FoldResult(Generic[AnyModule]):
         left: Qualified names, in the given model, of the BatchNorms that were left in place.
         untied: Names of layers that share a parameter in the given model, and have their own now, because their
             BatchNorms differ. A class that shares it cannot take the state dict; `load_checkpoint` can.
+        others: What works as a BatchNorm in the forward, is not a BatchNorm module of torch.nn, and stays, in words;
+            empty without any.
     """
 
     model: AnyModule = field(repr=False)
     folded: tuple[str, ...]
     left: tuple[str, ...]
     untied: tuple[str, ...] = ()
+    others: str = ""
 
 
 def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
@@ -58,18 +65,20 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     belongs to no layer (after the input, after an addition, or reading a value that others read too, as in
     pre-activation networks) stays unless it can be folded.
 
-    In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name,
-    nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes the layer again; any
-    other Sequential stays a Sequential. A layer without bias gets one only if some channel needs it.
+    In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name, or
+    depends on the numbers, nn.Identity replaces it. `NormalizedLayer(layer, norm)`, made by `insert_batchnorm`, becomes
+    the layer again; any other Sequential stays a Sequential. A layer without bias gets one only if some channel needs
+    it.
 
     Args:
         model: The model, as for `insert_batchnorm`.
-        example: One batch, as for `insert_batchnorm`; only its shape matters, and it is not used if the model has no
-            BatchNorm.
+        example: One batch, as for `insert_batchnorm`. Only its shape matters to what is folded; both networks run on
+            its first two images, and their outputs are compared.
 
     Raises:
         GraphError: A BatchNorm that belongs to a layer cannot be folded exactly (the message names it and the
-            obstacle), or the model cannot be traced.
+            obstacle), the model cannot be traced, or its forward depends on the folded BatchNorms in other ways than
+            by calling them.
 
     Source of the formula: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018, section 3.2.
@@ -79,7 +88,15 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
         >>> [type(module).__name__ for module in fold_batchnorm(model, torch.zeros(1, 3, 8, 8))]
         ['Conv2d', 'ReLU', 'Flatten', 'Linear']
     """
-    return fold(model, example).model
+    result = fold(model, example)
+    if result.others:
+        what = "some BatchNorms were not folded" if result.folded else "nothing was folded"
+        warnings.warn(
+            f"{what}: these are not modules of torch.nn: {result.others}. Fold a network before exporting it, and use "
+            "nn.BatchNorm2d with the same values instead of functions and other classes",
+            stacklevel=2,
+        )
+    return result.model
 
 
 def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None) -> FoldResult[AnyModule]:
@@ -105,15 +122,78 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
     for name in chosen or ():
         if name not in norms:
             raise _no_batchnorm(model, name, norms)
-    plan = _plan(model, example, chosen) if norms else []
+    trace = _trace(model, example, required=bool(norms))
+    plan = list(plan_folds(trace, chosen)) if trace else []
     folded = {each.norm for each in plan}
-    result, untied = _without_batchnorms(model, plan)
+    result, untied = _verified(model, plan, example, chosen)
     return FoldResult(
         result,
         tuple(name for name in norms if name in folded),
         tuple(name for name in norms if name not in folded),
         untied,
+        other_batchnorms(trace) if trace else "",
     )
+
+
+def _trace(model: nn.Module, example: Any, *, required: bool) -> Trace | None:
+    """Return the trace of a model; None if there is none with any values, and it is not required."""
+    try:
+        trace = Trace.of(model, example)
+        if trace.obstacle:  # with other values, something else could read what a BatchNorm reads
+            raise GraphError(trace.obstacle)
+    except (GraphError, CalibrationError):
+        if required:
+            raise
+        return None
+    return trace
+
+
+@torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained
+def _verified(
+    model: AnyModule, plan: Sequence[Fold], example: Any, names: Collection[str] | None
+) -> tuple[AnyModule, tuple[str, ...]]:
+    """Return what `_without_batchnorms` returns, after comparing its outputs with those of the model."""
+    if not plan:
+        return deep_copy(model), ()
+    inputs = Inputs.of(example, 0, model)
+    result, untied = _without_batchnorms(model, plan)
+    fault = _fault_beyond_rounding(model, result, plan, inputs)
+    # A forward may refer to children of a Sequential by number, as in `len(self.features)`: then they keep theirs.
+    if fault and (kept := [_keeping_numbers(model, each) for each in plan]) != plan:
+        plan = kept
+        result, untied = _without_batchnorms(model, plan)
+        fault = _fault_beyond_rounding(model, result, plan, inputs)
+    if fault:
+        what = "returns other outputs than with them" if fault.runs else fault.text
+        way_out = ""
+        if names is None:
+            apart = any(was_there_before(model, each.norm) for each in plan)
+            option = "--inserted-only" if apart else "in Python: fold(model, example, names=...)"
+            way_out = f", or leave in place the BatchNorms that it refers to ({as_passed('names', option=option)})"
+        raise GraphError(
+            f"{type(model).__name__} without the folded BatchNorms {what}. Its forward depends on its BatchNorms, or "
+            f"on how its layers are held: let it call them alone{way_out}"
+        )
+    return result, untied
+
+
+def _keeping_numbers(model: nn.Module, each: Fold) -> Fold:
+    """Return a fold that changes the place of no module that the model had before an insertion."""
+    container = model.get_submodule(each.norm.rpartition(".")[0])
+    return replace(each, in_sequence=each.in_sequence and isinstance(container, NormalizedLayer))
+
+
+def _fault_beyond_rounding(model: nn.Module, result: nn.Module, plan: Sequence[Fold], inputs: Inputs) -> Fault | None:
+    """Return what is wrong with a folded model on the first images, apart from rounding."""
+    fault = fault_here(model, result, inputs)
+    if fault is None or not fault.runs:
+        return fault
+    # In 16 bits, the rounding of folded weights alone changes outputs of a deep network by half.
+    exact = deep_copy(model).double()
+    inputs = inputs.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    if not runs_on(exact, inputs):
+        return fault
+    return fault_here(exact, _without_batchnorms(exact, plan)[0], inputs)
 
 
 def _tied_where_equal(model: nn.Module, result: nn.Module) -> list[str]:
@@ -139,14 +219,6 @@ def _no_batchnorm(model: nn.Module, name: object, norms: Sequence[str]) -> Graph
     return GraphError(f"names has {name!r:.60}, which is not a BatchNorm of {type(model).__name__}; {advice}")
 
 
-def _plan(model: AnyModule, example: Any, names: Collection[str] | None) -> list[Fold]:
-    trace = Trace.of(model, example)
-    if trace.obstacle:  # with other values, something else could read what a BatchNorm reads
-        raise GraphError(trace.obstacle)
-    return list(plan_folds(trace, names))
-
-
-@torch.inference_mode(False)  # whatever the caller's mode: tensors made in inference mode can never be trained
 def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> tuple[AnyModule, tuple[str, ...]]:
     """Return a copy of the model with every fold of the plan applied, and the layers that share no parameter now."""
     result = deep_copy(model)
@@ -167,7 +239,6 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> tuple[AnyModu
     norms = {each.norm: each.in_sequence for each in plan}
     # Another class only if the model itself is a wrapper around one layer.
     result = cast(AnyModule, splice_out(result, norms))
-    if norms:
-        change = FoldedBatchNorms(norms, tuple(sorted(biases)), untied)
-        History.of(model).with_change(change).keep_with(result)
+    change = FoldedBatchNorms(norms, tuple(sorted(biases)), untied)
+    History.of(model).with_change(change).keep_with(result)
     return result, untied

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -24,17 +24,21 @@ from ..graph.operator_rules import (
     is_activation,
     is_layer,
     keeps_channels,
+    layer_parameters,
     operation,
     operator_of,
     writes_in_place,
 )
 from ..graph.trace import Trace
+from ..support.text import listed
 from .fold_weights import Affine, batchnorm_affine
+from .splice import inserted_batchnorms
 
 # Operations that pass values on, and may return the very tensor that they take.
 _ALIASES = (Role.DROPOUT, Role.COPY, Role.RESHAPE)
 # Operations that may be between a BatchNorm and the layer that it is folded into.
 _PASSED = (*_ALIASES, Role.POOLING, Role.PADDING)
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _NotExactError(Exception):
     """An obstacle to a fold, as part of a message."""
 
 
-def plan_folds(trace: Trace, names: Container[str] | None = None) -> Iterator[Fold]:
+def plan_folds(trace: Trace, names: Collection[str] | None = None) -> Iterator[Fold]:
     """Yield a fold for every BatchNorm of a traced model except those that belong to no layer.
 
     Args:
@@ -84,7 +88,40 @@ def plan_folds(trace: Trace, names: Container[str] | None = None) -> Iterator[Fo
             yield _fold(trace, layers, name, nodes)
         except _NotExactError as obstacle:
             if layer := next(filter(None, (_owning_layer(node, layers) for node in nodes)), None):
-                raise GraphError(f"BatchNorm {name} after layer {layer} cannot be folded exactly: {obstacle}") from None
+                raise GraphError(
+                    f"BatchNorm {name} after layer {layer} cannot be folded exactly: {obstacle}"
+                    f"{_way_around(trace.model, name, names)}"
+                ) from None
+
+
+def _way_around(model: nn.Module, name: str, names: Collection[str] | None) -> str:
+    """Return how to fold without a BatchNorm that the network had before, for a message; empty if that is no way."""
+    if names is not None or not was_there_before(model, name):
+        return ""
+    alone = as_passed("names=inserted_batchnorms(model)", option="--inserted-only")
+    return f". Or fold only the BatchNorms that bn-insert inserted ({alone}): {name} is not one of them, and stays"
+
+
+def was_there_before(model: nn.Module, name: str) -> bool:
+    """Return whether bn-insert inserted other BatchNorms into a network, and not this one."""
+    inserted = inserted_batchnorms(model)
+    return bool(inserted) and name not in inserted
+
+
+def other_batchnorms(trace: Trace) -> str:
+    """Return what works as a BatchNorm in a forward and is no such module of torch.nn, in words; empty without any."""
+    found: dict[str, str] = {}
+    for node in trace.nodes:
+        name = trace.owner(node)
+        module = trace.modules.get(name)
+        if isinstance(module, _NormBase):
+            continue
+        place = f"{name or 'the model'} ({type(module).__name__})" if module else name
+        if has_role(node, Role.NORMALIZATION) and "batch_norm" in operation(node):
+            found[name] = f"{operation(node)} in {place}"
+        elif module and {"running_mean", "running_var"} <= module._buffers.keys():  # frozen, or of another package
+            found.setdefault(name, place)
+    return listed(list(found.values()), _NAMES_SHOWN) if found else ""
 
 
 def _fold(trace: Trace, layers: Mapping[fx.Node, str], name: str, calls: Sequence[fx.Node]) -> Fold:
@@ -109,7 +146,7 @@ def _fold(trace: Trace, layers: Mapping[fx.Node, str], name: str, calls: Sequenc
             return Fold(name, affine, in_sequence, downstream=_layers_downstream(trace, layers, calls, affine))
         except _NotExactError as downstream:
             reasons = f"neither into the layer upstream ({upstream}) nor into the layers downstream ({downstream})"
-            if any(_source(call) not in layers for call in calls):
+            if any(_source(call) not in layers for call in calls) and not was_there_before(trace.model, name):
                 placement = as_passed("placement", "before_activation", "--placement before-activation")
                 reasons += f"; insert BatchNorm with {placement}"
             raise _NotExactError(reasons) from None
@@ -162,21 +199,22 @@ def _layers_downstream(
 
 
 def _checked(trace: Trace, layers: Mapping[fx.Node, str], found: Sequence[fx.Node]) -> tuple[str, ...]:
-    """Return the names of the called layers, if these are all their calls and nothing else uses their weights."""
+    """Return the names of the called layers, if these are all their calls and nothing else uses their parameters."""
     names = tuple(dict.fromkeys(layers[node] for node in found))
     for name in names:
         nodes = trace.calls_of(name)
         if not set(nodes) <= set(found):
             raise _NotExactError(f"{_described(trace, nodes[0])} is also called elsewhere")
-        weight = cast(fx.Node, argument(nodes[0], "weight"))
-        module = trace.modules[name]
-        computed = [each for each in ("weight", "bias") if each not in module._parameters]
-        if weight.op != "placeholder" or computed:
-            parameter = (computed or ["weight"])[0]
-            way = _way_to_parameter(module, parameter)
-            raise _NotExactError(f"the {parameter} of {_described(trace, nodes[0])} is {way}")
-        if not all(user in layers for user in weight.users):
-            raise _NotExactError(f"the weight of {_described(trace, nodes[0])} is also used elsewhere")
+        module, tensors = trace.modules[name], dict(layer_parameters(nodes[0]))
+        for kind in ("weight", "bias"):
+            tensor = tensors.get(kind)
+            if kind not in module._parameters or (tensor and tensor.op != "placeholder"):
+                way = _way_to_parameter(module, kind)
+                raise _NotExactError(f"the {kind} of {_described(trace, nodes[0])} is {way}")
+        for kind, tensor in tensors.items():
+            # Other layers that share it keep it: the fold gives the layer one of its own.
+            if not all(user in layers and argument(user, kind) is tensor for user in tensor.users):
+                raise _NotExactError(f"the {kind} of {_described(trace, nodes[0])} is also used elsewhere")
     return names
 
 

@@ -52,8 +52,16 @@ def fault_of(
         norms: The inserted modules of the result, by the names of their anchors in the model: each has to be called
             whenever its anchor is.
     """
-    faults = on_every_rank(lambda: None if batch is None else _fault_here(model, result, batch, norms or {}))
+    faults = on_every_rank(lambda: None if batch is None else fault_here(model, result, batch, norms))
     return next(filter(None, faults), None)
+
+
+def runs_on(model: nn.Module, batch: Inputs) -> bool:
+    """Return whether a model runs on the first images of a batch."""
+    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)), suppress(Exception):
+        batch.rows(0, _CHECKED_ROWS).run(working_copy(model))
+        return True
+    return False
 
 
 def error_on_one_image(model: nn.Module, result: nn.Module, batch: Inputs | None) -> str:
@@ -81,9 +89,12 @@ def _error_on(image: Inputs, model: nn.Module, result: nn.Module) -> str:
     return ""
 
 
-def _fault_here(model: nn.Module, result: nn.Module, batch: Inputs, norms: Mapping[str, nn.Module]) -> Fault | None:
+def fault_here(
+    model: nn.Module, result: nn.Module, batch: Inputs, norms: Mapping[str, nn.Module] | None = None
+) -> Fault | None:
+    """Return what `fault_of` returns, for the first images of a batch of this rank alone."""
     names = {id(module): name for name, module in result.named_modules()}
-    norm_of = {anchor: names[id(norm)] for anchor, norm in norms.items()}
+    norm_of = {anchor: names[id(norm)] for anchor, norm in (norms or {}).items()}
     for part in (batch.rows(0, _CHECKED_ROWS), batch):
         with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
             seed = torch.initial_seed()

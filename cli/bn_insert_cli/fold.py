@@ -10,7 +10,7 @@ import typer
 from bn_insert.support.text import counted
 
 from . import shared_options as opt
-from .console import print_note, print_result, print_table
+from .console import print_note, print_result, print_table, print_warning
 from .input_shapes import input_shape
 from .inputs import (
     ImageOptions,
@@ -98,7 +98,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         inputs, stored_shape = [batch[0] for batch in batches], shape_to_store(batches)
     result = fold_network(network, inputs[0], names=_inserted(network, checkpoint) if inserted_only else None)
     if not result.folded and not result.left:
-        raise GraphError(f"nothing to fold in {checkpoint}: it has no BatchNorm; nothing was written")
+        why = f"its BatchNorms are not modules of torch.nn: {result.others}" if result.others else "it has no BatchNorm"
+        raise GraphError(f"nothing to fold in {checkpoint}: {why}; nothing was written")
     if images_from is None:
         shown = " x ".join(map(str, inputs[0].shape[1:]))
         print_note(f"No images given: the result is checked on {len(inputs[0])} random inputs of {shown}.")
@@ -112,6 +113,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
             result.model, output, transform=stored, classes=classes, input_shape=stored_shape, overwrite=force
         )
     warn_of_untied(result.untied, output)
+    if result.others:
+        print_warning(f"BatchNorms that are not modules of torch.nn were not folded: {result.others}.")
     kept = f", {len(result.left)} left in place" if result.left else ""
     print_result(f"Wrote {output}: {counted(len(result.folded), 'BatchNorm layer')} folded{kept}.")
 

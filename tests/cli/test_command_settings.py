@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
 
@@ -89,6 +90,26 @@ def test_fold_without_batchnorm_says_nothing_of_a_check(run: Run) -> None:
     result = run("fold", network_path(), "-o", "folded.pth")
     assert_refused(result, "nothing to fold in", "it has no BatchNorm; nothing was written")
     assert "the result is checked" not in result.stderr
+
+
+def test_fold_names_batchnorms_that_are_not_modules_of_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("frozen_nets.py").write_text(
+        "from torch import nn\n"
+        "from torchvision.ops import FrozenBatchNorm2d\n"
+        "def frozen(): return nn.Sequential(nn.Conv2d(3, 2, 3), FrozenBatchNorm2d(2), nn.ReLU())\n"
+        "def partly(): return nn.Sequential(frozen(), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    torch.save(torch.rand(2, 3, 8, 8), "x.pt")
+    result = {}
+    for name in ("frozen", "partly"):
+        network = getattr(import_module("frozen_nets"), name)()
+        torch.save(network.state_dict(), f"{name}.pth")
+        result[name] = run("fold", f"{name}.pth", "x.pt", "-o", f"{name}-out.pth", "--model", f"frozen_nets:{name}")
+    words = "BatchNorms are not modules of torch.nn: 1 (FrozenBatchNorm2d); nothing was written"
+    assert_refused(result["frozen"], "nothing to fold in frozen.pth", words)
+    assert result["partly"].exit_code == 0, result["partly"].output
+    assert "were not folded: 0.1 (FrozenBatchNorm2d)." in text_of(result["partly"].stderr)
 
 
 def test_a_wrong_transform_is_named_with_its_file_and_can_be_replaced(run: Run, digits: Path) -> None:

@@ -13,7 +13,9 @@ import torchvision
 from hypothesis import given, settings
 from PIL import Image
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from bn_insert import (
     CheckpointError,
@@ -29,6 +31,7 @@ from bn_insert import (
 )
 from bn_insert.demo import images_path, network_path
 from bn_insert.demo.training import demo_network
+from bn_insert.errors import messages_name_options
 from bn_insert.surgery.fold import fold
 from bn_insert.surgery.fold_weights import Affine, batchnorm_affine, fold_inputs, fold_outputs
 from support.networks import (
@@ -547,13 +550,138 @@ def test_for_a_weight_that_is_no_parameter_the_refusal_says_what_it_is_and_how_t
     assert "placement" not in message, "it is before any activation"
 
 
-def test_a_weight_that_a_forward_also_uses_by_itself_is_refused() -> None:
-    class OwnWeight(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + F.conv2d(x, self[0].weight)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_or_bias_that_a_forward_also_uses_by_itself_is_refused(name: str) -> None:
+    class OwnUse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
 
-    model = fine_tuned(OwnWeight(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    assert "the weight of conv 0 is also used elsewhere" in refusal(model, images(1, 12))
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.conv(x))) + getattr(self.conv, name).mean()
+
+    inserted = insert_batchnorm(randomised(OwnUse()), [images(4, 12)])
+    assert not norms(fold_batchnorm(inserted, images(1, 12))), "it changes no weight or bias so far"
+    message = refusal(fine_tuned(inserted), images(1, 12))
+    assert f"the {name} of conv conv.0 is also used elsewhere" in message
+
+
+class ScaledBias(nn.Conv2d):
+    """Adds twice its bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None if self.bias is None else self.bias * 2)
+
+
+def test_a_bias_that_a_layer_changes_in_each_call_is_refused() -> None:
+    model = fine_tuned(nn.Sequential(ScaledBias(3, 8, 3), nn.BatchNorm2d(8)))
+    assert "the bias of conv 0 is computed by ScaledBias" in refusal(model, images(1, 12))
+
+
+def test_a_weight_that_another_layer_takes_as_its_input_is_refused() -> None:
+    class WeightAsInput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.first(x))) + self.second(self.first.weight).mean()
+
+    model = fine_tuned(randomised(WeightAsInput()))
+    assert "the weight of dense first is also used elsewhere" in refusal(model, features(4, 6))
+
+
+def test_layers_that_share_a_bias_are_folded_each_for_itself() -> None:
+    model = sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
+    model[3].bias = model[0].bias
+    model, x = fine_tuned(model), features(4, 6)
+    folded = fold_batchnorm(model, x)
+    assert torch.equal(folded[2].bias, model[3].bias)
+    assert_same_function(model, folded, x)
+
+
+# The result is run before it is returned
+
+
+class ReadsModules(nn.Module):
+    """Reads something of its modules, besides calling them."""
+
+    def __init__(self, read: Callable[[nn.Sequential], float]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x) * self.read(self.features)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [len, lambda features: features[3].out_channels, lambda features: 1 + isinstance(features[2], nn.ReLU)],
+    ids=["length", "attribute", "class"],
+)
+def test_where_a_forward_refers_to_children_by_number_they_keep_their_numbers(
+    read: Callable[[nn.Sequential], float], tmp_path: Path
+) -> None:
+    model, x = fine_tuned(randomised(ReadsModules(read))), images(4, 12)
+    result = fold(model, x)
+    assert result.folded == ("features.1",)
+    assert isinstance(result.model.features[1], nn.Identity)
+    assert_same_function(model, result.model, x)
+    save_checkpoint(result.model, tmp_path / "a.pth")
+    loaded = load_checkpoint(tmp_path / "a.pth", model=lambda: ReadsModules(read))
+    assert torch.equal(loaded(x), result.model(x))
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda features: features[1].num_features, "cannot run: 'Identity' object has no attribute 'num_features'"),
+        (lambda features: 1 + isinstance(features[1], nn.BatchNorm2d), "returns other outputs than with them"),
+    ],
+    ids=["attribute", "class"],
+)
+def test_a_forward_that_depends_on_a_folded_batchnorm_is_refused_with_the_way_out(
+    read: Callable[[nn.Sequential], float], words: str
+) -> None:
+    model, x = fine_tuned(randomised(ReadsModules(read))), images(4, 12)
+    message = refusal(model, x)
+    assert message.startswith(f"ReadsModules without the folded BatchNorms {words}. Its forward depends on")
+    assert message.endswith("let it call them alone, or leave in place the BatchNorms that it refers to (names)")
+    inserted = insert_batchnorm(model, [x], include_output=True)
+    with messages_name_options():
+        assert refusal(inserted, x).endswith("that it refers to (--inserted-only)")
+    assert fold(inserted, x, names=inserted_batchnorms(inserted)).left == ("features.1",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_alone_is_no_reason_to_refuse(dtype: torch.dtype) -> None:
+    model, x = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), images(4, 12)
+    # In 16 bits, numbers near 32768 are far from each other: before the normalization, the differences are lost.
+    model[0].bias.data.fill_(32768)
+    model[1].running_mean.fill_(32768)
+    model.to(dtype)
+    folded = fold_batchnorm(model, x.to(dtype))
+    assert not compare_outputs(model, folded, [x]).within(rtol=0.2)
+    assert_same_function(copy.deepcopy(model).double(), fold_batchnorm(copy.deepcopy(model).double(), x.double()), x)
+
+
+def test_running_the_result_leaves_the_example_the_model_and_the_random_state_alone() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.calls = sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.body(x.add_(1)) + torch.rand(())
+
+    model, x, before = fine_tuned(randomised(Draws())), images(4, 12), images(4, 12)
+    state = torch.get_rng_state()
+    fold_batchnorm(model, x)
+    assert torch.equal(x, before)
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_batchnorm_that_activates_too_is_refused() -> None:
@@ -596,6 +724,20 @@ def test_what_was_inserted_is_folded_alone_and_what_was_there_before_stays() -> 
     assert inserted_batchnorms(result.model) == []
 
 
+def test_if_a_batchnorm_from_before_an_insertion_cannot_be_folded_the_error_says_how_to_leave_it() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten()
+    model, x = fine_tuned(sequential(*layers)), images(4, 12)
+    inserted = fine_tuned(insert_batchnorm(model, [x], include_output=True))
+    message = refusal(inserted, x)
+    way_out = "Or fold only the BatchNorms that bn-insert inserted ({}): 2 is not one of them, and stays"
+    assert message.endswith(f". {way_out.format('names=inserted_batchnorms(model)')}")
+    assert "placement" not in message
+    with messages_name_options():
+        assert refusal(inserted, x).endswith(way_out.format("--inserted-only"))
+    assert "bn-insert" not in refusal(model, x), "nothing was inserted"
+    assert fold(inserted, x, names=inserted_batchnorms(inserted)).left == ("2",)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -629,6 +771,49 @@ class PreActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return x + self.conv(self.relu(self.norm(x)))
+
+
+class Functional(nn.Module):
+    """Normalizes by a function, with what a BatchNorm holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
+def plain() -> nn.Module:
+    return sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda _: Functional().eval(), r"batch_norm in the model \(Functional\)"),
+        (lambda x: torch.export.export(plain(), (x,)).module(), r"batch_norm in 1 \(\w+\)"),
+        (make_fx(plain()), r"native_batch_norm in the model \("),
+        (lambda _: sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8)), r"1 \(FrozenBatchNorm2d\)"),
+    ],
+    ids=["function", "exported", "make_fx", "frozen"],
+)
+def test_batchnorms_that_are_not_modules_of_torch_are_a_warning(
+    make: Callable[[Tensor], nn.Module], found: str
+) -> None:
+    x = images(4, 12)
+    model = make(x)
+    with pytest.warns(UserWarning, match=f"^nothing was folded: these are not modules of torch.nn: {found}") as caught:
+        folded = fold_batchnorm(model, x)
+    assert [Path(each.filename) for each in caught] == [Path(__file__)]
+    assert torch.equal(folded(x), model(x))
+
+
+def test_some_batchnorms_that_are_not_modules_of_torch_are_a_warning_too() -> None:
+    model = fine_tuned(sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), FrozenBatchNorm2d(8)))
+    with pytest.warns(UserWarning, match=r"^some BatchNorms were not folded: .*: 2 \(FrozenBatchNorm2d\)"):
+        assert not norms(fold_batchnorm(model, images(1, 12)))
 
 
 def test_a_batchnorm_that_belongs_to_no_layer_stays() -> None:
@@ -716,9 +901,10 @@ def test_a_wrapper_made_by_the_insertion_goes_again_after_copying_too() -> None:
 
 def test_a_model_without_batchnorm_is_copied() -> None:
     model = small_vgg()
-    folded = fold_batchnorm(model, images(1, 16))
-    assert folded is not model
-    assert bits(folded) == bits(model)
+    for example in (images(1, 16), None):
+        folded = fold_batchnorm(model, example)
+        assert folded is not model
+        assert bits(folded) == bits(model)
 
 
 class Tied(nn.Module):
