@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -321,6 +321,26 @@ def open_calibration(
         options: How many images, and how they are read.
         shuffle: As for `bn_insert.images.open_batches`.
     """
+    from bn_insert.images import TensorBatches  # noqa: PLC0415
+
+    batches = _opened(source, model, transform, options, shuffle=shuffle)
+    if isinstance(batches, TensorBatches) and not batches.values.is_floating_point():
+        print_warning(
+            f"{source} contains {batches.values.dtype}, whose values are used without scaling. If the network was "
+            "trained on scaled or normalized images, save those, as floating-point numbers."
+        )
+    return batches
+
+
+def has_more_images(source: Path, model: nn.Module, transform: Transform, options: ImageOptions) -> bool:
+    """Return whether `options.images` leaves any images of a source out."""
+    if options.images is None:
+        return False
+    more = replace(options, images=options.images + 1)
+    return _opened(source, model, transform, more, shuffle=True).images > options.images
+
+
+def _opened(source: Path, model: nn.Module, transform: Transform, options: ImageOptions, *, shuffle: bool) -> Batches:
     from bn_insert.images import open_batches  # noqa: PLC0415
 
     inputs = several_inputs(model)

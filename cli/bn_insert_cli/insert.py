@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
 from .inputs import (
     ImageOptions,
+    has_more_images,
     is_tensor_file,
     layer_kinds,
     note_unreadable,
@@ -152,11 +153,13 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     if equalize:
         print_table(edge_table(insertion.edges))
 
-    def limited() -> bool:
-        every = replace(image_options, images=images + 1)
-        return batches.images == images and open_calibration(calibration, network, transform, every).images > images
-
-    note_calibration(insertion.moments, insertion.images, tolerance, number_of_batches, limited=limited)
+    note_calibration(
+        insertion.moments,
+        insertion.images,
+        tolerance,
+        number_of_batches,
+        limited=lambda: has_more_images(calibration, network, transform, image_options),
+    )
     _note_dropouts(insertion, checkpoint)
     warn_of_other_layers(insertion)
     if insertion.one_image:

@@ -14,7 +14,7 @@ import bn_insert.surgery.insert
 from bn_insert import load_checkpoint
 from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
 from bn_insert.demo import images_path, network_path
-from support.commands import AS_STORED, Run, assert_refused
+from support.commands import AS_STORED, Run, assert_refused, text_of
 from support.digits import images_of
 from support.networks import narrow_vgg, small_vgg
 
@@ -223,3 +223,18 @@ def test_bad_options_get_exit_code_2(run: Run, digits: Path, arguments: tuple[st
     result = run("insert", network_path(), digits, "-o", "out.pth", *AS_STORED, *arguments)
     assert_refused(result, wording)
     assert not Path("out.pth").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy"])
+def test_integers_in_a_tensor_file_are_used_unscaled_with_a_warning(run: Run, suffix: str) -> None:
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    for name, values in (("integers", pixels), ("numbers", pixels / 255)):
+        if suffix == ".npy":
+            np.save(f"{name}.npy", values.numpy())
+        else:
+            torch.save(values, f"{name}.pt")
+    warned = run("insert", network_path(), f"integers{suffix}", "-o", "a.pth", "-b", 2)
+    assert warned.exit_code == 0
+    warning = f"warning: integers{suffix} contains torch.uint8, whose values are used without scaling."
+    assert text_of(warned.stderr).count(warning) == 1
+    assert "without scaling" not in run("insert", network_path(), f"numbers{suffix}", "-o", "b.pth").stderr
