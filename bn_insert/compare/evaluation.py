@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
+from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
 from ..support.arguments import is_whole
 from ..support.processes import on_every_rank
@@ -281,7 +281,7 @@ def _first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
 
 
 def _first_tensor(outputs: Any) -> Tensor | None:
-    return next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+    return next(iter(tensors_of(outputs)), None)
 
 
 def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:

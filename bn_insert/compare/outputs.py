@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
+from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 
 
@@ -137,7 +137,7 @@ def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:
     inputs = Inputs.of(batch.value, batch.number, model)
     with failures_named(f"the {role} ({type(model).__name__})", batch):
         outputs = inputs.run(model)
-    return [leaf.cpu().reshape(leaf.shape or (1,)) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf.cpu().reshape(leaf.shape or (1,)) for leaf in tensors_of(outputs)]
 
 
 def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], number: int) -> None:

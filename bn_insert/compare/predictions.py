@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
+from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 from .evaluation import labels_in
 
@@ -108,7 +108,7 @@ def compare_predictions(
         for role, network in networks.items():
             inputs = Inputs.of(batch.value, batch.number, network)
             with failures_named(f"the {role} ({type(network).__name__})", batch):
-                logits.append(next(leaf for leaf in tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)))
+                logits.append(next(iter(tensors_of(inputs.run(network)))))
         totals.add(logits[0].cpu().double(), logits[-1].cpu().double(), labels_in(batch))
 
     images = for_each_batch(original, batches, run, progress=progress)

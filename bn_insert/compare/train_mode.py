@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from ..batchnorm.batch_renorm import BatchRenorm
 from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
 from ..errors import CalibrationError, as_passed, values_as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
+from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 from ..support.arguments import as_tuple, check_flags, is_whole
 
@@ -278,7 +278,7 @@ def _rows(logits: Tensor) -> Tensor:
 def _logits(network: nn.Module, images: Tensor, mode: str, batch: object) -> Tensor:
     with failures_named(f"the model in {mode} mode", batch), protected_parameters(network):
         outputs = network(images.clone())  # it may change them in place
-    logits = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+    logits = next(iter(tensors_of(outputs)), None)
     if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
         shape = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
         raise CalibrationError(f"the model's output is {shape}, not logits of two or more classes in dimension 1")

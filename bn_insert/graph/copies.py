@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,6 +189,8 @@ class protected_parameters(TorchDispatchMode):  # noqa: N801 - a context manager
     Checking each operation costs some microseconds; copying the parameters of a VGG16 takes 550 MB.
     """
 
+    supports_higher_order_operators = True  # such as torch.cond, whose branches may write to none of their inputs
+
     def __init__(self, network: nn.Module) -> None:
         """Protect the parameters of a network."""
         super().__init__()
@@ -197,7 +200,7 @@ class protected_parameters(TorchDispatchMode):  # noqa: N801 - a context manager
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the tensors that an operation writes to, and run it."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if not isinstance(func, HigherOrderOperator) and func._schema.is_mutable:
             for number, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     value = args[number] if number < len(args) else kwargs.get(argument.name)
@@ -226,7 +229,9 @@ def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContex
     if not comparable or parameter_bytes(network) > _BYTES_TO_COPY:
         yield lambda: checked
         return
-    before = {name: (parameter, parameter.detach().clone()) for name, parameter in network.named_parameters()}
+    # The memory itself: a forward may give the copy's parameter another by assigning to `weight.data`.
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    before = {name: (parameter, parameter.clone()) for name, parameter in parameters.items()}
     contexts: Iterator[AbstractContextManager[object]] = chain([checked], repeat(nullcontext()))
     changed: list[str] = []
     try:
@@ -234,7 +239,7 @@ def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContex
     finally:
         for name, (parameter, kept) in before.items():
             if not (torch.equal(parameter, kept) or torch.allclose(parameter, kept, rtol=0, atol=0, equal_nan=True)):
-                parameter.detach().copy_(kept)
+                parameter.copy_(kept)
                 changed.append(name)
     if changed:
         raise _changed(type(network).__name__, changed[0])

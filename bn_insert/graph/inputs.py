@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import CalibrationError
-from .copies import protected_parameters
+from ..errors import CalibrationError, GraphError
+from .compiled import uncompiled
+from .copies import check_module, protected_parameters
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
 
 
@@ -58,7 +60,7 @@ class Inputs:
             GraphError: The model changes its parameters in place.
         """
         copies = self.mapped(torch.clone)
-        with protected_parameters(model):
+        with protected_parameters(model), uncompiled():
             return model(*copies.args, **copies.kwargs)
 
     @property
@@ -149,18 +151,21 @@ class ForwardInputs:
 
 
 def forward_inputs(model: nn.Module) -> ForwardInputs:
-    """Return what a model's forward takes.
+    """Return what a model's forward takes, or its `__call__` if its class has its own.
 
     Args:
         model: The network. It is not run.
+
+    Raises:
+        GraphError: The model is not a module, or has no forward.
 
     Examples:
         >>> forward_inputs(nn.Bilinear(3, 4, 5)).names
         ('input1', 'input2')
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [each for each in parameters if each.kind not in variadic and each.default is each.empty]
+    check_module(model)
+    parameters = _parameters(model)
+    required = [each for each in parameters if each.kind not in _VARIADIC and each.default is each.empty]
     kinds = [each.kind for each in required]
     return ForwardInputs(
         type(model).__name__,
@@ -169,6 +174,17 @@ def forward_inputs(model: nn.Module) -> ForwardInputs:
         kinds.count(inspect.Parameter.KEYWORD_ONLY),
         len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
     )
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """Return the parameters of the function that runs when a model is called."""
+    if type(model).__call__ is not nn.Module.__call__:
+        parameters = list(inspect.signature(model.__call__).parameters.values())
+        if inspect.Parameter.VAR_POSITIONAL not in {each.kind for each in parameters}:  # else it passes them on
+            return parameters
+    if not callable(model.forward):
+        raise GraphError(f"{type(model).__name__} has no forward, but {model.forward!r:.40} in its place")
+    return list(inspect.signature(model.forward).parameters.values())
 
 
 def _text(annotation: Any) -> str:

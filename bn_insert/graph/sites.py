@@ -280,7 +280,7 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions
 ) -> str:
     if not calls:
-        return "never called for the first batch" if trace.obstacle else "never called in a forward pass"
+        return _why_not_in_graph(trace, name)
     if norm := next(filter(None, map(trace.normalization_downstream, calls)), None):
         return f"already followed by a normalization: {norm}"
     if kind not in options.kinds:
@@ -289,9 +289,20 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
         return "skipped by pattern"
     if not options.include_output and any(map(trace.reaches_output, calls)):
         return "output layer"
+    if not options.include_output and any(map(trace.leaves_recording, calls)):
+        return "perhaps an output layer: what reads its values is not known"
     if all(map(trace.is_gate, calls)):
         return "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
     shape = tuple(calls[-1].meta["val"].shape)
     if len(shape) < 2 or (kind == "dense" and len(shape) != 2):
         return f"its output {shape} is not batch x channels: BatchNorm1d would normalize the wrong axis"
     return ""
+
+
+def _why_not_in_graph(trace: Trace, name: str) -> str:
+    if name in trace.called:
+        return "called, but the trace shows no conv or dense operation of it"
+    if trace.reads_weights_of(name):
+        ways = "by layer.forward(x), a function such as F.conv2d, or a __call__ of its own"
+        return f"its weight is used, but not by a module call: {ways}"
+    return "never called for the first batch" if trace.obstacle else "never called in a forward pass"

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, out_of_memory
 from ..support.text import first_line, listed
-from .copies import deep_copy, unchanged_attributes, unwrapped, working_copy
+from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
+from .recording import recorded
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
@@ -47,9 +47,11 @@ class Trace:
         aliases: Every qualified name of every module, with the name of that module in `modules`.
         nodes: The operations, in the order in which they run.
         outputs: The nodes whose values the model returns.
-        obstacle: Why the graph shows no more than what the model does with the values of the example, as when its
-            forward decides by values; empty if it shows what the model does with any values.
+        obstacle: Why torch.export cannot trace the model. The graph then shows what it did with the values of the
+            example, as far as PyTorch computed it; empty if the graph shows all that the model does with any values.
         owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
+        parameters: Qualified names of the parameters and buffers that the nodes read, by the node that stands for each.
+        called: Names of the layers that the forward calls, also of those that none of the nodes belongs to.
     """
 
     model: nn.Module
@@ -59,6 +61,8 @@ class Trace:
     outputs: frozenset[fx.Node]
     obstacle: str = ""
     owners: Mapping[fx.Node, str] = field(default_factory=dict)
+    parameters: Mapping[fx.Node, str] = field(default_factory=dict)
+    called: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> Trace:
@@ -71,7 +75,8 @@ class Trace:
             example: One batch, as for `insert_batchnorm`; only its shape matters, unless the forward depends on values.
 
         Raises:
-            GraphError: The model cannot run on the example, or torch.export cannot trace it. The message has the cause.
+            GraphError: The model cannot run on the example, or its operations cannot be recorded. The message has the
+                cause.
             CalibrationError: The example is not a batch.
         """
         model = unwrapped(model)
@@ -102,23 +107,22 @@ class Trace:
             _values_in_what_is_kept(model, inputs),
         ):
             try:
-                program = _exported(working_copy(model), inputs, called)
+                graph, parameters = _flat_graph(_exported(working_copy(model), inputs, called))
             except Exception as error:  # the user's forward and torch.export may raise anything
                 if out_of_memory(error):
                     raise
                 obstacle = _why_not_traced(model, inputs, error)
                 called.clear()
-                try:  # with values, some of which the forward may change: not those of the model
-                    with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
-                        program = _exported(deep_copy(model).eval(), inputs, called)
+                try:
+                    graph, parameters = recorded(model, inputs, called)
                 except Exception:  # noqa: BLE001 - the first error is the clearest
                     raise GraphError(obstacle) from error
-        graph, parameters = _flat_graph(program)
         output = next(node for node in graph.nodes if node.op == "output")
         nodes = tuple(node for node in graph.nodes if node.op == "call_function")
         first: dict[int, str] = {}
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
+        called = {aliases[name] for name in called}
         return cls(
             model,
             dict(model.named_modules()),
@@ -126,7 +130,9 @@ class Trace:
             nodes,
             frozenset(output.all_input_nodes),
             obstacle,
-            _owners_by_weight(model, aliases, nodes, parameters, {aliases[name] for name in called}),
+            {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called),
+            parameters,
+            frozenset(called),
         )
 
     def module_names(self, node: fx.Node) -> list[str]:
@@ -142,7 +148,7 @@ class Trace:
     def layer_nodes(self) -> Iterator[tuple[str, fx.Node]]:
         """Yield (qualified name, node) for every call of a conv or dense module, in order."""
         for node in self.nodes:
-            if is_layer(node):
+            if is_layer(node) and "val" in node.meta:  # what raised an exception has no value
                 name = self.owner(node)
                 if name in self.modules and layer_kind(self.modules[name]):
                     yield name, node
@@ -160,11 +166,26 @@ class Trace:
 
     def reaches_output(self, start: fx.Node) -> bool:
         """Return whether a path leads to the model's output with no hidden activation and no other layer on it."""
+        reached = self.downstream(start, _keeps_outputs)
+        return any(node in self.outputs and (node is start or _keeps_outputs(node)) for node in reached)
 
-        def passes(node: fx.Node) -> bool:
-            return not is_layer(node) and not has_role(node, Role.ACTIVATION, Role.GATING)
+    def leaves_recording(self, start: fx.Node) -> bool:
+        """Return whether nothing is known to read a node's values that makes its layer a hidden one.
 
-        return any(node in self.outputs and (node is start or passes(node)) for node in self.downstream(start, passes))
+        A recording does not show what happens to values outside of PyTorch, as in NumPy: they may become an output.
+        """
+        reached = self.downstream(start, _keeps_outputs)
+        return bool(self.obstacle) and all(node is start or _keeps_outputs(node) for node in reached)
+
+    def reads_weights_of(self, name: str) -> bool:
+        """Return whether an operation that is no call of a layer reads the weight of a module."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {id(each) for each in self.modules[name].parameters(recurse=False) if each.ndim > 1}
+        layers = {node for _, node in self.layer_nodes()}
+        return any(
+            id(named.get(parameter)) in own and not layers.issuperset(node.users)
+            for node, parameter in self.parameters.items()
+        )
 
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
@@ -241,6 +262,11 @@ class Trace:
         inside = [names for names in map(self.module_names, self.nodes) if children & set(names)]
         # torch.fx leaves the model itself out of the names.
         return bool(inside) and all(parent in names or not parent for names in inside)
+
+
+def _keeps_outputs(node: fx.Node) -> bool:
+    """Return whether a layer before this operation may still be an output layer."""
+    return not is_layer(node) and not has_role(node, Role.ACTIVATION, Role.GATING)
 
 
 @contextmanager
@@ -403,7 +429,7 @@ _LOGGERS = (
 
 
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
-    name, cause = type(model).__name__, first_line(error).rstrip(".")
+    name, cause = type(model).__name__, first_line(error).rstrip(".:")
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode():
             inputs.run(working_copy(model))

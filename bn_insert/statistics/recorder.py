@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, GraphError, as_passed
+from ..graph.compiled import uncompiled
 from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs
 from ..support.arguments import is_number
@@ -121,6 +122,7 @@ class Recorder:
         with ExitStack() as stack:
             passes = _Passes(network, self, stack.enter_context(protected_passes(network)))
             stack.enter_context(under_autocast(network, autocast))
+            stack.enter_context(uncompiled())
 
             def run(batch: Batch) -> None:
                 try:

@@ -94,7 +94,8 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
 def edges_in(trace: Trace, sites: Sequence[Site]) -> list[Edge]:
     """Return what `find_edges` returns, for a model that is already traced."""
     if trace.obstacle:
-        return [Edge(site.name, reason="what reads its values depends on the values of the input") for site in sites]
+        reason = "torch.export cannot trace the forward, so what may read its values is not known"
+        return [Edge(site.name, reason=reason) for site in sites]
     return [_edge(trace, site) for site in sites]
 
 

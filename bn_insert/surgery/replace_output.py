@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from ..errors import TrainingError, as_passed
 from ..graph.copies import unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs
 from ..graph.layers import NormalizedLayer, layer_kind, outputs_of
+from ..graph.outputs import tensors_of
 from ..statistics.passes import preserved_random_state
 from .history import WIDEST_HEAD, History, RemovedBatchNorms, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import inserted_batchnorms, splice_over
@@ -362,7 +362,7 @@ def _run(
             outputs = Inputs.of(example, 0, network).run(network)
     except Exception:  # noqa: BLE001 - whatever it is, training raises it again, with its context
         return None
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_of(outputs)
     return _Run(tensors[0], tuple(called), sums) if tensors else None
 
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..graph.copies import unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs
+from ..graph.outputs import tensors_of
 from ..statistics.passes import preserved_random_state
 from ..support.processes import on_every_rank
 from ..support.text import first_line, listed
@@ -128,12 +128,12 @@ def _run_counting(inputs: Inputs, network: nn.Module, names: Iterable[str]) -> t
 
 def _rounding(model: nn.Module, outputs: Any) -> float:
     """Return the relative distance of neighbouring numbers in the coarsest dtype of the parameters and outputs."""
-    tensors = [*model.parameters(), *(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))]
+    tensors = [*model.parameters(), *tensors_of(outputs)]
     return max((torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()), default=0.0)
 
 
 def _same_outputs(expected: Any, actual: Any, largest: float) -> bool:
-    pairs = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (expected, actual)]
+    pairs = tensors_of(expected), tensors_of(actual)
     if len(pairs[0]) != len(pairs[1]):
         return False
     for first, second in zip(*pairs, strict=True):

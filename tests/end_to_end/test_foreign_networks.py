@@ -178,10 +178,9 @@ def test_a_weight_that_a_function_uses_is_not_taken_for_a_call_of_its_layer() ->
             return self.head(F.relu(F.conv2d(x, self.conv.weight, self.conv.bias)))
 
     model = randomised(Functional())
-    assert [(layer.name, layer.reason) for layer in survey(model, images(2, 8))] == [
-        ("head", "output layer"),
-        ("conv", "never called in a forward pass"),
-    ]
+    head, conv = survey(model, images(2, 8))
+    assert (head.name, head.reason) == ("head", "output layer")
+    assert conv.name == "conv" and conv.reason.startswith("its weight is used, but not by a module call: ")
     with pytest.warns(UserWarning, match=r"not modules of torch.nn, .*: the model \(Functional\)"):
         insert_batchnorm(model, [images(2, 8)])
 
@@ -221,7 +220,7 @@ def test_a_network_that_decides_by_values_is_inserted_into_but_neither_equalized
     insertion = insert(model, [x, images(4, 16, seed=3)], equalize=True)
     assert [site.name for site in insertion.sites] == ["conv1", "conv2"]
     assert all(moments.count == 8 * size**2 for moments, size in zip(insertion.moments.values(), (14, 12), strict=True))
-    assert all(edge.reason == "what reads its values depends on the values of the input" for edge in insertion.edges)
+    assert all("cannot trace the forward" in edge.reason for edge in insertion.edges)
     assert compare_outputs(model, insertion.model, [x]).bit_identical
     with pytest.raises(GraphError, match="cannot trace DecidesByValues"):
         fold(insertion.model, x)

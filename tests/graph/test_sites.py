@@ -372,26 +372,81 @@ def test_a_model_without_layers_has_no_sites() -> None:
     assert survey(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2, 8)) == []
 
 
-class ComputesInNumpy(nn.Module):
-    """A forward that leaves PyTorch, which no trace can follow."""
+class Marked(Tensor):
+    """A class of tensors."""
+
+
+class OfAnotherClass(nn.Module):
+    """A forward with tensors of a class of its own, which no trace can follow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * float(x.numpy().max())
+        return self.conv(x.as_subclass(Marked))
 
 
 def test_a_model_that_cannot_be_traced_is_a_graph_error_with_class_shape_and_way_out() -> None:
     with pytest.raises(GraphError) as caught:
-        find_sites(ComputesInNumpy(), images(2, 8))
+        find_sites(OfAnotherClass(), images(2, 8))
     message = str(caught.value)
-    assert message.startswith("torch.export cannot trace ComputesInNumpy for an input of shape (2, 3, 8, 8): ")
+    assert message.startswith("torch.export cannot trace OfAnotherClass for an input of shape (2, 3, 8, 8): ")
     assert message.endswith(". Pass a submodule that contains the layers and has no such code in its forward")
-    assert "test_sites.py:" in message and "return self.conv(x) * float(x.numpy().max())" in message
+    assert "test_sites.py:" in message and "return self.conv(x.as_subclass(Marked))" in message
     assert "\n" not in message
     assert caught.value.__cause__ is not None
+
+
+class OwnCall(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x) * 2
+
+
+class Unfolding(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.weight.flatten(1) @ F.unfold(x, self.kernel_size)
+        return columns.unflatten(2, (x.shape[2] - 2, x.shape[3] - 2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "run", "reason"),
+    [
+        (nn.Conv2d, lambda layer, x: layer.forward(x), "its weight is used, but not by a module call"),
+        (nn.Conv2d, lambda layer, x: F.conv2d(x, layer.weight * 2), "its weight is used, but not by a module call"),
+        (OwnCall, lambda layer, x: layer(x), "its weight is used, but not by a module call"),
+        (Unfolding, lambda layer, x: layer(x), "called, but the trace shows no conv or dense operation of it"),
+        (nn.Conv2d, lambda _, x: x[:, :, 1:-1, 1:-1], "never called in a forward pass"),
+    ],
+    ids=["forward", "function", "own __call__", "other operations", "never"],
+)
+def test_the_reason_for_a_layer_that_is_not_called_as_a_module_says_what_is_true(
+    layer: type[nn.Conv2d], run: Callable[[nn.Module, Tensor], Tensor], reason: str
+) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.conv, self.head = layer(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.conv(F.relu(run(self.layer, x)))))
+
+    found = reasons(survey(randomised(Network()), images(2, 8)))
+    assert found["layer"].partition(":")[0] == reason
+    assert found == found | {"conv": "", "head": "output layer"}
+
+
+def test_a_layer_that_shares_the_weight_of_one_that_is_called_is_never_called() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.spare, self.head = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 1)
+            self.spare.weight = self.conv.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.conv(x)))
+
+    assert reasons(survey(randomised(Tied()), images(2, 8)))["spare"] == "never called in a forward pass"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Code that torch.compile has compiled, inside of a model."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+_lock = threading.Lock()
+_inside = 0
+_outermost = ExitStack()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run modules and functions that torch.compile has compiled as they were written.
+
+    Compiling them anew, with the hooks and modes of a pass, takes long where it does not fail. A model that is compiled
+    as a whole is unwrapped before. PyTorch's setting is one for all threads: the last to leave restores it.
+    """
+    global _inside  # noqa: PLW0603 - as the setting is
+    with _lock:
+        _inside += 1
+        # Without this module, which takes a second to import, nothing is compiled.
+        if _inside == 1 and "torch._dynamo" in sys.modules:
+            _outermost.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _outermost.close()

@@ -1,0 +1,90 @@
+"""What a model takes: the parameters of its forward, or of its class's own `__call__`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bn_insert import GraphError, forward_inputs, insert
+from support.idioms import traced_by_fx
+from support.networks import images, randomised
+
+
+class TwoConvs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mask, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def run(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.head((F.relu(self.conv(image)) + F.relu(self.mask(mask))).mean((2, 3)))
+
+
+class CallTakesTwo(TwoConvs):
+    """No forward at all."""
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.run(image, mask)
+
+
+class CallTakesMore(TwoConvs):
+    """A forward that takes less than `__call__`."""
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.run(image * 2, mask)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.run(image, image[:, :1])
+
+
+class ForwardIsNone(TwoConvs):
+    forward = None
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.run(image, mask)
+
+
+class PassesOn(TwoConvs):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return super().__call__(*args, **options)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.run(image, mask)
+
+
+@pytest.mark.parametrize("kind", [CallTakesTwo, CallTakesMore, ForwardIsNone, PassesOn])
+@pytest.mark.parametrize("named", [False, True], ids=["tuples", "dicts"])
+def test_the_inputs_of_a_class_with_its_own_call_are_those_of_its_call(
+    kind: Callable[[], nn.Module], named: bool
+) -> None:
+    model, pairs = (
+        randomised(kind()),
+        [(images(4, 8, seed=seed), images(4, 8, seed=seed, channels=1)) for seed in (1, 2)],
+    )
+    assert forward_inputs(model).names == ("image", "mask")
+    batches = [dict(zip(("image", "mask"), pair, strict=True)) for pair in pairs] if named else pairs
+    insertion = insert(model, batches)
+    assert [site.name for site in insertion.sites] == ["conv", "mask"] and not insertion.fault
+    assert torch.equal(insertion.model(*pairs[0]), model(*pairs[0]))
+
+
+def test_a_call_that_passes_everything_on_has_the_inputs_of_the_forward() -> None:
+    assert forward_inputs(traced_by_fx()).names == ("input",)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "the model is None"),
+        ("vgg16.pth", "the model is a path, 'vgg16.pth'"),
+        ({"weight": torch.ones(1)}, "the model is a dict, perhaps a state dict"),
+        (nn.Linear, "the model is Linear, which is not a torch.nn.Module; if it builds one, call it"),
+        (type("NoForward", (nn.Module,), {"forward": None})(), "NoForward has no forward, but None in its place"),
+    ],
+    ids=["None", "path", "dict", "class", "no forward"],
+)
+def test_what_is_no_model_is_a_graph_error_with_the_way_out(model: Any, message: str) -> None:
+    with pytest.raises(GraphError, match=f"^{message}"):
+        forward_inputs(model)
