@@ -29,6 +29,7 @@ from .settings import HEADER_KEY, METADATA_KEY, Settings
 from .state_dict import independent, is_plain
 
 _SUFFIXES = (".pth", ".pt", ".safetensors")
+_ENDING = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
 
 
 def save_checkpoint(
@@ -156,9 +157,9 @@ def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[Str
     """
     check_flags(CheckpointError, overwrite=overwrite)
     if not isinstance(path, str | PathLike):
-        raise CheckpointError(f"the path is {path!r:.40}; pass the name of a file that ends in {', '.join(_SUFFIXES)}")
+        raise CheckpointError(f"the path is {path!r:.40}; pass the name of a file that ends in {_ENDING}")
     if _suffix(path) not in _SUFFIXES:
-        raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {', '.join(_SUFFIXES)}")
+        raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {_ENDING}")
     check_writable(path, overwrite=overwrite, inputs=inputs)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ImageError
 from ..support.near_names import missing_folder
-from ..support.text import listed, printable
+from ..support.text import counted, listed, printable
 from .batch_interface import Unreadable
 from .image_batches import ImageReader
 from .image_files import find_images
@@ -156,7 +156,8 @@ def _classes_in(folder: Path) -> tuple[list[str], list[str]]:
             raise ImageError(f"{folder} has no folder {name}/{_parent_meant(folder)}; {_LAYOUT}")
     classes = class_names(folder / "train")
     if len(classes) < 2:
-        raise ImageError(f"{folder / 'train'} has {len(classes)} class folders, but at least 2 are needed; {_LAYOUT}")
+        found = counted(len(classes), "class folder")
+        raise ImageError(f"{folder / 'train'} has {found}, but at least 2 are needed; {_LAYOUT}")
     in_val = class_names(folder / "val")
     if not in_val:
         raise ImageError(f"{folder / 'val'} has no class folders; {_LAYOUT}")

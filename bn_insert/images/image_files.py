@@ -66,7 +66,10 @@ def find_images(folder: str | Path) -> list[Path]:
     files = list(_visible_files(folder))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        found = f"none of the {len(files)} files in it, subfolders included, ends" if files else "no file in it ends"
+        found = "no file in it ends"
+        if files:
+            none = "the only file" if len(files) == 1 else f"none of the {len(files)} files"
+            found = f"{none} in it, subfolders included, {'does not end' if len(files) == 1 else 'ends'}"
         raise ImageError(f"{folder} contains no image: {found} in {', '.join(IMAGE_SUFFIXES)}")
     return sorted(images, key=lambda path: path.parts)
 

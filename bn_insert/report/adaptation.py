@@ -97,12 +97,12 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
 
 def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdict:
     if _hardly_moved(shifts):
-        text = "Nothing was adapted: the target has the statistics of the source, so that there is nothing to gain."
+        text = "Nothing was adapted: the target has the statistics of the source, so there is nothing to gain."
         return Verdict("check", "Statistics", text)
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
     text = (
         f"Nothing was adapted: the means of a layer differ by {farthest['mean_size']:.2g} standard deviations "
-        f"({farthest['layer']}), which chance may cause with {counted(target_images, 'target image')}. Use more"
+        f"({farthest['layer']}), which may be due to chance with {counted(target_images, 'target image')}. Use more"
     )
     if target_images > 1:  # one alone has no variance after dense layers
         text += f", or {as_passed('shrink', False, '--no-shrink')} to take their statistics as they are"
@@ -135,9 +135,9 @@ def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
         text += f" On source images, the mean entropy of the original's predictions is {source:.2g}."
     if _undecided(predictions) and not predictions["per_class"]:
         text += (
-            f" It is rarely certain of a class (guessing among {predictions['classes']} has "
-            f"{math.log(predictions['classes']):.2g}): the target images may belong to a different task, or be "
-            "preprocessed differently from the images that the network was trained on. Check that they show the "
+            f" It is rarely certain of a class (guessing among {predictions['classes']} classes "
+            f"has {math.log(predictions['classes']):.2g} nats): the target images may belong to a different task, or "
+            "be preprocessed differently from the images that the network was trained on. Check that they show the "
             f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
@@ -180,10 +180,10 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
     elif after < before - hardly:
         guess, good = f"probably better than before, {because}", True
     elif after > before + hardly:
-        guess = f"perhaps worse than before, {because}, as it does if the target lacks some of the classes"
+        guess = f"perhaps worse than before, {because}, as also happens if the target lacks some of the classes"
     elif predictions["agreement"] < _MOSTLY:
         changed = 1 - predictions["agreement"]
-        guess = f"{changed:.1%} of the predictions changed, but hardly the entropy, so that it may be better or worse"
+        guess = f"{changed:.1%} of the predictions changed, but the entropy hardly did: it may be better or worse"
     else:
         guess = "probably as before, because neither the predictions nor the entropy changed much"
     labels = as_passed(
@@ -216,7 +216,7 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
     guess = 1 / classes
     if max(before, after) < _HARDLY_ABOVE_GUESSING * guess:
         text += (
-            f" Neither is much above a guess among {classes} classes ({guess:.1%}). Check {_preprocessing()}, "
+            f" Neither is much better than guessing among {classes} classes ({guess:.1%}). Check {_preprocessing()}, "
             "and that the folders are the network's classes."
         )
         return Verdict("bad", "Accuracy", text)

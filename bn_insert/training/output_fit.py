@@ -43,14 +43,14 @@ def fit_output(
     can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054). The fit is logistic
     regression with an L2 penalty on the weights, by L-BFGS. Features are normalized as in training, by the statistics
     of their batch, so use batches of the size that you train with. Of the penalties, the one with the lowest loss on
-    the validation images is chosen, with the dropout of training, which large weights would not get along with. No
+    the validation images is chosen, with the dropout of training, which large weights do not tolerate. No
     other layer is changed, and no running statistics.
 
     In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
     be empty.
 
     A batch of one image is left out if a BatchNorm would have to normalize by it. Batches that are sorted by class
-    bring about a warning: BatchNorm would normalize them by the statistics of one class.
+    cause a warning: BatchNorm would normalize them by the statistics of one class.
 
     Args:
         model: A classifier, such as one whose output layer `replace_output` has replaced.
@@ -126,7 +126,7 @@ def fit_layer(
     ranks = Ranks.current()
     found, *_ = on_every_rank(lambda: fit() if ranks.first else None)
     if found is None:
-        return f"no fit has a lower validation loss than guessing among {layer.out_features} classes"
+        return "no fit did better than chance on the validation images"
     with torch.no_grad():
         layer.weight.copy_(found.weight)
         if layer.bias is not None:
@@ -244,9 +244,9 @@ def _warn_if_sorted(labels: Int64[Tensor, " images"], sizes: Sequence[int]) -> N
     expected = sum(float((1 - (1 - fractions) ** size).sum()) for size in sizes)
     if found < _SORTED * expected:
         warnings.warn(
-            f"the batches are sorted by class: {found / len(sizes):.1f} classes in a batch on average, and "
-            f"{expected / len(sizes):.1f} if they were in random order. BatchNorm normalizes them by the statistics of "
-            "their classes, so that fitting and training fail; shuffle the images: DataLoader(..., shuffle=True)",
+            f"the batches are sorted by class: {found / len(sizes):.1f} classes in a batch on average, instead of "
+            f"{expected / len(sizes):.1f} in random order. BatchNorm normalizes them by the statistics of their "
+            "classes, so fitting and training fail; shuffle the images: DataLoader(..., shuffle=True)",
             stacklevel=5,
         )
 

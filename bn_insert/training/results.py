@@ -221,5 +221,5 @@ class RunFolder:
                 write_report(self._folder / name, data, overwrite=True)
                 written.append(name)
         except CheckpointError as error:  # the run itself is saved, and worth more
-            warnings.warn(f"{error}; all else is saved, and training continues", stacklevel=2)
+            warnings.warn(f"{error}; everything else is saved, and training continues", stacklevel=2)
         return written

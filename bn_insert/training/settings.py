@@ -50,13 +50,13 @@ class TrainingSettings:
         amp: Train under bfloat16 autocast.
         sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
             device, otherwise on GPUs only.
-        batchnorm: What BatchNorms do in training; see `set_batchnorm_mode`. With None, `finetune` uses "renorm" for
-            batches of fewer than 8 images, which are too few to normalize by, and "train" for others, for a new head
-            and for BatchNorms without running statistics.
+        batchnorm: How BatchNorm layers behave in training; see `set_batchnorm_mode`. With None, `finetune` uses
+            "renorm" for batches of fewer than 8 images, which are too few to normalize by, and "train" for others, for
+            a new head and for BatchNorms without running statistics.
         renorm_r_max: With `batchnorm` "renorm", the limit of r in every step, see `BatchRenorm2d`; `math.inf` for no
             limit. With None for this and for `renorm_d_max`, a `RenormScheduler` sets both.
         renorm_d_max: The same for d.
-        train: What is trained: "all" parameters; "batchnorm", gamma and beta of every BatchNorm and the head, for which
+        train: Parameters to train: "all"; "batchnorm", gamma and beta of every BatchNorm and the head, for which
             no gradients of other weights are computed (Frankle et al., 2021, arXiv:2003.00152); or the "head" alone,
             while BatchNorm outside of it is frozen. The head is the output layer, or the new head of `head`.
         head: Width of a new head that replaces the dense layers, see `replace_head`; None keeps them, and replaces the

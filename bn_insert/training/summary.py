@@ -131,7 +131,7 @@ def _output(model: nn.Module, output: OutputLayer, network: nn.Module, settings:
         return f"{output.name}, with {classes} classes as in the checkpoint"
     replaced = f"{output.name} replaced, {output.outputs} to {classes} classes"
     if _batchnorms(network) < _batchnorms(model):
-        replaced += ", and the BatchNorm behind it removed"
+        replaced += ", and the BatchNorm after it removed"
     layer = model.get_submodule(output.name)
     size = _size_of_inputs(model, layer)
     if size > _LARGE_INPUTS:

@@ -60,7 +60,7 @@ class TensorBoard:
     def _fail(self, error: OSError) -> None:
         self._failed = True
         warnings.warn(
-            f"cannot write {self.folder}: {error.strerror or error}; all else is saved, and training continues",
+            f"cannot write {self.folder}: {error.strerror or error}; everything else is saved, and training continues",
             stacklevel=2,
         )
 

@@ -70,13 +70,12 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     ],
     output: opt.Output,
     keep_batchnorm: Annotated[
-        bool, typer.Option("--keep-batchnorm", help="Leave the inserted BatchNorm layers in, to fine-tune from there.")
+        bool, typer.Option("--keep-batchnorm", help="Keep the inserted BatchNorm layers, to fine-tune the result.")
     ] = False,
     shrink: Annotated[
         bool,
         typer.Option(
-            help="Move statistics only to the extent that the difference exceeds sampling error; matters when there "
-            "are few images."
+            help="Move statistics only as far as the difference exceeds sampling error; this matters with few images."
         ),
     ] = True,
     model: opt.Model = None,
@@ -213,7 +212,7 @@ def _warn_of_other_architecture(adaptation: Adaptation[Any], output: Path) -> No
     if adaptation.left:
         print_warning(
             f"{counted(len(adaptation.left), 'inserted BatchNorm layer')} could not be folded ({adaptation.left[0]}), "
-            f"so that {output} has keys that the original does not have."
+            f"so {output} has keys that the original does not have."
         )
     warn_of_untied(adaptation.untied, output)
 
@@ -223,7 +222,7 @@ def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float 
     if not adaptation.insertion:
         return
     if nothing := adaptation.insertion.nothing:
-        print_note(f"No BatchNorm was inserted, so that SOURCE only serves to judge the result: {nothing}.")
+        print_note(f"No BatchNorm was inserted, so SOURCE is used only to judge the result: {nothing}.")
     warn_of_other_layers(adaptation.insertion)
     batches = -(-adaptation.source_images // batch_size)
     note_calibration(adaptation.insertion.moments, adaptation.source_images, tolerance, batches, trainable=False)
@@ -351,16 +350,16 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
         reason = f"{source.format(len(classes))}, and the network has {outputs} classes"
     elif len(unknown) == len(folders):
         reason = (
-            f"the folders of {folder} ({listed(folders, _NAMES_SHOWN)}) are not named for the classes that the "
-            f"checkpoint stores ({listed(classes, _NAMES_SHOWN)})"
+            f"the folders of {folder} ({listed(folders, _NAMES_SHOWN)}) do not match the class names stored in the "
+            f"checkpoint ({listed(classes, _NAMES_SHOWN)})"
         )
     if reason:
         print_note(f"The accuracy was not measured: {reason}.")
         return ()
     if unknown:
         print_warning(
-            f"Folders of {folder} that are not classes of the checkpoint ({listed(classes, _NAMES_SHOWN)}) do not "
-            f"count in the accuracy: {listed(unknown, _NAMES_SHOWN)}."
+            f"Folders of {folder} that are not classes of the checkpoint ({listed(classes, _NAMES_SHOWN)}) are not "
+            f"counted in the accuracy: {listed(unknown, _NAMES_SHOWN)}."
         )
     return classes
 

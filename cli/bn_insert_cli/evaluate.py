@@ -105,7 +105,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     print_note(f"Images: {batches.images:,} from {batches.folder}.")
     if batches.folder.resolve().name == "val":
-        print_note("These are validation images: if they chose the checkpoint, its accuracy on others is lower.")
+        print_note("If these images were used to select the checkpoint, expect lower accuracy on new images.")
     if not classes:
         print_note(
             f"The checkpoint stores no class names: the {len(batches.classes)} folders, sorted by name, are assumed to "
@@ -125,6 +125,6 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     print_table(class_table(evaluation))
     found = f"Accuracy {evaluation.accuracy:.2%} on {evaluation.images:,} images, loss {evaluation.loss:.4f}."
     if not finite:
-        print_result(f"{found} Outputs are not finite, and neither figure means anything.", good=False)
+        print_result(f"{found} Outputs are not finite, so neither figure is meaningful.", good=False)
         raise typer.Exit(CHECK_FAILED)
     print_result(found + (f" Wrote {confusion}." if confusion else ""))

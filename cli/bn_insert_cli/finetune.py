@@ -57,7 +57,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         int | None,
         typer.Option(
             min=1,
-            help="Passes over the training images; can be changed when resuming. [default: 10, or those of the "
+            help="Passes over the training images; can be changed when resuming. [default: 10, or that of the "
             "resumed run]",
         ),
     ] = None,
@@ -156,8 +156,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         Literal["all", "batchnorm", "head"],
         typer.Option(
             metavar="WHAT",
-            help="What is trained. all: everything; batchnorm: gamma and beta of BatchNorm, and the head; head: the "
-            "head alone.",
+            help="Parameters to train. all: every parameter; batchnorm: gamma and beta of BatchNorm, and the head; "
+            "head: the head alone.",
             rich_help_panel=_NETWORK,
         ),
     ] = "all",
@@ -172,8 +172,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     fit_output: Annotated[
         bool,
         typer.Option(
-            help="Fit a new output layer, or one that is little better than guessing, before anything is trained; the "
-            "output layer of a new head is not fitted.",
+            help="Fit a new output layer, or one that is little better than guessing, before training; the output "
+            "layer of a new head is not fitted.",
             rich_help_panel=_NETWORK,
         ),
     ] = True,
@@ -181,9 +181,10 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         Literal["train", "renorm", "freeze-statistics", "freeze"] | None,
         typer.Option(
             metavar="MODE",
-            help="What BatchNorms do in training. train: normalize by the batch; renorm: Batch Renormalization, for "
-            "small batches; freeze-statistics: keep running statistics fixed, train gamma and beta; freeze: keep all "
-            "of these fixed. [default: renorm with batches of fewer than 8 images, otherwise train]",
+            help="How BatchNorm layers behave in training. train: normalize by the batch; renorm: Batch "
+            "Renormalization, for small batches; freeze-statistics: keep running statistics fixed, train gamma and "
+            "beta; freeze: keep all of these fixed. [default: renorm with batches of fewer than 8 images, otherwise "
+            "train]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -213,7 +214,13 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = True,
     freeze_features: Annotated[
-        bool, typer.Option("--freeze-features", help="Train the classifier only.", rich_help_panel=_NETWORK)
+        bool,
+        typer.Option(
+            "--freeze-features",
+            help="Train only the module classifier: all dense layers of a VGG. --train head trains the output layer "
+            "alone.",
+            rich_help_panel=_NETWORK,
+        ),
     ] = False,
     dropout: Annotated[
         float | None,
@@ -240,7 +247,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Train a checkpoint on labeled images; its output layer is replaced if the number of classes differs.
 
-    The output directory gets the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png,
+    The output directory contains the best and the last checkpoint (best.pth, last.pth), metrics.csv, curves.png,
     classes.txt, report.html (with its data, report.json), and state.pth, from which --resume continues. `bn-insert
     report` compares several runs. Ctrl-C finishes the current step and saves; press it again to stop immediately.
     With several processes: `torchrun --nproc-per-node 2 -m bn_insert finetune CHECKPOINT DATA --output-dir DIR`.

@@ -43,7 +43,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     inserted_only: Annotated[
         bool,
         typer.Option(
-            "--inserted-only", help="Fold only what bn-insert inserted, and leave the original BatchNorms in place."
+            "--inserted-only",
+            help="Fold only the BatchNorm layers that bn-insert inserted, and leave the original ones in place.",
         ),
     ] = False,
     model: opt.Model = None,
@@ -63,8 +64,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> None:
     """Fold every BatchNorm into its conv or dense layer; the outputs stay the same.
 
-    The inverse of `insert`, before or after fine-tuning. The result is checked against the original before
-    anything is written; if the outputs differ by more than --atol or --rtol allows, nothing is written and the exit
+    The inverse of `insert`, before or after fine-tuning. Before anything is written, the result is checked
+    against the original; if the outputs differ by more than --atol or --rtol allows, nothing is written and the exit
     code is 1.
 
     Example: `bn-insert fold vgg16-bn.pth -o vgg16-folded.pth`
@@ -87,7 +88,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     stored = transform_to_store(transform, origin, images_from)
     inputs: list[Any]
     if images_from is None:
-        check_one_input(network, "pass a file with a dict of tensors by their names as IMAGES")
+        check_one_input(network, "pass a file with a dict of named tensors as IMAGES")
         stored_shape = settings.input_shape if settings else ()
         shape = input_shape(network, image_side=side_of(transform) if stored else None, stored=stored_shape)
         count = CHECK_IMAGES if len(shape) < 4 else CHECK_VOLUMES
@@ -126,6 +127,6 @@ def _inserted(network: nn.Module, checkpoint: str) -> list[str]:
     if names := inserted_batchnorms(network):
         return names
     raise GraphError(
-        f"the history of changes that {checkpoint} stores knows of no BatchNorm that bn-insert inserted (see bn-insert "
-        "inspect); without --inserted-only, all are folded; nothing was written"
+        f"according to its history, {checkpoint} contains no BatchNorm inserted by bn-insert (see bn-insert inspect); "
+        "without --inserted-only, all are folded; nothing was written"
     )

@@ -90,7 +90,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
         Path | None,
         typer.Option(
             help="Write a report: a page (.html), or its data (.json). It also compares train mode with eval mode, on "
-            "64 images, or as many as can be done in a minute (at least 16).",
+            "up to 64 images: as many as can be processed in a minute, but at least 16.",
             metavar="FILE",
         ),
     ] = None,
@@ -98,9 +98,9 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
 ) -> str:
     """Insert BatchNorm after conv and dense layers without changing the outputs (bit-identical on a CPU).
 
-    The statistics of each layer are measured on the CALIBRATION images in one pass. The result is checked against the
-    original first; if the outputs differ by more than --atol or --rtol allows, nothing is written and the exit code is
-    1.
+    The statistics of each layer are measured on the CALIBRATION images in one pass. Before anything is written, the
+    result is checked against the original; if the outputs differ by more than --atol or --rtol allows, nothing is
+    written and the exit code is 1.
 
     Example: `bn-insert insert vgg16.pth photographs/ -o vgg16-bn.pth`
 
@@ -223,7 +223,7 @@ def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
         old = f" ({', '.join(dropouts.values())} in {Path(checkpoint).name})" if renumbered else ""
         print_note(
             f"Dropout before BatchNorm: {', '.join(dropouts)}{old}. In training it makes the "
-            "variance larger than in evaluation, which spoils the statistics of the BatchNorm. finetune switches it "
+            "variance larger than in evaluation, which distorts the statistics of the BatchNorm. finetune switches it "
             "off; in your own training loop, set p of these layers to 0."
         )
 

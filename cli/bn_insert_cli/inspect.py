@@ -39,8 +39,8 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         int | None,
         typer.Option(
             min=1,
-            help="Side of the input images, which determines output shapes. [default: the checkpoint's, or else 224 if "
-            "the network runs on it]",
+            help="Side of the input images, which determines output shapes. [default: the checkpoint's, or 224, or "
+            "another common size if the network does not run on that]",
         ),
     ] = None,
     as_json: opt.Json = False,

@@ -102,7 +102,7 @@ def note_calibration(
         harmless = (
             " This does not change the outputs, and `finetune` re-estimates the running statistics anyway."
             if trainable
-            else " Adapting usually works in spite of it."
+            else " Adapting usually works anyway."
         )
         source = "" if trainable else " on source images"
         print_note(

@@ -778,8 +778,8 @@ def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "fragment"),
     [
-        ("network.onnx", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
-        ("network", "the name of a checkpoint must end in .pth, .pt, .safetensors"),
+        ("network.onnx", "the name of a checkpoint must end in .pth, .pt or .safetensors"),
+        ("network", "the name of a checkpoint must end in .pth, .pt or .safetensors"),
         ("missing/network.pth", "missing does not exist; create it first"),
         ("folder.pth", "folder.pth: it is a folder; name a file inside it"),
         ("file/network.pth", "Not a directory"),

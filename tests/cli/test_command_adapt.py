@@ -80,7 +80,7 @@ def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: 
     assert run("insert", network_path(), digits, "-o", "bn.pth", *AS_STORED).exit_code == 0
     result = run("adapt", "bn.pth", digits, dark, "-o", "out.pth")
     assert result.exit_code == 0, result.output
-    assert "No BatchNorm was inserted, so that SOURCE only serves to judge the result" in text_of(result.stderr)
+    assert "No BatchNorm was inserted, so SOURCE is used only to judge the result" in text_of(result.stderr)
 
 
 def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
@@ -115,10 +115,10 @@ def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run
     assert result.exit_code == 0, result.output
     assert re.search(r"^ *digit 9 +2 +100.0% +100.0%", result.stdout, re.MULTILINE), result.stdout
     assert re.search(r"^ *all +18 +100.0%", result.stdout, re.MULTILINE), result.stdout
-    assert "do not count in the accuracy: digit 0." in text_of(result.stderr)
+    assert "are not counted in the accuracy: digit 0." in text_of(result.stderr)
     other = run("adapt", "net.pth", digits, dark, "-o", "other.pth", "-j", 0)
     assert other.exit_code == 0, other.output
-    message = "dark (0, 1, 2, 3, 4 and 5 more) are not named for the classes that the checkpoint stores (digit 9, "
+    message = "dark (0, 1, 2, 3, 4 and 5 more) do not match the class names stored in the checkpoint (digit 9, "
     assert message in text_of(other.stderr)
     assert "Accuracy" not in other.stdout
 
@@ -127,7 +127,8 @@ def test_preprocessing_is_suspected_where_the_network_only_guesses(run: Run, dig
     result = run("adapt", network_path(), digits, digits, "-o", "out.pth", "-j", 0, "--mean", 30, "--std", 9)
     assert result.exit_code == 0, result.output
     message = (
-        "Neither is much above a guess among 10 classes (10.0%). Check the preprocessing (--resize, --crop, --mean"
+        "Neither is much better than guessing among 10 classes (10.0%). Check the preprocessing (--resize, --crop, "
+        "--mean"
     )
     assert message in text_of(result.stderr)
 
@@ -139,7 +140,7 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
     result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert "Skipped 19 unreadable files, the first: " in text_of(result.stderr)
-    assert "which chance may cause with 1 target image. Use more." in text_of(result.stderr)
+    assert "which may be due to chance with 1 target image. Use more." in text_of(result.stderr)
     assert "Wrote out.pth: nothing was adapted." in result.stdout
     assert run("compare", network_path(), "out.pth", digits, *AS_STORED).exit_code == 0
     first.write_bytes(b"")

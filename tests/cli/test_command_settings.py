@@ -83,7 +83,7 @@ def test_what_was_inserted_is_folded_alone_on_request(run: Run) -> None:
     assert "Wrote folded.pth: 1 BatchNorm layer folded, 1 left in place." in result.stdout
     assert torch.load("folded.pth").keys() == torch.load("net.pth").keys()
     refused = run("fold", "net.pth", "x.pt", "-o", "all.pth", "--inserted-only")
-    assert_refused(refused, "net.pth stores knows of no BatchNorm that bn-insert inserted", "without --inserted-only")
+    assert_refused(refused, "net.pth contains no BatchNorm inserted by bn-insert", "without --inserted-only")
 
 
 def test_fold_without_batchnorm_says_nothing_of_a_check(run: Run) -> None:

@@ -109,8 +109,9 @@ def test_what_is_no_folder_of_images_is_named_with_the_suffixes_looked_for(
     opener: Callable[[Path], object], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
     (tmp_path / "texts" / "sub").mkdir(parents=True)
-    for name in ("file.txt", "texts/a.txt", "texts/sub/b.txt"):
+    for name in ("file.txt", "text/a.txt", "texts/a.txt", "texts/sub/b.txt"):
         (tmp_path / name).touch()
     suffixes = r".*\.avif, \.bmp, .*\.jpeg, .*\.webp"
     with pytest.raises(ImageError, match=rf"missing does not exist; pass a folder of images{suffixes}"):
@@ -119,6 +120,8 @@ def test_what_is_no_folder_of_images_is_named_with_the_suffixes_looked_for(
         opener(tmp_path / "file.txt")
     with pytest.raises(ImageError, match=rf"empty contains no image: no file in it ends in{suffixes}"):
         opener(tmp_path / "empty")
+    with pytest.raises(ImageError, match=rf"text contains no image: the only file in it, .* does not end in{suffixes}"):
+        opener(tmp_path / "text")
     with pytest.raises(ImageError, match=rf"texts contains no image: none of the 2 files .* ends in{suffixes}"):
         opener(tmp_path / "texts")
 

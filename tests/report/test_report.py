@@ -62,7 +62,7 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
         (
             0.2,
             (0.1, 0.1),
-            "30.0% of the predictions changed, but hardly the entropy, so that it may be",
+            "30.0% of the predictions changed, but the entropy hardly did: it may be",
             "check",
         ),
         (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),

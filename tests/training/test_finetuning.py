@@ -601,7 +601,7 @@ def test_a_batchnorm_behind_the_output_layer_goes_with_the_old_classes(tmp_path:
     assert inserted_batchnorms(model) == ["0.1", "0.4", "2"]
     summaries: list[RunSummary] = []
     finetune(model, four, tmp_path / "run", BRIEF, on_start=summaries.append)
-    assert summaries[0].output == "1 replaced, 1000 to 4 classes, and the BatchNorm behind it removed"
+    assert summaries[0].output == "1 replaced, 1000 to 4 classes, and the BatchNorm after it removed"
     trained: Any = load_checkpoint(tmp_path / "run" / "best.pth", model=network_with_conv_output)
     assert inserted_batchnorms(trained) == ["0.1", "0.4"]
     assert trained(images[0]).shape == (8, 4)
@@ -786,7 +786,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bn_insert.report.page.page", fail)
-    with pytest.warns(UserWarning, match=r"report\.html: No space left on device; all else is saved"):
+    with pytest.warns(UserWarning, match=r"report\.html: No space left on device; everything else is saved"):
         result = finetune(network, digits, tmp_path, BRIEF)
     assert len(result.epochs) == 2
     assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.html"}
@@ -867,7 +867,7 @@ def spoil(folder: Path, how: str) -> None:
         ("a file", "data is not a folder"),
         ("train", "data has no folder train/; the layout is"),
         ("val", "data has no folder val/"),
-        ("one class", "train has 1 class folders, but at least 2 are needed"),
+        ("one class", "train has 1 class folder, but at least 2 are needed"),
         ("no val classes", "val has no class folders"),
         ("unknown class", "val has classes that .*train does not have: one"),
         ("train/1", "train/1 contains no image"),

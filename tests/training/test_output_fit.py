@@ -175,7 +175,7 @@ def test_batches_that_are_sorted_by_class_bring_about_a_warning(train: Batches, 
     images, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
     order = labels.argsort()
     by_class = list(zip(images[order].split(4), labels[order].split(4), strict=True))
-    message = "the batches are sorted by class: 1.0 classes in a batch on average, and 3.4 if they were in random order"
+    message = "the batches are sorted by class: 1.0 classes in a batch on average, instead of 3.4 in random order"
     with pytest.warns(UserWarning, match=message):
         fit_output(network, by_class, val)
     fit_output(new_network(), by_class, val)  # no BatchNorm, no warning

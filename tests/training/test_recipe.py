@@ -370,7 +370,7 @@ def test_a_run_whose_events_for_tensorboard_cannot_be_written_warns_once_and_goe
 ) -> None:
     monkeypatch.setattr("bn_insert.training.tensorboard.find_spec", lambda _name: object())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=FailingWriter))
-    with pytest.warns(UserWarning, match="tensorboard: No space left on device; all else is saved") as warned:
+    with pytest.warns(UserWarning, match="tensorboard: No space left on device; everything else is saved") as warned:
         result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), tensorboard=True)
     assert (len(warned), len(result.epochs)) == (1, 2)
     assert (tmp_path / "state.pth").exists()
