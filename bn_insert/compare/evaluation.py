@@ -252,7 +252,7 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
 def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Float64[Tensor, "images classes"]:
     """Return the logits of a batch, on the CPU: other devices lack float64."""
     with under_autocast(network, autocast):
-        logits = _first_output(network, batch.inputs)
+        logits = first_output(network, batch.inputs)
     if logits is None or logits.ndim != 2 or len(logits) != len(batch.inputs) or logits.shape[1] < 2:
         found = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
         raise CalibrationError(
@@ -262,25 +262,26 @@ def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> F
     return logits.cpu().double()
 
 
-def _first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
+def first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
     """Return the first tensor among the outputs.
 
     A single image whose batch axis squeeze() in the forward removes runs together with a copy of itself.
     """
     alone = len(inputs) == 1
     try:
-        output = _first_tensor(inputs.run(network))
+        output = first_tensor(inputs.run(network))
     except Exception:  # of any kind: a BatchNorm or a concatenation may miss the axis
         if not alone:
             raise
         output = None
     if alone and (output is None or output.ndim == 1):
-        pair = _first_tensor(inputs.mapped(lambda tensor: torch.cat([tensor, tensor])).run(network))
+        pair = first_tensor(inputs.mapped(lambda tensor: torch.cat([tensor, tensor])).run(network))
         return pair if pair is None else pair[:1]
     return output
 
 
-def _first_tensor(outputs: Any) -> Tensor | None:
+def first_tensor(outputs: Any) -> Tensor | None:
+    """Return the first tensor among the outputs of a network; None without any."""
     return next(iter(tensors_of(outputs)), None)
 
 

@@ -16,9 +16,9 @@ from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
 from ..errors import CalibrationError, as_passed, values_as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
-from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 from ..support.arguments import as_tuple, check_flags, is_whole
+from .evaluation import first_output, first_tensor
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -117,7 +117,9 @@ def train_mode_agreement(
 
     def run(batch: Batch) -> None:
         images = _only_tensor(batch.inputs)
-        logits = _logits(evaluated, images, "eval", batch)
+        with failures_named("the model in eval mode", batch), protected_parameters(evaluated):
+            outputs = first_output(evaluated, batch.inputs.mapped(torch.clone))  # it may change them in place
+        logits = _logits(outputs, "eval", batch)
         for total in totals:
             total.add(trained, images, logits)
 
@@ -243,8 +245,7 @@ class _Totals:
         for images, expected in zip(
             all_inputs[:full].split(self.size), all_logits[:full].split(self.size), strict=True
         ):
-            batch = f"a batch of shape {tuple(images.shape)}"
-            self._compare(expected, _logits(network, images, "train", batch))
+            self._compare(expected, _train_logits(network, images))
         self.waiting = [(all_inputs[full:], all_logits[full:])] if full < len(all_inputs) else []
 
     def _compare(self, expected: Tensor, actual: Tensor) -> None:
@@ -275,10 +276,24 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.cpu().double().movedim(1, -1).reshape(-1, logits.shape[1])
 
 
-def _logits(network: nn.Module, images: Tensor, mode: str, batch: object) -> Tensor:
-    with failures_named(f"the model in {mode} mode", batch), protected_parameters(network):
-        outputs = network(images.clone())  # it may change them in place
-    logits = next(iter(tensors_of(outputs)), None)
+def _train_logits(network: nn.Module, images: Tensor) -> Tensor:
+    batch = f"a batch of shape {tuple(images.shape)}"
+    try:
+        with failures_named("the model in train mode", batch), protected_parameters(network):
+            outputs = network(images.clone())
+        return _logits(first_tensor(outputs), "train", batch)
+    except CalibrationError as error:
+        if len(images) > 1:
+            raise
+        reason = "a BatchNorm gets a single value per channel, as behind dense layers"
+        if "more than 1 value per channel" not in str(error):  # a forward may squeeze() the batch axis away
+            reason = str(error)
+        raise CalibrationError(
+            f"train mode cannot run on one image: {reason}; use batch sizes of 2 or more ({as_passed('batch_sizes')})"
+        ) from error
+
+
+def _logits(logits: Tensor | None, mode: str, batch: object) -> Tensor:
     if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
         shape = "no tensor" if logits is None else f"the shape {tuple(logits.shape)}"
         raise CalibrationError(f"the model's output is {shape}, not logits of two or more classes in dimension 1")

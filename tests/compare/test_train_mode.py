@@ -41,6 +41,36 @@ def frozen() -> nn.Module:
     return model
 
 
+class Squeezing(nn.Module):
+    """Loses the batch axis of a single image behind its BatchNorm, or before it."""
+
+    def __init__(self, *, dense: bool) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)
+        self.norm = nn.BatchNorm1d(4) if dense else nn.BatchNorm2d(4)
+        self.output = nn.Linear(4, 3)
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = self.norm(self.pool(x).flatten(1)) if self.dense else self.pool(self.norm(x)).squeeze()
+        return self.output(x)
+
+
+def test_a_last_batch_of_one_image_may_lose_its_batch_axis_in_eval_mode() -> None:
+    model, x = Squeezing(dense=False).eval(), images(9)
+    assert train_mode_agreement(model, [x[:8], x[8:]], (3,)) == train_mode_agreement(model, [x[:7], x[7:]], (3,))
+
+
+@pytest.mark.parametrize(
+    ("dense", "reason"), [(False, "the model's output is the shape"), (True, "a BatchNorm gets a single value")]
+)
+def test_a_batch_size_of_one_that_the_network_cannot_be_trained_with_is_refused(*, dense: bool, reason: str) -> None:
+    wording = rf"^train mode cannot run on one image: {reason}.*; use batch sizes of 2 or more \(batch_sizes\)$"
+    with pytest.raises(CalibrationError, match=wording):
+        train_mode_agreement(Squeezing(dense=dense).eval(), [images(4)], (1,))
+
+
 def logits_in_train_mode(model: nn.Module, x: Tensor) -> Tensor:
     """By PyTorch's own train mode, in float64, on a copy whose dropout layers are gone."""
     network = copy.deepcopy(model).double().train()
@@ -199,7 +229,7 @@ def test_dense_prediction_counts_positions() -> None:
         (with_batchnorm, [images(4)], (), "pass one or more sizes"),
         (with_batchnorm, [images(4)], (4, 0), "pass one or more sizes of 1 or more"),
         (with_batchnorm, [images(2), images(2, size=40)], (4,), "(3, 32, 32) and (3, 40, 40) cannot be put into one"),
-        (with_batchnorm, [images(2)], (1,), "in train mode failed on a batch of shape (1, 3, 32, 32)"),
+        (with_batchnorm, [images(2)], (1,), "train mode cannot run on one image: a BatchNorm gets"),
         (with_batchnorm, [images(2, channels=4)], (2,), "in eval mode failed on batch 0 of shape (2, 4, 32, 32)"),
         (with_batchnorm, [images(2) * torch.inf], (2,), "logits are not finite in eval mode"),
         (lambda: nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1)), [images(2)], (2,), "two or more classes"),
