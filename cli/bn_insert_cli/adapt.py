@@ -36,6 +36,7 @@ from .output_checks import (
     check_files,
     compare_on_devices,
     note_calibration,
+    note_stored_preprocessing,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Adaptation, Comparison, PredictionComparison
-    from bn_insert.images import Batches
+    from bn_insert.images import Batches, Transform
 
 # Two networks run on them: enough for an entropy and an agreement. Labeled images are all used.
 UNLABELLED_IMAGES = 256
@@ -123,7 +124,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     from bn_insert import adapt as adapt_network  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
-    source_folder, target_folder = _source_and_target(images_from)
+    source_folder, target_folder, pictures = _source_and_target(images_from)
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
     check_files(output, checkpoint, images_from, report, overwrite=force)
     kinds, chosen = layer_kinds(layers), open_device(device)
@@ -135,7 +136,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     with process_group(chosen) as place:
         ranks = Ranks.current()
         if ranks.first:
-            print_preprocessing(transform, origin, target_folder)
+            _print_preprocessing(transform, origin, images_from, pictures)
             print_assumptions(network, settings, checkpoint, model)
         shares = [each and share_of(each, ranks, place) for each in (source, target)]
         total = sum(share.images for share in shares if share)
@@ -167,7 +168,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
-        stored = transform_to_store(transform, origin, target_folder)
+        stored = transform_to_store(transform, origin, pictures)
         with signals.saving(str(output)):
             save_checkpoint(
                 adaptation.model,
@@ -177,6 +178,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
                 input_shape=shape_to_store(target),
                 overwrite=force,
             )
+        note_stored_preprocessing(stored, origin, pictures, output)
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)
@@ -189,7 +191,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
             for name, (folder, count), files in zip(("source", "target"), counts, skipped, strict=True)
         }
         facts |= {
-            "preprocessing": {"origin": origin, "tensors": is_tensor_file(target_folder)} | transform.to_dict(),
+            "preprocessing": {"origin": origin, "tensors": is_tensor_file(pictures)} | transform.to_dict(),
             "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {"placement": opt.placement(placement), "keep_batchnorm": keep_batchnorm, "shrink": shrink}
             | {"eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
@@ -267,14 +269,23 @@ def _write_report(path: Path, data: dict[str, Any], checkpoint: str, output: Pat
     print_note(f"Wrote {path}.")
 
 
-def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path]:
+def _print_preprocessing(transform: Transform, origin: str, images_from: Sequence[Path], pictures: Path) -> None:
+    """Print how images are preprocessed, and which of SOURCE and TARGET is a tensor file if only one of them is."""
+    print_preprocessing(transform, origin, pictures)
+    if not is_tensor_file(pictures) and (tensors := [each for each in images_from if is_tensor_file(each)]):
+        print_note(f"The values of the tensor file {tensors[0]} are used unchanged.")
+
+
+def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path, Path]:
+    """Return SOURCE, TARGET, and the one of them with images that are preprocessed; TARGET if none is."""
     if len(folders) > 2:
         raise typer.BadParameter(
             f"{len(folders)} folders were given; pass SOURCE and TARGET, or TARGET alone for a checkpoint with "
             "BatchNorm",
             param_hint="[SOURCE] TARGET",
         )
-    return (folders[0] if len(folders) == 2 else None), folders[-1]
+    pictures = next((each for each in folders if not is_tensor_file(each)), folders[-1])
+    return (folders[0] if len(folders) == 2 else None), folders[-1], pictures
 
 
 def _predictions(

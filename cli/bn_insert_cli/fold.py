@@ -22,7 +22,14 @@ from .inputs import (
     transform_to_store,
 )
 from .interruption import signals
-from .output_checks import CHECK_FAILED, CHECK_IMAGES, CHECK_VOLUMES, check_files, warn_of_untied
+from .output_checks import (
+    CHECK_FAILED,
+    CHECK_IMAGES,
+    CHECK_VOLUMES,
+    check_files,
+    note_stored_preprocessing,
+    warn_of_untied,
+)
 from .tables import comparison_table
 
 if TYPE_CHECKING:
@@ -113,6 +120,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         save_checkpoint(
             result.model, output, transform=stored, classes=classes, input_shape=stored_shape, overwrite=force
         )
+    note_stored_preprocessing(stored, origin, images_from, output)
     warn_of_untied(result.untied, output)
     if result.others:
         print_warning(f"BatchNorms that are not modules of torch.nn were not folded: {result.others}.")

@@ -36,6 +36,7 @@ from .output_checks import (
     check_files,
     compare_on_devices,
     note_calibration,
+    note_stored_preprocessing,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
@@ -178,6 +179,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 input_shape=shape_to_store(batches),
                 overwrite=force,
             )
+        note_stored_preprocessing(stored, origin, calibration, output)
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {

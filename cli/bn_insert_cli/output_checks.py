@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bn_insert.support.text import counted, listed
 
 from .console import print_note, print_warning
-from .inputs import check_checkpoint
+from .inputs import check_checkpoint, is_tensor_file
 from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
 if TYPE_CHECKING:
@@ -124,6 +124,23 @@ def warn_of_untied(layers: Sequence[str], output: Path) -> None:
             f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and have their own now: bn-insert reads {output}, but "
             "load_state_dict of the original's class would give all of them the values of one."
         )
+
+
+def note_stored_preprocessing(
+    stored: Mapping[str, object] | None, origin: str, images: Path | None, output: Path
+) -> None:
+    """Say that preprocessing from options is only stored, where no images were read with it.
+
+    Args:
+        stored: The preprocessing in the output; None if it stores none.
+        origin: Where it comes from, in words.
+        images: What the command has read; None without images.
+        output: The output.
+    """
+    from bn_insert.report import preprocessing_text  # noqa: PLC0415
+
+    if stored and "the options" in origin and (images is None or is_tensor_file(images)):
+        print_note(f"Stored in {output}, and not used here, where no images were read: {preprocessing_text(stored)}.")
 
 
 def _rounded_up(number: float) -> int:

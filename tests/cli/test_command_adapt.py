@@ -51,6 +51,15 @@ def test_adapt_writes_a_network_with_the_originals_keys_and_prints_the_accuracy_
     assert [shift["layer"] for shift in data["shifts"]][:2] == ["features.0", "features.3"]
 
 
+def test_the_preprocessing_of_source_is_shown_where_target_is_a_tensor_file(run: Run, digits: Path) -> None:
+    torch.save(torch.rand(16, 3, 32, 32), "target.pt")
+    result = run("adapt", network_path(), digits, "target.pt", "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    shown = text_of(result.stderr)
+    assert "Preprocessing: no resizing; no crop; mean 0; std 1 (from the options" in shown
+    assert "The values of the tensor file target.pt are used unchanged." in shown
+
+
 def test_the_page_has_a_chart_of_the_shift_and_the_verdicts(run: Run, digits: Path, dark: Path) -> None:
     result = run("adapt", network_path(), digits, dark, "-o", "out.pth", "--report", "out.html", *AS_STORED)
     assert result.exit_code == 0, result.output
