@@ -43,10 +43,10 @@ class TrainingSettings:
         lr_step_size: Epochs between steps of the schedule "step".
         lr_gamma: Factor of each step of the schedule "step".
         opt: "adamw" or "sgd".
-        momentum: SGD momentum.
+        momentum: SGD momentum, below 1.
         weight_decay: Weight decay of weights.
         norm_weight_decay: Weight decay of gamma and beta; see `parameter_groups`.
-        label_smoothing: Label smoothing of the training loss, from 0 to 1.
+        label_smoothing: Label smoothing of the training loss, from 0 to below 1.
         amp: Train under bfloat16 autocast.
         sync_bn: Take the statistics of BatchNorms over the batches of all processes; with `batchnorm` "renorm" on any
             device, otherwise on GPUs only.
@@ -78,7 +78,7 @@ class TrainingSettings:
         patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.
 
     Raises:
-        TrainingError: For a value of another kind, or out of range.
+        TrainingError: For a value of another kind, out of range, or that another setting leaves unused.
     """
 
     epochs: int = 10
@@ -122,22 +122,22 @@ class TrainingSettings:
         if not 0 <= self.seed < 1 << 32:
             raise TrainingError(f"{as_passed('seed')} is {self.seed}; use 0 to {(1 << 32) - 1}")
         if self.lr is not None and not 0 < self.lr < math.inf:
-            raise TrainingError(f"{as_passed('lr')} is {self.lr}; use a learning rate above 0")
-        for name in ("weight_decay", "norm_weight_decay", "lr_gamma", "momentum"):
+            raise TrainingError(f"{as_passed('lr')} is {self.lr}; use a finite learning rate above 0")
+        for name in ("weight_decay", "norm_weight_decay", "lr_gamma"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainingError(f"{as_passed(name)} is {getattr(self, name)}; use 0 or more")
-        for name, value in (
-            ("label_smoothing", self.label_smoothing),
-            ("dropout", self.dropout),
-            ("hflip", self.hflip),
-        ):
-            if value is not None and not 0 <= value <= 1:
-                raise TrainingError(f"{as_passed(name)} is {value}; use 0 to 1")
+        for name in ("momentum", "label_smoothing", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise TrainingError(f"{as_passed(name)} is {value}; use 0 or more, but less than 1")
+        if not 0 <= self.hflip <= 1:
+            raise TrainingError(f"{as_passed('hflip')} is {self.hflip}; use 0 to 1")
         if not 0 <= self.lr_warmup_epochs <= self.epochs:
             raise TrainingError(
                 f"{as_passed('lr_warmup_epochs')} is {self.lr_warmup_epochs}; use 0 to {self.epochs}, the number of "
                 "epochs"
             )
+        self._check_used()
         self._check_renorm()
         self._check_trained()
 
@@ -160,6 +160,20 @@ class TrainingSettings:
                 raise TrainingError(f"{as_passed(name)} is {value}; use {least} or more")
         if self.head is not None and self.head > WIDEST_HEAD:
             raise TrainingError(f"{as_passed('head')} is {self.head}; use at most {WIDEST_HEAD}")
+
+    def _check_used(self) -> None:
+        """Refuse values that nothing reads."""
+        for name, chooser, reader in (
+            ("momentum", "opt", "sgd"),
+            ("lr_gamma", "lr_scheduler", "step"),
+            ("lr_step_size", "lr_scheduler", "step"),
+        ):
+            if getattr(self, name) != getattr(type(self), name) and getattr(self, chooser) != reader:
+                choice = as_passed(chooser, getattr(self, chooser))
+                raise TrainingError(
+                    f"{choice} does not use {as_passed(name)}; leave it out, or use it with "
+                    f"{as_passed(chooser, reader)}"
+                )
 
     def _check_renorm(self) -> None:
         for name, least in (("renorm_r_max", 1), ("renorm_d_max", 0)):

@@ -96,6 +96,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     lr: Annotated[
         float | None,
         typer.Option(
+            metavar="X [x>0]",
             help="Peak learning rate. [default: chosen in short trials, starting at 0.0003 (0.003 for SGD)]",
             rich_help_panel=_RATE,
         ),
@@ -120,7 +121,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option("--opt", help="Optimizer.", rich_help_panel=_OPTIMIZER)
     ] = "adamw",
-    momentum: Annotated[float, typer.Option(min=0, help="SGD momentum.", rich_help_panel=_OPTIMIZER)] = 0.9,
+    momentum: Annotated[
+        float, typer.Option(metavar="X [0<=x<1]", help="SGD momentum.", rich_help_panel=_OPTIMIZER)
+    ] = 0.9,
     weight_decay: Annotated[
         float,
         typer.Option(
@@ -136,7 +139,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         ),
     ] = 0.0,
     label_smoothing: Annotated[
-        float, typer.Option(min=0, max=1, help="Label smoothing; 0 turns it off.", rich_help_panel=_OPTIMIZER)
+        float,
+        typer.Option(metavar="X [0<=x<1]", help="Label smoothing; 0 turns it off.", rich_help_panel=_OPTIMIZER),
     ] = 0.0,
     hflip: Annotated[
         float,
@@ -145,8 +149,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     crop_scale: Annotated[
         float,
         typer.Option(
-            min=0,
-            max=1,
+            metavar="X [0<x<=1]",
             help="Smallest fraction of the area that a random resized crop of a training image keeps, such as 0.35; "
             "1 turns it off.",
             rich_help_panel=_OPTIMIZER,
@@ -225,8 +228,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     dropout: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            max=1,
+            metavar="X [0<=x<1]",
             help="Probability of every dropout layer. [default: the checkpoint's, but 0 before a BatchNorm]",
             rich_help_panel=_NETWORK,
         ),

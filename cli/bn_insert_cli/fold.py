@@ -58,7 +58,10 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     key: opt.Key = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
     seed: Annotated[
-        int, typer.Option(help="Seed for the random inputs, or for the sample of IMAGES.", rich_help_panel=opt.PIXELS)
+        int,
+        typer.Option(
+            min=0, help="Seed for the random inputs, or for the sample of IMAGES.", rich_help_panel=opt.PIXELS
+        ),
     ] = 0,
     resize: opt.Resize = None,
     crop: opt.Crop = None,

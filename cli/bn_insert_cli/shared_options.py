@@ -101,7 +101,7 @@ Images = Annotated[
     int,
     typer.Option(min=1, help="Maximum number of images, sampled at random (--seed).", rich_help_panel=PIXELS),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed.", rich_help_panel=PIXELS)]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.", rich_help_panel=PIXELS)]
 BatchSize = Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Images per batch.", rich_help_panel=PIXELS)]
 Workers = Annotated[
     int, typer.Option("-j", "--workers", min=0, help="Number of processes that decode images.", rich_help_panel=PIXELS)
@@ -152,11 +152,15 @@ Amp = Annotated[bool, typer.Option("--amp", help="Calibrate under bfloat16 autoc
 Tolerance = Annotated[
     float | None,
     typer.Option(
+        metavar="X [x>0]",
         help="Stop calibrating once mean and std are known to within this fraction of std, such as 0.1. "
-        "[default: use all images]"
+        "[default: use all images]",
     ),
 ]
-Eps = Annotated[float, typer.Option(min=0, help="Added to the variance in each BatchNorm.", rich_help_panel=BATCHNORM)]
+Eps = Annotated[
+    float,
+    typer.Option(metavar="X [x>0]", help="Added to the variance in each BatchNorm.", rich_help_panel=BATCHNORM),
+]
 Momentum = Annotated[
     float,
     typer.Option(

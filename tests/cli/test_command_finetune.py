@@ -198,7 +198,7 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
     ("arguments", "wording"),
     [
         (("nowhere",), "nowhere does not exist; the layout is train/CLASS/IMAGE and val/CLASS/IMAGE"),
-        (("DIGITS", "--lr", "-1"), "lr is -1.0; use a learning rate above 0"),
+        (("DIGITS", "--lr", "-1"), "lr is -1.0; use a finite learning rate above 0"),
         (("DIGITS", "--lr-warmup-epochs", "99"), "--lr-warmup-epochs is 99.0"),
         (("DIGITS", "--sync-bn"), "--sync-bn works on GPUs only; leave it out, or use it with --batchnorm renorm"),
         (

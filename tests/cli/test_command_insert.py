@@ -216,6 +216,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Run, d
         (("--device", "abacus"), "abacus"),
         (("--device", "meta"), "meta"),
         (("--momentum", "2"), "momentum"),
+        (("--seed", "-3"), "seed"),
         (("--eps", "0"), "--eps must be a finite number"),
     ],
 )

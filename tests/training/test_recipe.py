@@ -153,7 +153,7 @@ def test_a_dict_in_place_of_settings_is_named(network: nn.Module, digits: ClassF
 
 def test_settings_keep_numbers_of_numpy_as_those_of_python_which_can_be_saved() -> None:
     given = {"epochs": np.int64(2), "lr": np.float32(0.5), "hflip": np.float64(0.5), "amp": np.bool_(True)}
-    settings: Any = TrainingSettings(**given, momentum=0)
+    settings: Any = TrainingSettings(**given, opt="sgd", momentum=0)
     kept = [getattr(settings, field) for field in (*given, "momentum")]
     assert kept == [2, 0.5, 0.5, True, 0.0]
     assert list(map(type, kept)) == [int, float, float, bool, float]
