@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,9 @@ from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
 from ..support.text import first_line
+
+# In the messages of PyTorch's pooling and conv layers.
+_TOO_SMALL = re.compile("output size is too small|kernel size can't be greater than actual input size", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Classifier:
                 whether it returns one logit per class.
 
         Raises:
-            TrainingError: When it does not return one logit per class for the example.
+            TrainingError: When it does not return one logit per class for the example, which may be too small for it.
         """
         memory_format, takes_one_image = torch.channels_last, True
         if example is not None:
@@ -135,10 +139,10 @@ class Classifier:
         return self._checked(logits, len(images))
 
     def _check_logits(self, images: Float[Tensor, "n c h w"]) -> None:
-        """Run a copy in train mode, before anything is fitted; an error of the forward is left to the first step.
+        """Run a copy in train mode, before anything is fitted; most errors of the forward are left to the first step.
 
         Raises:
-            TrainingError: When it does not return one logit per class.
+            TrainingError: When it does not return one logit per class, or the images are too small for it.
         """
         network = working_copy(self.network).train()
         for module in network.modules():
@@ -148,7 +152,13 @@ class Classifier:
         try:
             with preserved_random_state(), torch.inference_mode(), self.autocast(), protected_parameters(network):
                 logits = network(images)
-        except Exception:  # noqa: BLE001 - whatever it is, the first step raises it again, with its context
+        except Exception as error:  # whatever else it is, the first step raises it again, with its context
+            if _TOO_SMALL.search(str(error)):
+                height, width = images.shape[2:]
+                raise TrainingError(
+                    f"images of {height} x {width} pixels are too small for {type(self.network).__name__} "
+                    f"({first_line(error)}); use larger ones ({as_passed('resize')}, {as_passed('crop')})"
+                ) from error
             return
         self._checked(logits, len(images))
 

@@ -222,6 +222,16 @@ def test_what_cannot_be_trained_is_one_message(
     assert not Path("run").exists()
 
 
+def test_images_that_are_too_small_for_the_network_are_one_message(run: Run, digits: Path) -> None:
+    result = run("finetune", network_path(), digits, "-o", "run", *BRIEF, "--crop", 8, "--resize", 8)
+    assert_refused(
+        result,
+        "error: images of 8 x 8 pixels are too small for VGG (Given input size: (64x1x1). Calculated output size: "
+        "(64x0x0). Output size is too small); use larger ones (--resize, --crop)",
+    )
+    assert "Images: " not in result.stderr  # said at once
+
+
 @pytest.mark.usefixtures("no_charts")
 def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: Run, digits: Path) -> None:
     command = ("finetune", network_path(), digits, "--output-dir", "run", "--epochs", 1, *BRIEF, "-b", 20)
