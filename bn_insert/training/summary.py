@@ -41,6 +41,7 @@ class RunSummary:
         resumed: Where a resumed run continues, and what a change of its epochs means, in words; empty for a new run.
         lr_untried: Whether `lr` is neither given nor chosen, because the run is too short for trials.
         renorm: Whether BatchNorms are trained with Batch Renormalization.
+        trained_batchnorms: Number of BatchNorm layers whose gamma or beta is trained.
     """
 
     classes: Mapping[str, tuple[int, int]]
@@ -57,6 +58,7 @@ class RunSummary:
     resumed: str = ""
     lr_untried: bool = False
     renorm: bool = False
+    trained_batchnorms: int = 0
 
     @property
     def texts(self) -> dict[str, str]:
@@ -65,6 +67,8 @@ class RunSummary:
         classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
         trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
         norms = counted(self.batchnorms, "BatchNorm layer") + ", with Batch Renormalization" * self.renorm
+        if self.trained_batchnorms < self.batchnorms:
+            norms = f"gamma and beta of {self.trained_batchnorms} of {norms}"
         return {
             "Images": f"{train:,} for training and {val:,} for validation, {classes}",
             "Output layer": self.output,
@@ -115,6 +119,10 @@ def summarize(
         steps,
         lr_untried=untried is not None,
         renorm=settings.batchnorm == "renorm" and _batchnorms(network) > 0,
+        trained_batchnorms=sum(
+            isinstance(module, _BatchNorm) and any(each.requires_grad for each in module.parameters())
+            for module in network.modules()
+        ),
     )
 
 

@@ -503,6 +503,23 @@ def test_batchnorm_modes_hold_through_a_run(
         assert all((f"{norm}.{tensor}" in same) == (tensor in still) for norm in norms), tensor
 
 
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"batchnorm": "freeze"}, "gamma and beta of 0 of 4 BatchNorm layers"),
+        ({"train": "head"}, "gamma and beta of 0 of 4 BatchNorm layers"),
+        ({"freeze_features": True}, "gamma and beta of 2 of 4 BatchNorm layers"),
+        ({"batchnorm": "freeze-statistics"}, "4 BatchNorm layers"),
+    ],
+)
+def test_a_run_says_how_many_batchnorms_it_trains(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path, changes: dict[str, Any], wording: str
+) -> None:
+    told: list[RunSummary] = []
+    finetune(network, digits, tmp_path, replace(BRIEF, **changes), on_start=told.append, stop=lambda: True)
+    assert told[0].texts["Trained"].split("; ")[1] == wording
+
+
 def test_frozen_features_keep_weights_and_statistics_while_the_classifier_learns(
     network: nn.Module, digits: ClassFolders, tmp_path: Path
 ) -> None:
