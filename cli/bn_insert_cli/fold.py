@@ -132,10 +132,13 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
 
 
 def _inserted(network: nn.Module, checkpoint: str) -> list[str]:
-    """Return the names of the inserted BatchNorms; raise GraphError if the history knows none."""
+    """Return the names of the inserted BatchNorms; raise GraphError if all are the original's."""
+    from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
+
     from bn_insert import GraphError, inserted_batchnorms  # noqa: PLC0415
 
-    if names := inserted_batchnorms(network):
+    names = inserted_batchnorms(network)
+    if names or not any(isinstance(module, _BatchNorm) for module in network.modules()):  # no matter whose
         return names
     raise GraphError(
         f"according to its history, {checkpoint} contains no BatchNorm inserted by bn-insert (see bn-insert inspect); "

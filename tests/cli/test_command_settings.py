@@ -86,6 +86,15 @@ def test_what_was_inserted_is_folded_alone_on_request(run: Run) -> None:
     assert_refused(refused, "net.pth contains no BatchNorm inserted by bn-insert", "without --inserted-only")
 
 
+@pytest.mark.parametrize("options", [(), ("--inserted-only",)])
+def test_a_folded_network_has_nothing_to_fold(run: Run, options: tuple[str, ...]) -> None:
+    torch.save(torch.rand(8, 3, 32, 32), "x.pt")
+    assert run("insert", network_path(), "x.pt", "-o", "bn.pth").exit_code == 0
+    assert run("fold", "bn.pth", "-o", "folded.pth").exit_code == 0
+    result = run("fold", "folded.pth", "-o", "again.pth", *options)
+    assert_refused(result, "nothing to fold in folded.pth: it has no BatchNorm; nothing was written")
+
+
 def test_fold_without_batchnorm_says_nothing_of_a_check(run: Run) -> None:
     result = run("fold", network_path(), "-o", "folded.pth")
     assert_refused(result, "nothing to fold in", "it has no BatchNorm; nothing was written")
