@@ -239,7 +239,8 @@ def adapt_inserted(
     if insertion is None or keep_batchnorm:
         return Adaptation(found.model, found.model, insertion, (), shifts, found.images, changed)
     try:
-        folds = fold(found.model, peek.example, names=set(layer_of))
+        # The result is checked on the example: on images rather than on zeros.
+        folds = fold(found.model, peek.first or peek.example, names=set(layer_of))
     except GraphError as error:
         raise _unless_kept(error) from error
     left = tuple(name for name in folds.left if name in layer_of)
