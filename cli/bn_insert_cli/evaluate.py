@@ -104,8 +104,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         strict=strict,
     )
     print_note(f"Images: {batches.images:,} from {batches.folder}.")
-    if batches.folder.resolve().name == "val":
-        print_note("If these images were used to select the checkpoint, expect lower accuracy on new images.")
+    if used := {"train": "train", "val": "select"}.get(batches.folder.resolve().name):
+        print_note(f"If these images were used to {used} the checkpoint, expect lower accuracy on new images.")
     if not classes:
         print_note(
             f"The checkpoint stores no class names: the {len(batches.classes)} folders, sorted by name, are assumed to "

@@ -117,7 +117,10 @@ def test_val_is_taken_from_the_folder_that_finetune_takes_and_the_command_says_s
     note = "If these images were used to select the checkpoint, expect lower accuracy on new images."
     assert note in text_of(result.stderr)
     assert note in text_of(run("evaluate", "net.pth", digits.parent / "data" / "val").stderr)
-    few = run("evaluate", "net.pth", digits.parent / "data", "--images", 3, "--quiet")
+    (digits.parent / "data" / "val").rename(digits.parent / "train")
+    trained = text_of(run("evaluate", "net.pth", digits.parent / "train").stderr)
+    assert note.replace("select", "train") in trained
+    few = run("evaluate", "net.pth", digits.parent / "train", "--images", 3, "--quiet")
     assert few.stdout.startswith("Accuracy ")
     assert " on 3 images" in few.stdout
     assert few.stdout.count("\n") == 1
