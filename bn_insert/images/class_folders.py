@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ..errors import ImageError
+from ..support.arguments import check_flags
 from ..support.near_names import missing_folder
 from ..support.text import counted, listed, printable
 from .batch_interface import Unreadable
@@ -86,8 +87,8 @@ class ClassFolders:
                 the number of files alone, in whichever process they are read.
 
         Raises:
-            ImageError: When pictures in one batch differ in size, and with `full` when no image of a batch can be
-                read.
+            ImageError: When pictures in one batch differ in size, with `full` when no image of a batch can be read,
+                and for the first unreadable file if the folders were opened with `strict`.
         """
         labels = dict(images)
         decoded = self.reader.read(tuple(image.path for image in images), size, self._skipped)
@@ -106,7 +107,7 @@ class ClassFolders:
 
 
 def open_class_folders(
-    folder: str | Path, transform: Transform, *, channels: int = 3, workers: int = 0
+    folder: str | Path, transform: Transform, *, channels: int = 3, workers: int = 0, strict: bool = False
 ) -> ClassFolders:
     """Return the labeled images of a folder that has `train/` and `val/`, each with one folder per class.
 
@@ -117,14 +118,16 @@ def open_class_folders(
         transform: Preprocessing of training and validation images alike, without random crops.
         channels: Channels that the network takes, 1 or 3.
         workers: Processes that decode; 0 decodes in this process.
+        strict: Raise an error for the first unreadable file instead of skipping it.
 
     Raises:
         ImageError: Naming the folder, when one is missing, when there are fewer than two classes, when `val/` has a
             class that `train/` does not have, when a class has no image, and when the name of a class cannot be
             written as one line of UTF-8 text.
     """
+    check_flags(ImageError, strict=strict)
     folder = Path(folder)
-    reader = ImageReader(transform, channels, workers)
+    reader = ImageReader(transform, channels, workers, strict)
     classes, in_val = _classes_in(folder)
     train, val = (
         tuple(

@@ -376,9 +376,10 @@ def check_output_dir(
                     f"folder, or continue that run with {as_passed('resume', True)}"
                 )
     if existing and not (resume or overwrite):
+        resuming = f"continue with {as_passed('resume', True)}, " if STATE in existing else ""
         raise TrainingError(
-            f"{folder} already contains results ({existing[0]}): continue with {as_passed('resume', True)}, "
-            f"replace them with {as_passed('overwrite', True, '--force')}, or choose another output folder"
+            f"{folder} already contains results ({existing[0]}): {resuming}replace them with "
+            f"{as_passed('overwrite', True, '--force')}, or choose another output folder"
         )
     if resume and existing and STATE not in existing:
         raise TrainingError(

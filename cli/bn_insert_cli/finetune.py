@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from . import shared_options as opt
-from .console import print_error
+from .console import print_error, print_note
 from .finetune_display import FinetuneDisplay
 from .input_shapes import image_shape
 from .inputs import (
@@ -28,6 +28,9 @@ from .inputs import (
     warn_of_other_normalization,
 )
 from .interruption import StopRequest, signals, stop_on_signals
+
+if TYPE_CHECKING:
+    from bn_insert.images import ClassFolders, Unreadable
 
 DIVERGED = 1
 INTERRUPTED = 130
@@ -246,6 +249,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     crop: opt.Crop = None,
     mean: opt.Mean = None,
     std: opt.Std = None,
+    strict: opt.Strict = False,
 ) -> None:
     """Train a checkpoint on labeled images; its output layer is replaced if the number of classes differs.
 
@@ -301,7 +305,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     bn_insert.check_output_dir(output_dir, resume=resume, overwrite=force, inputs=[checkpoint])
     check_class_folders(data)
     chosen = open_device(device)
-    image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict=False)
+    image_options = ImageOptions(1, seed, batch_size, workers, resize, crop, mean, std, strict)
     opened = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
@@ -310,7 +314,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
     channels = image_shape(network, side_of(transform))[0]
-    images = open_class_folders(data, transform, channels=channels, workers=workers)
+    images = open_class_folders(data, transform, strict=strict, channels=channels, workers=workers)
     signals.keep(lambda: _kept(output_dir))
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with bn_insert.process_group(chosen) as target:
@@ -346,8 +350,9 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
                 if first:
                     print_error(str(error))
                 raise typer.Exit(DIVERGED) from None
+        unreadable = list(dict.fromkeys(file for files in ranks.gathered(images.unreadable) for file in files))
         if first:
-            note_unreadable(images.unreadable)
+            _note_skipped(images, unreadable)
             display.conclude(result, output_dir, time.monotonic() - started, model=model, resume=resume, force=force)
     if result.interrupted or stop():
         raise typer.Exit(_exit_code(stop))
@@ -365,6 +370,14 @@ def _head_width(text: str) -> int | None:
 def _kept(output_dir: Path) -> str:
     saved = (output_dir / "state.pth").exists()
     return f"{output_dir} keeps what was saved last" if saved else "nothing was written"
+
+
+def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> None:
+    """Warn of files that could not be read, and correct the numbers of images that the run began with."""
+    note_unreadable(unreadable)
+    if skipped := {file.path for file in unreadable}:
+        train, val = (sum(image.path not in skipped for image in part) for part in (images.train, images.val))
+        print_note(f"Images without them: {train:,} for training and {val:,} for validation.")
 
 
 def _remove_unfinished(output_dir: Path, created: Sequence[Path]) -> None:

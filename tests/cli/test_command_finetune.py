@@ -222,6 +222,29 @@ def test_what_cannot_be_trained_is_one_message(
     assert not Path("run").exists()
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_unreadable_images_are_not_counted_in_the_end_and_refused_with_strict(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "digits")
+    for part in ("train", "val"):
+        next((data / part / "3").glob("*.png")).write_bytes(b"no image")
+    command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF)
+    trained = run(*command, "-o", "run")
+    assert trained.exit_code == 0, trained.output
+    assert "Skipped 2 unreadable files, the first: " in text_of(trained.stderr)
+    assert "Images without them: 39 for training and 19 for validation." in text_of(trained.stderr)
+    assert_refused(run(*command, "-o", "strict", "--strict"), "error: cannot read", "leave out --strict")
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_resuming_is_offered_where_there_is_a_state_to_resume_from(run: Run, digits: Path) -> None:
+    Path("run").mkdir()
+    Path("run/last.pth").write_bytes(b"")
+    refused = run("finetune", network_path(), digits, "-o", "run", *BRIEF)
+    assert_refused(refused, "run already contains results (last.pth): replace them with --force, or choose another")
+    Path("run/state.pth").write_bytes(b"")
+    assert_refused(run("finetune", network_path(), digits, "-o", "run", *BRIEF), "continue with --resume, replace")
+
+
 def test_images_that_are_too_small_for_the_network_are_one_message(run: Run, digits: Path) -> None:
     result = run("finetune", network_path(), digits, "-o", "run", *BRIEF, "--crop", 8, "--resize", 8)
     assert_refused(
