@@ -191,7 +191,7 @@ def agreement_reading(
     return (
         f"Train mode keeps less than {100 * least:g}% of the top-1 classes, even at a batch size of {largest}. If you "
         f"keep the output layer, train with larger batches, or with Batch Renormalization; if it is replaced, "
-        f"nothing has to be done.{further}"
+        f"nothing needs to be done.{further}"
     )
 
 

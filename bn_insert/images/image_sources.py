@@ -72,13 +72,13 @@ def open_batches(
     if inputs:
         taken = "a dict of inputs" if inputs == "all" else f"several inputs ({', '.join(inputs)})"
         raise ImageError(
-            f"{source} is no tensor file, and the network takes {taken}; save a dict of tensors with their names (.pt, "
-            ".safetensors)"
+            f"{source} is not a tensor file, but the network takes {taken}; save a dict of tensors with their names "
+            "(.pt, .safetensors)"
         )
     if dims != 2:
         raise ImageError(
-            f"{source} is no tensor file, and the network takes inputs with {dims} dimensions behind the channels, not "
-            f"images; save them as one tensor ({', '.join(TENSOR_SUFFIXES)})"
+            f"{source} is not a tensor file, but the network takes inputs with {dims} dimensions after the channels, "
+            f"not images; save them as one tensor ({', '.join(TENSOR_SUFFIXES)})"
         )
     files = image_batches(
         source if source.is_dir() else [source],

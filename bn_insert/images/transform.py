@@ -151,7 +151,7 @@ class Transform:
             if size is not None and size > _LONGEST_STORED_SIDE:
                 raise ImageError(
                     f"{name} of a transform is {size}, and a file may ask for {_LONGEST_STORED_SIDE} pixels at most; "
-                    f"if the size is meant, pass {as_passed(name)}"
+                    f"if this size is intended, pass {as_passed(name)}"
                 )
         with messages_name_options(False):  # a field of a file, not an option
             return cls(stored.resize, stored.crop, stored.mean, stored.std)

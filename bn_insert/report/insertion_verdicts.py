@@ -79,7 +79,7 @@ def _train_mode(train_mode: Mapping[str, Any]) -> Verdict:
     text += " Training therefore starts from outputs that differ from the pretrained network's. If you keep the"
     text += " output layer, use larger batches"
     renorm = " or Batch Renormalization" if train_mode["renorm"] else ""
-    return Verdict("check", "Train mode", f"{text}{renorm}. If it is replaced, nothing has to be done.")
+    return Verdict("check", "Train mode", f"{text}{renorm}. If it is replaced, nothing needs to be done.")
 
 
 def _usual(agreements: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

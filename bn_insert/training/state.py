@@ -336,7 +336,7 @@ def _check_model(model: Mapping[str, Any], network: nn.Module) -> None:
 def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
     own = optimizer.state_dict()
     if state.keys() != own.keys():
-        raise SchemaError(f"the field optimizer has not the fields {', '.join(own)}")
+        raise SchemaError(f"the field optimizer must have the fields {', '.join(own)}")
     _check_groups(state["param_groups"], own["param_groups"])
     _check_moments(state["state"], optimizer)
 
@@ -347,7 +347,7 @@ def _check_groups(groups: object, own: list[dict[str, Any]]) -> None:
     for number, (group, wanted) in enumerate(zip(groups, own, strict=True)):
         place = f"optimizer.param_groups[{number}]"
         if not isinstance(group, dict) or group.keys() != wanted.keys():
-            raise SchemaError(f"the field {place} has not the fields {', '.join(wanted)}")
+            raise SchemaError(f"the field {place} must have the fields {', '.join(wanted)}")
         for name, value in wanted.items():
             if name == "lr":  # set in each step
                 checked(group[name], Finite, f"{place}.lr")
@@ -364,7 +364,7 @@ def _check_moments(moments: object, optimizer: torch.optim.Optimizer) -> None:
         if type(key) is not int or not 0 <= key < len(parameters) or not isinstance(values, dict):
             raise SchemaError(f"the field {place} does not belong to a parameter of the network")
         if values.keys() != _MOMENTS[type(optimizer)]:
-            raise SchemaError(f"the field {place} has not the fields {', '.join(sorted(_MOMENTS[type(optimizer)]))}")
+            raise SchemaError(f"the field {place} must have the fields {', '.join(sorted(_MOMENTS[type(optimizer)]))}")
         for name, value in values.items():
             if name == "step":
                 _check_tensor(value, torch.Size(), torch.float32, f"{place}.step")
@@ -377,7 +377,7 @@ _MOMENTS = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "e
 
 def _check_random(states: Mapping[str, Any], place: str) -> None:
     if "cpu" not in states or not states.keys() <= {"cpu", "cuda"}:
-        raise SchemaError(f"the field {place} has not the fields cpu and cuda")
+        raise SchemaError(f"the field {place} must have the fields cpu and cuda")
     for name, value in states.items():
         size = torch.get_rng_state().shape if name == "cpu" else torch.Size([16])
         _check_tensor(value, size, torch.uint8, f"{place}.{name}")

@@ -62,7 +62,7 @@ def compare_modes(  # noqa: PLR0917 - options are keyword-only on the command li
     the one in eval mode. The difference is larger for small batches, and for images that differ from the calibration
     images. With Batch Renormalization (`finetune --batchnorm renorm`) both modes compute the same function; this is
     measured too, on the first 64 images, or on one batch of the largest size if that is larger. Dropout is off in both
-    modes. The margin (±) of an agreement, at 95% confidence, becomes smaller with more --images.
+    modes. The margin (±) of an agreement, at 95% confidence, shrinks with more --images.
 
     Example: `bn-insert compare-modes vgg16-bn.pth photographs/`
     """

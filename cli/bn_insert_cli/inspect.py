@@ -45,7 +45,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Show every conv and dense layer and whether a BatchNorm can be inserted after it, and the settings in the file.
+    """Show every conv and dense layer, whether BatchNorm can be inserted after it, and the settings in the file.
 
     Example: `bn-insert inspect vgg16.pth`
 

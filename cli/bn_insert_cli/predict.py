@@ -89,5 +89,5 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
             ranked = zip(each.classes, each.probabilities, strict=True)
             print_line(f"{each.path}: {', '.join(f'{name} {probability:.2%}' for name, probability in ranked)}")
     if wrong := [each.path for each in predictions if not isfinite(each.probabilities[0])]:
-        print_error(f"the outputs for {len(wrong)} images are not finite, and their classes mean nothing: {wrong[0]}")
+        print_error(f"the outputs for {len(wrong)} images are not finite, so their classes are meaningless: {wrong[0]}")
         raise typer.Exit(CHECK_FAILED)

@@ -53,8 +53,8 @@ IgnoreUnexpected = Annotated[
 ]
 _IMAGES_HELP = (
     "A folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors) of the shape that the "
-    "network takes, such as N x C x H x W; for a network with several inputs, a file with a dict of tensors by the "
-    "names of the forward's parameters."
+    "network takes, such as N x C x H x W; for a network with several inputs, a file with a dict of tensors, keyed "
+    "by the names of the forward's parameters."
 )
 Calibration = Annotated[
     Path,
@@ -81,10 +81,14 @@ Report = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
 Layers = Annotated[
-    str, typer.Option(help="Kinds of layers to insert after: conv, dense, or conv,dense.", rich_help_panel=BATCHNORM)
+    str,
+    typer.Option(
+        help="Kinds of layers to insert BatchNorm after: conv, dense, or conv,dense.", rich_help_panel=BATCHNORM
+    ),
 ]
 IncludeOutput = Annotated[
-    bool, typer.Option("--include-output", help="Insert after the output layer too.", rich_help_panel=BATCHNORM)
+    bool,
+    typer.Option("--include-output", help="Insert BatchNorm after the output layer too.", rich_help_panel=BATCHNORM),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -169,12 +173,14 @@ Momentum = Annotated[
 ]
 AbsoluteTolerance = Annotated[
     float | None,
-    typer.Option("--atol", min=0, help="Largest absolute difference of outputs allowed. [default: no limit]"),
+    typer.Option("--atol", min=0, help="Largest absolute difference allowed between outputs. [default: no limit]"),
 ]
 RelativeTolerance = Annotated[
     float,
     typer.Option(
-        "--rtol", min=0, help="Largest difference of outputs allowed, relative to the largest output for the image."
+        "--rtol",
+        min=0,
+        help="Largest difference allowed between outputs, relative to the largest output for the image.",
     ),
 ]
 

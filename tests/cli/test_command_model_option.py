@@ -358,7 +358,7 @@ def test_signals_and_volumes_in_a_tensor_file_are_inputs_too(shapes: Run, name: 
     Path("images").mkdir()
     Image.new("RGB", (8, 8)).save("images/x.png")
     refused = shapes("insert", f"{name}.pth", "images", "-o", "other.pth", *of_other_shapes(name))
-    assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions behind the channels, not images; save them")
+    assert_refused(refused, f"takes inputs with {len(shape) - 2} dimensions after the channels, not images; save them")
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -532,13 +532,13 @@ def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
         "x.pt": "x.pt has no tensor left, and the network takes several inputs (left, right); save a dict",
         "mistyped.pt": "mistyped.pt has no tensor right (it has left, rigth)",
         "uneven.pt": "the shapes left 4 x 3 x 8 x 8, right 5: inputs need the same number of rows",
-        "images": "images is no tensor file, and the network takes several inputs (left, right)",
+        "images": "images is not a tensor file, but the network takes several inputs (left, right)",
     }.items():
         assert_refused(shapes("insert", "TwoInputs.pth", source, "-o", "out.pth", *model), message)
     names = "TwoInputs takes several inputs (left, right): "
     assert_refused(shapes("inspect", "TwoInputs.pth", *model), f"{names}no file says which shapes they have")
     assert_refused(
-        shapes("fold", "TwoInputs.pth", "-o", "out.pth", *model), f"{names}pass a file with a dict of tensors"
+        shapes("fold", "TwoInputs.pth", "-o", "out.pth", *model), f"{names}pass a file with a dict of named tensors"
     )
     for folder in ("classes/train/a", "classes/train/b", "classes/val/a", "classes/val/b"):
         Path(folder).mkdir(parents=True)
