@@ -57,7 +57,7 @@ def test_a_checkpoint_takes_the_listed_way(tmp_path: Path) -> None:
     with recorded() as calls:
         result = run("insert", network_path(), images_path(), "-o", output, "--images", 4, *AS_STORED)
     assert result.exit_code == 0, result.output
-    way = listed("The way of a checkpoint")
+    way = listed("The path of a checkpoint")
     assert len({file for file, _ in way}) == len(way) <= 15
     assert_in_order(calls, way)
 
@@ -67,7 +67,7 @@ def test_a_batch_takes_the_listed_way_and_passes_no_other_file() -> None:
     sites = find_sites(model, images(1, 32))
     with recorded() as calls:
         calibrate(model, sites, image_batches(images_path(), Transform(32, 32, (0.0,), (1.0,)), batch_size=4).head(4))
-    way = listed("The way of a batch")
+    way = listed("The path of a batch")
     assert len({file for file, _ in way}) == len(way) <= 8
     assert_in_order(calls, way)
     on_the_way = calls[calls.index(way[0]) : calls.index(way[-1]) + 1]
