@@ -108,7 +108,7 @@ def _kind_of_archive(path: Path) -> str | None:
     """Return what a zip archive is that torch.save did not write, and the way out; None if it may be its own."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+    if any(name.rpartition("/")[2].lower() == "data.pkl" for name in names):
         return None
     if any("/data/weights/" in name for name in names):
         return "a torch.export program; save its weights: torch.save(torch.export.load(path).state_dict, other_path)"
@@ -116,7 +116,7 @@ def _kind_of_archive(path: Path) -> str | None:
         return f"a Keras model; {_SAVE_STATE_DICT}"
     if any(name.endswith((".pth", ".pt", ".bin", ".safetensors")) for name in names):
         return "a zip archive with a checkpoint in it: unpack it first"
-    return None
+    return "a zip archive without one in it; pass the file of a checkpoint"
 
 
 def file_in(folder: Path) -> str:

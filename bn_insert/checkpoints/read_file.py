@@ -75,6 +75,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
             than its size can justify, or has damaged settings.
     """
     check_flags(CheckpointError, mmap=mmap)
+    if not os.fspath(path):  # as Path, the current folder
+        raise CheckpointError("the path of the checkpoint is empty; pass a file")
     path = Path(path)
     checkpoint = _read(path, mmap=mmap, key=key)
 

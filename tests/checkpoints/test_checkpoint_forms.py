@@ -74,6 +74,7 @@ REFUSED = {
     "torch.export program": "save its weights: torch.save(torch.export.load(path).state_dict, other_path)",
     "Keras model": "it is a Keras model; save the weights as a state dict",
     "zip archive of a checkpoint": "it is a zip archive with a checkpoint in it: unpack it first",
+    "zip archive": "it is a zip archive without one in it; pass the file of a checkpoint",
     "tar archive of a checkpoint": "it is a tar archive: unpack it first",
     "compressed with gzip": "it is compressed with gzip: unpack it first",
     "folder of Hugging Face's libraries": "name the file in it: network/model.safetensors",

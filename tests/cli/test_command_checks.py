@@ -65,6 +65,10 @@ def test_what_can_be_known_before_the_weights_are_read_is_said_before(
     assert_refused(run(*words.split()), wording)
 
 
+def test_an_empty_path_is_not_taken_for_the_current_folder(run: Run) -> None:
+    assert_refused(run("inspect", ""), "error: the path of the checkpoint is empty; pass a file")
+
+
 # A file that is read is never written
 
 

@@ -335,6 +335,7 @@ FORMS: Mapping[str, Form] = {
     "torch.export program": Form(_zip_of("network/data/weights/weight_0", "network/models/model.json"), "network.pt2"),
     "Keras model": Form(_zip_of("metadata.json", "config.json", "model.weights.h5"), "network.keras"),
     "zip archive of a checkpoint": Form(_zip_of("network.pth"), "network.zip"),
+    "zip archive": Form(_zip_of("photographs/1.png"), "photographs.zip"),
     "tar archive of a checkpoint": Form(_tar, "network.tar"),
     "compressed with gzip": Form(lambda path: path.write_bytes(gzip.compress(bytes(64))), "network.pth.gz"),
     "folder of Hugging Face's libraries": Form(_folder_of("config.json", "model.safetensors"), "network"),
