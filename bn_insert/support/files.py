@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum, auto
@@ -103,6 +104,7 @@ def check_writable(path: StrPath, *, overwrite: bool = False, inputs: Iterable[S
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {path}: no permission to write in the folder {folder}; choose another one")
+    _check_takes_files(folder, path)
 
 
 def check_folder(folder: Path) -> None:
@@ -121,6 +123,16 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"cannot write {folder}: no permission to write in the folder {there}; choose another one"
         )
+    _check_takes_files(there, folder)
+
+
+def _check_takes_files(folder: Path, path: StrPath) -> None:
+    """Raise CheckpointError if no file can be created in a folder, as in /proc, where permissions do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # on Linux without a name, so that nobody sees it
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def is_same_file(path: StrPath, other: StrPath) -> bool:

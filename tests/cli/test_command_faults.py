@@ -117,6 +117,17 @@ def test_a_read_only_folder_is_one_message_before_the_work(
         Path(folder).chmod(0o755)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is Linux's")
+@pytest.mark.usefixtures("no_charts")
+@pytest.mark.parametrize(("make", "name"), [(insert, "out.pth"), (fold, "out.safetensors"), (finetune, "run")])
+def test_a_folder_that_takes_no_files_is_one_message_before_the_work(
+    make: Callable[[Path], Command], name: str, inputs: Path
+) -> None:
+    result = run(*make(inputs)(Path("/proc", name)))
+    assert_refused(result, f"cannot write /proc/{name}: No such file or directory")
+    assert "Preprocessing" not in result.stderr
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_the_longest_name_of_a_file_is_written_and_a_longer_one_is_refused_before_the_work(
     suffix: str, inputs: Path, tmp_path: Path
