@@ -33,6 +33,7 @@ from .interruption import signals
 from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
+    allowed,
     check_files,
     compare_on_devices,
     note_calibration,
@@ -201,7 +202,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         with saying_what_is_written(output if accepted else None):
             _write_report(report, facts | findings, checkpoint, output if accepted else None, force=force)
     if not accepted:
-        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
+        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     _warn_of_other_architecture(adaptation, output)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""

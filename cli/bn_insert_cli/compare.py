@@ -24,7 +24,7 @@ from .inputs import (
     print_preprocessing,
     read_named_checkpoint,
 )
-from .output_checks import CHECK_FAILED
+from .output_checks import CHECK_FAILED, allowed
 from .tables import comparison_table
 
 
@@ -112,14 +112,11 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     if as_json:
         print_json({"device": str(target), "within_tolerance": within} | asdict(comparison))
         raise typer.Exit(0 if within else CHECK_FAILED)
-    allowed = " and ".join(
-        f"--{name} {value:g}" for name, value in (("atol", atol), ("rtol", rtol)) if value is not None
-    )
     print_table(comparison_table({str(target): comparison}, title=f"{a} and {b}"))
     if not within:
-        print_result(f"The outputs differ by more than {allowed} allows.", good=False)
+        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    equal = "bit for bit" if comparison.bit_identical else f"within {allowed}"
+    equal = "bit for bit" if comparison.bit_identical else f"within {allowed(atol, rtol)}"
     print_result(f"The outputs are equal {equal}.")
 
 

@@ -26,6 +26,7 @@ from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
     CHECK_VOLUMES,
+    allowed,
     check_files,
     note_stored_preprocessing,
     warn_of_untied,
@@ -117,7 +118,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):
-        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
+        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     with signals.saving(str(output)):
         save_checkpoint(

@@ -33,6 +33,7 @@ from .interruption import signals
 from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
+    allowed,
     check_files,
     compare_on_devices,
     note_calibration,
@@ -204,7 +205,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
     if not accepted:
-        print_result("The outputs differ by more than --atol or --rtol allows: nothing was written.", good=False)
+        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     # Printed by the caller: not by the demo, which deletes this file.
     return f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted."

@@ -126,6 +126,11 @@ def warn_of_untied(layers: Sequence[str], output: Path) -> None:
         )
 
 
+def allowed(atol: float | None, rtol: float | None) -> str:
+    """Return the tolerances that outputs are compared with, as options."""
+    return " and ".join(f"--{name} {value:g}" for name, value in (("atol", atol), ("rtol", rtol)) if value is not None)
+
+
 def note_stored_preprocessing(
     stored: Mapping[str, object] | None, origin: str, images: Path | None, output: Path
 ) -> None:

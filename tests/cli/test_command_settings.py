@@ -17,6 +17,7 @@ from bn_insert.demo import images_path, network_path
 from bn_insert.images import Transform
 from support.commands import AS_STORED, Run, assert_refused, text_of
 from support.digits import save_plain_network
+from support.networks import randomised
 from support.vgg_specs import Conv, Spec, vgg_of
 
 FEW = (*AS_STORED, "--images", "16")
@@ -93,6 +94,14 @@ def test_a_folded_network_has_nothing_to_fold(run: Run, options: tuple[str, ...]
     assert run("fold", "bn.pth", "-o", "folded.pth").exit_code == 0
     result = run("fold", "folded.pth", "-o", "again.pth", *options)
     assert_refused(result, "nothing to fold in folded.pth: it has no BatchNorm; nothing was written")
+
+
+def test_a_failed_check_names_the_tolerances(run: Run) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(randomised(vgg_of(Spec((Conv(norm="before"), Conv(5)), ()))), "net.pth")
+    failed = run("fold", "net.pth", "-o", "folded.pth", "--rtol", 0, "--atol", 1e-12)
+    assert failed.exit_code == 1
+    assert "The outputs differ by more than --atol 1e-12 and --rtol 0 allows: nothing was written." in failed.stdout
 
 
 def test_fold_without_batchnorm_says_nothing_of_a_check(run: Run) -> None:
