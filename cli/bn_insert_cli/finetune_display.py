@@ -159,7 +159,10 @@ class FinetuneDisplay:
             if not failed:
                 file = shlex.quote(str(output_dir / "best.pth"))
                 option = f" --model {shlex.quote(model)}" if model else ""
-                print_note(f"Next: bn-insert evaluate {file} IMAGES{option}, with images that were not used here.")
+                print_note(
+                    f"Next: bn-insert evaluate {file} DATA{option}, with class folders of images that were not used "
+                    "here."
+                )
                 if self._batchnorms:
                     print_note(f"To remove its BatchNorm: bn-insert fold {file} -o OUTPUT{option}.")
 

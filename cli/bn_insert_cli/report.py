@@ -30,6 +30,8 @@ def report(
     from bn_insert.report import check_report, read_run, runs_report, write_report  # noqa: PLC0415 - imports torch
 
     signals.begin(str(output))
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise typer.BadParameter("a run is named twice; name each once", param_hint="RUN")
     check_report(output, overwrite=force, inputs=[run / "report.json" for run in runs])
     # Named as on the command line: the name in a report is that of the directory at the time, which may have moved.
     found = [read_run(run / "report.json") | {"name": str(run)} for run in runs]

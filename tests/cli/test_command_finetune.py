@@ -60,7 +60,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
     assert "classifier.8, with 10 classes as in the checkpoint" in shown
     assert "Estimated time left: " in trained.stderr
-    assert "Next: bn-insert evaluate run/best.pth IMAGES, with images" in trained.stderr
+    assert "Next: bn-insert evaluate run/best.pth DATA, with class folders of images that were not" in trained.stderr
     assert "To remove its BatchNorm: bn-insert fold run/best.pth -o OUTPUT." in trained.stderr
     told = json.loads(Path("run/report.json").read_text())["runs"][0]
     assert (told["name"], told["batchnorms"], told["checkpoint"]["path"]) == ("run", 8, "bn.pth")
@@ -340,9 +340,8 @@ def test_report_holds_runs_together(run: Run, digits: Path) -> None:
     run("report", "plain", "higher <b>", "-o", "both.json")
     assert [each["name"] for each in json.loads(Path("both.json").read_text())["runs"]] == ["plain", "higher <b>"]
     assert_refused(run("report", "plain", "-o", "both.html"), "both.html already exists", "--force")
-    assert_refused(
-        run("report", "plain", "none", "-o", "x.html"), "none/report.json cannot be read", "output directory"
-    )
+    assert_refused(run("report", "plain", "none", "-o", "x.html"), "error: none does not exist", "output directory")
+    assert_refused(run("report", "plain", "./plain/", "-o", "x.html"), "a run is named twice; name each once")
     assert_refused(
         run("report", Path.cwd(), "-o", "x.html"), f"{Path.cwd()} contains 2 runs; pass {Path.cwd()}/* to compare"
     )
