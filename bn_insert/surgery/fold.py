@@ -168,8 +168,9 @@ def _verified(
         way_out = ""
         if names is None:
             apart = any(was_there_before(model, each.norm) for each in plan)
-            option = "--inserted-only" if apart else "in Python: fold(model, example, names=...)"
-            way_out = f", or leave in place the BatchNorms that it refers to ({as_passed('names', option=option)})"
+            inserted_only = as_passed("names", option="--inserted-only")
+            option = inserted_only if apart else as_passed("names", option="in Python: fold(model, example, names=...)")
+            way_out = f", or leave in place the BatchNorms that it refers to ({option})"
         raise GraphError(
             f"{type(model).__name__} without the folded BatchNorms {what}. Its forward depends on its BatchNorms, or "
             f"on how its layers are held: let it call them alone{way_out}"

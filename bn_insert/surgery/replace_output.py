@@ -216,12 +216,15 @@ def _inserted_behind(model: nn.Module, name: str) -> list[str]:
 
 
 def _without_batchnorms(model: nn.Module, output: nn.Module, norms: Sequence[str]) -> str:
-    """Remove the BatchNorms behind the output layer, in place, and return that layer's name, which may change."""
+    """Remove the BatchNorms behind the output layer, in place, and return that layer's name, which may change.
+
+    Without its BatchNorm, a NormalizedLayer becomes the layer: another object with the same attributes.
+    """
     if norms:
         change = RemovedBatchNorms(tuple(norms))
         change.replay(model)
         History.of(model).with_change(change).keep_with(model)
-    return next(name for name, module in model.named_modules() if module is output)
+    return next(name for name, module in model.named_modules() if vars(module) is vars(output))
 
 
 def _name_before_insertion(model: nn.Module, name: str) -> str:
