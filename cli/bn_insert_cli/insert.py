@@ -37,6 +37,7 @@ from .output_checks import (
     check_files,
     compare_on_devices,
     note_calibration,
+    note_recording,
     note_stored_preprocessing,
     report_facts,
     saying_what_is_written,
@@ -164,6 +165,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     )
     _note_dropouts(insertion, checkpoint)
     warn_of_other_layers(insertion)
+    note_recording(insertion.sites)
     if insertion.one_image:
         print_warning(f"{insertion.one_image}.")
     comparisons = compare_on_devices(network, insertion.model, batches.head(CHECK_IMAGES), target)

@@ -15,6 +15,7 @@ from . import shared_options as opt
 from .console import plain, print_json, print_line, print_result, print_table, stdout, table
 from .input_shapes import input_shape
 from .inputs import check_one_input, layer_kinds, print_assumptions, read_named_checkpoint
+from .output_checks import note_recording
 from .tables import NARROW, keep_whole
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def inspect(  # noqa: PLR0917 - options are keyword-only on the command line
         )
         return
     print_table(_layer_table(found, weights, example.shape[1:]))
+    note_recording(layer.site for layer in found if layer.site)
     print_assumptions(network, content.settings, checkpoint, model)
     if content.settings is None:
         print_line("The file stores no settings (eps, momentum, dropout, preprocessing, classes, history of changes).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from math import ceil, isnan, nan
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bn_insert import Comparison, Insertion, Moments
+    from bn_insert import Comparison, Insertion, Moments, Site
     from bn_insert.images import Batches
 
 CHECK_FAILED = 1
@@ -115,6 +115,15 @@ def warn_of_other_layers(insertion: Insertion[nn.Module]) -> None:
     """Warn of layers that an insertion left out because their classes are none of torch.nn's."""
     if insertion.others:
         print_warning(f"no BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
+
+
+def note_recording(sites: Iterable[Site]) -> None:
+    """Say what cannot be done to a network whose operations were recorded in one run."""
+    if not all(site.calls for site in sites):
+        print_note(
+            "torch.export cannot trace this network: the layers are those that one run called. BatchNorm can be "
+            "inserted, but the network cannot be equalized, nor BatchNorm be folded."
+        )
 
 
 def warn_of_untied(layers: Sequence[str], output: Path) -> None:

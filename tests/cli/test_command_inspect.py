@@ -9,6 +9,7 @@ import torch
 
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, text_of
+from support.idioms import DecidesByValues
 from support.networks import small_vgg
 
 
@@ -40,3 +41,15 @@ def test_inspect_prints_what_is_assumed_of_a_vgg_and_takes_the_key_of_its_state_
     assert words in text_of(result.output)
     with_model = run("inspect", "network.pth", "--key", "best", "--model", "support.networks:small_vgg")
     assert "total_ops is not in the model" in text_of(with_model.output)
+
+
+def test_inspect_and_insert_note_that_a_network_is_recorded(run: Run, digits: Path) -> None:
+    torch.save(DecidesByValues().state_dict(), "network.pth")
+    options = ("--model", "support.idioms:DecidesByValues")
+    found = run("inspect", "network.pth", *options)
+    assert "after conv2" in found.stdout
+    inserted = run("insert", "network.pth", digits, "-o", "out.pth", *options, *AS_STORED)
+    for result in (found, inserted):
+        assert result.exit_code == 0, result.output
+        assert "torch.export cannot trace this network" in text_of(result.output)
+    assert "cannot trace" not in run("inspect", network_path()).output
