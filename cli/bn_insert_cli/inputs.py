@@ -193,8 +193,8 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
         )
     if origin == IMAGENET_DEFAULT or origin.endswith(_REST_BY_DEFAULT):
         print_note(
-            "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: no check "
-            "can find such a mistake."
+            "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: bn-insert "
+            "cannot detect a mismatch."
         )
     if any(value > 1 for value in transform.mean):
         scaled, std = (figures(value / 255 for value in values) for values in (transform.mean, (1,)))
@@ -282,8 +282,8 @@ def warn_of_other_normalization(opened: Opened, checkpoint: str) -> None:
         return
     mean_and_std = ", ".join(preprocessing_text(stored.to_dict()).split("; ")[2:])
     print_warning(
-        f"the BatchNorm in {checkpoint} was measured on images with {mean_and_std}, and with other values the network "
-        "does not start from what it computed. If the new ones are those that the original was trained with, insert "
+        f"the BatchNorm statistics in {checkpoint} were measured with {mean_and_std}; with other values, the network no "
+        "longer computes its original function. If the original network was trained with the new values, insert "
         "BatchNorm into it again, with these options."
     )
 

@@ -30,7 +30,7 @@ COMMANDS = (
     "demo",
 )
 SMALL = (*AS_STORED, "--images", 16)
-HINT = "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: no check can find"
+HINT = "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: bn-insert"
 
 
 def at_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
