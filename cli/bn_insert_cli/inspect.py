@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -156,8 +156,7 @@ def _settings_table(settings: Settings, place: str) -> Table:
     if settings.transform is None:
         result.add_row("preprocessing", "not stored; ImageNet's by default")
     else:
-        described = ", ".join(f"{name} {_value(value)}" for name, value in settings.transform.items())
-        result.add_row("preprocessing", plain(described))
+        result.add_row("preprocessing", plain(_preprocessing(settings.transform)))
     if settings.input_shape:
         result.add_row("input", f"{_dimensions(settings.input_shape)}, as in the tensor file it was calibrated on")
     if settings.classes:
@@ -169,6 +168,18 @@ def _settings_table(settings: Settings, place: str) -> Table:
     changes = "; ".join(change.description for change in settings.history.changes)
     result.add_row("changes", plain(changes) if changes else "none by bn-insert")
     return result
+
+
+def _preprocessing(transform: Mapping[str, Any]) -> str:
+    """Return the preprocessing in words, as other commands print it; one that cannot be used, as it is in the file."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import Transform  # noqa: PLC0415
+    from bn_insert.report import preprocessing_text  # noqa: PLC0415
+
+    try:
+        return preprocessing_text(Transform.from_dict(transform).to_dict())
+    except ImageError:
+        return ", ".join(f"{name} {_value(value)}" for name, value in transform.items())
 
 
 def _value(value: object) -> str:

@@ -40,7 +40,7 @@ def test_inspect_shows_the_settings_of_a_file_or_that_it_has_none(run: Run, digi
     assert "stored in the file's metadata" in shown
     assert "BatchNorm eps 0.25, momentum 0.1 (6 layers)" in shown
     assert "dropout p 0.5 (2 layers)" in shown
-    assert "preprocessing resize none, crop none, mean 0.0, std 1.0" in shown
+    assert "preprocessing no resizing; no crop; mean 0; std 1" in shown
     assert "classes names not stored" in shown
     assert "changes 6 BatchNorm layers inserted" in shown
 
