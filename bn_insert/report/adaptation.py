@@ -192,7 +192,7 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         "folder for each of the network's classes",
     )
     text = f"Not measured; {guess}. Only labels can tell: {labels}."
-    return Verdict("good" if good else "check", "Accuracy", text)
+    return Verdict("open" if good else "check", "Accuracy", text)
 
 
 def _went(before: float, after: float) -> str:

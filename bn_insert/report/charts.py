@@ -119,7 +119,7 @@ def agreement_chart(agreements: Sequence[Mapping[str, Any]], renorm: Sequence[Ma
         upper.plot(sizes, [100 * agreement["top1_agreement"] for agreement in series], marker="o", color=color)
         lower.plot(sizes, [agreement["kl_divergence"] for agreement in series], marker="o", color=color)
     upper.set_ylabel("top-1 agreement, %")
-    upper.set_ylim(top=102)
+    _limit_percent(upper)
     lower.set_ylabel("KL divergence, nats")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("batch size")
@@ -185,9 +185,19 @@ def _curves(name: str, title: str, lines: Sequence[tuple[int, str, Sequence[Mapp
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("%" if percent else "")
+    if percent:
+        _limit_percent(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend = tuple((number % _SERIES + 1, label) for number, label, _, _ in lines if label)
     return Chart(name, title, "", _svg(figure, name, title), legend)
+
+
+def _limit_percent(axes: Axes) -> None:
+    """End the axis at 0% and 100%, where the margin would go beyond; markers there stay whole."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100))
+    for line in axes.lines:
+        line.set_clip_on(False)
 
 
 def _boxes(

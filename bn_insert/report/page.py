@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from math import isnan
 from pathlib import PurePath
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from . import adaptation, insertion
 from .charts import adaptation_charts, agreement_chart, insertion_charts, run_charts
@@ -19,6 +22,8 @@ from .verdict import Verdict
 
 _FEWEST_BATCHES = 8  # an error estimated from the spread between fewer is not reliable
 _GOOD_ERROR = 0.1  # of mean and std, relative to std
+# With the value of an option if that is a number.
+_COMMAND = re.compile(r"bn-insert [a-z]+(?:-[a-z]+)*|(?<![\w-])--?[a-z][a-z-]*(?: \d+(?:\.\d+)?(?:e-?\d+)?)?(?![\w-])")
 _BATCH = 32  # images, for the error of the statistics of one training batch
 # Settings that have an effect only if another one has a certain value.
 _DEPENDENT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
@@ -143,7 +148,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     result: dict[str, str] = {}
     for name, value in values.items():
         title = f"{prefix}{name.replace('_', ' ')}"
-        result |= _flat(value, f"{title}: ") if isinstance(value, Mapping) else {title: _text(value)}
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{title}: ")
+        else:
+            share = isinstance(value, float) and (name.endswith("accuracy") or name == "largest_class")
+            result[title] = _percent(value) if share else _text(value)
     return result
 
 
@@ -155,6 +164,24 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _time(text: str) -> str:
+    """Return a time in ISO format as people read it, in UTC; another text unchanged."""
+    try:
+        time = datetime.fromisoformat(text).astimezone(UTC)
+    except ValueError:
+        return text
+    return f"{time.day} {time:%b %Y, %H:%M} UTC"
+
+
+def _prose(text: str) -> Markup:
+    """Return text in which commands and options do not break at their hyphens."""
+    return Markup(_COMMAND.sub(r'<code class="nowrap">\g<0></code>', str(escape(text))))
 
 
 def _render(template: str, context: Mapping[str, Any]) -> str:
@@ -173,7 +200,9 @@ def _environment() -> Environment:
     environment.filters |= {
         "figure": lambda value: f"{value:.3g}",
         "loss": lambda value: f"{value:.4f}",
-        "percent": lambda value: f"{100 * value:.2f}%",
+        "percent": _percent,
+        "prose": _prose,
+        "time": _time,
         "thousands": lambda value: f"{value:,}",
         "flat": _flat,
     }

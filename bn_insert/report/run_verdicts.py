@@ -35,7 +35,7 @@ def run_health(
         output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
     """
     if not epochs:
-        return [Verdict("bad", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
+        return [Verdict("check", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))

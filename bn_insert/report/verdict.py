@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 
 class Verdict(NamedTuple):
-    """A conclusion: whether it is good, to be checked, or bad; what it is about; one or two sentences."""
+    """A conclusion: whether it is good, to be checked, bad or open; what it is about; one or two sentences."""
 
-    state: Literal["good", "check", "bad"]
+    state: Literal["good", "check", "bad", "open"]
     subject: str
     text: str

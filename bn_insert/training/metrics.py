@@ -144,5 +144,10 @@ def write_curves(epochs: Sequence[EpochMetrics], path: Path) -> None:
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        if name == "accuracy":  # where the margin would go beyond 0 and 1; markers there stay whole
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0), min(high, 1))
+            for line in axes.lines:
+                line.set_clip_on(False)
         axes.legend()
     figure.savefig(path, format="png", dpi=120)

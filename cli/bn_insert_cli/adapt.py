@@ -256,7 +256,7 @@ def _findings(
         changed=adaptation.changed,
     )
     for verdict in findings["verdicts"]:
-        print_verdict = print_note if verdict["state"] == "good" else print_warning
+        print_verdict = print_note if verdict["state"] in {"good", "open"} else print_warning
         print_verdict(f"{verdict['subject']}: {verdict['text']}")
     return findings
 

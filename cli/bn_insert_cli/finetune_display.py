@@ -103,7 +103,7 @@ class FinetuneDisplay:
         self._estimate(metrics.seconds_left)
         if self._update is None:
             self._update = self._bar.enter_context(run_progress(self._images))
-        left = "" if metrics.seconds_left is None else f", {_duration(metrics.seconds_left)} left in all"
+        left = "" if metrics.seconds_left is None else f", about {_duration(metrics.seconds_left)} left"
         title = f"epoch {metrics.epoch} of {self._epochs}{left}"
         self._update(title, self._images * metrics.step // metrics.steps)
 

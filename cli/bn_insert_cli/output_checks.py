@@ -100,7 +100,7 @@ def note_calibration(
         needed = _rounded_up(images * (error / GOOD_ERROR) ** 2)
         hint = " (see --images)" if limited() else ""
         harmless = (
-            " This does not change the outputs, and `finetune` re-estimates the running statistics anyway."
+            " This does not change the outputs, and finetune re-estimates the running statistics anyway."
             if trainable
             else " Adapting usually works anyway."
         )

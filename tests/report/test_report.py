@@ -29,6 +29,7 @@ from bn_insert.compare.train_mode import agreement_reading
 from bn_insert.errors import messages_name_options
 from bn_insert.report import check_report, insertion_report, read_run, run_report, runs_report, write_report
 from bn_insert.report.adaptation import adaptation_report
+from bn_insert.report.charts import run_charts
 from bn_insert.report.insertion_verdicts import next_command, verdicts
 from bn_insert.report.page import page
 from bn_insert.report.run_verdicts import run_health, runs_verdict
@@ -65,7 +66,7 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
             "30.0% of the predictions changed, but the entropy hardly did: it may be",
             "check",
         ),
-        (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "good"),
+        (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "open"),
         (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
         (0.2, (2.2, 2.1), "probably low, because the network is rarely certain of a class", "check"),
         (0.01, (0.46, 0.025), "probably as before, because the statistics hardly moved", "check"),
@@ -116,7 +117,7 @@ def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_sour
 ) -> None:
     predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7))
     certainty, accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=source)["verdicts"][1:]
-    assert (certainty["state"], accuracy["state"]) == (("check", "check") if doubtful else ("good", "good"))
+    assert (certainty["state"], accuracy["state"]) == (("check", "check") if doubtful else ("good", "open"))
     assert ("may belong to a different task" in certainty["text"]) is doubtful
     assert ("On source images, the mean entropy of the original's predictions is 1.8." in certainty["text"]) is (
         source == 1.8
@@ -289,7 +290,7 @@ def test_the_page_of_an_insertion_has_what_the_data_has() -> None:
         "No resizing; crop 224; mean 0.5; std 0.25 (from the checkpoint).",
         "bn-insert finetune vgg.pth DATA --output-dir runs/first",
         "bn-insert insert vgg.pth",
-        "2026-01-02T03:04:05+00:00",
+        "This report: 2 Jan 2026, 03:04 UTC, by",
         data["train_mode"]["reading"],
         "Measured on 24 images",
         "top-1 with renorm",
@@ -605,8 +606,37 @@ def test_more_training_is_advised_by_what_ended_the_run(settings: dict[str, int]
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_a_run_without_a_complete_epoch_says_so() -> None:
-    assert "No epoch has been completed" in Page(page(runs_report([run("new", ())]))).text
+def test_a_run_without_a_complete_epoch_says_so_and_has_not_failed() -> None:
+    text = page(runs_report([run("new", ())]))
+    assert "No epoch has been completed" in Page(text).text
+    assert '<div class="check">' in text
+    assert '<div class="bad">' not in text
+
+
+def test_the_axis_of_accuracies_ends_at_100_percent() -> None:
+    for runs in ([run("a", (1.0, 1.0))], [run("a", (1.0, 1.0)), run("b", (1.0, 1.0))]):
+        (svg,) = [chart.svg for chart in run_charts(runs) if chart.name in {"accuracy", "val_accuracy"}]
+        assert max(float(label) for label in re.findall(r">([0-9.]+)</text>", svg)) == 100
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_accuracies_among_the_facts_of_runs_are_percentages() -> None:
+    runs = [run("a") | {"output_fit": {"accuracy": 1.0}}, run("b") | {"output_fit": {"accuracy": 0.990654}}]
+    text = Page(page(runs_report(runs))).text
+    assert "output fit: accuracy 100.00% 99.07%" in text
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_commands_and_options_in_verdicts_do_not_break_at_their_hyphens() -> None:
+    with messages_name_options():
+        report = run_report("a", {"epochs": 2, "lr": 0.01}, epochs((1.9, 1.9), (0.6, 0.6)), {"batchnorms": 0})
+    verdict = "<b> Try --lr 0.0033, bn-insert compare-modes or pre-trained ones (-b)."
+    report["runs"][0]["health"] = [{"state": "bad", "subject": "Loss", "text": verdict}]
+    begin, end = '<code class="nowrap">', "</code>"
+    assert (
+        f"&lt;b&gt; Try {begin}--lr 0.0033{end}, {begin}bn-insert compare-modes{end} or pre-trained ones "
+        f"({begin}-b{end})."
+    ) in page(report)
 
 
 @pytest.mark.usefixtures("no_charts")
