@@ -282,8 +282,8 @@ def warn_of_other_normalization(opened: Opened, checkpoint: str) -> None:
         return
     mean_and_std = ", ".join(preprocessing_text(stored.to_dict()).split("; ")[2:])
     print_warning(
-        f"the BatchNorm statistics in {checkpoint} were measured with {mean_and_std}; with other values, the network no "
-        "longer computes its original function. If the original network was trained with the new values, insert "
+        f"the BatchNorm statistics in {checkpoint} were measured with {mean_and_std}; with other values, the network "
+        "no longer computes its original function. If the original network was trained with the new values, insert "
         "BatchNorm into it again, with these options."
     )
 

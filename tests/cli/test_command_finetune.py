@@ -83,9 +83,9 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
 def test_options_that_change_the_normalization_of_a_batchnorm_are_warned_of(run: Run, digits: Path) -> None:
     run("insert", network_path(), digits, "-o", "bn.pth", "-q")
     options = (digits, "--epochs", 1, "--lr", 1e-4, *BRIEF, "-q", "--force", "-o", "run")
-    warning = "warning: the BatchNorm statistics in bn.pth were measured with mean 0, std 1; with other values, the network"
+    warning = "warning: the BatchNorm statistics in bn.pth were measured with mean 0, std 1; with other values, the"
     assert warning in text_of(run("finetune", "bn.pth", *options, "--mean", 0.5).stderr)
-    assert "was measured" not in run("finetune", "bn.pth", *options, "--mean", 0).stderr
+    assert "were measured" not in run("finetune", "bn.pth", *options, "--mean", 0).stderr
     assert "was measured" not in run("finetune", network_path(), *options, "--mean", 0.5).stderr
 
 
