@@ -46,7 +46,8 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
                 before, after = _naming_hooks(name, module, called)
                 hooks.callback(module.register_forward_pre_hook(before, prepend=True).remove)
                 hooks.callback(module.register_forward_hook(after, always_call=True).remove)
-        program = record(*(tensor.clone() for tensor in inputs.tensors))
+        # Tensors of other classes, such as MONAI's MetaTensor, cannot be recorded.
+        program = record(*(tensor.clone().as_subclass(Tensor) for tensor in inputs.tensors))
     # A forward that is a closure may refer to the layers of the original.
     tensors = chain.from_iterable((*each.named_parameters(), *each.named_buffers()) for each in (network, model))
     names = {id(tensor): name for name, tensor in tensors}

@@ -58,7 +58,7 @@ class Recorder:
         """
         # Of this thread alone, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
-            moments = moments_of(values)
+            moments = moments_of(values.as_subclass(Tensor))  # of another class, such as MONAI's MetaTensor
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"

@@ -253,6 +253,20 @@ def test_hooks_that_refer_to_the_model_leave_no_fake_tensor_in_it() -> None:
     assert not any(isinstance(each, FakeTensor) for each in (model.last, *model.all))
 
 
+class Annotated(Tensor):
+    """Images with a class of their own, such as MONAI's MetaTensor."""
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+
+def test_images_of_another_class_of_tensors_leave_it_in_no_batchnorm() -> None:
+    model, x = randomised(DecidesByValues()), images(4, 16)
+    result = insert_batchnorm(model, [x.as_subclass(Annotated)])
+    assert {type(buffer) for buffer in result.buffers()} == {Tensor}
+    assert compare_outputs(insert_batchnorm(model, [x]), result, [x]).bit_identical
+
+
 @cache
 def ramp(size: int) -> Tensor:
     return torch.linspace(0, 1, size)
