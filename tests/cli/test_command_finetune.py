@@ -86,7 +86,7 @@ def test_options_that_change_the_normalization_of_a_batchnorm_are_warned_of(run:
     warning = "warning: the BatchNorm statistics in bn.pth were measured with mean 0, std 1; with other values, the"
     assert warning in text_of(run("finetune", "bn.pth", *options, "--mean", 0.5).stderr)
     assert "were measured" not in run("finetune", "bn.pth", *options, "--mean", 0).stderr
-    assert "was measured" not in run("finetune", network_path(), *options, "--mean", 0.5).stderr
+    assert "were measured" not in run("finetune", network_path(), *options, "--mean", 0.5).stderr
 
 
 @pytest.mark.usefixtures("no_charts")
