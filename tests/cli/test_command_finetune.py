@@ -9,11 +9,14 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from bn_insert import StepMetrics
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.report import SMALL_DIFFERENCE
@@ -314,6 +317,20 @@ def test_the_first_signal_is_acknowledged(capfd: pytest.CaptureFixture[str], num
     finally:
         console.set_quiet(False)
     assert capfd.readouterr().err == ""
+
+
+def test_the_bar_of_an_epoch_says_about_how_long_the_run_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def bar(_total: int) -> Iterator[Callable[[str, int], None]]:
+        yield lambda text, _done: shown.append(text)
+
+    monkeypatch.setattr("bn_insert_cli.finetune_display.run_progress", bar)
+    with FinetuneDisplay(40, 8) as display:
+        display.step(StepMetrics(1, 1, 5, 2.3))
+        display.step(StepMetrics(1, 2, 5, 2.3, seconds_left=0.4))
+    assert shown == ["epoch 1 of 0", "epoch 1 of 0, about 1 s left"]
 
 
 def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> None:
