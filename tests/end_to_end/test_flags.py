@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "insert_batchnorm": lambda _: (_network(), [X]),
     "load_checkpoint": lambda _: (network_path(),),
     "open_batches": lambda folder: (folder, Transform()),
+    "open_class_folders": lambda folder: (folder, Transform()),
     "open_labelled_batches": lambda folder: (folder, Transform()),
     "read_checkpoint": lambda _: (network_path(),),
     "save_checkpoint": lambda folder: (_network(), folder / "a.pth"),
