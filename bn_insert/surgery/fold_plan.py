@@ -119,8 +119,8 @@ def other_batchnorms(trace: Trace) -> str:
         place = f"{name or 'the model'} ({type(module).__name__})" if module else name
         if has_role(node, Role.NORMALIZATION) and "batch_norm" in operation(node):
             found[name] = f"{operation(node)} in {place}"
-        elif module and {"running_mean", "running_var"} <= module._buffers.keys():  # frozen, or of another package
-            found.setdefault(name, place)
+        elif module and {"running_mean", "running_var"} <= dict(module.named_buffers(recurse=False)).keys():
+            found.setdefault(name, place)  # frozen, or of another package
     return listed(list(found.values()), _NAMES_SHOWN) if found else ""
 
 

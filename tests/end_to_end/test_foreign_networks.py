@@ -253,6 +253,15 @@ def test_hooks_that_refer_to_the_model_leave_no_fake_tensor_in_it() -> None:
     assert not any(isinstance(each, FakeTensor) for each in (model.last, *model.all))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_network_with_a_scripted_module_in_it_is_inserted_into_and_folded() -> None:
+    model, x = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))), images(4, 8)
+    model[1] = torch.jit.script(model[1])
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    assert fold(result, x).folded == ("1",)
+
+
 class Annotated(Tensor):
     """Images with a class of their own, such as MONAI's MetaTensor."""
 
