@@ -21,7 +21,7 @@ from ..support.schema import Count, Extent
 from ..support.text import listed
 from .copies import unwrapped
 from .layers import Kind, layer_kind
-from .operator_rules import Role, has_role, is_layer
+from .operator_rules import Role, argument, has_role, is_layer
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]
@@ -152,18 +152,21 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
 def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
     """Return the layers that would get a BatchNorm if they were modules of torch.nn, in words; empty without any.
 
-    These are modules of a class of the user's own that run a conv or dense operation with a weight of their own. One
-    with a constant kernel, such as a blur, is none.
+    These are modules of a class of the user's own that run a conv or dense operation with a weight of their own, or
+    with a parameter of another module. One with a constant kernel, such as a blur, is none.
     """
+    weights = {name for name, each in trace.model.named_parameters(remove_duplicate=False) if each.ndim > 1}
     roles = [role for role, kind in ((Role.CONV, "conv"), (Role.DENSE, "dense")) if kind in options.kinds]
     others = []
     for name, nodes in _operations_outside_layers(trace).items():
         module = trace.modules.get(name)
         if module is None or type(module).__module__.startswith("torch."):
             continue
+        operations = [node for node in nodes if has_role(node, *roles)]
+        trained = {trace.parameters.get(argument(node, "weight")) for node in operations} & weights
         if (
-            any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-            and any(has_role(node, *roles) for node in nodes)
+            operations
+            and (trained or any(weight.ndim > 1 for weight in module.parameters(recurse=False)))
             and not any(map(trace.normalization_downstream, nodes))
             and (options.include_output or not any(map(trace.reaches_output, nodes)))
             and not any(fnmatchcase(name, pattern) for pattern in options.skip)

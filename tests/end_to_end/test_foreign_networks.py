@@ -41,6 +41,7 @@ from bn_insert import (
     insert,
     insert_at,
     insert_batchnorm,
+    inserted_batchnorms,
     load_checkpoint,
     parameter_groups,
     predict,
@@ -183,6 +184,22 @@ def test_a_weight_that_a_function_uses_is_not_taken_for_a_call_of_its_layer() ->
     assert conv.name == "conv" and conv.reason.startswith("its weight is used, but not by a module call: ")
     with pytest.warns(UserWarning, match=r"not modules of torch.nn, .*: the model \(Functional\)"):
         insert_batchnorm(model, [images(2, 8)])
+
+
+def test_a_function_with_the_weight_of_a_module_is_named_where_other_layers_get_a_batchnorm() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+            self.register_buffer("blur", torch.full((8, 1, 3, 3), 1 / 9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(F.relu(self.first(x)), self.blur, groups=8)
+            return self.head(F.relu(F.conv2d(x, self.second.weight, self.second.bias)))
+
+    with pytest.warns(UserWarning, match=r"^no BatchNorm was inserted after .* torch.nn: the model \(Functional\)$"):
+        result = insert_batchnorm(randomised(Functional()), [images(2, 9)])
+    assert inserted_batchnorms(result) == ["first.1"]
 
 
 def test_batchnorms_of_a_graph_module_are_folded() -> None:
