@@ -196,11 +196,13 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: bn-insert "
             "cannot detect a mismatch."
         )
-    if any(value > 1 for value in transform.mean):
-        scaled, std = (figures(value / 255 for value in values) for values in (transform.mean, (1,)))
+    if max(*transform.mean, *transform.std) > 1:
+        mean = [value / 255 for value in transform.mean] if max(transform.mean) > 1 else transform.mean
+        std = [value / 255 for value in transform.std] if max(transform.std) > 1 else (1 / 255,)
+        options = [figures(values).replace(" ", "") for values in (mean, std)]
         print_warning(
-            f"mean {figures(transform.mean)} is subtracted from pixels in 0..1, and exceeds all of them. For a network "
-            f"trained on pixels in 0..255, use --mean {scaled.replace(' ', '')} --std {std}."
+            f"mean {figures(transform.mean)} and std {figures(transform.std)} are applied to pixels in 0..1. For a "
+            f"network trained on pixels in 0..255, use --mean {options[0]} --std {options[1]}."
         )
 
 

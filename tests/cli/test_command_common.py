@@ -175,12 +175,22 @@ def test_a_crop_larger_than_the_images_is_warned_of(run: Run, digits: Path) -> N
     assert "warning" not in run(*words, "--crop", 32).stderr
 
 
-def test_a_mean_above_1_is_warned_of(run: Run, digits: Path) -> None:
+@pytest.mark.parametrize(
+    ("mean", "std", "advice"),
+    [
+        ("123.68,116.78,103.94", "1", "--mean 0.485,0.458,0.4076 --std 0.003922"),
+        ("123.68,116.28,103.53", "58.4,57.12,57.38", "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"),
+        ("0", "255", "--mean 0 --std 1"),
+    ],
+)
+def test_a_mean_or_std_of_pixels_in_0_to_255_is_warned_of(
+    run: Run, digits: Path, mean: str, std: str, advice: str
+) -> None:
     words = ("compare", network_path(), network_path(), digits, "--images", 2, "-j", 0)
-    result = run(*words, "--quiet", "--mean", "123.68,116.78,103.94", "--std", 1)
-    assert "warning: mean 123.7, 116.8, 103.9 is subtracted from pixels in 0..1" in text_of(result.stderr)
-    assert "--mean 0.485,0.458,0.4076 --std 0.003922" in text_of(result.stderr)
-    assert "warning" not in run(*words, "--mean", 1).stderr
+    warned = text_of(run(*words, "--quiet", "--mean", mean, "--std", std).stderr)
+    assert "are applied to pixels in 0..1. For a network trained on pixels in 0..255, use" in warned
+    assert warned.rstrip().endswith(f"{advice}.")
+    assert "warning" not in run(*words, "--mean", 1, "--std", 1).stderr
 
 
 def test_options_that_no_images_were_read_with_are_stored_and_the_command_says_so(run: Run) -> None:
