@@ -7,7 +7,9 @@ would store what they see there.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 from torch import nn
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
+_MOST_ITEMS = 1000  # a longer container holds data, not modules
+_DEEPEST = 20  # of containers in containers
 
 
 def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -25,26 +30,40 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
         memo: As for `copy.deepcopy`.
     """
     modules = {id(module) for module in model.modules()}
-    functions = [each for each in _functions(_attributes(model)) if _reaches(each, modules)]
+    functions = [each for each in _reachable(_attributes(model)) if _is_about(each, modules)]
     cells: dict[int, CellType] = {}  # functions may share a variable
     copies = {id(each): _with_empty_cells(each, cells) for each in functions}
     memo.update(copies)
     result = copy.deepcopy(model, memo)
-
-    def translated(value: Any) -> Any:
-        return copy.deepcopy(value, memo) if _reaches(value, modules) else memo.get(id(value), value)
-
+    translation = _Translation(id(model), memo)
     for function in functions:
         new = copies[id(function)]
-        new.__defaults__ = translated(function.__defaults__)
-        new.__kwdefaults__ = translated(function.__kwdefaults__)
-        vars(new).update({name: translated(value) for name, value in vars(function).items()})
+        new.__defaults__ = translation.of(function.__defaults__)
+        new.__kwdefaults__ = translation.of(function.__kwdefaults__)
+        vars(new).update({name: translation.of(value) for name, value in vars(function).items()})
         for cell in function.__closure__ or ():
             for value in _contents(cell):
-                cells[id(cell)].cell_contents = translated(value)
+                cells[id(cell)].cell_contents = translation.of(value)
     if functions:
         _bind_copies(result, copies)
     return result
+
+
+def modules_held_elsewhere(model: nn.Module) -> set[int]:
+    """Return the ids of the modules that a forward may reach in other ways than by the name of a child.
+
+    These are in a list, a dict, a partial or a closure, also as children of modules that are no part of the model, such
+    as a slice of an nn.Sequential. Hooks do not count, nor does what a module knows of itself.
+    """
+    modules = {id(module) for module in model.modules()}
+    found: set[int] = set()
+    for module in model.modules():
+        values = [
+            value for name, value in vars(module).items() if name not in _TENSORS_AND_CHILDREN and "_hooks" not in name
+        ]
+        reached = {id(each) for each in _reachable(values, through_methods=False, unless_in=modules)}
+        found |= reached & modules - {id(module)}
+    return found
 
 
 def _attributes(model: nn.Module) -> Iterator[Any]:
@@ -52,32 +71,40 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
         yield from (value for name, value in vars(module).items() if name not in _TENSORS_AND_CHILDREN)
 
 
-def _functions(values: Iterable[Any]) -> list[FunctionType]:
-    return [each for each in _reachable(values) if isinstance(each, FunctionType)]
+def _is_about(value: Any, modules: set[int]) -> bool:
+    """Return whether a value is a function that reaches one of the modules."""
+    return isinstance(value, FunctionType) and any(id(each) in modules for each in _reachable([value]))
 
 
-def _reaches(value: Any, modules: set[int]) -> bool:
-    return any(id(each) in modules for each in _reachable([value]))
+def _reachable(
+    values: Iterable[Any], *, through_methods: bool = True, unless_in: set[int] | None = None
+) -> Iterator[Any]:
+    """Yield the values and what is in them, each once.
 
-
-def _reachable(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values and what is in them, each once; modules are not entered."""
+    Args:
+        values: Where to begin.
+        through_methods: Whether the objects that methods are bound to count.
+        unless_in: Modules other than these are entered; by default none is.
+    """
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            yield value
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, nn.Module):
+            waiting += vars(value).values() if unless_in is not None and id(value) not in unless_in else ()
+        elif isinstance(value, MethodType):
+            waiting += (value.__self__, value.__func__) if through_methods else (value.__func__,)
+        else:
             waiting += _parts(value)
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, list | tuple | set | frozenset):
-        return value
-    if isinstance(value, Mapping):
-        return value.values()
-    if isinstance(value, MethodType):
-        return value.__self__, value.__func__
+    if isinstance(value, _CONTAINERS):
+        values = value.values() if isinstance(value, dict) else value
+        return values if len(value) <= _MOST_ITEMS else ()
     if isinstance(value, partial):
         return value.func, value.args, value.keywords
     if isinstance(value, FunctionType):
@@ -94,10 +121,53 @@ def _contents(cell: CellType) -> Iterator[Any]:
         return
 
 
+@dataclass(frozen=True)
+class _Translation:
+    """From what the functions of a model refer to, to what those of its copy do.
+
+    Modules and functions of the model become those of the copy; containers of them, methods and partials are made anew.
+    Anything else, such as an optimizer, a lock or a list of outputs, stays the same object.
+
+    Args:
+        model: Its id.
+        memo: That of `copy.deepcopy`, with the functions.
+    """
+
+    model: int
+    memo: dict[int, Any]
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        new = value if depth > _DEEPEST else self._made_anew(value, depth + 1)
+        if new is not value:
+            self.memo[id(value)] = new  # other functions may share it
+        return new
+
+    def _made_anew(self, value: Any, depth: int) -> Any:
+        if isinstance(value, nn.Module):
+            parts = {id(module) for module in value.modules()}
+            made_of_the_model = self.model not in parts and any(part in self.memo for part in parts)
+            return copy.deepcopy(value, self.memo) if made_of_the_model else value
+        if type(value) not in (*_CONTAINERS, MethodType, partial):
+            return value
+        old: list[Any] = [value.__self__, value.__func__] if isinstance(value, MethodType) else [*_parts(value)]
+        new = [self.of(each, depth) for each in old]
+        if all(first is second for first, second in zip(old, new, strict=True)):
+            return value
+        if isinstance(value, MethodType):
+            return MethodType(new[1], new[0])
+        if isinstance(value, partial):
+            return partial(new[0], *new[1], **new[2])
+        return type(value)(zip(value, new, strict=True) if isinstance(value, dict) else new)
+
+
 def _with_empty_cells(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:
     closure = tuple(cells.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
     new = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
-    new.__qualname__, new.__doc__, new.__module__ = function.__qualname__, function.__doc__, function.__module__
+    for name in ("__qualname__", "__doc__", "__module__", "__annotations__", "__type_params__"):
+        if hasattr(function, name):  # __type_params__ since Python 3.12
+            setattr(new, name, getattr(function, name))
     return new
 
 

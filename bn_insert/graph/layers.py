@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, List, Literal, Optional  # noqa: UP035 - TorchScript
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 Kind = Literal["conv", "dense"]
@@ -25,22 +25,13 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`, and may pass arguments besides
-    the input, as in `self.up(x, output_size=size)`.
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> pair.kernel_size, pair.weight is pair[0].weight, list(pair.state_dict())[:2]
         ((3, 3), True, ['0.weight', '0.bias'])
     """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs of the layer, normalized."""
-        layer, *norms = self
-        outputs = layer(*args, **kwargs)
-        for norm in norms:
-            outputs = norm(outputs)
-        return outputs
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the layer that the Sequential itself does not have."""
@@ -53,6 +44,14 @@ class NormalizedLayer(nn.Sequential):
             return getattr(layer, name)
 
 
+class NormalizedConvTranspose(NormalizedLayer):
+    """A transposed conv and the norm after it: a forward may pass an output size, as in `self.up(x, size)`."""
+
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: A002, UP006, UP045 - TorchScript
+        """Return the outputs of the conv, normalized."""
+        return self[1](self[0](input, output_size))
+
+
 def is_sequence(module: nn.Module) -> bool:
     """Return whether a module runs its children one after the other: an nn.Sequential with its own forward."""
-    return type(module).forward in (nn.Sequential.forward, NormalizedLayer.forward)
+    return type(module).forward in (nn.Sequential.forward, NormalizedConvTranspose.forward)

@@ -10,9 +10,11 @@ from types import MethodType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 
+from ..graph.closures import modules_held_elsewhere
 from ..graph.copies import AnyModule, unwrapped
-from ..graph.layers import NormalizedLayer
+from ..graph.layers import NormalizedConvTranspose, NormalizedLayer
 from ..graph.sites import Site
 
 _MARK = "_bn_insert_inserted"
@@ -22,41 +24,44 @@ def splice_after(model: nn.Module, norms: Mapping[Site, nn.Module]) -> nn.Module
     """Insert each module after its site's anchor, in place, mark it as inserted, and return the model.
 
     In an nn.Sequential that runs its children itself, the new module becomes the next child, and children numbered from
-    0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor
-    becomes `NormalizedLayer(anchor, module)`, an nn.Sequential. If several containers hold an anchor, this is done in
-    each of them.
+    0 are renumbered; named children keep their names, and the new one is called NAME_bn. Anywhere else the anchor is
+    replaced by `NormalizedLayer(anchor, module)`, an nn.Sequential. If several containers hold an anchor, this is done
+    in each of them. An anchor that a forward may also reach in a plain list, a partial or the like becomes the
+    NormalizedLayer itself.
 
     Args:
         model: The network to change.
         norms: The module to insert at each site.
 
     Returns:
-        The model, now a NormalizedLayer if it was an anchor itself.
+        The model, or `NormalizedLayer(model, module)` if the model itself is an anchor.
     """
     for each in norms.values():
         marked(each)
-    anchors = {site: model.get_submodule(site.anchor) for site in norms}
-    siblings = {id(anchor): norms[site] for site, anchor in anchors.items() if site.in_sequence}
-    pairs: dict[int, NormalizedLayer] = {}  # by anchor: all containers of an anchor get the same one
+    held_elsewhere = modules_held_elsewhere(model)
+    siblings = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if site.in_sequence}
+    wrapped = {id(model.get_submodule(site.anchor)): norm for site, norm in norms.items() if not site.in_sequence}
+    pairs: dict[int, nn.Module] = {}  # by anchor: all containers of an anchor get the same one
     for container in list(model.modules()):
         children = _children(container)
         if isinstance(container, nn.Sequential) and any(id(child) in siblings for _, child in children):
             _insert_siblings(container, siblings)
         else:
             for name, child in children:
-                if norm := siblings.get(id(child)):
-                    setattr(container, name, pairs.setdefault(id(child), _pair(child, norm)))
-    alone = {id(anchor): (anchor, norms[site]) for site, anchor in anchors.items() if not site.in_sequence}
-    for anchor, norm in alone.values():
-        _become_pair(anchor, norm)
-    return model
+                if (norm := wrapped.get(id(child), siblings.get(id(child)))) and id(child) not in pairs:
+                    in_place = id(child) in wrapped and id(child) in held_elsewhere and not _has_slots(child)
+                    pairs[id(child)] = _become_pair(child, norm) if in_place else _pair(child, norm)
+                if (pair := pairs.get(id(child))) is not None and pair is not child:
+                    setattr(container, name, pair)
+    root = wrapped.get(id(model))
+    return model if root is None else _pair(model, root)
 
 
 def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
     """Remove modules, in place, and return the model: the inverse of `splice_after`.
 
-    A Sequential that `splice_after` made around a layer is replaced by the layer; others stay, even with only one child
-    left.
+    A Sequential that `splice_after` made around a layer is replaced by the layer, or becomes it; others stay, even with
+    only one child left.
 
     Args:
         model: The network to change.
@@ -65,8 +70,9 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
             a forward calls it by name.
 
     Returns:
-        The model, now its layer if it is a Sequential made by `splice_after`.
+        The model, or its layer if the model is a Sequential made by `splice_after`.
     """
+    held_elsewhere = modules_held_elsewhere(model)
     flags = {id(model.get_submodule(name)): flag for name, flag in in_sequence.items()}
     for container in list(model.modules()):
         children = _children(container)
@@ -76,10 +82,15 @@ def splice_out(model: nn.Module, in_sequence: Mapping[str, bool]) -> nn.Module:
         else:
             for name, child in removed:
                 setattr(container, name, nn.Identity().train(child.training))
-    for module in list(model.modules()):
-        if isinstance(module, NormalizedLayer) and len(module) == 1:
-            _become(module, module[0])
-    return model
+    for container in list(model.modules()):
+        for name, child in _children(container):
+            if (inner := _unwrapped(child)) is child:
+                continue
+            if id(child) in held_elsewhere:
+                _become(child, inner)
+            else:
+                setattr(container, name, inner)
+    return _unwrapped(model)
 
 
 def splice_over(model: nn.Module, first: str, last: str, modules: Sequence[nn.Module]) -> list[str]:
@@ -152,24 +163,37 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _pair(anchor: nn.Module, norm: nn.Module) -> NormalizedLayer:
-    pair = NormalizedLayer(anchor, norm)
+    transposed = isinstance(anchor, _ConvTransposeNd)
+    pair = NormalizedConvTranspose(anchor, norm) if transposed else NormalizedLayer(anchor, norm)
     pair.training = anchor.training  # only the new container's own flag: the children keep theirs
     return pair
 
 
-def _become_pair(anchor: nn.Module, norm: nn.Module) -> None:
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module[0] if isinstance(module, NormalizedLayer) and len(module) == 1 else module
+
+
+def _has_slots(module: nn.Module) -> bool:
+    """Return whether a module's class has slots, without which its objects cannot be of another class."""
+    return any(vars(each).get("__slots__") for each in type(module).__mro__)
+
+
+def _become_pair(anchor: nn.Module, norm: nn.Module) -> nn.Module:
     """Make a module the pair of itself and a norm: whatever refers to it, such as a plain list, then runs both."""
     layer = object.__new__(type(anchor))
     _become(layer, anchor)
-    for name, value in vars(layer).items():
-        if isinstance(value, MethodType) and value.__self__ is anchor:
-            vars(layer)[name] = MethodType(value.__func__, layer)
+    hooks = [each for name, each in vars(layer).items() if "_hooks" in name and isinstance(each, dict)]
+    for values in (vars(layer), *hooks):
+        for name, value in values.items():
+            if isinstance(value, MethodType) and value.__self__ is anchor:
+                values[name] = MethodType(value.__func__, layer)
     _become(anchor, _pair(layer, norm))
+    return anchor
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     """Give a module the class and the attributes of another, which is not used any more."""
-    module.__class__ = type(other)
+    object.__setattr__(module, "__class__", type(other))
     object.__setattr__(module, "__dict__", vars(other))
 
 

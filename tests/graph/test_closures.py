@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bn_insert import find_sites, fold, insert_batchnorm, inserted_batchnorms
+from bn_insert import find_sites, fold, forward_inputs, insert_batchnorm, inserted_batchnorms
 from bn_insert.graph.copies import deep_copy, shared_copy
 from support.networks import images, randomised
 
@@ -173,3 +175,30 @@ def test_functions_that_refer_to_no_module_are_shared_and_a_shared_variable_stay
     assert module is result and block is result.block
     assert torch.equal(output, result.block(x))
     assert last is None
+
+
+def test_objects_that_a_function_refers_to_beside_modules_stay_the_same(tmp_path: Path) -> None:
+    model, lock = randomised(Net()), threading.Lock()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        state = {"model": model, "lock": lock, "file": file, "optimizer": optimizer, "many": [0.0] * 5000}
+        model.block.held = lambda: state
+        model.block.register_forward_hook(lambda *_: state.__setitem__("calls", state.get("calls", 0) + 1))
+        result = deep_copy(model)
+        copied = result.block.held()
+    assert copied["model"] is result
+    for name in ("lock", "file", "optimizer", "many"):
+        assert copied[name] is state[name]
+    result(images(2, 9))
+    assert copied["calls"] == 1 and "calls" not in state
+
+
+def test_a_copied_forward_keeps_its_annotations() -> None:
+    model = randomised(Net())
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        return model.output(model.block(batch["image"]))  # type: ignore[no-any-return]
+
+    model.forward = forward  # type: ignore[method-assign, assignment]
+    assert forward_inputs(deep_copy(model)) == forward_inputs(model)
+    assert forward_inputs(model).takes_dict

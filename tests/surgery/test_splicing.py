@@ -1,4 +1,5 @@
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bn_insert import fold, insert_batchnorm, inserted_batchnorms, load_checkpoint, save_checkpoint
+from bn_insert import GraphError, fold, insert_batchnorm, inserted_batchnorms, load_checkpoint, save_checkpoint
 from bn_insert.graph.inputs import Inputs
 from bn_insert.surgery.verification import fault_of
 from support.networks import (
@@ -179,12 +181,82 @@ class Upsampling(nn.Module):
         return self.up(self.down(x).relu(), output_size=x.shape[2:]).relu()  # type: ignore[no-any-return]
 
 
-def test_a_layer_may_be_called_with_arguments_besides_its_input() -> None:
+def test_a_transposed_conv_may_be_called_with_an_output_size() -> None:
     model, x = randomised(Upsampling()), images(4, 10)
     result = insert_batchnorm(model, [x], include_output=True)
     assert inserted_batchnorms(result) == ["down.1", "up.1"]
     assert_same_outputs(model, result, x)
     assert set(fold(result, x).folded) == {"down.1", "up.1"}
+
+
+def test_layers_with_their_batchnorm_can_be_scripted() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.conv(x).relu()).relu()  # type: ignore[no-any-return]
+
+    model, x = randomised(Decoder()), images(4, 9)
+    result = insert_batchnorm(model, [x], include_output=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.script(result)
+    assert_same_outputs(model, scripted, x)
+
+
+class Standardized(nn.Conv2d):
+    """Computes its weight in a hook that is a method of its own, as for weight standardization."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.used: Tensor | None = None
+        self.register_forward_pre_hook(self._prepare)
+
+    def _prepare(self, *_: Any) -> None:
+        self.used = self.weight - self.weight.mean()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.conv2d(input, self.used, self.bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_hooks_that_are_methods_of_a_layer_still_act_on_the_layer(in_a_list: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.output = Standardized(3, 4, 3), nn.Conv2d(4, 2, 1)
+            self.layers = [self.conv] if in_a_list else []
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.layers[0] if self.layers else self.conv
+            return self.output(first(x).relu())  # type: ignore[no-any-return]
+
+    model, x = randomised(Net()), images(4, 9)
+    result = insert_batchnorm(model, [x])
+    assert inserted_batchnorms(result) == ["conv.1"]
+    assert_same_outputs(model, result, x)
+    result.train()(x).sum().backward()
+    weight = result.conv[0].weight
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+    before = result.eval()(x)
+    with torch.no_grad():
+        weight[:, 0].mul_(2)
+    assert not torch.equal(result(x), before)
+
+
+class WithSlots(nn.Conv2d):
+    __slots__ = ("note",)
+
+
+def test_a_layer_whose_class_has_slots_is_wrapped_and_in_a_list_refused() -> None:
+    model, x = randomised(nn.Sequential(OrderedDict(conv=WithSlots(3, 4, 3), relu=nn.ReLU()))), images(4, 9)
+    assert_same_outputs(model, insert_batchnorm(model, [x], include_output=True), x)
+    held = randomised(ReachedElsewhere(among_features=False, hold=lambda layers: layers))
+    held.first = held.held[0] = WithSlots(3, 4, 3)
+    with pytest.raises(GraphError, match=r"does not call first\.1 whenever it calls the layer"):
+        insert_batchnorm(held, [x])
 
 
 @pytest.mark.parametrize("network", [*AWKWARD, small_vgg], ids=lambda network: network.__name__)
