@@ -23,10 +23,10 @@ def uncompiled() -> Iterator[None]:
     """
     global _inside  # noqa: PLW0603 - as the setting is
     with _lock:
-        _inside += 1
         # Without this module, which takes a second to import, nothing is compiled.
-        if _inside == 1 and "torch._dynamo" in sys.modules:
+        if _inside == 0 and "torch._dynamo" in sys.modules:
             _outermost.enter_context(torch.compiler.set_stance("force_eager"))
+        _inside += 1
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ def note_recording(sites: Iterable[Site]) -> None:
     if not all(site.calls for site in sites):
         print_note(
             "torch.export cannot trace this network: the layers are those that one run called. BatchNorm can be "
-            "inserted, but the network cannot be equalized, nor BatchNorm be folded."
+            "inserted, but the network cannot be equalized, and its BatchNorm cannot be folded."
         )
 
 
