@@ -1,22 +1,35 @@
-"""Find the shape of one input of a network, by running the network without memory for values."""
+"""Find the shape of one input of a network, by running a copy of the network on inputs of probable shapes.
+
+Two kinds of tensors serve as inputs, since neither fits all networks:
+
+- Tensors without values ("meta") take no time and no memory. But a forward may keep what it computes outside of its
+  modules, such as in a dict of its file, a class attribute or `functools.lru_cache`, which no copy protects: kept
+  tensors without values would fail with every later input. They serve networks of PyTorch's and torchvision's own
+  modules, which keep nothing there.
+- Zeros serve all other networks, since what is kept of them is of use later. Volumes of zeros could take minutes and
+  all memory: volumes are always without values.
+"""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Shape: TypeAlias = tuple[int, ...]
 
 _COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
 _FRAMES = 16
-_INPUTS = 23  # as no other extent is: it shows which axis of an output has the inputs of a batch
+_IMAGE_DIMS = 3  # channels, height and width; volumes have more
+_BATCH_SIZES = (2, 4)  # the axis of an output that has both has the inputs of a batch; even, as some networks need
+_WITHOUT_CACHES = {"torch", "torchvision", "bn_insert"}  # packages whose modules keep nothing outside of themselves
 
 
 def input_shape(
@@ -48,9 +61,10 @@ def image_shape(model: nn.Module, image_side: int | None) -> Shape:
 
 
 def runs_on(model: nn.Module) -> Callable[[Shape], bool]:
-    """Return a function that returns whether a network runs on inputs of a shape, computing shapes alone.
+    """Return a function that returns whether a network runs on inputs of a shape.
 
-    A network that takes several inputs, or whose forward decides by values, runs on none.
+    A network that takes several inputs, or returns no tensor that can be found, runs on none; on inputs without values,
+    nor does one whose forward decides by values.
     """
     import torch  # noqa: PLC0415 - torch only when work begins
     from torch import Tensor  # noqa: PLC0415
@@ -68,37 +82,60 @@ def runs_on(model: nn.Module) -> Callable[[Shape], bool]:
                 given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
             return function(*given[0], **given[1])
 
-    forward, network = forward_inputs(model), _without_values(model)
+    forward, copied = forward_inputs(model), cache(partial(_copy, model))
     dtypes = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     dtype = dtypes[0] if dtypes else torch.float32
+    may_cache = any(type(module).__module__.partition(".")[0] not in _WITHOUT_CACHES for module in model.modules())
+
+    def axes(shape: Shape, inputs: int, *, values: bool) -> set[tuple[int, int]]:
+        """Return each output and axis with as many entries as there are inputs."""
+        network = copied(values)
+        if network is None:
+            return set()
+        args, kwargs = forward.ordered([torch.zeros(inputs, *shape, dtype=dtype, device="cpu" if values else "meta")])
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=()):
+            warnings.simplefilter("ignore")
+            with nullcontext() if values else WithoutValues():
+                outputs = _tensors(network(*args, **kwargs))
+        return {(n, axis) for n, each in enumerate(outputs) for axis, size in enumerate(each.shape) if size == inputs}
 
     def runs(shape: Shape) -> bool:
-        if network is None or forward.several or forward.takes_dict:
+        if forward.several or forward.takes_dict:
             return False
-        args, kwargs = forward.ordered([torch.empty(_INPUTS, *shape, dtype=dtype, device="meta")])
-        try:
-            with warnings.catch_warnings(), torch.no_grad(), WithoutValues():
-                warnings.simplefilter("ignore")
-                outputs = [leaf for leaf in tree_leaves(network(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        except Exception:  # noqa: BLE001 - a forward may raise anything
-            return False
-        # Otherwise a forward that begins with view(-1, 1, 28, 28) would run on any images, by cutting them up.
-        return not outputs or any(_INPUTS in output.shape for output in outputs)
+        with suppress(Exception):  # a forward may raise anything
+            # A forward that begins with view(-1, 1, 28, 28) would run on any images, by cutting them up: its outputs
+            # do not follow the inputs.
+            values = may_cache and len(shape) <= _IMAGE_DIMS
+            found = axes(shape, _BATCH_SIZES[0], values=values)
+            return bool(found and found & axes(shape, _BATCH_SIZES[1], values=values))
+        return False
 
     return runs
 
 
-def _without_values(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a network without values, None if it cannot be copied: a forward may store what it computes."""
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the tensors in what a network returns: in containers, and in attributes of an object."""
+    from torch import Tensor  # noqa: PLC0415
+    from torch.utils._pytree import tree_leaves  # noqa: PLC0415
+
+    leaves = tree_leaves(outputs)
+    held = [vars(leaf) for leaf in leaves if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__")]
+    return [leaf for leaf in (*leaves, *tree_leaves(held)) if isinstance(leaf, Tensor)]
+
+
+def _copy(model: nn.Module, values: bool) -> nn.Module | None:
+    """Return a copy with or without values, since a forward may store what it computes; None if there can be none."""
     from torch import Tensor, nn  # noqa: PLC0415
 
     attributes = (value for module in model.modules() for value in vars(module).values())
     # weight_norm of torch.nn.utils leaves a tensor that is no parameter, and cannot be copied.
-    computed = (value for value in attributes if isinstance(value, Tensor) and not value.is_leaf)
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     with suppress(Exception):
-        copies: dict[int, Any] = {id(each): each.detach().to("meta") for each in (*model.buffers(), *computed)}
-        for each in model.parameters():
-            copies[id(each)] = nn.Parameter(each.detach().to("meta"), each.requires_grad)
+        copies: dict[int, Any] = {id(each): each.detach().clone() for each in computed}
+        if not values:
+            copies = {id(each): each.detach().to("meta") for each in (*model.buffers(), *computed)}
+            for each in model.parameters():
+                copies[id(each)] = nn.Parameter(each.detach().to("meta"), each.requires_grad)
         return copy.deepcopy(model, copies).eval()
     return None
 

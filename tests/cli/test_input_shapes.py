@@ -1,9 +1,12 @@
-"""Which inputs a network takes, found without memory for values."""
+"""Which inputs a network takes, found by running a copy of it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -50,6 +53,76 @@ class CutUp(nn.Module):
         return x.view(-1, 1, 28, 28)
 
 
+@dataclass
+class Scores:
+    scores: Tensor
+
+
+class Hidden:
+    """Has a tensor where none can find it."""
+
+    __slots__ = ("scores",)
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class Returned(nn.Module):
+    """Returns an object with the scores."""
+
+    def __init__(self, kind: Any, before: nn.Module) -> None:
+        super().__init__()
+        self.kind, self.network = kind, network(before, channels=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(scores=self.network(x))
+
+
+class InPairs(nn.Module):
+    """Takes even batches alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, -1, *x.shape[1:]).flip(0).view(x.shape)
+
+
+ROWS: dict[int, Tensor] = {}
+
+
+@lru_cache
+def columns(size: int, device: torch.device) -> Tensor:
+    return torch.linspace(-1, 1, size, device=device)
+
+
+class Cached(nn.Module):
+    """Keeps tensors in a dict of the file, in a class attribute and in a cached function."""
+
+    means: ClassVar[Tensor | None] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Cached.means is None:
+            Cached.means = x.new_tensor([0.4, 0.5, 0.6])[:, None, None]
+        rows, size = x.shape[-2:]
+        ROWS.setdefault(rows, torch.linspace(-1, 1, rows, device=x.device))
+        return x - Cached.means + ROWS[rows][:, None] + columns(size, torch.device("cpu")).to(x.device)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in each mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class Uncopied(nn.Module):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, _: Any) -> Any:
+        raise TypeError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Decided(nn.Module):
     """Decides by values."""
 
@@ -84,6 +157,14 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "unshuffled pixels": (network(nn.PixelUnshuffle(2), channels=12), (3, 224, 224)),
     "many channels": (network(channels=12), (12, 224, 224)),
     "cut up": (network(CutUp(), channels=1), (1, 28, 28)),
+    "cut up, of as many classes as inputs": (nn.Sequential(CutUp(), *network(channels=1, width=2)), (1, 28, 28)),
+    "cut up, of 23 classes": (nn.Sequential(CutUp(), *network(channels=1)[:4], nn.Linear(4, 23)), (1, 28, 28)),
+    "cut up, with scores in an object": (Returned(SimpleNamespace, CutUp()), (1, 28, 28)),
+    "cut up, with scores in a dataclass": (Returned(Scores, CutUp()), (1, 28, 28)),
+    "cut up, with hidden scores": (Returned(Hidden, CutUp()), (1, 224, 224)),
+    "in pairs": (network(InPairs()), (3, 224, 224)),
+    "not copied": (network(Uncopied(), channels=12), (12, 224, 224)),
+    "colors to gray, decided by values": (network(Gray(), Decided(), channels=1), (3, 224, 224)),
     "decided by values": (network(Decided(), channels=12), (12, 224, 224)),
     "by name": (ByName(3, 4, 3), (3, 224, 224)),
     "half": (network().half(), (3, 224, 224)),
@@ -140,3 +221,20 @@ def test_a_network_runs_on_what_it_takes_and_is_left_as_it_is() -> None:
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not runs_on(nn.Bilinear(3, 3, 2))((3,))
+
+
+def test_a_network_that_keeps_tensors_outside_of_its_modules_runs_afterwards() -> None:
+    model = network(Cached()).eval()
+    assert input_shape(model, image_side=32) == (3, 32, 32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_random_numbers_are_drawn_as_without_the_runs() -> None:
+    model = network(Noisy())
+    state = torch.get_rng_state()
+    assert input_shape(model, image_side=32) == (3, 32, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_volumes_take_no_time_also_where_a_forward_is_not_of_pytorch() -> None:
+    assert runs_on(nn.Sequential(Noisy(), nn.Conv3d(3, 64, 3)))((3, 4000, 4000, 4000))
