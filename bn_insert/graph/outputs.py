@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+_DEEPEST = 16  # objects may refer to each other in long chains
+
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Return the tensors in what a model returns, in order.
 
-    They may be in containers, also of classes derived from dict or tuple, in dataclasses, and in attributes of objects
-    of other classes.
+    Those in tuples, lists and dicts come alone: an object beside them may hold anything, such as measured times. Only
+    without any, the tensors in dataclasses, in containers of classes derived from dict or tuple, and in attributes of
+    objects of other classes are returned, the outermost ones first.
     """
-    return list(_tensors(outputs, set()))
+    leaves = _leaves(outputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if tensors:
+        return tensors
+    seen: dict[int, Any] = {}  # with the objects: the id of one that is gone would be given to another
+    for _ in range(_DEEPEST):
+        objects = {id(leaf): leaf for leaf in leaves if not isinstance(leaf, Tensor) and id(leaf) not in seen}
+        seen |= objects
+        leaves = [leaf for each in objects.values() for value in _held(each) for leaf in _leaves(value)]
+        tensors += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors
 
 
-def _tensors(outputs: Any, seen: set[int]) -> Iterator[Tensor]:
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif id(leaf) not in seen:  # objects may refer to each other
-            seen.add(id(leaf))
-            for each in _held(leaf):
-                yield from _tensors(each, seen)
+def _leaves(value: Any) -> list[Any]:
+    try:
+        return tree_leaves(value)
+    except RecursionError:  # a list may contain itself
+        return []
 
 
 def _held(value: Any) -> list[Any]:
     """Return what an object has that PyTorch takes for a single value."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple):
-        return list(value)
-    if callable(value):  # a class, a function or a module
+    try:
+        if isinstance(value, Mapping):
+            return list(value.values())
+        if isinstance(value, list | tuple):
+            return list(value)
+        if callable(value):  # a class, a function or a module
+            return []
+        if is_dataclass(value):
+            return [getattr(value, field.name, None) for field in fields(value)]
+        return list(vars(value).values()) if hasattr(value, "__dict__") else []
+    except Exception:  # noqa: BLE001 - methods of any class may run
         return []
-    if is_dataclass(value):
-        return [getattr(value, field.name) for field in fields(value)]
-    return list(vars(value).values()) if hasattr(value, "__dict__") else []
