@@ -29,6 +29,8 @@ from .splice import splice_out
 from .verification import Fault, fault_here, runs_on
 
 _NAMES_SHOWN = 20
+# Relative to the largest output; folding changed those of networks of 1 to 60 layers by up to 1.3% in bfloat16.
+_UNEXPLAINED_BY_16_BITS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     Args:
         model: The model, as for `insert_batchnorm`.
         example: One batch, as for `insert_batchnorm`. Only its shape matters to what is folded; both networks run on
-            its first two images, and their outputs are compared.
+            its first two images, and their outputs are compared, unless those of the model differ between two runs.
 
     Raises:
         GraphError: A BatchNorm that belongs to a layer cannot be folded exactly (the message names it and the
@@ -190,11 +192,15 @@ def _fault_beyond_rounding(model: nn.Module, result: nn.Module, plan: Sequence[F
     if fault is None or not fault.runs:
         return fault
     # In 16 bits, the rounding of folded weights alone changes outputs of a deep network by half.
-    exact = deep_copy(model).double()
-    inputs = inputs.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    if not runs_on(exact, inputs):
-        return fault
-    return fault_here(exact, _without_batchnorms(exact, plan)[0], inputs)
+    try:
+        exact = deep_copy(model).double()
+        inputs_in_float64 = inputs.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    except (TypeError, RuntimeError):  # the device lacks float64
+        exact = None
+    if exact is None or not runs_on(exact, inputs_in_float64):
+        # The forward casts to another dtype or runs under autocast, perhaps in 16 bits.
+        return fault_here(model, result, inputs, largest=_UNEXPLAINED_BY_16_BITS)
+    return fault_here(exact, _without_batchnorms(exact, plan)[0], inputs_in_float64)
 
 
 def _tied_where_equal(model: nn.Module, result: nn.Module) -> list[str]:

@@ -1,6 +1,8 @@
 import copy
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import hypothesis.strategies as st
@@ -664,6 +666,75 @@ def test_rounding_alone_is_no_reason_to_refuse(dtype: torch.dtype) -> None:
     folded = fold_batchnorm(model, x.to(dtype))
     assert not compare_outputs(model, folded, [x]).within(rtol=0.2)
     assert_same_function(copy.deepcopy(model).double(), fold_batchnorm(copy.deepcopy(model).double(), x.double()), x)
+
+
+class MixedPrecision(nn.Module):
+    """Some convs with BatchNorm under autocast, and a dense layer in the dtype of its weights."""
+
+    def __init__(self, read: Callable[[nn.Sequential], float]) -> None:
+        super().__init__()
+        blocks = ((nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for channels in (3, 16, 16))
+        self.features, self.fc, self.read = nn.Sequential(*chain(*blocks)), nn.Linear(16, 5), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.features(x)
+        return self.fc(x.float().mean((2, 3))) * self.read(self.features)
+
+
+def mixed_precision(read: Callable[[nn.Sequential], float] = lambda _: 1) -> MixedPrecision:
+    return positive(fine_tuned(randomised(MixedPrecision(read))))
+
+
+def test_rounding_under_autocast_is_no_reason_to_refuse() -> None:
+    model, x = mixed_precision(), images(4, 12)
+    folded = fold_batchnorm(model, x)
+    assert not norms(folded)
+    assert_same_function(model, folded, x, rtol=0.1)
+
+
+def test_where_float64_cannot_show_it_a_clear_difference_is_still_refused_or_avoided() -> None:
+    model, x = mixed_precision(len), images(4, 12)
+    folded = fold_batchnorm(model, x)
+    assert len(folded.features) == len(model.features)
+    model = mixed_precision(lambda features: 1 + isinstance(features[1], nn.BatchNorm2d))
+    assert "returns other outputs than with them" in refusal(model, x)
+
+
+def test_on_a_device_without_float64_outputs_are_compared_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks_float64(_: nn.Module) -> nn.Module:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(nn.Module, "double", lacks_float64)
+    folded = fold_batchnorm(fine_tuned(randomised(ReadsModules(len))), images(4, 12))
+    assert isinstance(folded.features[1], nn.Identity)
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda: torch.from_numpy(np.random.default_rng().normal(size=1)).float(),
+        lambda: torch.rand(1, generator=GENERATOR),
+        lambda: torch.tensor(perf_counter() * 100 % 1),
+    ],
+    ids=["NumPy", "own generator", "time"],
+)
+def test_a_network_whose_outputs_vary_by_themselves_is_folded(noise: Callable[[], Tensor]) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.body(x), noise()
+
+    model, x = fine_tuned(randomised(Noisy())), images(4, 12)
+    result = fold(model, x)
+    assert result.folded == ("body.1",)
+    assert_same_function(model.body, result.model.body, x)
 
 
 def test_running_the_result_leaves_the_example_the_model_and_the_random_state_alone() -> None:
