@@ -113,7 +113,7 @@ def stage_checkpoint(
         raise CheckpointError(
             f"cannot write {path}: classes is {classes!r:.40}; pass a list with the name of each class"
         )
-    if isinstance(input_shape, str) or not isinstance(input_shape, Collection):
+    if not isinstance(input_shape, list | tuple):  # a set has no order
         raise CheckpointError(f"cannot write {path}: input_shape is {input_shape!r:.40}; pass one such as (3, 32, 32)")
     try:
         state_dict = _state_dict(network)

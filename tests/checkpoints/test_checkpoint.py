@@ -106,7 +106,9 @@ def test_the_shape_of_an_input_comes_back(name: str, tmp_path: Path) -> None:
     assert settings.to_document()["version"] == 4
 
 
-@pytest.mark.parametrize("shape", [3, "3", (3, 0, 4), (3, 4.5), ("3", "4"), [1] * 17, (2**31,), (3, 2**15, 2**15)])
+@pytest.mark.parametrize(
+    "shape", [3, "3", {3, 8}, (3, 0, 4), (3, 4.5), ("3", "4"), [1] * 17, (2**31,), (3, 2**15, 2**15)]
+)
 def test_what_is_no_shape_of_an_input_is_refused(shape: Any, tmp_path: Path) -> None:
     message = refusal_of(lambda: save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth", input_shape=shape))
     assert message.startswith(f"cannot write {tmp_path / 'vgg.pth'}: ")
