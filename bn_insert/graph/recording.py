@@ -64,7 +64,7 @@ def _naming_hooks(name: str, module: nn.Module, called: set[str]) -> tuple[Calla
 
     def before(*_: object) -> None:
         called.add(name)
-        last_before.append(next(reversed(_nodes())))
+        last_before.append(next(iter(reversed(_nodes()))))  # in torch 2.11, no iterator
 
     def after(*_: object) -> None:
         start = last_before.pop()
