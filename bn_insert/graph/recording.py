@@ -48,7 +48,7 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
                 hooks.callback(module.register_forward_hook(after, always_call=True).remove)
         # Tensors of other classes, such as MONAI's MetaTensor, cannot be recorded.
         program = record(*(tensor.clone().as_subclass(Tensor) for tensor in inputs.tensors))
-    # A forward that is a closure may refer to the layers of the original.
+    # A forward may find layers of the original in a global variable.
     tensors = chain.from_iterable((*each.named_parameters(), *each.named_buffers()) for each in (network, model))
     names = {id(tensor): name for name, tensor in tensors}
     read = {node: id(getattr(program, str(node.target))) for node in program.graph.nodes if node.op == "get_attr"}

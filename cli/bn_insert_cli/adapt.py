@@ -27,7 +27,6 @@ from .inputs import (
     print_preprocessing,
     shape_to_store,
     share_of,
-    transform_to_store,
 )
 from .interruption import signals
 from .output_checks import (
@@ -37,11 +36,11 @@ from .output_checks import (
     check_files,
     compare_on_devices,
     note_calibration,
-    note_stored_preprocessing,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
     warn_of_untied,
+    write_checkpoint,
 )
 from .tables import accuracy_table, comparison_table, shift_table
 
@@ -121,7 +120,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, process_group  # noqa: PLC0415
     from bn_insert import adapt as adapt_network  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
@@ -169,17 +168,16 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
-        stored = transform_to_store(transform, origin, pictures)
-        with signals.saving(str(output)):
-            save_checkpoint(
-                adaptation.model,
-                output,
-                transform=stored,
-                classes=classes,
-                input_shape=shape_to_store(target),
-                overwrite=force,
-            )
-        note_stored_preprocessing(stored, origin, pictures, output)
+        write_checkpoint(
+            adaptation.model,
+            output,
+            transform,
+            origin,
+            pictures,
+            classes=classes,
+            input_shape=shape_to_store(target),
+            overwrite=force,
+        )
     # After the checkpoint: nothing that goes wrong from here on loses it.
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)

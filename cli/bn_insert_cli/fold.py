@@ -28,8 +28,8 @@ from .output_checks import (
     CHECK_VOLUMES,
     allowed,
     check_files,
-    note_stored_preprocessing,
     warn_of_untied,
+    write_checkpoint,
 )
 from .tables import comparison_table
 
@@ -87,7 +87,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     """
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import GraphError, compare_outputs, save_checkpoint  # noqa: PLC0415
+    from bn_insert import GraphError, compare_outputs  # noqa: PLC0415
     from bn_insert import fold as fold_network  # noqa: PLC0415
 
     signals.begin(str(output))
@@ -120,11 +120,16 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     if not comparison.within(atol, rtol):
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
-    with signals.saving(str(output)):
-        save_checkpoint(
-            result.model, output, transform=stored, classes=classes, input_shape=stored_shape, overwrite=force
-        )
-    note_stored_preprocessing(stored, origin, images_from, output)
+    write_checkpoint(
+        result.model,
+        output,
+        transform,
+        origin,
+        images_from,
+        classes=classes,
+        input_shape=stored_shape,
+        overwrite=force,
+    )
     warn_of_untied(result.untied, output)
     if result.others:
         print_warning(f"BatchNorms that are not modules of torch.nn were not folded: {result.others}.")

@@ -27,7 +27,6 @@ from .inputs import (
     print_preprocessing,
     shape_to_store,
     share_of,
-    transform_to_store,
 )
 from .interruption import signals
 from .output_checks import (
@@ -38,10 +37,10 @@ from .output_checks import (
     compare_on_devices,
     note_calibration,
     note_recording,
-    note_stored_preprocessing,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
+    write_checkpoint,
 )
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import LEAST_BATCHES, REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
@@ -113,7 +112,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     started = time.monotonic()
     import torch  # noqa: PLC0415 - only when work begins, so that --help is quick
 
-    from bn_insert import Ranks, insert, process_group, save_checkpoint  # noqa: PLC0415
+    from bn_insert import Ranks, insert, process_group  # noqa: PLC0415
 
     signals.begin(str(output), *([f"the report {report}"] if report else []))
     image_options = ImageOptions(images, seed, batch_size, workers, resize, crop, mean, std, strict)
@@ -172,17 +171,16 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
     print_table(comparison_table(comparisons))
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
-        stored = transform_to_store(transform, origin, calibration)
-        with signals.saving(str(output)):
-            save_checkpoint(
-                insertion.model,
-                output,
-                transform=stored,
-                classes=classes,
-                input_shape=shape_to_store(batches),
-                overwrite=force,
-            )
-        note_stored_preprocessing(stored, origin, calibration, output)
+        write_checkpoint(
+            insertion.model,
+            output,
+            transform,
+            origin,
+            calibration,
+            classes=classes,
+            input_shape=shape_to_store(batches),
+            overwrite=force,
+        )
     if report:
         # After the checkpoint: nothing that goes wrong here loses it.
         facts: dict[str, object] = {

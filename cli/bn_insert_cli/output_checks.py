@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from bn_insert.support.text import counted, listed
 
 from .console import print_note, print_warning
-from .inputs import check_checkpoint, is_tensor_file
+from .inputs import check_checkpoint, is_tensor_file, transform_to_store
+from .interruption import signals
 from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Comparison, Insertion, Moments, Site
-    from bn_insert.images import Batches
+    from bn_insert.images import Batches, Transform
 
 CHECK_FAILED = 1
 CHECK_IMAGES = 8  # two networks run on them: few enough to cost little compared with calibration
@@ -140,19 +141,37 @@ def allowed(atol: float | None, rtol: float | None) -> str:
     return " and ".join(f"--{name} {value:g}" for name, value in (("atol", atol), ("rtol", rtol)) if value is not None)
 
 
-def note_stored_preprocessing(
-    stored: Mapping[str, object] | None, origin: str, images: Path | None, output: Path
+def write_checkpoint(
+    network: nn.Module,
+    output: Path,
+    transform: Transform,
+    origin: str,
+    images: Path | None,
+    *,
+    classes: Sequence[str],
+    input_shape: tuple[int, ...],
+    overwrite: bool,
 ) -> None:
-    """Say that preprocessing from options is only stored, where no images were read with it.
+    """Write a checkpoint, and say that preprocessing from options is only stored, where no images were read with it.
 
     Args:
-        stored: The preprocessing in the output; None if it stores none.
+        network: The network.
+        output: The file.
+        transform: The preprocessing.
         origin: Where it comes from, in words.
         images: What the command has read; None without images.
-        output: The output.
+        classes: The names of the classes.
+        input_shape: That of the inputs in a tensor file; empty for images.
+        overwrite: --force.
     """
+    from bn_insert import save_checkpoint  # noqa: PLC0415
     from bn_insert.report import preprocessing_text  # noqa: PLC0415
 
+    stored = transform_to_store(transform, origin, images)
+    with signals.saving(str(output)):
+        save_checkpoint(
+            network, output, transform=stored, classes=classes, input_shape=input_shape, overwrite=overwrite
+        )
     if stored and "the options" in origin and (images is None or is_tensor_file(images)):
         print_note(f"Stored in {output}, and not used here, where no images were read: {preprocessing_text(stored)}.")
 
