@@ -60,13 +60,15 @@ _GLOBALS = re.compile(
     r"|torch\.(bool|u?int\d+|q?u?int\d+|q?u?int\d+x\d+|bfloat16|float\w+|complex\d+|bits\w+)"
     r"|torch\.torch_version\.TorchVersion"
     r"|collections\.(OrderedDict|Counter|defaultdict)"
-    r"|(__builtin__|builtins)\.(set|frozenset|complex|bytearray|dict|list|tuple|int|float|bool|str|bytes)"
+    r"|(__builtin__|builtins)\.(set|complex|bytearray|dict|list|tuple|int|float|bool|str|bytes)"
     r"|_codecs\.encode"
 )
-# What training scripts save beside the weights: arguments, paths, dates, numbers of numpy. An object without content
-# takes the place of each, so that no code of these types runs.
+# What training scripts save beside the weights: arguments, paths, dates, ranges, numbers of numpy. An object without
+# content takes the place of each, so that no code of these types runs.
 _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|decimal\.Decimal|uuid\.UUID|fractions\.Fraction"
+    r"|(__builtin__|builtins)\.(x?range|slice|frozenset|Ellipsis)"
+    r"|torchvision\.transforms\.functional\.InterpolationMode"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.(datetime|date|time|timedelta|timezone)"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|dtypes\.\w+|(bool|u?int|float)\w*)"
 )
@@ -127,7 +129,7 @@ def load_torch_file(file: BufferedReader, *, mapped: bool = False) -> object:
         mapped &= _check_archive(file, harmless)
     else:
         _check_pickles(file, harmless)
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in sorted(harmless)]):
+    with torch.serialization.safe_globals([(_stand_in(name), _python3_name(name)) for name in sorted(harmless)]):
         if mapped and archived:
             content: object = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
             check_same_file(file)
@@ -141,6 +143,11 @@ def _stand_in(name: str) -> type[Ignored]:
     if name.endswith("multiarray._reconstruct"):
         return type("NumPy array", (IgnoredArray,), {})
     return type("NumPy scalar" if name.endswith("multiarray.scalar") else name.rpartition(".")[2], (Ignored,), {})
+
+
+def _python3_name(name: str) -> str:
+    """Return the name by which torch.load looks up a type: pickle protocol 2 stores that of Python 2."""
+    return name.replace("__builtin__.xrange", "builtins.range").replace("__builtin__.", "builtins.")
 
 
 def check_same_file(file: BufferedReader) -> None:

@@ -270,6 +270,8 @@ FORMS: Mapping[str, Form] = {
     "beside a path": _beside(pathlib.PurePosixPath("/data/train")),
     "beside a NumPy number": _beside(np.float64(0.75)),
     "beside a NumPy array": _beside(np.arange(3.0)),
+    "beside a range": _beside(range(5)),
+    "beside a frozenset": _beside(frozenset({"a"})),
     "beside a datetime": _beside(datetime.datetime(2024, 5, 1, 12, 0)),
     "beside a timedelta": _beside(datetime.timedelta(hours=3)),
     "beside a function": _beside(partial(print, "x")),
