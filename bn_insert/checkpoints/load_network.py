@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +74,6 @@ def load_checkpoint(
         >>> type(model).__name__, len(model.features), model.training
         ('VGG', 16, False)
     """
-    if not isinstance(path, str | PathLike):
-        raise CheckpointError(
-            f"the path is a {type(path).__name__}; load_checkpoint reads a file, and a state dict is loaded by "
-            "model.load_state_dict(state_dict)"
-        )
     return build_network(read_checkpoint(path, mmap=mmap, key=key), model, ignore_unexpected=ignore_unexpected)
 
 
@@ -99,6 +93,8 @@ def build_network(
         CheckpointError: As for `load_checkpoint`.
     """
     check_flags(CheckpointError, ignore_unexpected=ignore_unexpected)
+    if not isinstance(checkpoint, Checkpoint):
+        raise CheckpointError(f"checkpoint is a {type(checkpoint).__name__}; pass what read_checkpoint(path) returns")
     path, settings = checkpoint.path, checkpoint.settings or Settings()
     given = None if model is None else _built(model)
     try:

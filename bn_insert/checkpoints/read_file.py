@@ -75,6 +75,11 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
             than its size can justify, or has damaged settings.
     """
     check_flags(CheckpointError, mmap=mmap)
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"the path is a {type(path).__name__}; pass that of a file; a state dict is loaded by "
+            "model.load_state_dict(state_dict)"
+        )
     if not os.fspath(path):  # as Path, the current folder
         raise CheckpointError("the path of the checkpoint is empty; pass a file")
     path = Path(path)

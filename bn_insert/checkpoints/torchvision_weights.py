@@ -47,6 +47,8 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
 
 def _way_out(name: str) -> str:
     """Return in words what to use in place of a name that is not in NAMES."""
+    if not isinstance(name, str):
+        return "pass a name"
     plain = name.lower().removesuffix("_bn")
     if plain in NAMES and plain != name.lower():
         return f"torchvision's {plain}_bn already has BatchNorm; to insert BatchNorm, use {plain}"
