@@ -65,8 +65,8 @@ class TrainingSettings:
         fit_output: Before anything is trained, fit the output layer if it is new or little better than guessing, unless
             it is part of a new head; see `fit_output`.
         freeze_features: Train only `model.classifier`.
-        dropout: Probability of every dropout layer; None switches off those before a BatchNorm that normalizes by
-            the batch, and leaves the others unchanged.
+        dropout: Probability of every dropout layer; None switches all off in a network with a BatchNorm that
+            normalizes by the batch, and leaves them unchanged in others.
         recalibrate: Re-estimate running statistics on training images before each validation.
         recalibration_images: Number of training images for it.
         hflip: Probability of mirroring a training image from left to right.

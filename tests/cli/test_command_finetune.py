@@ -60,7 +60,7 @@ def test_insert_finetune_fold_compare(run: Run, digits: Path) -> None:
     assert "Wrote run: best validation accuracy" in trained.stdout
     shown = text_of(trained.stderr)
     assert "40 for training and 20 for validation, 10 classes" in shown
-    assert "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)" in shown
+    assert "none (switched off: 0.5 (classifier.3), 0.5 (classifier.7))" in shown
     assert "classifier.8, with 10 classes as in the checkpoint" in shown
     assert "Estimated time left: " in trained.stderr
     assert "Next: bn-insert evaluate run/best.pth DATA, with class folders of images that were not" in trained.stderr

@@ -33,7 +33,7 @@ from bn_insert import (
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import network_path
-from bn_insert.errors import CheckpointError, DivergenceError, GraphError, ImageError, TrainingError
+from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
 from bn_insert.graph.sites import Placement
 from bn_insert.images import ClassFolders, open_class_folders
 from bn_insert.support import files
@@ -695,16 +695,16 @@ def test_dropout_is_set_and_stored(network: nn.Module, digits: ClassFolders, tmp
     assert set(settings.dropout.values()) == {0.125}
 
 
-def test_dropout_before_a_batchnorm_is_off_by_default_and_the_report_says_so(
+def test_dropout_is_off_by_default_with_batchnorm_and_the_report_says_so(
     network: nn.Module, digits: ClassFolders, tmp_path: Path
 ) -> None:
     finetune(network, digits, tmp_path, replace(BRIEF, epochs=1))
     settings = read_settings(tmp_path / "last.pth")
     assert settings is not None
-    assert settings.dropout == {"classifier.3": 0.0, "classifier.7": 0.5}
+    assert settings.dropout == {"classifier.3": 0.0, "classifier.7": 0.0}
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert not run["data"]["output_replaced"]
-    assert run["settings"]["dropout"] == "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)"
+    assert run["settings"]["dropout"] == "none (switched off: 0.5 (classifier.3), 0.5 (classifier.7))"
 
 
 @pytest.mark.parametrize(
@@ -721,7 +721,11 @@ def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
     prepared, _ = prepared_network(
         network, output_layer(network), settings, 10, device=torch.device("cpu"), ranks=Ranks()
     )
-    assert str(set_dropout(prepared, settings.dropout, torch.rand(1, 3, 32, 32))) == expected
+    assert str(set_dropout(prepared, settings.dropout)) == expected
+
+
+def test_dropout_stays_on_in_a_network_without_batchnorm() -> None:
+    assert str(set_dropout(load_checkpoint(network_path()), None)) == "0.5 (classifier.2), 0.5 (classifier.5)"
 
 
 class FlattenedByView(nn.Module):
@@ -742,18 +746,6 @@ def test_a_network_that_flattens_by_view_is_fine_tuned(digits: ClassFolders, tmp
     with pytest.raises(RuntimeError, match="view"):
         FlattenedByView()(torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last))
     assert finetune(FlattenedByView(), digits, tmp_path, BRIEF).best is not None
-
-
-def test_dropout_of_a_network_that_cannot_be_traced_stays_on_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*_arguments: object) -> list[str]:
-        raise GraphError("torch.export cannot trace Sequential")
-
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8))
-    monkeypatch.setattr("bn_insert.training.dropout.dropouts_before_batchnorm", fail)
-    with pytest.warns(UserWarning, match="dropout stays on, because .*dropout=0"):
-        assert str(set_dropout(model, None, torch.rand(1, 3, 32, 32))) == "0.5 (1)"
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_the_summary_says_what_a_run_is_about_to_do(network: nn.Module, digits: 
     assert summary.classes == {str(digit): (4, 2) for digit in range(10)}
     assert (summary.epochs, summary.steps, summary.device) == (1, 3, "cpu")
     assert summary.output == "classifier.8, with 10 classes as in the checkpoint"
-    assert summary.dropout == "0.5 (classifier.7); switched off before BatchNorm: 0.5 (classifier.3)"
+    assert summary.dropout == "none (switched off: 0.5 (classifier.3), 0.5 (classifier.7))"
     assert summary.batchnorms == 4
     assert 0 < summary.trained_parameters < summary.parameters == sum(each.numel() for each in network.parameters())
 
