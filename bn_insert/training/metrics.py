@@ -88,7 +88,7 @@ class EpochMetrics:
         epoch: The epoch, from 1.
         step: Steps since the start of the run.
         lr: Learning rate of the epoch's last step.
-        train_loss: Mean loss on the training images, taken while the weights change, with dropout.
+        train_loss: Mean loss on the training images, taken while the weights change, in train mode.
         train_accuracy: Accuracy on the training images, taken likewise.
         val_loss: Mean loss on the validation images after the epoch.
         val_accuracy: Accuracy on the validation images after the epoch.
