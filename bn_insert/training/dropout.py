@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import TrainingError, as_passed
-from ..graph.copies import unwrapped
+from ..graph.copies import deep_copy, unchanged_attributes, unwrapped
+from ..graph.inputs import Inputs
+from ..statistics.passes import preserved_random_state
+
+_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
 @dataclass(frozen=True)
@@ -20,18 +30,21 @@ class Dropout:
     Args:
         active: Probability of each layer that drops values, by its name.
         switched_off: Former probability of each layer that was switched off, by its name.
+        called: Probability of each dropout that a forward calls as a function, and that no setting changes.
     """
 
     active: Mapping[str, float] = field(default_factory=dict)
     switched_off: Mapping[str, float] = field(default_factory=dict)
+    called: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         """Return what drops values and what does not, in words."""
-        text = _listed(self.active) or "none"
+        functions = [f"{probability:g} (F.dropout)" for probability in self.called]
+        text = ", ".join(filter(None, [_listed(self.active), *functions])) or "none"
         return f"{text} (switched off: {_listed(self.switched_off)})" if self.switched_off else text
 
 
-def set_dropout(network: nn.Module, probability: float | None) -> Dropout:
+def set_dropout(network: nn.Module, probability: float | None, example: Tensor | None = None) -> Dropout:
     """Set the dropout layers of a network for training, in place.
 
     Before a BatchNorm, dropout spoils its statistics, see `dropouts_before_batchnorm`. After the last one, it cost
@@ -40,9 +53,13 @@ def set_dropout(network: nn.Module, probability: float | None) -> Dropout:
     Args:
         network: The network.
         probability: Of every layer; None keeps each one's, but switches all off if a BatchNorm normalizes by the batch.
+        example: Images that the network takes, to find the dropouts that are functions; None does not look for them.
 
     Returns:
         What drops values now.
+
+    Warns:
+        UserWarning: Dropout was to be switched off, and the forward calls it as a function.
 
     Raises:
         TrainingError: If there is a probability and no layer to have it.
@@ -53,12 +70,54 @@ def set_dropout(network: nn.Module, probability: float | None) -> Dropout:
         raise TrainingError(
             f"{type(network).__name__} has no dropout layer to set to {probability}; leave out {as_passed('dropout')}"
         )
-    switched_off: dict[str, float] = {}
-    if probability is None and any(map(uses_batch_statistics, network.modules())):
-        switched_off = {name: layer.p for name, layer in layers.items() if layer.p > 0}
+    by_batch = any(map(uses_batch_statistics, network.modules()))
+    switched_off = {name: layer.p for name, layer in layers.items() if by_batch and probability is None and layer.p > 0}
     for name, layer in layers.items():
         layer.p = 0.0 if name in switched_off else layer.p if probability is None else probability
-    return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off)
+    called = () if example is None else _called(network, example)
+    if called and by_batch and not probability:
+        warnings.warn(
+            f"the forward of {type(network).__name__} calls F.dropout (p = {called[0]:g}), which stays on, as only its "
+            "code can switch it off, and spoils the statistics of a BatchNorm after it; use nn.Dropout instead, or "
+            "pass training=False to it",
+            stacklevel=3,
+        )
+    return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off, called)
+
+
+class _Calls(TorchFunctionMode):
+    """Notes the probability of each dropout that is called as a function and is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probabilities: list[float] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FUNCTIONS:
+            given = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
+            if given.get("p") and given.get("training"):
+                self.probabilities.append(given["p"])
+        return func(*args, **kwargs)
+
+
+def _called(network: nn.Module, example: Tensor) -> tuple[float, ...]:
+    """Return the probability of each dropout that a forward calls as a function in train mode."""
+    copy = deep_copy(network).train()
+    for module in copy.modules():
+        if isinstance(module, _DropoutNd | _NormBase):
+            module.eval()
+    calls = _Calls()
+    # A forward that fails does so again in the first step, with its context.
+    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(network), suppress(Exception), calls:
+        Inputs.of(example, 0, copy).run(copy)
+    return tuple(calls.probabilities)
 
 
 def _listed(layers: Mapping[str, float]) -> str:

@@ -162,7 +162,7 @@ def finetune(
         settings = replace(settings, batchnorm=batchnorm_mode(model, settings))
         given_output = output_layer(model, example)
         network, output = prepared_network(model, given_output, settings, classes, device=device, ranks=ranks)
-        dropout = set_dropout(network, settings.dropout)
+        dropout = set_dropout(network, settings.dropout, example)
         classifier = Classifier.of(network, output, classes, device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, classifier, settings, ranks)
         state, data, progress = None, run_data(network, images, ranks), Progress()

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from bn_insert import (
     insert_batchnorm,
     inserted_batchnorms,
 )
+from bn_insert.batchnorm.modes import set_batchnorm_mode
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.checkpoints.read_file import read_settings
 from bn_insert.demo import network_path
@@ -722,6 +725,33 @@ def test_dropout_stays_on_where_it_is_asked_for_or_does_no_harm(
         network, output_layer(network), settings, 10, device=torch.device("cpu"), ranks=Ranks()
     )
     assert str(set_dropout(prepared, settings.dropout)) == expected
+
+
+class FunctionalDropout(nn.Module):
+    """Drops values by a function and by a module, before a BatchNorm."""
+
+    def __init__(self, *, switched_off: bool = False) -> None:
+        super().__init__()
+        self.switched_off = switched_off
+        self.dropout, self.fc, self.norm = nn.Dropout(0.25), nn.Linear(3 * 32 * 32, 10), nn.BatchNorm1d(10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.dropout(x.flatten(1)), 0.5, training=self.training and not self.switched_off)
+        return self.norm(self.fc(x))
+
+
+def test_dropout_that_is_called_as_a_function_is_named() -> None:
+    network, example = FunctionalDropout(), torch.rand(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match=r"the forward of FunctionalDropout calls F\.dropout \(p = 0\.5\)"):
+        dropout = set_dropout(network, None, example)
+    assert str(dropout) == "0.5 (F.dropout) (switched off: 0.25 (dropout))"
+    assert network.norm.num_batches_tracked == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # asked for, or harmless
+        assert str(set_dropout(network, 0.125, example)) == "0.125 (dropout), 0.5 (F.dropout)"
+        set_batchnorm_mode(network, "freeze")
+        set_dropout(network, None, example)
+        assert str(set_dropout(FunctionalDropout(switched_off=True), 0, example)) == "none"
 
 
 def test_dropout_stays_on_in_a_network_without_batchnorm() -> None:
