@@ -111,6 +111,25 @@ def fashion_mnist(folder: Path, side: int) -> Split:
     return Split(*(_resized(part, side) for part in parts))
 
 
+def houses(folder: Path, side: int) -> Split:
+    """Return photographs of bathrooms, bedrooms, kitchens and fronts of houses: 300, 200 and 500, of other houses each.
+
+    Source: Ahmed and Moustafa, "House Price Estimation from Visual and Textual Features", 2016, arXiv:1609.08399; the
+    folder "Houses Dataset" of github.com/emanhamed/Houses-dataset.
+    """
+    kinds = ("bathroom", "bedroom", "frontal", "kitchen")
+    numbers = sorted(int(path.name.partition("_")[0]) for path in folder.glob(f"*_{kinds[0]}.jpg"))
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def part(first: int, last: int) -> Part:
+        chosen = [numbers[row] for row in order[first:last]]
+        pixels = [_decoded(str(folder / f"{number}_{kind}.jpg"), side) for number in chosen for kind in kinds]
+        images = torch.stack([torch.from_numpy(each).permute(2, 0, 1) for each in pixels])
+        return Part(images, torch.arange(len(kinds)).repeat(len(chosen)))
+
+    return Split(part(0, 75), part(75, 125), part(125, 250))
+
+
 def per_class(part: Part, count: int, seed: int) -> Part:
     """Return `count` images of each class, chosen at random."""
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
