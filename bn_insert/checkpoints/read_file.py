@@ -76,10 +76,12 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
     """
     check_flags(CheckpointError, mmap=mmap)
     if not isinstance(path, str | os.PathLike):
+        what = "None" if path is None else f"of the type {type(path).__name__}"
         raise CheckpointError(
-            f"the path is a {type(path).__name__}; pass that of a file; a state dict is loaded by "
-            "model.load_state_dict(state_dict)"
+            f"the path is {what}; pass that of a file (a state dict is loaded by model.load_state_dict(state_dict))"
         )
+    if key is not None and not isinstance(key, str):
+        raise CheckpointError(f"key is {key!r:.40}, not a str; pass the key of a dict in the file")
     if not os.fspath(path):  # as Path, the current folder
         raise CheckpointError("the path of the checkpoint is empty; pass a file")
     path = Path(path)

@@ -126,6 +126,8 @@ def open_class_folders(
             written as one line of UTF-8 text.
     """
     check_flags(ImageError, strict=strict)
+    if not isinstance(folder, str | Path):
+        raise ImageError(f"the folder is {folder!r:.40}; pass the path of one with train/ and val/")
     folder = Path(folder)
     reader = ImageReader(transform, channels, workers, strict)
     classes, in_val = _classes_in(folder)

@@ -12,6 +12,7 @@ from .verdict import Verdict
 # Times the loss of guessing, at which an output layer of zeros starts: above this, training has failed, and a
 # falling loss does not mean that more epochs would help.
 _TOO_HIGH = 2.0
+_NEARLY_ALL = 0.98  # of the validation images: nothing is left to improve on
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
 _EPOCHS_AFTER_BEST = 2  # after which the first epoch is said to be the best
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
@@ -101,7 +102,7 @@ def _not_better(
     epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None, lower_rate: str
 ) -> list[Verdict]:
     best, before = _best(epochs)["val_accuracy"], output_fit["accuracy"] if output_fit else None
-    if before is None or best > before or best == 1:
+    if before is None or best > before or best >= _NEARLY_ALL:
         return []
     text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}."
     return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
@@ -109,7 +110,7 @@ def _not_better(
 
 def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list[Verdict]:
     best = _best(epochs)
-    if best["epoch"] > 1 or len(epochs) - 1 < _EPOCHS_AFTER_BEST or best["val_accuracy"] == 1:
+    if best["epoch"] > 1 or len(epochs) - 1 < _EPOCHS_AFTER_BEST or best["val_accuracy"] >= _NEARLY_ALL:
         return []
     text = "No epoch was better than the first: a lower learning rate may preserve more of the pretrained network."
     return [Verdict("check", "Epochs", f"{text} {lower_rate}")]
@@ -135,8 +136,8 @@ def _loss(
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
         text = (
-            f"The validation loss, {lowest:.3f} at its lowest, is only slightly below {guess}: train for longer "
-            f"({more_epochs}), or on more images."
+            f"The validation loss, {lowest:.3f} at its lowest, is only {1 - lowest / guessing:.1%} below {guess}: "
+            f"train for longer ({more_epochs}), or on more images."
         )
         found.append(Verdict("check", "Loss", text))
     if falling:

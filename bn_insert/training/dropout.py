@@ -30,17 +30,16 @@ class Dropout:
     Args:
         active: Probability of each layer that drops values, by its name.
         switched_off: Former probability of each layer that was switched off, by its name.
-        called: Probability of each dropout that a forward calls as a function, and that no setting changes.
+        called: Probabilities of dropouts that a forward calls as functions, and that no setting changes, by function.
     """
 
     active: Mapping[str, float] = field(default_factory=dict)
     switched_off: Mapping[str, float] = field(default_factory=dict)
-    called: tuple[float, ...] = ()
+    called: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return what drops values and what does not, in words."""
-        functions = [f"{probability:g} (F.dropout)" for probability in self.called]
-        text = ", ".join(filter(None, [_listed(self.active), *functions])) or "none"
+        text = _listed({**self.active, **self.called}) or "none"
         return f"{text} (switched off: {_listed(self.switched_off)})" if self.switched_off else text
 
 
@@ -62,35 +61,35 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
         UserWarning: Dropout was to be switched off, and the forward calls it as a function.
 
     Raises:
-        TrainingError: If there is a probability and no layer to have it.
+        TrainingError: If there is a probability above 0 and no layer to have it.
     """
     modules = unwrapped(network).named_modules()
     layers = {name: module for name, module in modules if isinstance(module, _DropoutNd)}
-    if probability is not None and not layers:
+    if probability and not layers:
         raise TrainingError(
-            f"{type(network).__name__} has no dropout layer to set to {probability}; leave out {as_passed('dropout')}"
+            f"{type(network).__name__} as it is trained has no dropout layer to set to {probability} (a new head has "
+            f"none); leave out {as_passed('dropout')}"
         )
     by_batch = any(map(uses_batch_statistics, network.modules()))
     switched_off = {name: layer.p for name, layer in layers.items() if by_batch and probability is None and layer.p > 0}
     for name, layer in layers.items():
         layer.p = 0.0 if name in switched_off else layer.p if probability is None else probability
-    called = () if example is None else _called(network, example)
+    called = {} if example is None else _called(network, example)
     if called and by_batch and not probability:
         warnings.warn(
-            f"the forward of {type(network).__name__} calls F.dropout (p = {called[0]:g}), which stays on, as only its "
-            "code can switch it off, and spoils the statistics of a BatchNorm after it; use nn.Dropout instead, or "
-            "pass training=False to it",
+            f"the forward of {type(network).__name__} calls dropout as a function, with p = {_listed(called)}: this "
+            "stays on, and spoils the statistics of any BatchNorm that comes after it. Use nn.Dropout modules instead",
             stacklevel=3,
         )
     return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off, called)
 
 
 class _Calls(TorchFunctionMode):
-    """Notes the probability of each dropout that is called as a function and is on."""
+    """Notes the probabilities of dropouts that are called as functions and are on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.probabilities: list[float] = []
+        self.found: dict[str, float] = {}
 
     def __torch_function__(
         self,
@@ -100,15 +99,15 @@ class _Calls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _FUNCTIONS:
+        if (name := getattr(func, "__name__", "")) in _FUNCTIONS:
             given = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
             if given.get("p") and given.get("training"):
-                self.probabilities.append(given["p"])
+                self.found[f"F.{name}"] = max(given["p"], self.found.get(f"F.{name}", 0.0))
         return func(*args, **kwargs)
 
 
-def _called(network: nn.Module, example: Tensor) -> tuple[float, ...]:
-    """Return the probability of each dropout that a forward calls as a function in train mode."""
+def _called(network: nn.Module, example: Tensor) -> dict[str, float]:
+    """Return the highest probability with which a forward calls each dropout function in train mode."""
     copy = deep_copy(network).train()
     for module in copy.modules():
         if isinstance(module, _DropoutNd | _NormBase):
@@ -117,7 +116,7 @@ def _called(network: nn.Module, example: Tensor) -> tuple[float, ...]:
     # A forward that fails does so again in the first step, with its context.
     with preserved_random_state(), torch.inference_mode(), unchanged_attributes(network), suppress(Exception), calls:
         Inputs.of(example, 0, copy).run(copy)
-    return tuple(calls.probabilities)
+    return calls.found
 
 
 def _listed(layers: Mapping[str, float]) -> str:

@@ -96,10 +96,11 @@ def finetune(
     be resumed, and the report of the run, report.html, with its data, report.json.
 
     The copy has float32 in place of half precision, the memory format channels_last unless its forward takes contiguous
-    tensors alone, and a new output layer if the model does not return one logit per class. Dropout is switched off in a
-    network with BatchNorm unless `settings.dropout` asks for it. An epoch's last batch is left out if it is a single
-    image that a BatchNorm would have to normalize by, or that the network does not run on alone, because squeeze()
-    removes its batch axis; in validation, such an image joins the batch before it. PyTorch's random state is restored.
+    tensors alone, and a new output layer if the model does not return one logit per class. Dropout is switched off if a
+    BatchNorm normalizes by the batch, unless `settings.dropout` asks for it. An epoch's last batch is left out if it is
+    a single image that a BatchNorm would have to normalize by, or that the network does not run on alone, because
+    squeeze() removes its batch axis; in validation, such an image joins the batch before it. PyTorch's random state is
+    restored.
 
     In a torch.distributed process group all ranks call this function: batches are per rank, gradients are averaged by
     DistributedDataParallel, and only the first rank writes.

@@ -71,8 +71,8 @@ class TrainingState:
             before, now = self.settings.get(name), wanted.get(name)
             if before != now:
                 raise TrainingError(
-                    f"{path} belongs to another run: {as_passed(name)} was {before!r} and is now {now!r}; resume with "
-                    f"{advice}"
+                    f"{path} belongs to another run: {as_passed(name)} was {_given(before)} and is now {_given(now)}; "
+                    f"resume with {advice}"
                 )
         for name in sorted(self.data.keys() | data.keys()):
             if self.data.get(name) != data.get(name):
@@ -273,6 +273,10 @@ def load_state(path: Path) -> TrainingState:
         {str(name): value for name, value in content.renorm.items()},
         content.random,
     )
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _damaged(path: Path, error: SchemaError) -> CheckpointError:

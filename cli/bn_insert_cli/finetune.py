@@ -232,7 +232,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         float | None,
         typer.Option(
             metavar="X [0<=x<1]",
-            help="Probability of every dropout layer. [default: 0 with BatchNorm, otherwise the checkpoint's]",
+            help="Probability of every dropout layer. [default: 0 if a BatchNorm normalizes by the batch, otherwise "
+            "the checkpoint's]",
             rich_help_panel=_NETWORK,
         ),
     ] = None,

@@ -226,8 +226,8 @@ def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
         old = f" ({', '.join(dropouts.values())} in {Path(checkpoint).name})" if renumbered else ""
         print_note(
             f"Dropout before BatchNorm: {', '.join(dropouts)}{old}. In training it makes the "
-            "variance larger than in evaluation, which distorts the statistics of the BatchNorm. finetune switches it "
-            "off; in your own training loop, set p of these layers to 0."
+            "variance larger than in evaluation, which distorts the statistics of the BatchNorm. finetune switches "
+            "dropout off; in your own training loop, set p of these layers to 0."
         )
 
 

@@ -498,7 +498,7 @@ def epochs(losses: tuple[float, ...], accuracies: tuple[float, ...]) -> list[dic
             "bad",
             "rose from 0.500 to 9.000, above 1.386 = ln(4), the loss of guessing: training",
         ),
-        ((1.3, 1.2, 1.2), (0.6, 0.7, 0.7), "check", "is only slightly below 1.386"),
+        ((1.3, 1.2, 1.2), (0.6, 0.7, 0.7), "check", "is only 13.4% below 1.386"),
         ((0.9, 0.8, 0.6), (0.6, 0.7, 0.8), "check", "still falling, from 0.8 to 0.6 in the last epoch"),
         ((0.9, 0.3), (0.6, 0.9), "check", "2 of 3 epochs were completed"),
         ((0.5, 0.6, 0.6), (0.9, 0.8, 0.9), "check", "No epoch was better than the first: a lower learning rate may"),

@@ -742,7 +742,7 @@ class FunctionalDropout(nn.Module):
 
 def test_dropout_that_is_called_as_a_function_is_named() -> None:
     network, example = FunctionalDropout(), torch.rand(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match=r"the forward of FunctionalDropout calls F\.dropout \(p = 0\.5\)"):
+    with pytest.warns(UserWarning, match=r"FunctionalDropout calls dropout as a function, .* 0\.5 \(F\.dropout\)"):
         dropout = set_dropout(network, None, example)
     assert str(dropout) == "0.5 (F.dropout) (switched off: 0.25 (dropout))"
     assert network.norm.num_batches_tracked == 0
@@ -781,7 +781,7 @@ def test_a_network_that_flattens_by_view_is_fine_tuned(digits: ClassFolders, tmp
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"dropout": 0.5}, "Sequential has no dropout layer"),
+        ({"dropout": 0.5}, "Sequential as it is trained has no dropout layer"),
         ({"freeze_features": True}, "Sequential has no features"),
         ({"sync_bn": True}, "sync_bn works on GPUs only"),
     ],
