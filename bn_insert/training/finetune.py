@@ -107,7 +107,7 @@ def finetune(
 
     Args:
         model: The classifier; it is left unchanged.
-        images: Training and validation images, from `open_class_folders`.
+        images: Training and validation images, from `open_class_folders` in `bn_insert.images`.
         output_dir: Output directory; created if missing. One that contains results is refused without `resume` or
             `overwrite`.
         settings: Settings of the run; None uses the defaults.
