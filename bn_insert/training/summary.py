@@ -67,7 +67,9 @@ class RunSummary:
         classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
         trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
         norms = counted(self.batchnorms, "BatchNorm layer") + ", with Batch Renormalization" * self.renorm
-        if self.trained_batchnorms < self.batchnorms:
+        if self.batchnorms and not self.trained_batchnorms:
+            norms += ", frozen"
+        elif self.trained_batchnorms < self.batchnorms:
             norms = f"gamma and beta of {self.trained_batchnorms} of {norms}"
         return {
             "Images": f"{train:,} for training and {val:,} for validation, {classes}",
