@@ -509,8 +509,8 @@ def test_batchnorm_modes_hold_through_a_run(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"batchnorm": "freeze"}, "; 4 BatchNorm layers, frozen"),
-        ({"train": "head"}, "; 4 BatchNorm layers, frozen"),
+        ({"batchnorm": "freeze"}, "4 BatchNorm layers, frozen"),
+        ({"train": "head"}, "4 BatchNorm layers, frozen"),
         ({"freeze_features": True}, "gamma and beta of 2 of 4 BatchNorm layers"),
         ({"batchnorm": "freeze-statistics"}, "4 BatchNorm layers"),
     ],
