@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,9 +124,8 @@ def houses(folder: Path, side: int) -> Split:
 
     def part(first: int, last: int) -> Part:
         chosen = [numbers[row] for row in order[first:last]]
-        pixels = [_decoded(str(folder / f"{number}_{kind}.jpg"), side) for number in chosen for kind in kinds]
-        images = torch.stack([torch.from_numpy(each).permute(2, 0, 1) for each in pixels])
-        return Part(images, torch.arange(len(kinds)).repeat(len(chosen)))
+        images = [_decoded(str(folder / f"{number}_{kind}.jpg"), side) for number in chosen for kind in kinds]
+        return Part(_stacked(images), torch.arange(len(kinds)).repeat(len(chosen)))
 
     return Split(part(0, 75), part(75, 125), part(125, 250))
 
@@ -166,8 +166,11 @@ def _idx(folder: Path, name: str) -> Part:
 @cache
 def _folder(folder: Path, side: int) -> Part:
     images = ImageFolder(str(folder), loader=lambda path: _decoded(path, side))
-    pixels = torch.stack([torch.from_numpy(pixels).permute(2, 0, 1) for pixels, _ in images])
-    return Part(pixels, torch.tensor(images.targets))
+    return Part(_stacked(pixels for pixels, _ in images), torch.tensor(images.targets))
+
+
+def _stacked(images: Iterable[np.ndarray]) -> Tensor:
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
 
 
 def _decoded(path: str, side: int) -> np.ndarray:

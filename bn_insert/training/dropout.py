@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import TrainingError, as_passed
-from ..graph.copies import deep_copy, unchanged_attributes, unwrapped
+from ..graph.copies import unchanged_attributes, unwrapped, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import preserved_random_state
 
@@ -108,7 +108,7 @@ class _Calls(TorchFunctionMode):
 
 def _called(network: nn.Module, example: Tensor) -> dict[str, float]:
     """Return the highest probability with which a forward calls each dropout function in train mode."""
-    copy = deep_copy(network).train()
+    copy = working_copy(network).train()
     for module in copy.modules():
         if isinstance(module, _DropoutNd | _NormBase):
             module.eval()
