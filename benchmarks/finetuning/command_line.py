@@ -2,7 +2,8 @@
 
     python -m benchmarks.finetuning.command_line --vgg16 vgg16-real.pth --cifar-vgg cifar-vgg.pth \\
         --cifar-folded cifar-folded.pth --cifar-deep cifar-deep.pth --clothing CLOTHING --cifar CIFAR10 \\
-        --fashion-mnist FASHION --houses HOUSES --output benchmarks/finetuning/results
+        --fashion-mnist FASHION --houses HOUSES --hands HANDS \\
+        --output benchmarks/finetuning/results
 
 Both sides are commands as a user types them, on folders of images, for as many epochs. The side with BatchNorm takes
 the defaults: no option is chosen; on images of a different kind, `adapt --keep-batchnorm` takes the place of
@@ -10,7 +11,7 @@ the defaults: no option is chosen; on images of a different kind, `adapt --keep-
 fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
 half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
 images, which choose nothing. The solar cells (`pip install elpv-dataset`), Fashion-MNIST (Debian package
-dataset-fashion-mnist) and the houses were kept apart: no default of `finetune` was developed on them. With VGG16, the
+dataset-fashion-mnist), the houses and the hands were kept apart: no default of `finetune` was developed on them. With VGG16, the
 photographs of CIFAR-10 were, too, until they showed that the trials of learning rates chose too high a one. Every
 finished run is a line in `command-line.jsonl`: interrupted, the program continues where it was.
 """
@@ -46,6 +47,7 @@ from .images import (
     clothing,
     digits,
     fashion_mnist,
+    hands,
     houses,
     noisy,
     per_class,
@@ -179,6 +181,12 @@ TASKS = {
         lambda places: houses(places.houses, 48),
         _UNIT,
         guessing=0.3,  # four classes
+    ),
+    "hands": Task(
+        "VGG16 and its own dense head, 618 photographs of hands that sign digits, 48 px",
+        "vgg16",
+        lambda places: hands(places.hands, 48),
+        _UNIT,
     ),
     "10 a class": _TEN_A_CLASS,
     "10 a class, folded": replace(
@@ -433,6 +441,7 @@ def main() -> None:
         "cifar",
         "fashion-mnist",
         "houses",
+        "hands",
         "output",
     ):
         parser.add_argument(f"--{name}", type=Path, required=True)

@@ -130,6 +130,20 @@ def houses(folder: Path, side: int) -> Split:
     return Split(part(0, 75), part(75, 125), part(125, 250))
 
 
+def hands(folder: Path, side: int) -> Split:
+    """Return photographs of hands that sign the digits 0 to 9: 618 to train on, 413 to choose and 1,031 to test.
+
+    Each of 218 students gave at most one photograph of a digit.
+
+    Source: Mavi, "A New Dataset and Proposed Convolutional Neural Network Architecture for Classification of American
+    Sign Language Digits", 2020, arXiv:2011.08927; the folder "Dataset" of
+    github.com/ardamavi/Sign-Language-Digits-Dataset.
+    """
+    part = _folder(folder, side)
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    return Split(part[order[:618]], part[order[618:1031]], part[order[1031:]])
+
+
 def per_class(part: Part, count: int, seed: int) -> Part:
     """Return `count` images of each class, chosen at random."""
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
