@@ -11,9 +11,10 @@ the defaults: no option is chosen; on images of a different kind, `adapt --keep-
 fit of the new output layer, each at several learning rates (factor 3.16, uphill from a usual one), with a warm-up of
 half an epoch; validation images choose among them. Then both repeat with other seeds. `best.pth` is evaluated on test
 images, which choose nothing. The solar cells (`pip install elpv-dataset`), Fashion-MNIST (Debian package
-dataset-fashion-mnist), the houses and the hands were kept apart: no default of `finetune` was developed on them. With VGG16, the
-photographs of CIFAR-10 were, too, until they showed that the trials of learning rates chose too high a one. Every
-finished run is a line in `command-line.jsonl`: interrupted, the program continues where it was.
+dataset-fashion-mnist), the houses and the hands were kept apart: no default of `finetune` was developed on them
+(that dropout must be off on the hands was known before). With VGG16, the photographs of CIFAR-10 were kept apart, too,
+until they showed that the trials of learning rates chose too high a one. Every finished run is a line in
+`command-line.jsonl`: interrupted, the program continues where it was.
 """
 
 from __future__ import annotations
