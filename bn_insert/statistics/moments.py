@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 # Values are read several times: in between, slices of this many stay in a CPU's second-level cache.
@@ -149,9 +150,8 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
     if origin is not None:
         pooled.mean.add_(origin)
     if numbers is not None and len(numbers):
-        on_device = numbers.to(values.device)
-        selected = (each.reshape(-1, channels)[:, on_device] for each in _slices(values))
-        exact = GroupMoments.of(selected, len(numbers), _float64_moments).pooled()
+        rows = _rows_of(values, numbers.to(values.device))
+        exact = GroupMoments.of(rows, len(numbers), _float64_moments).pooled()
         pooled.mean[numbers], pooled.m2[numbers] = exact.mean, exact.m2
     return pooled
 
@@ -191,17 +191,35 @@ def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Floa
         parts: Sequence[Tensor] = [channels_last]
     else:
         parts = channels_last.split(max(1, _VALUES_PER_SLICE // channels_last[0].numel()))
-    rows_per_slice = max(1, _VALUES_PER_SLICE // (channels * _ROWS_PER_GROUP)) * _ROWS_PER_GROUP
     for part in parts:
         rows = part.reshape(-1, channels)
         if values.device.type != "cpu" or len(rows) <= _ROWS_PER_GROUP:
             yield rows
             continue
-        in_full_groups = len(rows) // _ROWS_PER_GROUP * _ROWS_PER_GROUP
+        rows_per_group = _rows_per_group(len(rows))
+        rows_per_slice = max(1, _VALUES_PER_SLICE // (channels * rows_per_group)) * rows_per_group
+        in_full_groups = len(rows) // rows_per_group * rows_per_group
         for each in rows[:in_full_groups].split(rows_per_slice):
-            yield each.reshape(_ROWS_PER_GROUP, -1)
+            yield each.reshape(rows_per_group, -1)
         if in_full_groups < len(rows):
             yield rows[in_full_groups:]
+
+
+@cache
+def _rows_per_group(rows: int) -> int:
+    """Return a number of rows that divides them into equal groups, which merge fastest, if there is a large one."""
+    numbers = range(_ROWS_PER_GROUP, _ROWS_PER_GROUP // 2, -1)
+    return next((number for number in numbers if rows % number == 0), _ROWS_PER_GROUP)
+
+
+def _rows_of(
+    values: Float[Tensor, "batch channels *positions"], numbers: Int64[Tensor, " selected"]
+) -> Iterator[Float[Tensor, "rows selected"]]:
+    """Yield the values of some channels in slices, as rows."""
+    if _is_contiguous_by_channel(values):  # the other channels need not be copied
+        yield from (each.reshape(-1, len(numbers)) for each in _slices(values.index_select(1, numbers)))
+    else:
+        yield from (each.reshape(-1, values.shape[1])[:, numbers] for each in _slices(values))
 
 
 @dataclass(frozen=True, eq=False)
