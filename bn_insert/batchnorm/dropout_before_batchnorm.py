@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -50,6 +50,31 @@ def dropouts_upstream(trace: Trace, anchors: Collection[str] = ()) -> list[str]:
         trace: The model.
         anchors: Names of modules that a BatchNorm is about to be inserted after.
     """
+    found = dict.fromkeys(map(trace.owner, _upstream(trace, anchors)))
+    return [name for name in found if isinstance(module := trace.modules.get(name), _DropoutNd) and module.p > 0]
+
+
+def dropout_functions_upstream(trace: Trace, anchors: Collection[str] = ()) -> dict[str, float]:
+    """Return dropouts that are no modules but functions that a forward calls, and whose values a BatchNorm normalizes.
+
+    Args:
+        trace: The model.
+        anchors: Names of modules that a BatchNorm is about to be inserted after.
+
+    Returns:
+        The largest probability, by the name of the module whose forward calls them; the model's own name is empty.
+    """
+    found: dict[str, float] = {}
+    for node in _upstream(trace, anchors):
+        owner = trace.owner(node)
+        probability = node.args[1] if len(node.args) > 1 else 0.0
+        if not isinstance(trace.modules.get(owner), _DropoutNd) and isinstance(probability, float) and probability > 0:
+            found[owner] = max(probability, found.get(owner, 0.0))
+    return found
+
+
+def _upstream(trace: Trace, anchors: Collection[str]) -> Iterator[fx.Node]:
+    """Yield the calls of dropout from which a path leads to a BatchNorm with no other normalization on it."""
 
     def normalizes_by_batch(node: fx.Node) -> bool:
         owner = trace.owner(node)
@@ -59,9 +84,6 @@ def dropouts_upstream(trace: Trace, anchors: Collection[str] = ()) -> list[str]:
     def passes(node: fx.Node) -> bool:
         return trace.owner(node) not in anchors and not has_role(node, Role.NORMALIZATION)
 
-    found = dict.fromkeys(
-        trace.owner(node)
-        for node in trace.nodes
-        if has_role(node, Role.DROPOUT) and any(map(normalizes_by_batch, trace.downstream(node, passes)))
-    )
-    return [name for name in found if isinstance(module := trace.modules.get(name), _DropoutNd) and module.p > 0]
+    for node in trace.nodes:
+        if has_role(node, Role.DROPOUT) and any(map(normalizes_by_batch, trace.downstream(node, passes))):
+            yield node

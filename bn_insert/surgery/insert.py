@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..batchnorm.dropout_before_batchnorm import dropouts_upstream
+from ..batchnorm.dropout_before_batchnorm import dropout_functions_upstream, dropouts_upstream
 from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
@@ -61,6 +61,9 @@ class Insertion(Generic[AnyModule]):
         others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
         one_image: Why the copy cannot run on one image alone, which a network with `squeeze()` takes for no batch;
             empty if it can, or the original cannot either.
+        dropout_functions: Dropouts that a forward calls as functions, where a BatchNorm normalizes their values: the
+            largest probability, by the name of the module that calls them, or the model's class. They cannot be
+            switched off from outside.
     """
 
     model: AnyModule = field(repr=False)
@@ -74,6 +77,7 @@ class Insertion(Generic[AnyModule]):
     fault: str = field(default="", repr=False)
     others: str = field(default="", repr=False)
     one_image: str = field(default="", repr=False)
+    dropout_functions: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -138,7 +142,8 @@ def insert(
             model, sites, peek.batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
         )
     edges = edges_in(trace, sites) if equalize else []
-    dropouts = dropouts_upstream(trace, {site.anchor for site in sites})
+    anchors = {site.anchor for site in sites}
+    dropouts, functions = dropouts_upstream(trace, anchors), dropout_functions_upstream(trace, anchors)
     result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
     fault = fault_of(model, result, peek.first, _by_anchor(sites, norms)) if sites else None
     # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`, or hold them in a
@@ -171,6 +176,7 @@ def insert(
         tuple(edges),
         images=sum(Ranks.current().gathered(images)),
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
+        dropout_functions={name or type(unwrapped(model)).__name__: p for name, p in functions.items()},
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
         others=layers_of_other_classes(trace, options) if sites else "",

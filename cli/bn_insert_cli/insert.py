@@ -229,6 +229,12 @@ def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
             "variance larger than in evaluation, which distorts the statistics of the BatchNorm. finetune switches "
             "dropout off; in your own training loop, set p of these layers to 0."
         )
+    if functions := insertion.dropout_functions:
+        callers = ", ".join(f"{name} (p = {p:g})" for name, p in functions.items())
+        print_note(
+            f"Dropout before BatchNorm, called as a function in the forward of {callers}. In training it distorts the "
+            "statistics of the BatchNorm, and finetune cannot switch it off: use nn.Dropout modules instead."
+        )
 
 
 def _write_report(

@@ -315,6 +315,14 @@ class OfOwnConv(ColorsToGray):
         return nn.functional.conv2d(x, self.stem)
 
 
+class CallsDropout(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self[2](self[1](nn.functional.dropout(self[0](x).mean((2, 3)), 0.25, self.training)).relu())
+
+
 class Squeezed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -334,7 +342,8 @@ def shapes(run: Run) -> Run:
     Path("nets_of_other_shapes.py").write_text(NETS_OF_OTHER_SHAPES)
     namespace: dict[str, Any] = {}
     exec(NETS_OF_OTHER_SHAPES, namespace)
-    for name in ("signals", "volumes", "of_32_pixels", "TwoInputs", "WithOwnConv", "Squeezed", "Dense", *OF_COLORS):
+    names = ("signals", "volumes", "of_32_pixels", "TwoInputs", "WithOwnConv", "CallsDropout", "Squeezed", "Dense")
+    for name in (*names, *OF_COLORS):
         torch.save(namespace[name]().state_dict(), f"{name}.pth")
     return run
 
@@ -556,6 +565,13 @@ def test_layers_that_get_no_batchnorm_for_their_class_are_warned_of(shapes: Run,
     assert "warning: no BatchNorm was inserted after layers that are not modules of torch.nn: 2" in text_of(
         result.stderr
     )
+
+
+def test_dropout_that_is_a_function_before_a_batchnorm_is_noted(shapes: Run) -> None:
+    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    result = shapes("insert", "CallsDropout.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("CallsDropout"))
+    assert result.exit_code == 0, result.output
+    assert "called as a function in the forward of CallsDropout (p = 0.25)" in text_of(result.output)
 
 
 def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes: Run) -> None:

@@ -274,6 +274,23 @@ def test_dropouts_before_a_batchnorm_are_named_as_in_the_result_and_in_the_origi
     assert {dropout.p for dropout in dropouts(insertion.model).values()} == {0.5}
 
 
+class CallsDropout(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.dropout2d(self[0](x).relu(), 0.25, training=self.training).mean((2, 3))
+        hidden = F.dropout(self[1](features).relu(), training=self.training)
+        last = F.dropout(self[2](hidden).relu(), 0.75, training=self.training)  # no BatchNorm comes after this one
+        return self[3](last)
+
+
+def test_dropouts_before_a_batchnorm_that_are_functions_are_told_with_their_largest_probability() -> None:
+    model = CallsDropout(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2))
+    for outer, name in ((model, "CallsDropout"), (nn.Sequential(nn.ReLU(), model), "1")):
+        insertion = insert(outer, [images(6, 16)])
+        assert insertion.dropout_functions == {name: 0.5}
+        assert insertion.dropouts_before_batchnorm == {}
+    assert insert(model, [images(6, 16)], layers="conv").dropout_functions == {}
+
+
 def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -> None:
     model = small_vgg()
     result = insert_batchnorm(model, [images(6, 16)], dropout_before_batchnorm=False)
