@@ -1,10 +1,10 @@
 """Insert BatchNorm into a pretrained network without changing its outputs.
 
-The public names, grouped by what they are for. Reading images is in `bn_insert.images`, writing reports in
-`bn_insert.report`, and the network that ships with the package in `bn_insert.demo`.
+The public names, grouped by purpose. `bn_insert.images` reads images, `bn_insert.report` writes reports, and
+`bn_insert.demo` contains the network that ships with the package.
 
-A name, and torch with it, is imported at its first use: Python imports this package before it runs `__main__.py`, which
-handles signals, and errors such as too little memory for torch.
+Names are imported on first use, and torch with them: Python imports this package before it runs `__main__.py`, which
+handles signals and errors such as too little memory for torch.
 """
 # ruff: noqa: I001 - grouped, everyday names first; `as` marks what is public for type checkers
 
@@ -205,7 +205,7 @@ _PACKAGES = ("demo", "errors", "images", "report")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or one of the packages named above, at its first use."""
+    """Import a public name, or one of the packages named above, on first use."""
     if name in _PACKAGES:
         return import_module(f".{name}", __name__)
     if name not in _MODULES:
@@ -216,5 +216,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names alone, for completion in an interactive session."""
+    """Return only the public names, for completion in an interactive session."""
     return sorted(__all__)

@@ -33,7 +33,7 @@ class _BatchRenorm(_BatchNorm):
     _r_max: float = math.inf
     _d_max: float = math.inf
     synchronize: bool = False
-    # Declared by each class: whose forward pass it has in eval mode.
+    # Declared by each class: the class whose forward pass it has in eval mode.
     eval_class: ClassVar[type[_BatchNorm]]
     # None only without running statistics, which the constructor and `to_renorm` refuse.
     running_mean: Tensor
@@ -95,8 +95,8 @@ class _BatchRenorm(_BatchNorm):
         self._check_input_dim(input)
         return self._train_forward(input)
 
-    # Keeping passes for a recomputation is a side effect that a compiled graph cannot have.
-    # Not by torch.compiler.disable, which would import the compiler, half of the time of `import bn_insert`, at once.
+    # Keeping passes for a recomputation is a side effect that a compiled graph cannot have. Not torch.compiler.disable:
+    # it would import the compiler at once, which is half of the time of `import bn_insert`.
     @_disable_dynamo
     def _train_forward(self, x: Tensor) -> Tensor:
         passes = kept_passes(self)
@@ -106,7 +106,7 @@ class _BatchRenorm(_BatchNorm):
             normalization = passes.find(mean, var, self.eps) if in_backward else None
             if normalization is None:
                 normalization = self._normalization(x, mean, var)
-        # Without gradients it is a reentrant checkpoint within another, which comes again.
+        # Without gradients, this is a reentrant checkpoint within another, and will be recomputed once more.
         normalization.recomputed |= in_backward and torch.is_grad_enabled()
         if normalization.count == 0:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -124,7 +124,7 @@ class _BatchRenorm(_BatchNorm):
             count, mean, var = pool_over_ranks(count, mean, var)
         running_mean = self.running_mean.to(mean.dtype)
         running_std = (self.running_var.to(var.dtype) + self.eps).sqrt()
-        # The ratio says nothing of a single value, whose normalized value is 0.
+        # The ratio says nothing about a single value, whose normalized value is 0.
         ratio = (var + self.eps).sqrt() / running_std if count > 1 else torch.ones_like(var)
         distance = (mean - running_mean) / running_std
         r, d, clipped = ratio, distance, None
@@ -161,7 +161,7 @@ class _BatchRenorm(_BatchNorm):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
     def extra_repr(self) -> str:
-        """Return the settings, limits among them where there are any."""
+        """Return the settings, including the limits if there are any."""
         shown = super().extra_repr()
         if self.r_max < math.inf or self.d_max < math.inf:
             shown += f", r_max={self.r_max}, d_max={self.d_max}"
@@ -184,40 +184,41 @@ class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
         d = clip((mean_B - running_mean) / sqrt(running_var + eps), -d_max, d_max)
         y = weight * ((x - mean_B) / sqrt(var_B + eps) * r + d) + bias
 
-    No gradient flows through r and d, so the gradients are those of batch normalization. The running statistics move
-    after the forward pass, as those of nn.BatchNorm2d do. Source: Ioffe, "Batch Renormalization", 2017,
+    No gradient flows through r and d, so the gradients are those of batch normalization. The running statistics are
+    updated after the forward pass, like those of nn.BatchNorm2d. Source: Ioffe, "Batch Renormalization", 2017,
     arXiv:1702.03275.
 
     Without limits (the default) y is the output in eval mode, for batches of any size: it is computed by the same
-    kernel, so on a CPU `model.train()(x)` equals `model.eval()(x)` bit for bit. The same holds, with limits, for each
-    channel that they do not change. `r_max=1, d_max=0` is nn.BatchNorm2d. Both limits may be set between steps.
+    kernel, so on a CPU `model.train()(x)` equals `model.eval()(x)` bit for bit. With limits, the same holds for each
+    channel that they leave unchanged. `r_max=1, d_max=0` is nn.BatchNorm2d. Both limits may be changed between steps.
 
     Parameters, buffers and state-dict keys are those of nn.BatchNorm2d, and eval mode is inherited from it.
 
     - Single values: where the batch has one value per channel (a dense layer and one image), the gradient of batch
-      normalization is zero. The gradient is then that of eval mode, and zero in channels where d_max is in force.
-      `running_mean` moves; `running_var` stays, since one value has no variance.
+      normalization is zero. The gradient of eval mode is used instead, except in channels where d_max is in force,
+      where it is zero. `running_mean` is updated; `running_var` is not, since one value has no variance.
     - Gradient checkpointing, reentrant or not: a recomputed forward pass uses the statistics that the first one used,
-      and does not move them again. Any other forward pass inside a backward pass does not move them either. Without
-      a graph (reentrant checkpointing) up to 64 forward passes of a layer can be pending at a time.
-    - Second derivatives take r and d as constants. They are not available with `synchronize` over several processes.
-    - torch.compile breaks the graph at this layer in training mode, not in eval mode. torch.export needs eval mode.
-    - `nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer, like every BatchNorm, by an nn.SyncBatchNorm,
+      and does not update them again. No other forward pass inside a backward pass updates them either. Without a graph
+      (reentrant checkpointing) up to 64 forward passes of a layer can be pending at a time.
+    - Second derivatives treat r and d as constants. They are not available with `synchronize` over several processes.
+    - torch.compile breaks the graph at this layer in training mode, but not in eval mode. torch.export requires eval
+      mode.
+    - `nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer, like every BatchNorm, with an nn.SyncBatchNorm,
       which does not renormalize. Pass `synchronize=True` instead.
 
     Args:
         num_features: Number of channels C.
         eps: Added to variances.
         momentum: Weight of the batch in the running statistics; None for a cumulative average.
-        affine: Whether there are a weight and a bias per channel.
+        affine: Whether the layer has a weight and a bias per channel.
         track_running_stats: Must be True; present because nn.BatchNorm2d has it.
         device: Device of parameters and buffers.
         dtype: Dtype of parameters and buffers.
-        bias: Whether there is a bias, where `affine` is True.
+        bias: Whether the layer has a bias if `affine` is True.
         r_max: Limit of r, at least 1.
         d_max: Limit of d, at least 0.
-        synchronize: Take the statistics over the batches of all processes of torch.distributed's default group,
-            in the forward and backward pass, as nn.SyncBatchNorm does; on CPUs too. Without a group it does nothing.
+        synchronize: Take the statistics over the batches of all processes of torch.distributed's default group, in the
+            forward and backward pass, as nn.SyncBatchNorm does, but on CPUs too. Has no effect without a group.
 
     Raises:
         TrainingError: If `track_running_stats` is False, `r_max` is below 1, or `d_max` is below 0.
@@ -288,9 +289,8 @@ def to_renorm(
 ) -> BatchRenorm:
     """Return a BatchRenorm that shares the parameters and buffers of a BatchNorm.
 
-    An optimizer or a graph that knows the parameters keeps working. Training flag, eps, momentum, hooks and other
-    attributes are taken over; a handle of a hook removes it from the given module only. The given module stays as it
-    is.
+    An optimizer or a graph that refers to the parameters keeps working. The training flag, eps, momentum, hooks and
+    other attributes are copied; the handle of a hook removes it only from the given module, which is not changed.
 
     Args:
         norm: An nn.BatchNorm1d, 2d or 3d with running statistics.
@@ -340,7 +340,7 @@ def to_batchnorm(renorm: BatchRenorm) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.Ba
 
 
 def _sharing_state(module: nn.Module, cls: type[nn.Module]) -> Any:
-    # The dicts of parameters, buffers and hooks are copied, so that one module can gain or lose an entry by itself.
+    # The dicts of parameters, buffers and hooks are copied, so that each module can gain or lose entries independently.
     shared = cls.__new__(cls)
     shared.__dict__.update({name: _shallow_copy(value) for name, value in vars(module).items()})
     return shared

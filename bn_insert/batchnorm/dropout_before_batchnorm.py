@@ -16,13 +16,14 @@ from .modes import uses_batch_statistics
 def dropouts_before_batchnorm(model: nn.Module, example: Any) -> list[str]:
     """Return the names of the active dropout layers whose values a BatchNorm normalizes.
 
-    In train mode a dropout makes the variance of what follows larger than in eval mode. A BatchNorm downstream of it
-    then learns statistics that are wrong in eval mode, and normalizes by noise in train mode. Switch these dropouts off
-    (`model.get_submodule(name).p = 0`); BatchNorm regularizes by itself.
+    In train mode, dropout makes the variance of the activations after it larger than in eval mode. A BatchNorm
+    downstream then learns statistics that are wrong in eval mode, and normalizes by noisy statistics in train mode.
+    Switch these dropouts off (`model.get_submodule(name).p = 0`); BatchNorm is itself a regularizer.
 
-    A dropout counts if a path leads from it to a BatchNorm with no other normalization on it, whatever layers,
+    A dropout counts if a path leads from it to a BatchNorm with no other normalization in between, whatever layers,
     activations and pooling layers are on that path. A BatchNorm in mode "freeze" or "freeze-statistics" normalizes by
-    fixed statistics and does not count, nor does a dropout with p = 0. Calls of `F.dropout` have no module to name.
+    fixed statistics and does not count, nor does a dropout with p = 0. Calls to `F.dropout` are not listed, since they
+    have no module to name.
 
     Args:
         model: The model; it is not changed.
@@ -55,7 +56,7 @@ def dropouts_upstream(trace: Trace, anchors: Collection[str] = ()) -> list[str]:
 
 
 def dropout_functions_upstream(trace: Trace, anchors: Collection[str] = ()) -> dict[str, float]:
-    """Return dropouts that are no modules but functions that a forward calls, and whose values a BatchNorm normalizes.
+    """Return the dropouts that a forward calls as functions, and whose values a BatchNorm normalizes.
 
     Args:
         trace: The model.
@@ -74,7 +75,7 @@ def dropout_functions_upstream(trace: Trace, anchors: Collection[str] = ()) -> d
 
 
 def _upstream(trace: Trace, anchors: Collection[str]) -> Iterator[fx.Node]:
-    """Yield the calls of dropout from which a path leads to a BatchNorm with no other normalization on it."""
+    """Yield the calls to dropout from which a path leads to a BatchNorm with no other normalization on it."""
 
     def normalizes_by_batch(node: fx.Node) -> bool:
         owner = trace.owner(node)

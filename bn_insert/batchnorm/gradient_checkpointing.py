@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .batch_renorm_function import Normalization
 
-# Passes that leave no graph (under `no_grad`, as reentrant checkpointing runs them) and can still be recomputed.
+# How many passes that leave no graph (under `no_grad`, as in reentrant checkpointing) can still be recomputed.
 _GRAPHLESS_PASSES = 64
 # A recomputation whose batch statistics differ by less, in standard deviations, is of the same batch: kernels on a GPU
 # do not sum in the same order each time. Two batches differ by about 1 / sqrt(values per channel).
@@ -20,9 +20,9 @@ _SAME_BATCH = 1e-2
 class Passes:
     """Forward passes of one layer that may be recomputed.
 
-    Gradient checkpointing runs a forward pass again within the backward pass, when the running statistics have moved
-    already. What the first pass normalized by is kept: by the graph where there is one, so that it goes with the graph,
-    or by a queue of bounded length. Which pass it was is recognized by the statistics of its batch, so that several
+    Gradient checkpointing runs a forward pass again within the backward pass, after the running statistics have been
+    updated. What the first pass normalized by is therefore kept: by the graph if there is one, so that it is freed with
+    the graph, or else in a queue of bounded length. A pass is recognized by the statistics of its batch, so several
     passes may be pending, in any order.
     """
 
@@ -65,5 +65,5 @@ _kept: weakref.WeakKeyDictionary[nn.Module, Passes] = weakref.WeakKeyDictionary(
 
 
 def kept_passes(module: nn.Module) -> Passes:
-    """Return the passes that are kept of a layer."""
+    """Return the passes that are kept for a layer."""
     return _kept.setdefault(module, Passes())

@@ -36,20 +36,20 @@ def identity_batchnorm(
 
     running_mean = mean, running_var = unbiased variance, gamma (`weight`) = sqrt(running_var + eps), beta (`bias`) =
     mean. With PyTorch's CPU kernel the outputs equal the inputs bit for bit: gamma, and where that is not enough the
-    variance, are moved by a few float steps, so that the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
+    variance, is moved by a few ulps, so that the kernel's own factor gamma / sqrt(var + eps) is exactly 1.
 
     Source of the formula: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.
 
     Args:
-        moments: Of the BatchNorm's input.
+        moments: Moments of the BatchNorm's input.
         dims: 1 for dense layers and Conv1d, 2 for Conv2d, 3 for Conv3d.
         eps: Added to the variance, as in PyTorch.
-        momentum: Of the running statistics, as in PyTorch; None for a cumulative average.
-        dtype: Of parameters and statistics.
+        momentum: Momentum of the running statistics, as in PyTorch; None for a cumulative average.
+        dtype: Dtype of parameters and statistics.
 
     Raises:
-        CalibrationError: If there are fewer than two values per channel, an argument is out of range or of another
-            kind, or the moments are not finite in `dtype`.
+        CalibrationError: If there are fewer than two values per channel, an argument is out of range or of the wrong
+            type, or the moments are not finite in `dtype`.
 
     Examples:
         >>> moments = Moments(100, mean=torch.zeros(8).double(), m2=torch.full((8,), 99.0).double())

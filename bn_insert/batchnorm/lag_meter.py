@@ -46,9 +46,10 @@ class Lag(NamedTuple):
 
 
 class LagMeter:
-    """Measures, by hooks, the distance of the batches that the layers of a network renormalize.
+    """Measures, with hooks, how far batches are from the running statistics of the layers that renormalize them.
 
-    Batches of one image are left out: they do not show what chance amounts to. Copies of the network are not observed.
+    Batches of one image are left out: they do not show how large the distance is by chance. Copies of the network are
+    not observed.
 
     Args:
         network: Its BatchRenorm layers are observed in training mode.

@@ -26,31 +26,31 @@ def set_batchnorm_mode(
     d_max: float = math.inf,
     synchronize: bool = False,
 ) -> None:
-    """Set, in place, what the BatchNorms of a model do in training; it applies until the next call.
+    """Set, in place, how the BatchNorms of a model behave in training, until the next call.
 
-    Eval mode stays the same in every mode, and so do modules, parameters, buffers, the keys of the state dict, hooks
-    and optimizers: only the class of a module changes, from nn.BatchNorm2d to `BatchRenorm2d` and back, or a hook puts
-    a frozen BatchNorm back in eval mode before each forward pass. Therefore `model.train()` in a training loop does not
-    undo the mode, and copies of the model have it too. Call this function before creating the optimizer, so that frozen
-    gamma and beta get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which creates new modules.
+    Eval mode is not affected, and modules, parameters, buffers, the keys of the state dict, hooks and optimizers remain
+    valid: only the class of a module changes, from nn.BatchNorm2d to `BatchRenorm2d` and back, or a hook puts a frozen
+    BatchNorm back in eval mode before each forward pass. Therefore `model.train()` in a training loop does not undo the
+    mode, and copies of the model have it too. Call this function before creating the optimizer, so that frozen gamma
+    and beta get no weight decay, and after `SyncBatchNorm.convert_sync_batchnorm`, which creates new modules.
 
     Args:
-        model: The network to change; one that was not made by bn-insert, such as torchvision's vgg16_bn, works as well.
+        model: The network to change. It need not come from bn-insert: torchvision's vgg16_bn works as well.
         mode: "train": normalize by the batch, update running statistics, train gamma and beta, like any BatchNorm;
             this undoes the other modes.
             "renorm": the same with Batch Renormalization, so that without limits the outputs in train mode are those of
-            eval mode for batches of any size, while running statistics, gamma and beta are trained.
+            eval mode for batches of any size, while running statistics are updated, and gamma and beta are trained.
             "freeze-statistics": normalize by the running statistics without updating them, train gamma and beta.
-            "freeze": the same with gamma and beta frozen too.
+            "freeze": as "freeze-statistics", with gamma and beta frozen too.
         r_max: For "renorm", the limit of r, as for `BatchRenorm2d`.
         d_max: For "renorm", the limit of d, as for `BatchRenorm2d`.
         synchronize: For "renorm", whether to take the statistics over the batches of all processes, as for
             `BatchRenorm2d`.
 
     Raises:
-        TrainingError: If the mode is unknown, a limit is out of range, or a BatchNorm cannot have the mode: without
-            running statistics it can only be trained, and an nn.SyncBatchNorm or a subclass of nn.BatchNorm cannot
-            renormalize. Nothing is changed then.
+        TrainingError: If the mode is unknown, a limit is out of range, or a BatchNorm does not support the mode: one
+            without running statistics supports only "train", and an nn.SyncBatchNorm or a subclass of nn.BatchNorm
+            cannot renormalize. Nothing is changed in that case.
         GraphError: If the model is not a module.
 
     Examples:
@@ -89,7 +89,7 @@ def set_batchnorm_mode(
 
 
 def freeze_batchnorm(model: nn.Module, mode: BatchNormMode) -> None:
-    """Call `set_batchnorm_mode`: the older name of this function.
+    """Call `set_batchnorm_mode`, which used to have this name.
 
     Args:
         model: The network to change.

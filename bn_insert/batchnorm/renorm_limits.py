@@ -39,7 +39,7 @@ def set_renorm_limits(network: nn.Module, r_max: float = math.inf, d_max: float 
 
 
 def limits_at(lag: float, threshold: float) -> tuple[float, float]:
-    """Return r_max and d_max at a lag: no limits below the threshold, from there on the tighter the larger it is."""
+    """Return r_max and d_max at a lag: no limits below the threshold; above it, a larger lag has tighter limits."""
     return (math.inf, math.inf) if lag < threshold else (1 + 2 / lag**2, 2 / lag**2)
 
 
@@ -47,19 +47,19 @@ class RenormScheduler:
     """Limits Batch Renormalization while the running statistics lag behind the weights, as at high learning rates.
 
     Ioffe's schedule starts as BatchNorm and relaxes, because the running statistics are unknown at first. With inserted
-    BatchNorm they are known at first, and are worth less when the weights move faster than the running averages follow.
-    So there are no limits at first. The lag is the distance between batch means and running means, relative to what it
-    would be by chance, averaged over channels, layers and about ten steps. While it exceeds `threshold`, r is limited
-    to 1 + 2 / lag² and d to 2 / lag². This rule was chosen among others by measurement
+    BatchNorm, they are known at first, and become inaccurate when the weights change faster than the running averages
+    can follow. So there are no limits at first. The lag is the distance between batch means and running means, relative
+    to what it would be by chance, averaged over channels, layers and about ten steps. While it exceeds `threshold`, r
+    is limited to 1 + 2 / lag² and d to 2 / lag². This rule was chosen among others by measurement
     (`benchmarks/renorm/limit_rules.py`).
 
     Call `step` after each step of the optimizer, as with a learning rate scheduler. The layers are observed by hooks
     until `close` is called, or to the end of a `with` block. Inside a process group of `torch.distributed` the lag is
-    averaged over all processes, which have to call `step` together.
+    averaged over all processes, which must call `step` together.
 
     Args:
         network: A network whose BatchNorms renormalize; see `set_batchnorm_mode`.
-        threshold: Lag from which on there are limits, above 0.
+        threshold: Lag from which limits apply; must be positive.
 
     Raises:
         TrainingError: If no layer of the network renormalizes, or the threshold is out of range.
@@ -98,7 +98,7 @@ class RenormScheduler:
         return self._lag.ratio
 
     def step(self) -> None:
-        """Set the limits for the next step, by what was observed since the last call."""
+        """Set the limits for the next step from what was observed since the last call."""
         distances, expected, observations = Ranks.current().total(self._meter.read()).tolist()
         if expected > 0:
             self._lag = self._lag.after(distances / observations, expected / observations)

@@ -84,7 +84,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _pickled_class(path: Path) -> str | None:
-    """Return the class of a pickled object, if it is a whole one, such as a network, and no container or tensor."""
+    """Return the class of a pickled object if it is a complete object, such as a network, not a container or tensor."""
     with path.open("rb") as file:
         start = file.read(_PICKLE_START)
     names: list[str] = []
@@ -105,7 +105,7 @@ def _is_truncated_zip(path: Path) -> bool:
 
 
 def _kind_of_archive(path: Path) -> str | None:
-    """Return what a zip archive is that torch.save did not write, and the way out; None if it may be its own."""
+    """Say what an archive is that torch.save did not write, and what to do; None if torch.save may have written it."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.rpartition("/")[2].lower() == "data.pkl" for name in names):
@@ -135,7 +135,7 @@ def file_in(folder: Path) -> str:
 
 
 def guess(start: bytes) -> str:
-    """Return what a file is that is not a checkpoint, and the way out, from its first `START` bytes."""
+    """Say, from its first `START` bytes, what a file is that is not a checkpoint, and what to do."""
     if not start:
         return f"it is empty; {_AGAIN}"
     if not any(start):

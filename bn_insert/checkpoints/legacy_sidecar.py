@@ -2,7 +2,7 @@
 
 These versions replaced the two files in three steps: sidecar, checkpoint, sidecar. The sidecar of the first step
 contains the new settings and, under "replaces", the old ones with the SHA-256 of the old checkpoint. If the process was
-killed after that step, the digest shows which of the two belong to the checkpoint that is there.
+killed after that step, the digest shows which of the two belong to the existing checkpoint.
 
 Sidecars are only read. A checkpoint that contains its settings never uses one, and none is written or removed.
 """

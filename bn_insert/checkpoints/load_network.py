@@ -46,27 +46,26 @@ def load_checkpoint(
     Args:
         path: A .pth, .pt, .bin or .safetensors file; its content determines the format. It contains a state dict, or a
             dict with one under a common key such as "state_dict" or "model". A prefix that all of its keys have, such
-            as "module." or "backbone.", is removed. Of objects other than tensors, those of harmless types, such as
-            argparse.Namespace, are passed over; a file with any other is refused.
-        model: The architecture, required for other networks than VGGs: a module, of which a copy is returned, a
-            zero-argument function that builds the module, or the name of that function as "package.module:function",
-            which is imported. The checkpoint is loaded strictly; dtype and device of the module stay. Changes that
+            as "module." or "backbone.", is removed. Objects of harmless types other than tensors, such as
+            argparse.Namespace, are ignored; a file with objects of any other type is refused.
+        model: The architecture, required unless the network is a VGG: a module (a copy of it is returned), a
+            zero-argument function that builds the module, or the name of such a function as "package.module:function",
+            which is imported. The checkpoint is loaded strictly; the module keeps its dtype and device. Changes that
             bn-insert made (inserting or folding BatchNorm, replacing the output layer or the head) are recorded in the
             checkpoint and replayed, so pass the original architecture.
         mmap: Leave the values of a VGG in the file until they are used, as `torch.load` does: fast, for inspecting
-            layers. The file must not change meanwhile, damage that changes only values goes unnoticed, and tensors
-            that share memory in the file share it in the network.
-        key: The key of the dict in the file that contains the state dict, if it is not a common one; of dicts in
-            dicts, the keys joined by dots, such as "trainer.best". Where a state dict has several networks, the prefix
-            of the keys of one of them, such as "teacher". With any other key, a file that is a state dict itself is
-            refused.
+            layers. The file must not change in the meantime, damage that changes only values goes unnoticed, and
+            tensors that share memory in the file share it in the network.
+        key: The key of the state dict in the file, if it is not a common one; for nested dicts, the keys joined by
+            dots, such as "trainer.best". If a state dict contains several networks, the prefix of the keys of one of
+            them, such as "teacher". With any other key, a file that is a state dict itself is refused.
         ignore_unexpected: Ignore tensors that the network does not have, such as the counts of a profiler, with a
             warning that names them.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit the architecture, or its settings name the function
             that builds its network and `model` is not given: only the caller decides which code is imported. The
-            message has the path, the reason and the way out.
+            message states the path, the reason and what to do.
 
     Examples:
         >>> from bn_insert.demo import network_path
@@ -82,7 +81,7 @@ def build_network(
 ) -> nn.Module:
     """Return the network of a checkpoint that has been read; see `load_checkpoint`.
 
-    A VGG takes over the tensors of the checkpoint where it can, without copying them: build only one network from it.
+    A VGG uses the tensors of the checkpoint without copying them where it can, so build only one network from it.
 
     Args:
         checkpoint: What the file contains.
@@ -134,7 +133,7 @@ def build_network(
 
 
 def _warn_of_ignored(checkpoint: Checkpoint, prefix: str, unexpected: Sequence[str]) -> None:
-    """Name the tensors that were left out: one of them may belong to a layer whose key has a typing error."""
+    """Name the tensors that were left out: one of them may belong to a layer whose key has a typo."""
     ignored = [*unexpected, *(key for key in checkpoint.tensors if not key.startswith(prefix) and key != AVERAGED)]
     if ignored:
         text = f"ignoring {counted(len(ignored), 'tensor')} of {checkpoint.path}: "
@@ -196,7 +195,7 @@ def _filled(
 ) -> tuple[nn.Module, tuple[Change, ...], str, list[str]]:
     """Load the tensors of a checkpoint into the network, in place and strictly.
 
-    The changes in the checkpoint's history are replayed first, unless the network has its keys and shapes already.
+    The changes in the checkpoint's history are replayed first, unless the network already has its keys and shapes.
     Returns the network, the changes made, the prefix removed from the keys, and the keys that are not in the network.
     """
     device, described = reference_tensor(network).device, type(network).__name__

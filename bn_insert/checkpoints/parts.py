@@ -1,7 +1,8 @@
 """Checkpoints in several files: the parts that a large one is divided into, and the index that lists them.
 
-Read alone, the first part of a VGG is a shorter VGG. So parts are refused, with the code that merges them. A part shows
-by its name, by an index, or by a file beside it that differs from it in number and has none of its keys.
+Read on its own, the first part of a VGG is a shorter VGG. Parts are therefore refused, with a message that contains the
+code to merge them. A part is recognized by its name, by an index, or by a file next to it whose name differs only in
+the number and which has none of its keys.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _Parts:
         paths: Code that returns the paths of the parts.
         module: The module that this code needs.
         merged: Where to write the checkpoint in one file.
-        missing: Which parts are not there, in words; empty if all are.
+        missing: Which parts are missing, in words; empty if none is.
     """
 
     paths: str
@@ -52,7 +53,7 @@ class _Parts:
     missing: str
 
     def way_out(self, *, is_safetensors: bool) -> str:
-        """Return in words and code how to make one file of the parts."""
+        """Return, in words and code, how to merge the parts into one file."""
         module, load, save = "torch", "torch.load(part, map_location='cpu')", "torch.save"
         if is_safetensors:
             module = "safetensors.torch"
@@ -89,7 +90,7 @@ def check_is_whole(
         path: An existing file.
         keys: Those of its tensors.
         keys_of: Returns those of another file, or raises CheckpointError.
-        is_safetensors: Whether that is its format, and not that of torch.save.
+        is_safetensors: Whether the file is in this format, not in that of torch.save.
     """
     for index in _indices_in(path.parent):
         if path.name in (names := _names_in(index, path.name)) and len(names) > 1:
@@ -114,7 +115,7 @@ def check_is_whole(
 def _other_part(
     path: Path, found: re.Match[str], keys: Collection[str], keys_of: Callable[[Path], Collection[str]]
 ) -> Path | None:
-    """Return the first file that differs from a part in the number alone, if it has none of its keys."""
+    """Return the first file whose name differs from that of a part only in the number, if it has none of its keys."""
     others = (Path(name) for name in sorted(glob.glob(str(_pattern(path, found)))))  # noqa: PTH207 - as in the message
     other = next((other for other in others if other.name != path.name), None)
     with suppress(CheckpointError):
@@ -164,7 +165,7 @@ def _listed_parts(index: Path, names: Sequence[str]) -> _Parts:
 
 
 def _numbered_parts(path: Path, found: re.Match[str]) -> _Parts:
-    """Return the parts whose names differ from that of a part in the number alone."""
+    """Return the parts whose names differ from that of a part only in the number."""
     pattern = _pattern(path, found)
     missing = int(found["total"]) - len(glob.glob(str(pattern)))  # noqa: PTH207 - as in the code of the message
     return _Parts(
@@ -176,7 +177,7 @@ def _numbered_parts(path: Path, found: re.Match[str]) -> _Parts:
 
 
 def _pattern(path: Path, found: re.Match[str]) -> Path:
-    """Return what `glob.glob` finds all parts by, from the name of one."""
+    """Return the pattern with which `glob.glob` finds all parts, from the name of one."""
     name = f"{glob.escape(found['before'])}[0-9]*{glob.escape(found['after'])}"
     return Path(glob.escape(str(path.parent))) / name
 

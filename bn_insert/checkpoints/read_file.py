@@ -44,7 +44,8 @@ class Checkpoint:
         settings_place: Where the settings were found, for messages: "the file's metadata", "the file's header", or the
             sidecar of an older bn-insert.
         mapped: Whether the tensors stay in the file until they are used.
-        key: Where in the file the tensors are, as `read_checkpoint` takes it; empty if the file is their state dict.
+        key: Key of the tensors in the file, as passed to `read_checkpoint`; empty if the file itself is their state
+            dict.
     """
 
     path: Path
@@ -59,15 +60,15 @@ class Checkpoint:
 def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None) -> Checkpoint:
     """Read a .pth, .pt, .bin or .safetensors file; its content determines the format, not its name.
 
-    Settings are read from the file itself. Only if it contains none is a sidecar `NAME.json`, as older versions of
-    bn-insert wrote beside a .pth, used instead.
+    Settings are read from the file itself. If it contains none, they are read from a sidecar `NAME.json`, which older
+    versions of bn-insert wrote next to a .pth.
 
     Args:
         path: A file with a state dict, or with a dict that contains one under a common key such as "state_dict" or
             "model".
         mmap: Map the file into memory instead of reading it, if its format allows. Safetensors files are always mapped.
-        key: The key of the dict that contains the state dict; of dicts in dicts, the keys joined by dots. Where a
-            state dict has several networks, the prefix of the keys of one of them.
+        key: The key of the state dict in the file; for nested dicts, the keys joined by dots. If a state dict contains
+            several networks, the prefix of the keys of one of them.
 
     Raises:
         UnneededKeyError: The file is a state dict itself, and a key is passed.
@@ -98,7 +99,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, key: str | None = None
 
 
 def _read(path: Path, *, mmap: bool, key: str | None) -> Checkpoint:
-    """Return what `read_checkpoint` returns, of a part of a checkpoint too."""
+    """Return what `read_checkpoint` returns, but also for a part of a checkpoint."""
     with _open(path) as file:
         check_is_no_index(path)
         kind = _file_kind(path, file)

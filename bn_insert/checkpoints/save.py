@@ -49,20 +49,21 @@ def save_checkpoint(
 
     A `.pth` or `.pt` is what `torch.save(model.state_dict(), path)` writes, so any program can load it. Its settings
     are a string in the metadata that PyTorch keeps with a state dict, `state_dict._metadata[""]["bn_insert"]`. A
-    program that saves a plain dict of the tensors, or the state dict of its own model, over the file drops them. A
-    `.safetensors` file has its settings in the header.
+    program that overwrites the file with a plain dict of the tensors, or with the state dict of its own model, loses
+    them. A `.safetensors` file has its settings in the header.
 
-    Wrappers such as torch.compile, DataParallel and DistributedDataParallel are not saved. Writing is atomic: after a
-    kill at any moment the path has the old file or the new one, complete. No other file is written or removed; a
-    `NAME.json` that an older bn-insert wrote beside the `.pth` stays, unused, since settings in the file come first.
+    Wrappers such as torch.compile, DataParallel and DistributedDataParallel are not saved. Writing is atomic: if the
+    process is killed at any moment, the path holds either the old file or the new one, complete. No other file is
+    written or removed; a `NAME.json` that an older bn-insert wrote next to the `.pth` stays but is ignored, since
+    settings in the file take precedence.
 
     Args:
         model: The model to save.
         path: A file name that ends in .pth, .pt or .safetensors.
         transform: Preprocessing of images for the model, as `bn_insert.images.Transform(...).to_dict()` returns it, for
-            the commands; any other JSON object is stored, but they refuse it unless options replace all of it.
-        classes: Names of the classes, in the order of the model's outputs; none if they are not known. Warns if there
-            are more or fewer than the output layer has outputs.
+            the commands; any other JSON object is stored, but the commands refuse it unless options replace all of it.
+        classes: Names of the classes, in the order of the model's outputs; none if they are not known. Warns if their
+            number differs from the number of outputs of the output layer.
         input_shape: Shape of one input, such as (3, 32, 32), for the commands that run a network without images
             (`inspect` and `fold`), where the transform does not give it.
         overwrite: Replace an existing file.
@@ -132,9 +133,9 @@ def stage_checkpoint(
 
 
 def _warn_of_other_classes(network: nn.Module, classes: Sequence[str]) -> None:
-    """Warn of names that are not those of the outputs; not an error, for which a trained network would be lost.
+    """Warn about names that do not match the outputs; an error would lose a trained network.
 
-    Of several layers, it is unknown here which one computes the logits.
+    If there are several layers, it is unknown here which one computes the logits.
     """
     layers = possible_output_layers(network)
     if classes and layers and len(classes) not in map(outputs_of, layers.values()):
@@ -152,8 +153,8 @@ def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[Str
     Args:
         path: As for `save_checkpoint`.
         overwrite: As for `save_checkpoint`.
-        inputs: Files that the work reads. If the path leads to one of them, also through a link, it is refused even
-            with `overwrite`.
+        inputs: Files that the work reads. If the path leads to one of them, directly or through a link, it is refused
+            even with `overwrite`.
     """
     check_flags(CheckpointError, overwrite=overwrite)
     if not isinstance(path, str | PathLike):
@@ -207,7 +208,7 @@ def _described(network: nn.Module) -> list[tuple[str, type, str]]:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Return whether a module computes something else than its class says."""
+    """Return whether a module computes something other than its class says."""
     return "forward" in vars(module) or bool(module._forward_hooks) or has_own_pre_hooks(module)
 
 

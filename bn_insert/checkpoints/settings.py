@@ -3,9 +3,9 @@
 A checkpoint carries them as JSON text: a .pth in the metadata of its state dict (`_metadata[""]`), which PyTorch
 saves and loads with it; a .safetensors file in its header. `save.py` writes the text, `read_file.py` reads it.
 
-A document has the lowest version that describes it, so that older versions of bn-insert read whatever they know, and
-refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys,
-version 4 the shape of an input.
+A document has the lowest version that can describe it, so older versions of bn-insert read whatever they know, and
+refuse the rest by its version. Version 2 added class names, version 3 that a network can be rebuilt from keys, version
+4 the shape of an input.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ClassNames = Annotated[tuple[_ClassName, ...], msgspec.Meta(max_length=100_000)
 
 
 class _Version1(msgspec.Struct, forbid_unknown_fields=True):
-    """A document; what names layers is converted layer by layer, so that errors name the layer."""
+    """A document; fields that name layers are converted layer by layer, so that errors name the layer."""
 
     format: str
     version: int
@@ -90,8 +90,8 @@ class Settings:
         transform: Preprocessing of images, as a JSON object.
         history: How the modules of the network can be rebuilt.
         classes: Names of the classes, in the order of the network's outputs; empty if they are not known.
-        rebuilt_from_keys: Whether the network was seen to be the VGG that `load_checkpoint` rebuilds from its keys.
-        input_shape: Shape of one input in the tensor file that the network was calibrated on last; empty if it was
+        rebuilt_from_keys: Whether the network was found to be the VGG that `load_checkpoint` rebuilds from its keys.
+        input_shape: Shape of one input in the tensor file that the network was last calibrated on; empty if it was
             calibrated on images, whose size is that of the transform.
     """
 

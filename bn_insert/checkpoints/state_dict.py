@@ -249,7 +249,7 @@ def is_plain(tensor: Tensor) -> bool:
 def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors on the CPU, each with memory that belongs to it alone and has exactly its size.
 
-    Tensors that are so already are returned as they are: copying the weights of a VGG takes a second.
+    Tensors that already meet these conditions are returned unchanged: copying the weights of a VGG takes a second.
     """
     found: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -267,14 +267,14 @@ def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def without_prefix(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Any] | None = None, *, others: bool = False, key: str = ""
 ) -> tuple[str, dict[str, Tensor]]:
-    """Remove the prefix, or several, that wrappers such as torch.compile and larger modules add to all keys.
+    """Remove the prefix or prefixes that wrappers such as torch.compile and larger modules add to all keys.
 
     Args:
         tensors: Tensors by key.
         wanted: The state dict of the architecture that the tensors are for; by default it is a VGG. Its own names may
-            begin like a prefix, so keys that fit the architecture already are left as they are.
-        others: Whether there may be other tensors beside those of the network, such as weights of a loss. Those
-            without the prefix of the network are left out.
+            begin like a prefix, so keys that already fit the architecture are left unchanged.
+        others: Whether there may be tensors other than those of the network, such as weights of a loss. Those without
+            the prefix of the network are left out.
         key: Where the tensors are in their file, for messages.
 
     Returns:

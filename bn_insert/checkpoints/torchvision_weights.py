@@ -21,7 +21,7 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
         progress: Show a progress bar on stderr during the download.
 
     Raises:
-        CheckpointError: Another name, or the weights are not available.
+        CheckpointError: The name is not one of NAMES, or the weights are not available.
     """
     if name not in NAMES:
         raise CheckpointError(

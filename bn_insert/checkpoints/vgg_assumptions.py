@@ -1,4 +1,4 @@
-"""What is assumed of a VGG that is rebuilt from its state dict, which does not store modules without tensors."""
+"""What is assumed about a VGG that is rebuilt from its state dict, which does not store modules without tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .settings import Settings
 
 
 def vgg_assumptions(network: nn.Module, settings: Settings | None = None) -> str:
-    """Return in words what `load_checkpoint` assumed of a VGG because its state dict does not store it.
+    """Return in words what `load_checkpoint` assumed about a VGG because its state dict does not store it.
 
     Args:
         network: A VGG that was built from its state dict, without its architecture.
-        settings: Those of its checkpoint. What they store is not assumed.
+        settings: The settings of its checkpoint. What they store need not be assumed.
 
     Returns:
         A sentence or two with the names of the modules; empty for a network with no `features` in sequence, and if the
