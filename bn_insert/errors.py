@@ -115,7 +115,7 @@ def out_of_memory(error: Exception) -> str:
 def _address_space_is_limited() -> bool:
     """Return whether a limit is set, under which code in C may fail without saying why ("error without exception")."""
     try:
-        resource = import_module("resource")  # POSIX alone has it
+        resource = import_module("resource")  # only on POSIX
     except ImportError:
         return False
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY

@@ -1,4 +1,4 @@
-"""What a classifier makes of images: compared with their labels, or as predictions for images without labels."""
+"""Run a classifier on images: its accuracy on labeled images, and its predictions for images without labels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prediction:
     """The most probable classes of one image, the most probable first.
 
     Attributes:
-        path: Its file, or None if the batch has no attribute `paths`.
+        path: Path of its file, or None if the batch has no attribute `paths`.
         labels: Indices of the classes.
         classes: Names of the classes.
         probabilities: Softmax of the logits; NaN if a logit is not finite.
@@ -62,7 +62,7 @@ class Prediction:
 class Outcomes(NamedTuple):
     """The outcome for each labeled image.
 
-    Without a matrix of counts: with 20,000 classes it would take gigabytes, and validation needs none.
+    There is no matrix of counts: with 20,000 classes it would take gigabytes, and validation does not need it.
 
     Attributes:
         loss: Mean cross-entropy; NaN without images.
@@ -113,11 +113,12 @@ def evaluate(
     together.
 
     Args:
-        model: Returns one logit per class for each image. Of several outputs (tuples, lists, dicts), the first is used.
+        model: A network that returns one logit per class for each image. If it has several outputs (tuples, lists,
+            dicts), the first is used.
         batches: Tuples, lists or dicts whose first value is the input and whose second value is an integer tensor with
             the index of each image's class, as from a DataLoader; iterated once.
-        classes: Names of the classes, in the order of the logits, such as `read_checkpoint(path).settings.classes`. By
-            default their indices.
+        classes: Names of the classes, in the order of the logits, such as `read_checkpoint(path).settings.classes`.
+            Defaults to their indices.
         device: Where to run; by default the model's device.
         autocast: Dtype for the forward pass.
         progress: Called after each batch with the number of images so far.
@@ -153,13 +154,13 @@ def predict(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> list[Prediction]:
-    """Run a classifier in eval mode on images, and return the most probable classes of each, in their order.
+    """Run a classifier in eval mode on images, and return the most probable classes of each, in order.
 
     The model is not changed, and PyTorch's random state is restored.
 
     Args:
         model: As for `evaluate`.
-        batches: As for `insert_batchnorm`; iterated once. Those of `bn_insert.images` have the path of each image.
+        batches: As for `insert_batchnorm`; iterated once. Batches of `bn_insert.images` include the path of each image.
         top: Number of classes for each image; all of them if there are fewer.
         classes: As for `evaluate`.
         device: Where to run; by default the model's device.

@@ -50,8 +50,8 @@ def compare_outputs(
     one; top-1 agreement is that of the first. The models are not changed, and PyTorch's random state is restored.
 
     Args:
-        reference: The model whose outputs are taken as correct. Of a DataParallel, DistributedDataParallel or compiled
-            model, the module inside it runs.
+        reference: The model whose outputs are taken as correct. If it is a DataParallel, DistributedDataParallel or
+            compiled model, the module inside it runs.
         candidate: The model to compare with it.
         batches: As for `insert_batchnorm`.
         progress: Called after each batch with the number of images so far.

@@ -42,7 +42,7 @@ class PredictionComparison:
         images: Number of images.
         classes: Number of classes; 0 if the outputs are not class scores.
         entropy_before: Mean entropy of the original's class probabilities, in nats; NaN without classes.
-        entropy_after: That of the changed network.
+        entropy_after: The same for the changed network.
         agreement: Fraction of images (for dense prediction: of positions) for which both predict the same class; NaN
             without classes.
         per_class: Accuracy for each class that has labeled images; empty without labels.
@@ -80,13 +80,13 @@ def compare_predictions(
 ) -> PredictionComparison:
     """Run two networks in eval mode on the same images, and return how their predictions differ.
 
-    Needs no labels. Where a batch is a tuple or list whose second value is an integer tensor with one label per image,
-    as from a DataLoader, the accuracy for each class is measured too. The networks are not changed, and PyTorch's
-    random state is restored.
+    No labels are needed. If a batch is a tuple or list whose second value is an integer tensor with one label per
+    image, as from a DataLoader, the accuracy for each class is measured too. The networks are not changed, and
+    PyTorch's random state is restored.
 
     Args:
         original: A network that returns one score (logit) per class.
-        changed: The same network after a change, such as `adapt_statistics` makes.
+        changed: The same network after a change, such as the one that `adapt_statistics` makes.
         batches: As for `insert_batchnorm`.
         progress: Called after each batch with the number of images so far.
 

@@ -1,4 +1,4 @@
-"""Differences of a network in train mode, which normalizes by the batch, from itself in eval mode."""
+"""How a network in train mode, which normalizes by the batch, differs from itself in eval mode."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class TrainModeAgreement:
 
     @property
     def top1_margin(self) -> float:
-        """Margin of `top1_agreement` as an estimate for all such images, at 95% confidence; a fraction, as it is.
+        """Margin of `top1_agreement` as an estimate for all such images, at 95% confidence; also a fraction.
 
         Two binomial standard errors, with two images added that agree and two that do not: without them, the margin of
-        a perfect agreement would be 0. Of dense predictions the images are counted, because positions of one image
-        resemble each other.
+        a perfect agreement would be 0. For dense prediction, images are counted rather than positions, because the
+        positions of one image resemble each other.
 
         Source: Agresti and Coull, "Approximate is better than 'exact' for interval estimation of binomial proportions",
         The American Statistician 52(2), 1998.
@@ -72,18 +72,18 @@ def train_mode_agreement(
 ) -> list[TrainModeAgreement]:
     """Return, for each batch size, how much a model in train mode differs from itself in eval mode.
 
-    In train mode BatchNorm normalizes by the batch, so that the optimizer sees another function than that of eval mode,
-    the more so the smaller the batches. Only BatchNorms are put in train mode, each in its own mode
+    In train mode, BatchNorm normalizes by the batch, so the optimizer sees a different function from that of eval mode;
+    the smaller the batches, the larger the difference. Only BatchNorms are put in train mode, each in its own mode
     (`set_batchnorm_mode`): dropout stays off, frozen BatchNorms keep normalizing by their running statistics, and those
-    that renormalize do so within their limits, by the batch of this process alone. The model and its running statistics
-    are not changed, and PyTorch's random state is restored.
+    that renormalize do so within their limits, using only the batch of this process. The model and its running
+    statistics are not changed, and PyTorch's random state is restored.
 
     Args:
-        model: Returns logits, with the classes in dimension 1. Of several outputs (tuples, lists, dicts), the first is
-            used.
+        model: A network that returns logits, with the classes in dimension 1. If it has several outputs (tuples, lists,
+            dicts), the first is used.
         batches: As for `insert_batchnorm`, best in random order; iterated once. The images are regrouped, in order,
             into batches of each size; a last batch that is not full is dropped.
-        batch_sizes: Those larger than the number of images are missing from the result.
+        batch_sizes: Batch sizes to measure. Those larger than the number of images are left out of the result.
         renorm: Put all BatchNorms in the mode "renorm" without limits first, whatever mode the model's are in.
         device: Where to run; by default the model's device.
         progress: Called after each batch with the number of images so far.
@@ -134,7 +134,7 @@ def train_mode_agreement(
 
 
 def smallest_agreeing(agreements: Iterable[TrainModeAgreement], least: float = 0.95) -> int | None:
-    """Return the smallest batch size from which on the top-1 agreement is at least `least`; None if there is none.
+    """Return the smallest batch size at and above which the top-1 agreement is at least `least`; None if there is none.
 
     Args:
         agreements: From `train_mode_agreement`.
@@ -158,7 +158,7 @@ def agreement_reading(
 ) -> str:
     r"""Return a sentence that names the smallest batch size with a top-1 agreement of at least `least`.
 
-    The next one has the largest margin of the agreements, see `TrainModeAgreement.top1_margin`.
+    The next sentence states the largest margin of the agreements; see `TrainModeAgreement.top1_margin`.
 
     Args:
         agreements: From `train_mode_agreement`.

@@ -123,7 +123,7 @@ def _contents(cell: CellType) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Translation:
-    """From what the functions of a model refer to, to what those of its copy do.
+    """Maps what the functions of a model refer to, to what those of its copy refer to.
 
     Modules and functions of the model become those of the copy; containers of them, methods and partials are made anew.
     Anything else, such as an optimizer, a lock or a list of outputs, stays the same object.
@@ -172,7 +172,7 @@ def _with_empty_cells(function: FunctionType, cells: dict[int, CellType]) -> Fun
 
 
 def _bind_copies(model: nn.Module, copies: Mapping[int, FunctionType]) -> None:
-    """Let methods among the attributes be those of copied functions: deepcopy keeps the function of a method."""
+    """Make methods among the attributes use the copied functions: deepcopy keeps the function of a method."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, MethodType) and (function := copies.get(id(value.__func__))):

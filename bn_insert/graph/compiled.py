@@ -1,4 +1,4 @@
-"""Code that torch.compile has compiled, inside of a model."""
+"""Code inside a model that torch.compile has compiled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _outermost = ExitStack()
 def uncompiled() -> Iterator[None]:
     """Run modules and functions that torch.compile has compiled as they were written.
 
-    Compiling them anew, with the hooks and modes of a pass, takes long where it does not fail. A model that is compiled
-    as a whole is unwrapped before. PyTorch's setting is one for all threads: the last to leave restores it.
+    Recompiling them with the hooks and modes of a pass takes a long time, if it works at all. A model that is compiled
+    as a whole is unwrapped beforehand. PyTorch's setting is one for all threads: the last to leave restores it.
     """
     global _inside  # noqa: PLW0603 - as the setting is
     with _lock:

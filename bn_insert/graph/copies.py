@@ -29,10 +29,10 @@ _BYTES_TO_COPY = 16 << 20
 def unwrapped(model: AnyModule) -> AnyModule:
     """Return the module inside a DataParallel, DistributedDataParallel or compiled model, else the model itself.
 
-    Of a model that Lightning Fabric has set up, this is the module that was passed to it.
+    For a model that Lightning Fabric has set up, this is the module that was passed to it.
 
     Raises:
-        GraphError: It is not a module that can be changed; the message has the way out.
+        GraphError: It is not a module that can be changed; the message says what to do.
     """
     check_module(model)
     inner: nn.Module = model
@@ -48,7 +48,7 @@ def unwrapped(model: AnyModule) -> AnyModule:
 
 
 def check_module(model: object) -> None:
-    """Raise GraphError, with the way out, for what callers pass in place of a model."""
+    """Raise GraphError, with advice, for what callers pass in place of a model."""
     if isinstance(model, torch.jit.ScriptModule):
         raise GraphError(
             "the model is a TorchScript program, whose modules cannot be changed; build the nn.Module that it was made "
@@ -216,7 +216,7 @@ class protected_parameters(TorchDispatchMode):  # noqa: N801 - a context manager
 
 @contextmanager
 def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Protect the parameters of a network during many passes, and yield what returns a context for each of them.
+    """Protect the parameters of a network during many passes; yield a function that returns a context for each.
 
     In a small network, checking each operation takes longer than most operations. Its parameters are checked during the
     first pass only; afterwards they are compared with a copy, and restored.

@@ -1,4 +1,4 @@
-"""The inputs that a model's forward takes of a batch: one tensor, several, or a dict."""
+"""The inputs that a model's forward takes from a batch: one tensor, several, or a dict."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Inputs:
 
     @classmethod
     def of(cls, batch: Any, number: int, model: nn.Module) -> Inputs:
-        """Return what the model takes of a batch, on the model's device.
+        """Return what the model takes from a batch, on the model's device.
 
         Floating-point tensors are converted to the dtype of the model's first floating-point parameter.
 

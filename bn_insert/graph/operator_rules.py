@@ -335,7 +335,7 @@ def fits_positions(node: fx.Node, shape: tuple[int, ...]) -> bool:
 
 
 def keeps_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Return whether a reshape changes positions alone, and leaves batch and channels on axes 0 and 1."""
+    """Return whether a reshape changes only positions, and leaves batch and channels on axes 0 and 1."""
     return before[:2] == after[:2]
 
 

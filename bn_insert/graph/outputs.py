@@ -15,9 +15,9 @@ _DEEPEST = 16  # objects may refer to each other in long chains
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Return the tensors in what a model returns, in order.
 
-    Those in tuples, lists and dicts come alone: an object beside them may hold anything, such as measured times. Only
-    without any, the tensors in dataclasses, in containers of classes derived from dict or tuple, and in attributes of
-    objects of other classes are returned, the outermost ones first.
+    If there are tensors in tuples, lists and dicts, only these are returned: an object next to them may hold anything,
+    such as measured times. Otherwise, the tensors in dataclasses, in containers of classes derived from dict or tuple,
+    and in attributes of objects of other classes are returned, the outermost ones first.
     """
     leaves = _leaves(outputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -21,8 +21,8 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
     """Run a copy of a model in eval mode, and return the graph of its operations and the names of its parameters.
 
     The operations are those of `torch.export`, with their names and shapes and the modules that they run in, but the
-    tensors have values. A forward may therefore do with them what it likes, such as decide by them, format them or pass
-    them to NumPy. What reads values outside of PyTorch is not in the graph.
+    tensors have values. A forward may therefore do anything with them, such as branch on them, format them or pass them
+    to NumPy. Whatever reads values outside of PyTorch is not in the graph.
 
     Args:
         model: The model; it is not changed.

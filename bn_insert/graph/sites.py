@@ -1,7 +1,7 @@
 """The conv and dense layers of a model, and the sites where a BatchNorm can be inserted.
 
-Output layers are found here by tracing. `surgery/replace_output.py`, which replaces one for other classes, goes by
-runs on an example, or takes the last dense layer, or the last conv.
+Output layers are found here by tracing. `surgery/replace_output.py`, which replaces one for other classes, finds it by
+running the network on an example, or else takes the last dense layer or, without any, the last conv.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
     """Return the layers that would get a BatchNorm if they were modules of torch.nn, in words; empty without any.
 
     These are modules of a class of the user's own that run a conv or dense operation with a weight of their own, or
-    with a parameter of another module. One with a constant kernel, such as a blur, is none.
+    with a parameter of another module. A module with a constant kernel, such as a blur, does not count.
     """
     weights = {name for name, each in trace.model.named_parameters(remove_duplicate=False) if each.ndim > 1}
     roles = [role for role, kind in ((Role.CONV, "conv"), (Role.DENSE, "dense")) if kind in options.kinds]
@@ -200,7 +200,7 @@ class SiteOptions:
 
     @classmethod
     def checked(cls, layers: Iterable[str], include_output: bool, skip: Iterable[str], placement: str) -> SiteOptions:
-        """Return the options; raise GraphError for a kind of layer, a pattern or a placement that cannot be."""
+        """Return the options; raise GraphError for an invalid kind of layer, pattern or placement."""
         check_flags(GraphError, include_output=include_output)
         kinds, patterns = as_tuple(layers), as_tuple(skip)
         if not kinds or not all(kind in get_args(Kind) for kind in kinds):

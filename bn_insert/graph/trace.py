@@ -75,8 +75,8 @@ class Trace:
             example: One batch, as for `insert_batchnorm`; only its shape matters, unless the forward depends on values.
 
         Raises:
-            GraphError: The model cannot run on the example, or its operations cannot be recorded. The message has the
-                cause.
+            GraphError: The model cannot run on the example, or its operations cannot be recorded. The message states
+                the cause.
             CalibrationError: The example is not a batch.
         """
         model = unwrapped(model)
@@ -87,7 +87,8 @@ class Trace:
             )
         inputs = Inputs.of(example, 0, model)
         if len(inputs) == 1:
-            # Some networks take a batch of one for no batch, as with squeeze(): two images show what it does to many.
+            # Some networks mistake a batch of one for no batch, as with squeeze(): two images show what happens to
+            # many.
             try:
                 return cls._of(model, inputs.mapped(lambda tensor: torch.cat([tensor, tensor])))
             except Exception as error:

@@ -16,7 +16,7 @@ def augmented(
 
     Args:
         images: Images of one size, which the result has too.
-        seed: What the changes depend on, and nothing else.
+        seed: The changes depend on this and nothing else.
         hflip: Probability of mirroring an image from left to right.
         crop_scale: Smallest fraction of its area that a random resized crop keeps; 1 crops none.
     """

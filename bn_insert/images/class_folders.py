@@ -121,9 +121,9 @@ def open_class_folders(
         strict: Raise an error for the first unreadable file instead of skipping it.
 
     Raises:
-        ImageError: Naming the folder, when one is missing, when there are fewer than two classes, when `val/` has a
-            class that `train/` does not have, when a class has no image, and when the name of a class cannot be
-            written as one line of UTF-8 text.
+        ImageError: When a folder is missing, when there are fewer than two classes, when `val/` has a class that
+            `train/` does not have, when a class has no image, and when the name of a class cannot be written as one
+            line of UTF-8 text. The message names the folder.
     """
     check_flags(ImageError, strict=strict)
     if not isinstance(folder, str | Path):

@@ -41,7 +41,7 @@ def image_batches(
         transform: Preprocessing of each picture.
         batch_size: Images per batch.
         workers: Processes that decode; 0 decodes in this process.
-        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to grey; see `read_image` in
+        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to gray; see `read_image` in
             `image_files.py`.
         strict: Raise an error for the first unreadable file; otherwise such files are skipped and listed in
             `unreadable`.
@@ -146,7 +146,7 @@ class ImageReader:
 
     Args:
         transform: Preprocessing of each picture.
-        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to grey.
+        channels: Channels that the network takes: 3 converts every picture to RGB, 1 to gray.
         workers: Processes that decode; 0 decodes in this process.
         strict: Raise an error for the first unreadable file instead of skipping it.
 

@@ -1,4 +1,4 @@
-"""Image files: the ones in a folder, and the pixels of one of them, or why it cannot be read."""
+"""Image files: find those in a folder, and read the pixels of one, or say why it cannot be read."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ def _check_memory() -> None:
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
-    """Return the first frame of an image file as RGB (3 channels) or grey (1 channel), rotated as its EXIF data says.
+    """Return the first frame of an image file as RGB (3 channels) or gray (1 channel), rotated as its EXIF data says.
 
-    Modes are converted as by Pillow's `convert`: palettes are looked up, CMYK is converted without its colour profile,
-    and transparency is dropped, which reveals the colour under it. Of 16-bit values the high byte is used, as Pillow
-    itself does for 16-bit colour.
+    Modes are converted as by Pillow's `convert`: palettes are looked up, CMYK is converted without its color profile,
+    and transparency is dropped, which reveals the color under it. Of 16-bit values the high byte is used, as Pillow
+    itself does for 16-bit color.
 
     Raises:
         ImageError: For an empty file, and for values whose range is not known.
@@ -199,7 +199,7 @@ def _libtiff_error_handler() -> Any:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Return a picture of mode I;16, I or F as grey; `convert` would turn everything above 255 white."""
+    """Return a picture of mode I;16, I or F as gray; `convert` would turn everything above 255 white."""
     if image.mode == "F":
         raise ImageError("its pixels are floating-point numbers, whose range is not known")
     values = np.asarray(image)

@@ -78,8 +78,8 @@ def open_labelled_batches(
         strict: Raise an error for the first unreadable file instead of skipping it.
 
     Raises:
-        ImageError: When there is no such folder, when there are no class folders, when one of them is none of
-            `classes`, when a class folder contains no image, and for options out of range.
+        ImageError: When there is no such folder, when there are no class folders, when one of them is not in `classes`,
+            when a class folder contains no image, and for options out of range.
     """
     folder, folders = _class_folders(Path(folder), classes)
     if unknown := [name for name in folders if classes and name not in classes]:

@@ -49,8 +49,8 @@ def tensor_batches(
         pin_memory: Put batches into page-locked memory where there is a GPU.
 
     Raises:
-        ImageError: Naming the file and its shape, for any other shape, no images, another number of channels, and a
-            file that is damaged or would run code when read; during a pass, for NaN or Inf.
+        ImageError: For any other shape, no images, another number of channels, and a file that is damaged or would run
+            code when read; during a pass, for NaN or Inf. The message names the file and its shape.
     """
     check_at_least(1, batch_size=batch_size)
     (values,) = read_tensors(Path(path)).values()
@@ -69,7 +69,7 @@ class TensorBatches(Batches):
         rows: Which rows to read, in the order of the batches.
         batch_size: Rows per batch.
         pin_memory: Put batches into page-locked memory where there is a GPU.
-        dtype: Of the batches.
+        dtype: Dtype of the batches.
     """
 
     path: Path

@@ -20,7 +20,7 @@ from ..support.text import counted
 # padding: a picture of 1 x 30000 pixels becomes one of 256 x 7680000.
 _LONGEST_SIDE = 1 << 14
 _MOST_PIXELS = _LONGEST_SIDE**2
-# In the transform that a file asks for: 50 MB per picture, where the longest side of all would take 0.8 GB.
+# For a transform stored in a file: 50 MB per picture, where _LONGEST_SIDE would take 0.8 GB.
 _LONGEST_STORED_SIDE = 1 << 12
 
 
@@ -35,7 +35,7 @@ class Transform:
         crop: Side of the square cut from the center in pixels, padded with black where the picture is smaller; None
             does not crop.
         mean: Subtracted from the values in 0..1; one value for all channels, or one per channel.
-        std: Divides them then; one value for all channels, or one per channel.
+        std: Divides the result; one value for all channels, or one per channel.
 
     Raises:
         ImageError: For sizes that are not one number from 1 to 16384, a std that is not positive, and numbers of values

@@ -1,4 +1,4 @@
-"""The charts of a report, as SVG elements that take their colours from the page."""
+"""The charts of a report, as SVG elements that take their colors from the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WIDTH = 4.4  # inches: a phone shows a chart at 4/5 of that, and text of 9 poin
 _ROW = 0.2
 _LONGEST_NAME = 24
 
-_SERIES = 8  # colours on the page; after them, they repeat with dashed lines
+_SERIES = 8  # colors on the page; after them, they repeat with dashed lines
 # Placeholders, replaced in the finished SVG by the page's custom properties: a chart is dark when the page is.
 _INK, _RULE = "#010101", "#020202"
 _SERIES_COLORS = [f"#0301{number:02x}" for number in range(_SERIES)]
@@ -54,7 +54,7 @@ _STYLE: Any = {
 
 
 class Chart(NamedTuple):
-    """An SVG element with its title, a note, and the legend: numbers of the page's series colours, and labels."""
+    """An SVG element with its title, a note, and the legend: numbers of the page's series colors, and labels."""
 
     name: str
     title: str
@@ -130,7 +130,7 @@ def agreement_chart(agreements: Sequence[Mapping[str, Any]], renorm: Sequence[Ma
 
 @mpl.rc_context(_STYLE)
 def run_charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Return curves over the epochs: training and validation of a single run, or one colour for each of several."""
+    """Return curves over the epochs: training and validation of a single run, or one color for each of several."""
     present = [(number, run["name"], run["epochs"]) for number, run in enumerate(runs) if run["epochs"]]
     if not present:
         return []
@@ -306,7 +306,7 @@ def _symmetric_logarithmic(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """Return the figure as an element of the page, with unique ids and the page's colours and font."""
+    """Return the figure as an element of the page, with unique ids and the page's colors and font."""
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():

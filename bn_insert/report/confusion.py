@@ -33,7 +33,7 @@ def write_confusion_matrix(
 ) -> None:
     """Write a confusion matrix as a picture, atomically; its suffix determines the format.
 
-    A row is coloured by the fraction of its images, so that classes with few images can be compared with large ones.
+    A row is colored by the fraction of its images, so that classes with few images can be compared with large ones.
 
     Args:
         path: The output file, `.png`, `.svg` or `.pdf`.

@@ -120,7 +120,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _health(run: Mapping[str, Any]) -> list[Verdict]:
-    """Return the verdicts on a run, also on one whose report is older than them."""
+    """Return the verdicts on a run, even on one whose report predates them."""
     if "health" in run:
         return [Verdict(**verdict) for verdict in run["health"]]
     return run_health(run["epochs"], run["settings"], {})

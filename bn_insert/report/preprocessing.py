@@ -12,7 +12,7 @@ def preprocessing_text(transform: Mapping[str, Any]) -> str:
     """Return the steps of a transform as a phrase.
 
     Args:
-        transform: `resize`, `crop`, `mean` and `std`, as of `Transform.to_dict`.
+        transform: `resize`, `crop`, `mean` and `std`, as in `Transform.to_dict`.
     """
     steps = [
         f"resize {transform['resize']}" if transform["resize"] else "no resizing",

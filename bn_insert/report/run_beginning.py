@@ -11,10 +11,10 @@ SMALL_DIFFERENCE = "a higher one needs a loss that is 3% lower, a lower one 10%"
 
 
 def output_fit_text(fit: Mapping[str, Any]) -> str:
-    """Return what the fit of the output layer came to, as a sentence.
+    """Return the outcome of the fit of the output layer, as a sentence.
 
     Args:
-        fit: `new`, `fitted`, `accuracy`, `own_accuracy` and `reason`, as of `OutputFit`.
+        fit: `new`, `fitted`, `accuracy`, `own_accuracy` and `reason`, as in `OutputFit`.
     """
     before = ""
     if fit["accuracy"] is not None:

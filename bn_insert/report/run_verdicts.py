@@ -33,7 +33,7 @@ def run_health(
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
             `output_replaced`, whether the run began with a new output layer; `output_kind`, "dense" or "conv". What
             depends on a missing one is not checked.
-        output_fit: `fitted` and `accuracy`, as of `OutputFit`; None if there was no fit.
+        output_fit: `fitted` and `accuracy`, as in `OutputFit`; None if there was no fit.
     """
     if not epochs:
         return [Verdict("check", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]

@@ -68,7 +68,7 @@ def calibrate(
     Raises:
         CalibrationError: If there are no data, if activations are not finite (the message names the layer, and the
             parameter or image), or if the model cannot run on a batch.
-        GraphError: If these are no sites, or the model is not a module.
+        GraphError: If `sites` are not sites of the model, or the model is not a module.
     """
     check_sites(model, sites)
     if not sites:
@@ -111,7 +111,7 @@ class _PassRecorder(Recorder):
         self._batches_of.update({name: batches for name in self._batches_of if name in called})
 
     def check_complete(self) -> None:
-        """Raise CalibrationError if a site that every pass should call has the values of some batches alone."""
+        """Raise CalibrationError if a site that every pass should call has values of only some batches."""
         for name, batches in self._batches_of.items():
             if 0 < batches < self.batches:
                 raise CalibrationError(
@@ -165,9 +165,9 @@ def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _Pas
 def run_in_micro_batches(network: nn.Module, own_hooks: Set[int]) -> None:
     """Make a network run its sequences of conv layers on a few images at a time; outputs are equal up to rounding.
 
-    Hooks of the modules in such a sequence are then called once for each micro-batch. A sequence runs whole batches
-    if it has modules other than convs, pools, activations and the like, or while hooks of others are registered on it,
-    which may depend on the whole batch.
+    Hooks of the modules in such a sequence are then called once for each micro-batch. A sequence runs whole batches if
+    it has modules other than convs, pools, activations and the like, or while other code's hooks, which may depend on
+    the whole batch, are registered on it.
 
     Args:
         network: A working copy in eval mode; it is changed.
@@ -228,7 +228,7 @@ class _MicroBatchedForward:
         return images
 
     def _is_watched(self) -> bool:
-        """Return whether others have hooks; checked in each call, as a forward may set them to tap activations."""
+        """Return whether other code has hooks; checked in each call, as a forward may set them to tap activations."""
         hooks = (hooks for module in self._modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
         return bool(
             _global_forward_hooks

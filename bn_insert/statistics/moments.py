@@ -68,7 +68,7 @@ class Moments:
 
     @property
     def constant_channels(self) -> int:
-        """Number of channels with the same value throughout, dead ones for example."""
+        """Number of channels that have the same value throughout, such as dead ones."""
         return int((self.m2 == 0).sum())
 
     def scaled(self, scale: Float64[Tensor, " channels"]) -> Moments:

@@ -30,7 +30,7 @@ SINGLE_IMAGE = (
     "squeeze() in the forward may remove the batch axis of a single image: use batches of two images or more, the last "
     "one included, or flatten(1) in place of squeeze()"
 )
-"""What to do about a network that takes a batch of one image for no batch, for messages."""
+"""What to do about a network that mistakes a batch of one image for no batch, for messages."""
 _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's BatchNorm
 
 # Input of a pass, and its largest activations: these stay in a CPU's last-level cache. In a network with more
@@ -54,7 +54,7 @@ class Batch:
     Attributes:
         number: Its position in the iterable of batches, from 0.
         value: The batch as the caller passed it.
-        inputs: What the model's forward takes of it.
+        inputs: What the model's forward takes from it.
     """
 
     number: int
@@ -111,7 +111,7 @@ def for_each_batch(
 
 
 class JoinedBatches:
-    """Collects batches, and runs them together once they are enough; large ones of a small network run in parts.
+    """Collects batches, and runs them together once there are enough; large ones of a small network run in parts.
 
     The images of a batch must not depend on each other in the network, as they do in a BatchNorm without running
     statistics. This is tested once, on very different images. Where they do, and wherever a gathered batch fails,

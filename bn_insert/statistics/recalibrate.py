@@ -32,8 +32,8 @@ class Reestimation(Generic[AnyModule]):
 
     Attributes:
         model: The copy with the new statistics.
-        moments: Moments of each BatchNorm's input over the batches alone, by its name; none of a BatchNorm that is
-            never called.
+        moments: Moments of each BatchNorm's input over these batches only, by its name; a BatchNorm that is never
+            called has none.
         images: Number of images, over all processes.
     """
 
@@ -60,8 +60,8 @@ def recalibrate(
     copy differs. The model itself is not changed, and PyTorch's random state is restored. A BatchNorm that is never
     called keeps its statistics.
 
-    An optimizer goes on training the model that it was created for: between epochs, validate the copy, and train the
-    model.
+    An optimizer keeps training the model that it was created for: after each epoch, validate the copy, but keep
+    training the model.
 
     Inside an initialized torch.distributed process group, every rank calls this with its own part of the batches, which
     may be empty, and gets the statistics of all parts together.
@@ -73,7 +73,7 @@ def recalibrate(
             "batch": each batch's own, as in training. Pass shuffled batches of the size used in training. Where a batch
             has only one value per channel (a last batch of one image, after a dense layer), the statistics of all
             batches so far are used.
-            "running": the model's running statistics, as in eval mode. Right where these are good, as after an
+            "running": the model's running statistics, as in eval mode. Suitable where these are accurate, as after an
             insertion; the result does not depend on how the images are divided into batches.
         device: Where to run; by default the model's device.
         autocast: Dtype for the forward pass.

@@ -56,7 +56,7 @@ class Recorder:
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
-        # Of this thread alone, unlike `_disable_current_modes`: another thread may be exporting a model.
+        # Only of this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             moments = moments_of(values.as_subclass(Tensor))  # of another class, such as MONAI's MetaTensor
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then

@@ -55,9 +55,9 @@ class Prior:
     ) -> tuple[Float64[Tensor, " channels"], Float64[Tensor, " channels"]]:
         """Return mean and variance moved towards the prior, by as much as they may differ from it by chance.
 
-        Means and logarithms of standard deviations are each moved by one factor for the whole layer: where D is the
-        sum, over the channels, of the squared differences from the prior, those of the means in its standard
-        deviations, and E what this would be for images like those of the prior, the difference is multiplied by
+        Means and logarithms of standard deviations are each moved by one factor for the whole layer. Let D be the sum,
+        over the channels, of the squared differences from the prior (those of the means in units of its standard
+        deviations), and E the value expected of D for images like those of the prior. The difference is multiplied by
         1 - (c E / D)^POWER, but at least by 0; c is `caution(images)`.
 
         Args:
@@ -87,8 +87,8 @@ def caution(images: int) -> float:
 
     The channels of a layer depend on each other, so that chance often exceeds its expectation: for images like those of
     the prior, D / E is above 1 in one of ten draws in most layers, and above 1.5 in some, whatever the number of
-    images. To take what is chance costs accuracy in each layer. A real shift soon exceeds it many times, as E falls
-    with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
+    images. Applying what is due to chance costs accuracy in each layer. A real shift soon exceeds it many times, as E
+    falls with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
     """
     return 1.5 + 32 / images**2
 
