@@ -18,7 +18,7 @@ _MOST_ENTRIES = 10_000  # of a folder, which may have millions
 def near_names(name: str, names: Iterable[str]) -> list[str]:
     """Return which names a mistyped name may mean: those with the same letters, or else similar ones; at most two.
 
-    Upper and lower case are the same.
+    Case is ignored.
 
     Examples:
         >>> near_names("VGG61", ["vgg11", "vgg16"])

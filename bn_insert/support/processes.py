@@ -23,10 +23,10 @@ _LONGEST_WAIT = timedelta(minutes=2)  # ranks that work together start within se
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among those that work together, and their number.
+    """This process's rank among the processes that work together, and their number.
 
     Attributes:
-        rank: From 0; 0 for a process on its own.
+        rank: The rank, counted from 0; 0 for a process on its own.
         count: Number of processes; 1 for a process on its own.
     """
 
@@ -49,7 +49,7 @@ class Ranks:
         """Return this rank's share of the items: every count-th, starting at its rank.
 
         Args:
-            items: The same on all ranks.
+            items: The items, the same on all ranks.
             equal: Repeat items from the beginning, so that all ranks get the same number. Ranks that exchange gradients
                 at each step would otherwise wait for each other forever.
         """
@@ -154,7 +154,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the process group if torchrun started this process, and leave it afterwards.
 
     Args:
-        device: Device that was asked for. On a GPU the processes communicate by NCCL, on a CPU by gloo.
+        device: The requested device. On a GPU the processes communicate by NCCL, on a CPU by gloo.
 
     Yields:
         The device to use: with NCCL, each process's own GPU.

@@ -4,19 +4,19 @@
 can still request a terabyte, or build a key whose hash visits 2**200 values. So the opcodes of the pickle are checked
 before they are executed, and the claims of the archive before it is unpacked.
 
-What is checked has to be what torch reads. Of an ambiguous archive Python's zipfile and torch's miniz may read
-different parts: miniz finds members by name in any case, takes the place of the directory from its record at the end
-where zipfile takes what lies before that record, and so on. Instead of imitating miniz, the reader refuses what is
-ambiguous. In an archive by torch.save each of these holds: the record of the directory is the very end of the file,
-directory and record touch, all members are in one folder, their names are those that torch.save uses, and none comes
-twice. Then the two can only find the same bytes. For the same reason only the functions that torch.save writes for
-tensors and plain containers may be called, fewer than `weights_only` allows: each of them is known to take memory in
-proportion to its arguments.
+The checks must see the same bytes that torch reads. In an ambiguous archive, Python's zipfile and torch's miniz may
+read different parts: miniz ignores case when it looks up a member by name, takes the position of the directory from the
+record at the end where zipfile takes what lies before that record, and so on. Instead of imitating miniz, the reader
+refuses ambiguous archives. In an archive by torch.save each of these holds: the record of the directory is the very end
+of the file, the directory and its record are adjacent, all members are in one folder, their names are those that
+torch.save uses, and no name occurs twice. The two then necessarily find the same bytes. For the same reason only the
+functions that torch.save writes for tensors and plain containers may be called, fewer than `weights_only` allows: each
+of them is known to take memory in proportion to its arguments.
 
-What is raised here, and by torch.load, says only what is wrong. `checkpoints/damaged_files.py` turns it into messages
-that name the file and the way out.
+Errors raised here, and by torch.load, say only what is wrong. `checkpoints/damaged_files.py` turns them into messages
+that name the file and say what to do.
 
-Other ways were considered. fickling decides whether a pickle would run code, not what it would allocate, and does not
+Alternatives were considered. fickling decides whether a pickle would run code, not what it would allocate, and does not
 read the archive as torch does. A reader of tensors without torch.load would have to follow every format that torch.save
 has had. A process with limits on memory and time would need a second of imports for each file, and would copy each
 tensor.

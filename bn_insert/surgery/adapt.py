@@ -80,20 +80,20 @@ class StatisticsShift:
 
 @dataclass(frozen=True, eq=False)
 class Adaptation(Generic[AnyModule]):
-    """A model adapted to new images, and how it came about.
+    """A model adapted to new images, and how it was obtained.
 
     Attributes:
-        model: The adapted copy: without the inserted BatchNorms, or with `keep_batchnorm` with them.
+        model: The adapted copy, without the inserted BatchNorms unless `keep_batchnorm` was set.
         with_batchnorm: The adapted copy before folding.
-        insertion: What was inserted, with the statistics of the source; None if the model was adapted by the BatchNorms
-            that it has.
+        insertion: What was inserted, with the statistics of the source; None if the model was adapted with its own
+            BatchNorms.
         folded: Qualified names, in `with_batchnorm`, of the BatchNorms that were folded.
         shifts: How far the statistics moved, one for each BatchNorm, in the order in which they are called.
         target_images: Number of images of the target, over all processes.
         changed: Whether any statistics of the adapted copy differ from those of the source. With very few images and
-            `shrink`, all differences may be such as chance causes.
-        left: Qualified names, in `with_batchnorm`, of inserted BatchNorms that belong to no layer they could be folded
-            into, and stay.
+            `shrink`, chance may explain all differences.
+        left: Qualified names, in `with_batchnorm`, of inserted BatchNorms that could not be folded into any layer, and
+            stay.
         untied: As in `FoldResult`.
     """
 
@@ -194,14 +194,14 @@ def adapt_inserted(
 
     Args:
         model: The model that BatchNorm was inserted into.
-        insertion: What `insert` returned for it; None for a model that is adapted by the BatchNorms that it has.
-        target: As for `adapt_statistics`, as are all others.
-        keep_batchnorm: See there.
-        shrink: See there.
-        device: See there.
-        autocast: See there.
-        tolerance: See there.
-        progress: See there.
+        insertion: What `insert` returned for it; None for a model that is adapted with its own BatchNorms.
+        target: As for `adapt_statistics`.
+        keep_batchnorm: As for `adapt_statistics`.
+        shrink: As for `adapt_statistics`.
+        device: As for `adapt_statistics`.
+        autocast: As for `adapt_statistics`.
+        tolerance: As for `adapt_statistics`.
+        progress: As for `adapt_statistics`.
 
     Raises:
         GraphError: As for `adapt_statistics`.
@@ -272,8 +272,8 @@ def adapt_statistics(
     BatchNorm is inserted with the statistics of `source`, images of the kind that the model was trained on; its
     statistics are re-estimated on `target`, the images that it is to work on; and the BatchNorms are folded. Each
     channel of each layer then has, on the target, the mean and standard deviation that it had on the source. The result
-    has the modules of the given model and other weights and biases (a layer without bias gets one). BatchNorms that the
-    model has already are re-estimated too, and stay.
+    has the modules of the given model, with different weights and biases (a layer without bias gets one). BatchNorms
+    that the model already has are re-estimated too, and stay.
 
     Inside an initialized `torch.distributed` process group, every rank calls this with its own part of both, and all
     get the same result.
@@ -283,20 +283,21 @@ def adapt_statistics(
         source: Batches, as for `insert_batchnorm`; None for a model with BatchNorm, whose running statistics are those
             of the source.
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
-            batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more where there
-            are so many. A single image is enough if it differs clearly; a warning says if nothing was changed.
+            batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more if there are
+            that many. A single image is enough if it differs clearly; a warning is issued if nothing was changed.
         layers: Kinds of layers to adapt: `"conv"`, `"dense"` or both.
         include_output: Whether to adapt the output layer too.
         skip: Glob patterns on qualified names of layers to leave alone.
-        placement: As for `insert_batchnorm`. After an activation, folding is not always exact, and refused then.
-        keep_batchnorm: Leave the inserted BatchNorms in, to train the model further.
+        placement: As for `insert_batchnorm`. After an activation, folding is not always exact; where it is not, it is
+            refused.
+        keep_batchnorm: Keep the inserted BatchNorms, to train the model further.
         shrink: Move statistics only to the extent that the difference exceeds sampling error: with few images, the
             source's statistics are kept in part. False takes the target's statistics as they are.
         eps: Added to the variance in each inserted BatchNorm.
-        momentum: Of the running statistics; None means a cumulative average.
+        momentum: Momentum of the running statistics; None means a cumulative average.
         device: Where to run. Default: where the model is.
         autocast: Dtype for the forward passes; statistics stay float32 or better.
-        tolerance: Stop each of the two passes once the statistics are this exact, see `calibrate`.
+        tolerance: Stop each of the two passes once the statistics are this accurate; see `calibrate`.
         progress: Called after each batch with the number of images so far, those of both passes together.
 
     Raises:

@@ -37,11 +37,11 @@ from .scale_weights import exact_inputs, exact_outputs, multiply_inputs, multipl
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer that reads a site's channels: channel c is its inputs from `first + c * repeat`, `repeat` of them.
+    """A layer that reads a site's channels: channel c is `repeat` of its inputs, from `first + c * repeat` on.
 
     Attributes:
         name: Qualified name of the layer.
-        first: Number of the layer's input that the site's first channel starts at; above 0 after a concatenation.
+        first: Index of the layer's input at which the site's first channel starts; above 0 after a concatenation.
         repeat: Number of inputs that carry one channel; above 1 after positions were flattened.
     """
 
@@ -68,7 +68,7 @@ class Edge:
 def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Edge]:
     """Return one edge for each site: its consumers, or the reason why it cannot be equalized.
 
-    Every operation between must be positively homogeneous per channel (ReLU, LeakyReLU, PReLU, pooling, dropout,
+    Every operation in between must be positively homogeneous per channel (ReLU, LeakyReLU, PReLU, pooling, dropout,
     flatten, upsampling, zero padding, concatenation), and every consumer must be a conv or dense layer that shares its
     weights with no other.
 
@@ -78,7 +78,7 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
         sites: Sites of the model, as from `find_sites`. The edges are in their order.
 
     Raises:
-        GraphError: The model cannot be traced, or these are no sites.
+        GraphError: The model cannot be traced, or `sites` are not sites of it.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))

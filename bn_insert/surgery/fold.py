@@ -41,10 +41,10 @@ class FoldResult(Generic[AnyModule]):
         model: A copy of the model without the folded BatchNorms.
         folded: Qualified names, in the given model, of the BatchNorms that were folded.
         left: Qualified names, in the given model, of the BatchNorms that were left in place.
-        untied: Names of layers that share a parameter in the given model, and have their own now, because their
-            BatchNorms differ. A class that shares it cannot take the state dict; `load_checkpoint` can.
-        others: What works as a BatchNorm in the forward, is not a BatchNorm module of torch.nn, and stays, in words;
-            empty without any.
+        untied: Names of layers that share a parameter in the given model, and now have their own, because their
+            BatchNorms differ. A class that shares the parameter cannot load the state dict; `load_checkpoint` can.
+        others: What acts as a BatchNorm in the forward but is not a BatchNorm module of torch.nn, and therefore stays,
+            in words; empty if there is nothing.
     """
 
     model: AnyModule = field(repr=False)
@@ -64,7 +64,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
     A BatchNorm is merged into the layer upstream if it is the only reader of that layer's values. After an activation,
     it is merged into the next layer where that is exact: a dense layer, or a conv that does not pad with zeros.
     Pooling, dropout and flatten may be in between. A BatchNorm that changes nothing at all is simply removed. One that
-    belongs to no layer (after the input, after an addition, or reading a value that others read too, as in
+    belongs to no layer (after the input, after an addition, or reading a value that other operations read too, as in
     pre-activation networks) stays unless it can be folded.
 
     In an nn.Sequential the BatchNorm is removed and the children are renumbered; where a forward calls it by name, or
@@ -79,8 +79,8 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
 
     Raises:
         GraphError: A BatchNorm that belongs to a layer cannot be folded exactly (the message names it and the
-            obstacle), the model cannot be traced, or its forward depends on the folded BatchNorms in other ways than
-            by calling them.
+            obstacle), the model cannot be traced, or its forward depends on the folded BatchNorms in ways other than
+            calling them.
 
     Source of the formula: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018, section 3.2.

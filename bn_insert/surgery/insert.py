@@ -44,7 +44,7 @@ from .verification import error_on_one_image, fault_of
 
 @dataclass(frozen=True, eq=False)
 class Insertion(Generic[AnyModule]):
-    """A model with BatchNorm inserted, and how it came about.
+    """A model with BatchNorm inserted, and how it was obtained.
 
     Attributes:
         model: The copy with BatchNorm.
@@ -53,14 +53,14 @@ class Insertion(Generic[AnyModule]):
         norms: The inserted BatchNorms, by the name of their layer.
         edges: With `equalize`, one per site: which layers read its channels, or why they kept their scale.
         images: Number of images calibrated on, over all processes.
-        dropouts_before_batchnorm: Active dropout layers of the original whose values one of its or the inserted
-            BatchNorms normalizes: from their names in `model`, to those in the original. See the function
+        dropouts_before_batchnorm: Active dropout layers of the original whose values a BatchNorm normalizes, whether it
+            was inserted or not: a mapping from their names in `model` to those in the original. See the function
             `dropouts_before_batchnorm`.
         nothing: Why no BatchNorm was inserted; empty if one was.
         fault: What is wrong with the outputs for the first images; empty if they are the same as before.
-        others: Layers of other classes than torch.nn's, after which no BatchNorm can be inserted, in words.
-        one_image: Why the copy cannot run on one image alone, which a network with `squeeze()` takes for no batch;
-            empty if it can, or the original cannot either.
+        others: Layers whose classes are not from torch.nn, after which no BatchNorm can be inserted, in words.
+        one_image: Why the copy cannot run on a single image, which a network with `squeeze()` mistakes for an input
+            without a batch axis; empty if it can, or if the original cannot either.
         dropout_functions: Dropouts that a forward calls as functions, where a BatchNorm normalizes their values: the
             largest probability, by the name of the module that calls them, or the model's class. They cannot be
             switched off from outside.
@@ -247,12 +247,12 @@ def insert_batchnorm(
         equalize: Whether to rescale channels between neighboring layers by powers of two first, where the graph allows
             it, so that gamma is between 0.7 and 1.42. Outputs stay equal bit for bit; weights do not.
         eps: Added to the variance in each BatchNorm.
-        momentum: Of the running statistics; None means a cumulative average, as in PyTorch.
-        dropout_before_batchnorm: Whether to keep dropout layers whose values a BatchNorm normalizes. They spoil its
-            statistics in training, see `dropouts_before_batchnorm`; False sets their p to 0 in the copy.
+        momentum: Momentum of the running statistics; None means a cumulative average, as in PyTorch.
+        dropout_before_batchnorm: Whether to keep dropout layers whose values a BatchNorm normalizes. They distort its
+            statistics in training (see `dropouts_before_batchnorm`); False sets their p to 0 in the copy.
         device: Where to calibrate. Default: where the model is.
         autocast: Dtype for the calibration's forward pass; statistics stay float32 or better.
-        tolerance: Stop calibrating once the statistics are this exact, see `calibrate`.
+        tolerance: Stop calibrating once the statistics are this accurate; see `calibrate`.
         progress: Called after each batch with the number of images so far.
 
     Raises:
@@ -308,19 +308,19 @@ def insert_at(
 ) -> AnyModule:
     """Return a copy of the model with an identity BatchNorm at each site, made from the site's moments.
 
-    The second half of `insert_batchnorm`, for callers who inspect sites and moments in between.
+    This is the second half of `insert_batchnorm`, for callers who inspect sites and moments in between.
 
     Args:
         model: As for `insert_batchnorm`.
         sites: From `find_sites`.
         moments: From `calibrate`, by the name of each site's layer.
-        edges: From `find_edges`: equalized before the BatchNorms are inserted.
+        edges: From `find_edges`; they are equalized before the BatchNorms are inserted.
         eps: Added to the variance in each BatchNorm.
-        momentum: Of the running statistics; None means a cumulative average.
+        momentum: Momentum of the running statistics; None means a cumulative average.
 
     Raises:
         CalibrationError: A site has no usable moments.
-        GraphError: These are no sites.
+        GraphError: `sites` are not sites of the model.
     """
     check_eps(eps)
     check_momentum(momentum)

@@ -25,16 +25,16 @@ from .splice import inserted_batchnorms, splice_over
 
 
 def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> None:
-    """Replace a network's output layer, in place, by one for another number of classes.
+    """Replace a network's output layer, in place, with one for a different number of classes.
 
     Without an example, the output layer is the nn.Linear that is declared last, or the last nn.Conv2d of a network
-    without dense layers, such as SqueezeNet. With one, it is the last nn.Linear or nn.Conv2d called that has as many
-    outputs as the model returns logits, and an effect on them; if none is called, one whose weight has an effect.
+    without dense layers, such as SqueezeNet. With one, it is the last nn.Linear or nn.Conv2d called that has one output
+    for each logit of the model and affects the logits; if none is called, one whose weight affects them.
 
     The new layer has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at
     a loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
-    the second step. A conv, after which there may be a ReLU that passes no gradient at zero, gets normal weights with a
-    std of 0.01 and zero bias, as in torchvision's SqueezeNet.
+    the second step. A conv, after which there may be a ReLU that passes no gradient at zero, gets normally distributed
+    weights with a std of 0.01 and zero bias, as in torchvision's SqueezeNet.
 
     A BatchNorm that `insert_batchnorm` inserted after the output layer, as in SqueezeNet, where an activation follows
     that layer, belongs to the old classes and is removed.
@@ -73,11 +73,11 @@ def replace_output_layer(model: nn.Module, output: OutputLayer, classes: int) ->
 
 
 def replace_head(model: nn.Module, width: int, classes: int, *, example: Any = None) -> list[str]:
-    """Replace a network's dense layers, in place, by a new head: Linear, BatchNorm, ReLU and an output layer.
+    """Replace a network's dense layers, in place, with a new head: Linear, BatchNorm, ReLU and an output layer.
 
-    What is replaced are the children of an nn.Sequential from its first dense layer to the output layer, or, if the
-    output layer is not in an nn.Sequential, the output layer alone. The new hidden layer is initialized by PyTorch's
-    default and its random state; the output layer has zeros, as for `replace_output`.
+    This replaces the children of an nn.Sequential from its first dense layer to the output layer or, if the output
+    layer is not in an nn.Sequential, only the output layer. The new hidden layer gets PyTorch's default initialization,
+    drawn from its random state; the output layer has zeros, as for `replace_output`.
 
     Args:
         model: The network to change.
@@ -90,7 +90,7 @@ def replace_head(model: nn.Module, width: int, classes: int, *, example: Any = N
 
     Raises:
         TrainingError: As for `replace_output`, for a width out of range, for a conv layer between the dense layers, for
-            a network without dense layers, and for an output layer that an example shows not to be called.
+            a network without dense layers, and for an output layer that is not called on the example.
         GraphError: As for `replace_output`.
 
     Examples:

@@ -134,7 +134,7 @@ def marked_modules(network: nn.Module) -> list[str]:
 
 
 def inserted_batchnorms(model: nn.Module) -> list[str]:
-    """Return the qualified names of the BatchNorms that bn-insert inserted, and not those that a network had before.
+    """Return the qualified names of the BatchNorms that bn-insert inserted, not of those that the network already had.
 
     Those of a new head (`replace_head`) count too. A checkpoint stores the history of its network, so the names are
     known after loading it.

@@ -151,7 +151,7 @@ def _repeats(model: nn.Module, inputs: Inputs, outputs: Any, rounding: float) ->
 
 
 def _rounding(model: nn.Module, outputs: Any) -> float:
-    """Return the relative distance of neighbouring numbers in the coarsest dtype of the parameters and outputs."""
+    """Return the relative distance of neighboring numbers in the coarsest dtype of the parameters and outputs."""
     tensors = [*model.parameters(), *tensors_of(outputs)]
     return max((torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()), default=0.0)
 

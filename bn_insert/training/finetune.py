@@ -46,7 +46,7 @@ class FineTuning:
     """The outcome of a run.
 
     Args:
-        epochs: Metrics of all complete epochs, also of those before the run was resumed.
+        epochs: Metrics of all complete epochs, including those before the run was resumed.
         best: The first epoch with the highest validation accuracy; None before the first epoch is complete.
         interrupted: Whether the run was stopped before its last epoch, so that it can be resumed.
         health: What is wrong with the run, in words, or that nothing is; see `run_health` in `bn_insert.report`.
@@ -82,23 +82,24 @@ def finetune(
     """Train a copy of a classifier on labeled images, and write the results into a folder.
 
     The output layer is first fitted to the features that the network computes for up to 1,024 training images
-    (`settings.fit_output`, see `fit_output`) if it is new, or little better than guessing on the validation images,
-    because the checkpoint was trained on as many others, for example. In the second case it is kept if the fit does not
-    raise the validation accuracy. That of a new head (`settings.head`) is not fitted.
+    (`settings.fit_output`, see `fit_output`) if it is new, or if it is little better than guessing on the validation
+    images, for example because the checkpoint was trained on the same number of other classes. In the latter case, the
+    original layer is kept if the fit does not raise the validation accuracy. The output layer of a new head
+    (`settings.head`) is not fitted.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
-    several learning rates, from 0.0003 (0.003 for SGD) on in the direction in which the loss is clearly lower. A run
-    of fewer than 20 steps uses the value that they start from.
+    several learning rates, starting at 0.0003 (0.003 for SGD) and moving in the direction in which the loss is clearly
+    lower. A run of fewer than 20 steps uses the starting value.
 
     After each epoch the running statistics of BatchNorm are re-estimated on training images (`settings.recalibrate`),
     the network is validated, and these files are written, each completely or not at all: metrics.csv, curves.png,
     last.pth, best.pth if its validation accuracy is the highest so far, classes.txt, state.pth, from which the run can
     be resumed, and the report of the run, report.html, with its data, report.json.
 
-    The copy has float32 in place of half precision, the memory format channels_last unless its forward takes contiguous
-    tensors alone, and a new output layer if the model does not return one logit per class. Dropout is switched off if a
-    BatchNorm normalizes by the batch, unless `settings.dropout` asks for it. An epoch's last batch is left out if it is
-    a single image that a BatchNorm would have to normalize by, or that the network does not run on alone, because
+    The copy is in float32 instead of half precision, in channels_last memory format unless its forward takes only
+    contiguous tensors, and has a new output layer if the model does not return one logit per class. Dropout is switched
+    off if a BatchNorm normalizes by the batch, unless `settings.dropout` asks for it. An epoch's last batch is left out
+    if it is a single image that a BatchNorm would have to normalize by, or on which the network does not run, because
     squeeze() removes its batch axis; in validation, such an image joins the batch before it. PyTorch's random state is
     restored.
 
@@ -113,17 +114,18 @@ def finetune(
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
             an uninterrupted run. A run is started if the folder has no results.
-        resume_epochs: Resume the run for as many epochs as it was to have, instead of `settings.epochs`.
+        resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
-        on_start: Called before the fit, the trials and the first step, also of a run that is resumed.
-        on_fit: Called after each batch of the fit of the output layer, and at its end, also if it was not necessary.
-        on_trial: Called after each step of a learning rate trial, with its loss at its end, and with the chosen one.
+        on_start: Called before the fit, the trials and the first step, also when a run is resumed.
+        on_fit: Called after each batch of the fit of the output layer, and at its end, even if it was not necessary.
+        on_trial: Called after each step of a learning rate trial, at its end with its loss, and once more with the
+            chosen trial.
         on_step: Called after each step.
         on_epoch: Called after each epoch.
-        stop: Polled after each step, and with one process also during the fit; once it returns True the run ends there,
-            with state.pth written; last.pth stays the network after the last complete epoch, because the statistics
-            are not re-estimated, to stop without delay.
+        stop: Polled after each step, and with one process also during the fit; once it returns True, the run writes
+            state.pth and ends. To stop without delay, the statistics are not re-estimated, so last.pth remains the
+            network after the last complete epoch.
         facts: JSON-ready values that the report shows unchanged, such as the checkpoint that the model came from.
         tensorboard: Also write losses, accuracies and learning rates for TensorBoard, into the folder tensorboard in
             the output folder; the package tensorboard must be installed.
@@ -132,8 +134,8 @@ def finetune(
         Metrics of the epochs, whether the run was stopped, and what seems to be wrong with it.
 
     Raises:
-        TrainingError: For what cannot be trained or resumed as requested, and for an output folder in which a result
-            cannot be written.
+        TrainingError: When training or resuming as requested is not possible, or a result cannot be written into the
+            output folder.
         DivergenceError: When the loss is not finite; the files stay as they were after the last complete epoch.
         ImageError: When images cannot be read.
         CheckpointError: When state.pth cannot be read, or results cannot be written.
@@ -350,8 +352,8 @@ def check_output_dir(
         output_dir: As for `finetune`.
         resume: As for `finetune`.
         overwrite: As for `finetune`.
-        inputs: Files that the run starts from. If one of them is a result in the folder, also through a link, it is
-            refused even with `overwrite`. A run that is resumed may have been given its own checkpoint, because its
+        inputs: Files that the run starts from. If one of them is a result in the folder, directly or through a link, it
+            is refused even with `overwrite`. A run that is resumed may have been given its own checkpoint, because its
             weights come from state.pth.
 
     Raises:

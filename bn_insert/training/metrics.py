@@ -1,4 +1,4 @@
-"""What the steps and epochs of a run, and what comes before them, measured: as values, a table and a figure."""
+"""Measurements of the steps and epochs of a run, and of what comes before them: as values, a table and a figure."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def fit_output(
     can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054). The fit is logistic
     regression with an L2 penalty on the weights, by L-BFGS. Features are normalized as in training, by the statistics
     of their batch, so use batches of the size that you train with. Of the penalties, the one with the lowest loss on
-    the validation images is chosen, with the dropout of training, which large weights do not tolerate. No
-    other layer is changed, and no running statistics.
+    the validation images is chosen, with the dropout of training, which large weights do not tolerate. No other layer
+    is changed, nor are any running statistics.
 
     In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
     be empty.
@@ -56,8 +56,8 @@ def fit_output(
         model: A classifier, such as one whose output layer `replace_output` has replaced.
         train: Batches of images and labels in random order, as for `evaluate`; iterated once. The inputs of the output
             layer are kept in memory.
-        validation: The same for the images that choose the penalty, in random order too; iterated once.
-        example: One batch, by which the output layer is found, as for `replace_output`.
+        validation: The same for the images used to choose the penalty, also in random order; iterated once.
+        example: One batch, used to find the output layer, as for `replace_output`.
         autocast: Dtype for the forward passes.
         progress: Called after each batch with the number of images so far, of both passes together, and before each
             fit.

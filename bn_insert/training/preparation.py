@@ -55,8 +55,8 @@ def prepared_network(
 ) -> tuple[nn.Module, str | None]:
     """Return a copy of a model on its device, with what the settings freeze or change.
 
-    It has float32 in place of half precision, and the new head of the settings, or a new output layer if the model's
-    does not have one output per class.
+    It is in float32 instead of half precision, and has the new head of the settings, or a new output layer if the
+    model's does not have one output per class.
 
     Args:
         model: The model, not wrapped.

@@ -1,4 +1,4 @@
-"""How long a run still takes, by the steps and epochs so far."""
+"""The remaining time of a run, estimated from the steps and epochs so far."""
 
 from __future__ import annotations
 

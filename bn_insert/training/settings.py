@@ -56,12 +56,12 @@ class TrainingSettings:
         renorm_r_max: With `batchnorm` "renorm", the limit of r in every step, see `BatchRenorm2d`; `math.inf` for no
             limit. With None for this and for `renorm_d_max`, a `RenormScheduler` sets both.
         renorm_d_max: The same for d.
-        train: Parameters to train: "all"; "batchnorm", gamma and beta of every BatchNorm and the head, for which
-            no gradients of other weights are computed (Frankle et al., 2021, arXiv:2003.00152); or the "head" alone,
+        train: Parameters to train: "all"; "batchnorm", gamma and beta of every BatchNorm and the head, for which no
+            gradients of other weights are computed (Frankle et al., 2021, arXiv:2003.00152); or "head", only the head,
             while BatchNorm outside of it is frozen. The head is the output layer, or the new head of `head`.
-        head: Width of a new head that replaces the dense layers, see `replace_head`; None keeps them, and replaces the
-            output layer alone if the number of classes differs. BatchNorm in a new head is trained even where
-            `batchnorm` freezes the others.
+        head: Width of a new head that replaces the dense layers, see `replace_head`; None keeps them, and replaces only
+            the output layer if the number of classes differs. BatchNorm in a new head is trained even where `batchnorm`
+            freezes the others.
         fit_output: Before anything is trained, fit the output layer if it is new or little better than guessing, unless
             it is part of a new head; see `fit_output`.
         freeze_features: Train only `model.classifier`.
@@ -73,12 +73,12 @@ class TrainingSettings:
         crop_scale: Smallest fraction of the area that a random resized crop of a training image keeps, as
             torchvision's `RandomResizedCrop` does; 1 crops none.
         seed: Seed for the order of the images, for mirroring, cropping and dropout, and for a new head.
-        accumulate: Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by
-            itself: its statistics are those of `batch_size` images.
+        accumulate: Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch on its
+            own: its statistics are those of `batch_size` images.
         patience: Stop after this many epochs without an improvement in validation accuracy; None trains for all epochs.
 
     Raises:
-        TrainingError: For a value of another kind, out of range, or that another setting leaves unused.
+        TrainingError: If a value has the wrong type, is out of range, or would be left unused by another setting.
     """
 
     epochs: int = 10

@@ -36,7 +36,7 @@ def fit_starting_output(
 ) -> OutputFit:
     """Fit the output layer of a run, in place, if it is new, or little better than guessing on the validation images.
 
-    A checkpoint may have been trained on as many other classes as there are; its output layer then says little about
+    A checkpoint may have been trained on the same number of other classes; its output layer then says little about
     these. It is fitted as `fit_output` does, and stays as it was if that is not possible, or does not make it better.
 
     Args:

@@ -28,7 +28,7 @@ class RunSummary:
 
     Args:
         classes: Numbers of training and of validation images of each class, by its name.
-        preprocessing: The preprocessing of the images, as of `Transform.to_dict`.
+        preprocessing: The preprocessing of the images, as in `Transform.to_dict`.
         device: Where the network is trained.
         parameters: Number of parameters of the network.
         trained_parameters: Number of parameters that are trained.
