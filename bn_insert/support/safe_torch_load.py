@@ -218,7 +218,7 @@ def _check_end(file: BufferedReader) -> None:
             raise RefusedError("its zip archive has two directories that contradict each other")
         here, entries, length, offset = here64, entries64, length64, offset64
     if (disk, start_disk) != (0, 0) or here != entries or offset + length != directory_end:
-        raise RefusedError("its zip archive has a directory in another place than its last record says")
+        raise RefusedError("its zip archive has a directory in a different place than its last record says")
     if entries > MAX_TENSORS + _OTHER_MEMBERS:
         raise RefusedError(f"it has {entries:,} members, more than the limit of {MAX_TENSORS:,} for tensors")
 

@@ -166,7 +166,7 @@ def _verified(
         result, untied = _without_batchnorms(model, plan)
         fault = _fault_beyond_rounding(model, result, plan, inputs)
     if fault:
-        what = "returns other outputs than with them" if fault.runs else fault.text
+        what = "returns different outputs than with them" if fault.runs else fault.text
         way_out = ""
         if names is None:
             apart = any(was_there_before(model, each.norm) for each in plan)
@@ -175,7 +175,7 @@ def _verified(
             way_out = f", or leave in place the BatchNorms that it refers to ({option})"
         raise GraphError(
             f"{type(model).__name__} without the folded BatchNorms {what}. Its forward depends on its BatchNorms, or "
-            f"on how its layers are held: let it call them alone{way_out}"
+            f"on how its layers are held: let it only call them{way_out}"
         )
     return result, untied
 

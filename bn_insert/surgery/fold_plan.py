@@ -231,7 +231,7 @@ def _way_to_parameter(layer: nn.Module, name: str) -> str:
             return f"computed by {kind}; remove it first, with torch.nn.utils.remove_{kind}(layer)"
     if name in layer._buffers:
         return "a buffer; make it an nn.Parameter first"
-    return f"computed by {type(layer).__name__}; replace it by a plain layer with the computed {name} first"
+    return f"computed by {type(layer).__name__}; replace it with a plain layer with the computed {name} first"
 
 
 def _check_not_overwritten(trace: Trace, calls: Sequence[fx.Node]) -> None:

@@ -158,7 +158,7 @@ def insert(
     if fault:
         message = (
             f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward depends on how its "
-            "layers are held; leave out the layers that it refers to (skip), or let it call them alone"
+            "layers are held; leave out the layers that it refers to (skip), or let it only call them"
         )
         if not fault.runs:
             raise GraphError(message)

@@ -125,7 +125,7 @@ def fault_here(
         rounding = _rounding(model, expected)
         tolerance = max(largest or _LARGEST_DIFFERENCE, _ROUNDINGS * rounding)
         if not _same_outputs(expected, actual, tolerance) and _repeats(model, part, expected, rounding):
-            return Fault("returns other outputs than without", runs=True)
+            return Fault("returns different outputs than without", runs=True)
         # Of a class with a `__call__` of its own, no calls are seen.
         skipped = [norm for anchor, norm in norm_of.items() if 0 < called[anchor] != norms_called[norm]]
         if skipped:

@@ -91,7 +91,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     network, transform, classes, *_ = open_checkpoint(
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
-    check_one_input(network, "class folders contain images alone; use bn_insert.evaluate(model, batches) in Python")
+    check_one_input(network, "class folders contain only images; use bn_insert.evaluate(model, batches) in Python")
     batches = open_labelled_batches(
         data,
         transform,

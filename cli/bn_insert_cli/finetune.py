@@ -81,8 +81,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         int,
         typer.Option(
             min=1,
-            help="Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch by "
-            "itself: for small batches, see --batchnorm renorm.",
+            help="Batches whose gradients are accumulated for each step. BatchNorm still normalizes each batch on "
+            "its own: for small batches, see --batchnorm renorm.",
         ),
     ] = 1,
     resume: Annotated[
@@ -163,7 +163,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         typer.Option(
             metavar="WHAT",
             help="Parameters to train. all: every parameter; batchnorm: gamma and beta of BatchNorm, and the head; "
-            "head: the head alone.",
+            "head: only the head.",
             rich_help_panel=_NETWORK,
         ),
     ] = "all",
@@ -223,8 +223,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         bool,
         typer.Option(
             "--freeze-features",
-            help="Train only the module classifier: all dense layers of a VGG. --train head trains the output layer "
-            "alone.",
+            help="Train only the module classifier: all dense layers of a VGG. --train head trains only the output "
+            "layer.",
             rich_help_panel=_NETWORK,
         ),
     ] = False,
@@ -311,7 +311,7 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
         checkpoint, image_options, model, images=data, key=key, ignore_unexpected=ignore_unexpected
     )
     network, transform, *_ = opened
-    check_one_input(network, "class folders contain images alone; train this network in your own loop")
+    check_one_input(network, "class folders contain only images; train this network in your own loop")
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
     channels = image_shape(network, side_of(transform))[0]

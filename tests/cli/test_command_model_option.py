@@ -554,7 +554,7 @@ def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
         Image.new("RGB", (8, 8)).save(f"{folder}/x.png")
     for command in ("evaluate", "finetune"):
         words = (command, "TwoInputs.pth", "classes", *(["--output-dir", "run"] * (command == "finetune")))
-        assert_refused(shapes(*words, *model), f"{names}class folders contain images alone")
+        assert_refused(shapes(*words, *model), f"{names}class folders contain only images")
 
 
 @pytest.mark.parametrize("words", [("insert", "WithOwnConv.pth", "x.pt"), ("adapt", "WithOwnConv.pth", "x.pt", "x.pt")])

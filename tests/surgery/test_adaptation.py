@@ -213,7 +213,7 @@ class CountsItsModules(nn.Module):
 
 def test_a_network_whose_outputs_an_insertion_would_change_is_not_adapted() -> None:
     batches = torch.rand(16, 3, 8, 8).split(8)
-    with pytest.raises(GraphError, match="returns other outputs than without"):
+    with pytest.raises(GraphError, match="returns different outputs than without"):
         adapt_statistics(CountsItsModules().eval(), batches, batches)
 
 

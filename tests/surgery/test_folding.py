@@ -539,7 +539,7 @@ def conv_with_buffer() -> nn.Conv2d:
             lambda: nn.utils.weight_norm(nn.Conv2d(3, 8, 3)),
             "computed by weight_norm; remove it first, with torch.nn.utils.remove_weight_norm(layer)",
         ),
-        (lambda: StandardizedConv(3, 8, 3), "computed by StandardizedConv; replace it by a plain layer"),
+        (lambda: StandardizedConv(3, 8, 3), "computed by StandardizedConv; replace it with a plain layer"),
         (conv_with_buffer, "a buffer; make it an nn.Parameter first"),
     ],
     ids=["weight_norm", "orthogonal", "old spectral_norm", "old weight_norm", "own class", "buffer"],
@@ -639,7 +639,7 @@ def test_where_a_forward_refers_to_children_by_number_they_keep_their_numbers(
     ("read", "words"),
     [
         (lambda features: features[1].num_features, "cannot run: 'Identity' object has no attribute 'num_features'"),
-        (lambda features: 1 + isinstance(features[1], nn.BatchNorm2d), "returns other outputs than with them"),
+        (lambda features: 1 + isinstance(features[1], nn.BatchNorm2d), "returns different outputs than with them"),
     ],
     ids=["attribute", "class"],
 )
@@ -649,7 +649,7 @@ def test_a_forward_that_depends_on_a_folded_batchnorm_is_refused_with_the_way_ou
     model, x = fine_tuned(randomised(ReadsModules(read))), images(4, 12)
     message = refusal(model, x)
     assert message.startswith(f"ReadsModules without the folded BatchNorms {words}. Its forward depends on")
-    assert message.endswith("let it call them alone, or leave in place the BatchNorms that it refers to (names)")
+    assert message.endswith("let it only call them, or leave in place the BatchNorms that it refers to (names)")
     inserted = insert_batchnorm(model, [x], include_output=True)
     with messages_name_options():
         assert refusal(inserted, x).endswith("that it refers to (--inserted-only)")
@@ -698,7 +698,7 @@ def test_where_float64_cannot_show_it_a_clear_difference_is_still_refused_or_avo
     folded = fold_batchnorm(model, x)
     assert len(folded.features) == len(model.features)
     model = mixed_precision(lambda features: 1 + isinstance(features[1], nn.BatchNorm2d))
-    assert "returns other outputs than with them" in refusal(model, x)
+    assert "returns different outputs than with them" in refusal(model, x)
 
 
 def test_on_a_device_without_float64_outputs_are_compared_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
