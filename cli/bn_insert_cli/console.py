@@ -32,7 +32,7 @@ _LONGEST_CELL = 1000
 
 
 class _Output:
-    """A text stream whose loss is survived: what is written to it then is dropped."""
+    """A text stream that may be lost: text written to it afterwards is dropped."""
 
     def __init__(self, stream: IO[str], lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost

@@ -374,7 +374,7 @@ def _kept(output_dir: Path) -> str:
 
 
 def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> None:
-    """Warn of files that could not be read, and correct the numbers of images that the run began with."""
+    """Warn about files that could not be read, and correct the numbers of images that the run began with."""
     note_unreadable(unreadable)
     if skipped := {file.path for file in unreadable}:
         train, val = (sum(image.path not in skipped for image in part) for part in (images.train, images.val))

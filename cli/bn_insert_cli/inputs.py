@@ -45,7 +45,7 @@ class ImageOptions:
     strict: bool
 
     def __post_init__(self) -> None:
-        """Check what is parsed later, when large files are read already."""
+        """Check what would otherwise be parsed only after large files have been read."""
         for option in ("mean", "std"):
             if (text := getattr(self, option)) is not None:
                 numbers(text, f"--{option}")
@@ -259,7 +259,7 @@ def _replaced_text(checkpoint: Checkpoint, transform: Transform) -> str:
 
 
 def _usable_transform(settings: Settings | None) -> Transform | None:
-    """Return the preprocessing that a checkpoint stores, None without one or if it cannot be used."""
+    """Return the preprocessing that a checkpoint stores; None if it stores none, or one that cannot be used."""
     from bn_insert import ImageError  # noqa: PLC0415
     from bn_insert.images import Transform  # noqa: PLC0415
 

@@ -13,7 +13,7 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE in sysexits.h
 
 
 def main() -> None:
-    """Run the command line, and report unexpected errors in one message too."""
+    """Run the command line, and report unexpected errors in a single message too."""
     signals.install()
     status = INTERNAL_ERROR  # of an exception that Python itself reports, with --traceback
 

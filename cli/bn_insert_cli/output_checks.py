@@ -113,7 +113,7 @@ def note_calibration(
 
 
 def warn_of_other_layers(insertion: Insertion[nn.Module]) -> None:
-    """Warn of layers that an insertion left out because their classes are none of torch.nn's."""
+    """Warn about layers that an insertion left out because their classes are not from torch.nn."""
     if insertion.others:
         print_warning(f"no BatchNorm was inserted after layers that are not modules of torch.nn: {insertion.others}.")
 
@@ -128,7 +128,7 @@ def note_recording(sites: Iterable[Site]) -> None:
 
 
 def warn_of_untied(layers: Sequence[str], output: Path) -> None:
-    """Warn of layers that shared a parameter and do not any more: only bn-insert knows that from the file."""
+    """Warn about layers that no longer share a parameter: only bn-insert can tell that from the file."""
     if layers:
         print_warning(
             f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and have their own now: bn-insert reads {output}, but "
@@ -196,7 +196,7 @@ def report_facts(checkpoint: str, output: Path | None) -> dict[str, object]:
 
 @contextmanager
 def saying_what_is_written(output: Path | None) -> Iterator[None]:
-    """Add what is written already to the message of what fails after it."""
+    """Add what has already been written to the message of a later failure."""
     from bn_insert import BNInsertError, CheckpointError  # noqa: PLC0415
 
     try:

@@ -74,7 +74,7 @@ def as_shown(error: float) -> float:
 
 def comparison_table(comparisons: Mapping[str, Comparison], title: str = "Original and result compared") -> Table:
     """Return one row per comparison, by device."""
-    # Outputs that are no logits, of features for example, have no top-1 class.
+    # Outputs that are not logits, such as features, have no top-1 class.
     classes = not any(isnan(comparison.top1_agreement) for comparison in comparisons.values())
     numbers = ("max abs diff", "max rel diff", *["top-1 agreement"] * classes)
     result = table(title, "device", "images", "bit-identical", *numbers, right=("images", *numbers))
