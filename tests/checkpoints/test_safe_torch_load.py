@@ -130,7 +130,7 @@ AMBIGUOUS: dict[str, tuple[Callable[[Path], None], str]] = {
         "two of its members have the same name",
     ),
     "another folder": (lambda path: members(path, ("x/data.pkl", SOUND), ("y/data.pkl", BOMB)), "has a member 'y/"),
-    "two directories": (two_directories, "directory in another place"),
+    "two directories": (two_directories, "directory in a different place"),
     "a comment at its end": (
         lambda path: (in_archive(path, b"}"), path.write_bytes(path.read_bytes()[:-2] + b"\x04\0more"))[0],
         "does not end where the file ends",
