@@ -49,8 +49,8 @@ class RenormScheduler:
     Ioffe's schedule starts as BatchNorm and relaxes, because the running statistics are unknown at first. With inserted
     BatchNorm, they are known at first, and become inaccurate when the weights change faster than the running averages
     can follow. So there are no limits at first. The lag is the distance between batch means and running means, relative
-    to what it would be by chance, averaged over channels, layers and about ten steps. While it exceeds `threshold`, r
-    is limited to 1 + 2 / lag² and d to 2 / lag². This rule was chosen among others by measurement
+    to what it would be by chance, averaged over channels, layers and about ten steps. From `threshold` on, r is
+    limited to 1 + 2 / lag² and d to 2 / lag². This rule was chosen among others by measurement
     (`benchmarks/renorm/limit_rules.py`).
 
     Call `step` after each step of the optimizer, as with a learning rate scheduler. The layers are observed by hooks

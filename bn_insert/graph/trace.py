@@ -212,7 +212,7 @@ class Trace:
             return has_one_position(node) or has_role(node, Role.RESIZING) or operation(node) in _REPETITIONS
 
         def multiplies_others(node: fx.Node) -> bool:
-            # A factor of its own, such as a constant, makes no gate of the other.
+            # Multiplied by a constant, or by another value with one position, a value does not gate anything.
             others = (each for each in node.all_input_nodes if each not in reached and not has_one_position(each))
             return multiplies_values(node) and not has_one_position(node) and any(others)
 

@@ -43,8 +43,8 @@ def fit_output(
     can Distort Pretrained Features and Underperform Out-of-Distribution", 2022, arXiv:2202.10054). The fit is logistic
     regression with an L2 penalty on the weights, by L-BFGS. Features are normalized as in training, by the statistics
     of their batch, so use batches of the size that you train with. Of the penalties, the one with the lowest loss on
-    the validation images is chosen, with the dropout of training, which large weights do not tolerate. No other layer
-    is changed, nor are any running statistics.
+    the validation images is chosen. Dropout is on for them, as in training, so that weights that are too large for it
+    are not chosen. No other layer is changed, nor are any running statistics.
 
     In an initialized torch.distributed process group, every rank calls this with its own part of the batches, which may
     be empty.
