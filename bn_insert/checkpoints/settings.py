@@ -196,15 +196,21 @@ class Settings:
     def apply_to(self, model: nn.Module) -> None:
         """Set eps, momentum and p of the layers of a model, in place.
 
-        Settings that name any BatchNorm layer must name all of them, and so for dropout. Otherwise they belong to
-        another checkpoint, and applying some of them would change outputs silently.
+        Settings that name any BatchNorm layer must name all of them. Otherwise they belong to another checkpoint, and
+        applying some of them would change outputs silently. A dropout layer that they do not name keeps its p: it
+        may have replaced a call to `F.dropout` in the class of the network, and dropout does not change outputs.
 
         Raises:
-            CheckpointError: The settings name other layers than the model has.
+            CheckpointError: The settings name a layer that the model does not have, or some of its BatchNorm layers
+                but not all.
         """
         batchnorms, dropouts = _batchnorms(model), _dropouts(model)
-        _check_names("BatchNorm", self.batchnorm, batchnorms)
-        _check_names("Dropout", self.dropout, dropouts)
+        _check_present("BatchNorm", self.batchnorm, batchnorms)
+        _check_present("Dropout", self.dropout, dropouts)
+        if self.batchnorm and (unnamed := sorted(set(batchnorms) - set(self.batchnorm))):
+            raise CheckpointError(
+                f"the settings do not name the BatchNorm layers {listed(unnamed, _NAMES_SHOWN)} of the network"
+            )
         for name, norm in self.batchnorm.items():
             batchnorms[name].eps = norm.eps
             batchnorms[name].momentum = norm.momentum
@@ -239,14 +245,9 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
     return {name: module for name, module in modules if isinstance(module, _DropoutNd)}
 
 
-def _check_names(kind: str, stored: Iterable[str], present: Iterable[str]) -> None:
-    unknown, unnamed = sorted(set(stored) - set(present)), sorted(set(present) - set(stored))
-    if unknown:
+def _check_present(kind: str, stored: Iterable[str], present: Iterable[str]) -> None:
+    if unknown := sorted(set(stored) - set(present)):
         raise CheckpointError(f"the settings name {listed(unknown, _NAMES_SHOWN)}, but the network has no {kind} there")
-    if unnamed and stored:
-        raise CheckpointError(
-            f"the settings do not name the {kind} layers {listed(unnamed, _NAMES_SHOWN)} of the network"
-        )
 
 
 def _each(values: Mapping[str, Any], schema: Any, field: str) -> dict[str, Any]:

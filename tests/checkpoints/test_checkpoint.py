@@ -664,6 +664,18 @@ def test_settings_of_another_checkpoint_are_told(changes: dict[str, Any], fragme
     assert "remove them, or save the network again with save_checkpoint" in message
 
 
+@BOTH_FORMATS
+def test_a_dropout_layer_that_the_class_of_a_network_gained_keeps_its_probability(name: str, tmp_path: Path) -> None:
+    layers = {"first": nn.Dropout(0.25), "fc": nn.Linear(2, 3), "norm": nn.BatchNorm1d(3)}
+    saved = nn.Sequential(OrderedDict(layers))
+    save_checkpoint(saved, tmp_path / name)
+    changed = nn.Sequential(OrderedDict(layers | {"first": nn.Dropout(), "second": nn.Dropout(0.75)}))
+    loaded = load_checkpoint(tmp_path / name, model=changed)
+    assert (loaded.first.p, loaded.second.p) == (0.25, 0.75)
+    x = torch.rand(4, 2)
+    assert torch.equal(loaded(x), saved.eval()(x))
+
+
 def test_damaged_settings_in_a_header_are_told(tmp_path: Path) -> None:
     path = tmp_path / "vgg.safetensors"
     safetensors.torch.save_file(plain_state(), path, metadata={"bn-insert": '{"format": "bn-insert", "version": 9}'})
