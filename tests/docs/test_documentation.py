@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.run import parse_args
@@ -77,7 +78,9 @@ BLOCKS = {page: blocks_of(page) for page in PAGES}
 def run_python(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     padding = "\n" * block.line  # so that a traceback names the line of the page
-    exec(compile(padding + block.code, str(block.page), "exec"), {"__name__": "__main__"})
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(padding + block.code, str(block.page), "exec"), names)
+    assert "plain" not in names or not names["plain"].training, f"{block}: folded to be deployed, but in train mode"
     printed = capsys.readouterr().out
     for shown in SHOWN.findall(block.code):
         expected = "\n".join(line.removeprefix("# ") for line in shown.splitlines())
