@@ -24,7 +24,7 @@ from .inputs import (
     print_preprocessing,
     read_named_checkpoint,
 )
-from .output_checks import CHECK_FAILED, allowed
+from .output_checks import CHECK_FAILED, CHECK_IMAGES, allowed, warn_of_random_outputs
 from .tables import comparison_table
 
 
@@ -109,6 +109,8 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)
     within = comparison.within(atol, rtol)
+    if not within:
+        warn_of_random_outputs(reference, a, batches.head(CHECK_IMAGES), atol, rtol)
     if as_json:
         print_json({"device": str(target), "within_tolerance": within} | asdict(comparison))
         raise typer.Exit(0 if within else CHECK_FAILED)

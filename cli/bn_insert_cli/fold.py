@@ -28,6 +28,7 @@ from .output_checks import (
     CHECK_VOLUMES,
     allowed,
     check_files,
+    warn_of_random_outputs,
     warn_of_untied,
     write_checkpoint,
 )
@@ -118,6 +119,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
     if not comparison.within(atol, rtol):
+        warn_of_random_outputs(network, checkpoint, inputs[:1], atol, rtol)
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     write_checkpoint(

@@ -40,6 +40,7 @@ from .output_checks import (
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
+    warn_of_random_outputs,
     write_checkpoint,
 )
 from .tables import comparison_table, edge_table, site_table
@@ -205,6 +206,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
     if not accepted:
+        warn_of_random_outputs(network, checkpoint, batches.head(CHECK_IMAGES), atol, rtol)
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     # Printed by the caller: not by the demo, which deletes this file.

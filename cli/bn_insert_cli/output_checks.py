@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from math import ceil, isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bn_insert.support.text import counted, listed
 
@@ -139,6 +139,28 @@ def warn_of_untied(layers: Sequence[str], output: Path) -> None:
 def allowed(atol: float | None, rtol: float | None) -> str:
     """Return the tolerances that outputs are compared with, as options."""
     return " and ".join(f"--{name} {value:g}" for name, value in (("atol", atol), ("rtol", rtol)) if value is not None)
+
+
+def warn_of_random_outputs(
+    original: nn.Module, name: str, inputs: Iterable[Any], atol: float | None, rtol: float | None
+) -> None:
+    """Warn, where outputs differ by more than allowed, if those of the original alone do so between two runs.
+
+    Args:
+        original: The network that the other was compared with.
+        name: Its checkpoint.
+        inputs: A few batches for the two runs.
+        atol: --atol.
+        rtol: --rtol.
+    """
+    from bn_insert import compare_outputs, finite_part  # noqa: PLC0415
+
+    reference, _ = finite_part(original)
+    if not compare_outputs(reference, reference, inputs).within(atol, rtol):
+        print_warning(
+            f"the outputs of {name} itself differ between two runs on the same inputs: its forward is random in eval "
+            "mode; check that F.dropout gets training=self.training."
+        )
 
 
 def write_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ class Net(nn.Module):
         return self.classifier(self.drop(F.relu(self.hidden(x))))
 
 
+class Random(Net):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5))
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -52,6 +58,10 @@ class Encoder(nn.Module):
 
 def make():
     return Net()
+
+
+def make_random():
+    return Random()
 
 
 def make_seven():
@@ -136,12 +146,36 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
     assert not list(Path().glob("out*"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("insert", "net.pth", "val", "-o", "out.pth"),
+        ("compare", "net.pth", "net.pth", "val"),
+        ("fold", "net.pth", "val", "-o", "out.pth"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_where_outputs_differ_because_the_forward_is_random_it_is_said(
+    run: Run, digits: Path, command: tuple[str, ...]
+) -> None:
+    words = [digits / word if word == "val" else word for word in command]
+    if command[0] == "fold":
+        assert run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL).exit_code == 0
+        shutil.move("bn.pth", "net.pth")
+    failed = run(*words, *AS_STORED[:-2], "--model", "my_nets:make_random")
+    assert failed.exit_code == 1, failed.output
+    assert "the outputs of net.pth itself differ between two runs on the same inputs" in text_of(failed.stderr)
+    assert "check that F.dropout gets training=self.training" in text_of(failed.stderr)
+    assert "The outputs differ by more than --rtol 0.0001 allows" in text_of(failed.stdout)
+
+
 def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(
     run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = run("compare", network_path(), "net.pth", digits / "val", *AS_STORED, "--model-b", "my_nets:make")
     assert compared.exit_code == 1, compared.output
     assert "differ by more than --rtol 0.0001 allows" in compared.stdout
+    assert "random" not in compared.stderr
     monkeypatch.setattr(
         "bn_insert.torchvision_checkpoint",
         lambda _name: read_checkpoint(network_path()),
