@@ -31,7 +31,8 @@ def run_health(
         epochs: The metrics of each completed epoch.
         settings: The training settings.
         data: `classes`, the number of classes; `largest_class`, the share of validation images in the largest one;
-            `output_replaced`, whether the run began with a new output layer; `output_kind`, "dense" or "conv". What
+            `output_replaced`, whether the run began with a new output layer; `output_kind`, "dense" or "conv";
+            `epochs_for_trials`, how many epochs learning rate trials need if the run was too short for them. What
             depends on a missing one is not checked.
         output_fit: `fitted` and `accuracy`, as in `OutputFit`; None if there was no fit.
     """
@@ -41,6 +42,11 @@ def run_health(
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
     lower_rate = lower_rate_advice(settings, new_head=new_output and data.get("output_kind") != "conv")
+    if needed := data.get("epochs_for_trials"):
+        lower_rate = (
+            f"Train for longer, in a new run with {as_passed('epochs', needed)} or more: trials then choose the "
+            "learning rate, for which this run was too short."
+        )
     if not new_output and settings.get("fit_output") is False:
         fit = as_passed("fit_output", False, "--no-fit-output")
         lower_rate += f" If the checkpoint was trained on other classes, leave out {fit}."

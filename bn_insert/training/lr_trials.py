@@ -47,7 +47,12 @@ def untried_learning_rate(settings: TrainingSettings, steps: int) -> float | Non
         settings: Settings of the run.
         steps: Steps per epoch.
     """
-    return _rate(_FIRST[settings.opt]) if settings.epochs * steps < TRIAL_STEPS else None
+    return _rate(_FIRST[settings.opt]) if settings.epochs < epochs_for_trials(steps) else None
+
+
+def epochs_for_trials(steps: int) -> int:
+    """Return how many epochs of this many steps make a run long enough for trials."""
+    return -(-TRIAL_STEPS // steps)
 
 
 def choose_learning_rate(

@@ -21,6 +21,7 @@ from ..report import choice_text, output_fit_text, preprocessing_text, read_run,
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
 from ..support.text import printable
+from .lr_trials import epochs_for_trials
 from .metrics import write_curves, write_metrics
 from .progress import Progress
 from .state import TrainingState, write_state
@@ -110,7 +111,8 @@ def run_facts(
             "preprocessing": images.transform.to_dict(),
             "output_replaced": output_replaced,
             "output_kind": output_kind,
-        },
+        }
+        | ({"epochs_for_trials": epochs_for_trials(summary.steps)} if summary.lr_untried else {}),
         "batchnorms": summary.batchnorms,
         "parameters": summary.parameters,
         "trained_parameters": summary.trained_parameters,

@@ -19,7 +19,7 @@ import torch
 from bn_insert import StepMetrics
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.demo import network_path
-from bn_insert.report import SMALL_DIFFERENCE
+from bn_insert.report import SMALL_DIFFERENCE, read_run
 from bn_insert.training import lr_trials
 from bn_insert.training.state import load_state
 from bn_insert_cli import console
@@ -164,6 +164,8 @@ def test_trials_and_the_learning_rate_that_they_choose_are_printed(
     assert re.findall(r"(?:Trial|Learning rate).*", short.stderr) == [
         "Learning rate: 0.0003 (the run is too short for trials; --lr sets it)."
     ]
+    needed = {name: read_run(Path(name, "report.json"))["data"].get("epochs_for_trials") for name in ("run", "short")}
+    assert needed == {"run": None, "short": 2}
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -66,7 +66,12 @@ def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:
             "30.0% of the predictions changed, but the entropy hardly did: it may be",
             "check",
         ),
-        (0.2, (0.46, 0.025), "probably better than before, because the entropy fell from 0.46 to 0.025 nats", "open"),
+        (
+            0.2,
+            (0.46, 0.025),
+            "probably better than before, because the entropy fell from 0.46 to 0.025 nats, unless the target lacks",
+            "open",
+        ),
         (0.2, (0.01, 0.2), "perhaps worse than before, because the entropy rose from 0.01 to 0.2 nats", "check"),
         (0.2, (2.2, 2.1), "probably low, because the network is rarely certain of a class", "check"),
         (0.01, (0.46, 0.025), "probably as before, because the statistics hardly moved", "check"),
@@ -153,20 +158,39 @@ def test_predictions_on_a_part_of_the_target_are_said_to_be_on_a_part() -> None:
         (0.7, "bad", "made it worse"),
         (0.72, "check", "did not improve it"),
         (0.723, "check", "did not improve it"),
-        (0.73, "good", "after, on 282 labeled target images."),
+        (0.73, "good", "after, on 280 labeled target images."),
     ],
 )
 def test_an_accuracy_that_did_not_rise_is_said_not_to_be_improved(after: float, state: str, wording: str) -> None:
-    predictions = asdict(PredictionComparison(282, 10, 2.2, 1.9, 0.7, (ClassAccuracy(0, 282, 0.723, after),)))
-    accuracy = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=["shirt"])["verdicts"][-1]
+    accuracy = accuracy_verdict(0.723, after)
     assert accuracy["state"] == state
     assert wording in accuracy["text"]
 
 
+@pytest.mark.parametrize(
+    ("after", "state", "advice"), [(0.7, "bad", "keep the original, or use images of all classes."), (0.8, "check", "")]
+)
+def test_an_accuracy_on_some_of_the_classes_says_so(after: float, state: str, advice: str) -> None:
+    accuracy = accuracy_verdict(0.723, after, labelled=3)
+    assert accuracy["state"] == state
+    assert "on 84 labeled target images. They are of 3 of the 10 classes. Adapting assumes" in accuracy["text"]
+    assert accuracy["text"].endswith(advice)
+
+
+def accuracy_verdict(before: float, after: float, *, labelled: int = 10) -> dict[str, str]:
+    """Return the verdict on the accuracy of a network of ten classes, some of which have labeled images."""
+    labels = tuple(ClassAccuracy(number, 28, before, after) for number in range(labelled))
+    predictions = asdict(PredictionComparison(28 * labelled, 10, 2.2, 1.9, 0.7, labels))
+    found: dict[str, str] = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=list("0123456789"))[
+        "verdicts"
+    ][-1]
+    return found
+
+
 def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:
-    labels = (ClassAccuracy(0, 256, 0.2, 0.6),)
-    predictions = asdict(PredictionComparison(256, 10, 2.2, 1.9, 0.7, labels))
-    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=["shirt"])["verdicts"][1:]
+    labels = tuple(ClassAccuracy(number, 25, 0.2, 0.6) for number in range(10))
+    predictions = asdict(PredictionComparison(250, 10, 2.2, 1.9, 0.7, labels))
+    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=list("0123456789"))["verdicts"][1:]
     assert [verdict["state"] for verdict in found] == ["good", "good"]
     assert "different task" not in found[0]["text"]
 
@@ -548,6 +572,15 @@ def test_after_a_failed_run_a_rate_is_named_and_a_new_head_where_the_output_laye
     assert conv.text == kept.text, "a new head takes the place of dense layers"
     (unknown,) = run_health(found, {"epochs": 2}, {"classes": 4})
     assert unknown.text.endswith("Try a lower learning rate (lr).")
+
+
+def test_a_run_too_short_for_learning_rate_trials_is_advised_to_train_for_longer_not_at_a_third_of_the_rate() -> None:
+    found, data = epochs((1.9,), (0.6,)), {"classes": 4, "output_replaced": True}
+    with messages_name_options():
+        (short,) = run_health(found, {"epochs": 1, "lr": 0.003}, data | {"epochs_for_trials": 5})
+    advice = "Train for longer, in a new run with --epochs 5 or more: trials then choose the learning rate"
+    assert f"the loss of guessing. {advice}" in short.text
+    assert "third" not in short.text
 
 
 @pytest.mark.usefixtures("no_charts")
