@@ -97,7 +97,10 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
 
 def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdict:
     if _hardly_moved(shifts):
-        text = "Nothing was adapted: the target has the statistics of the source, so there is nothing to gain."
+        text = (
+            "Nothing was adapted: the target has the statistics of the source (of the network's own BatchNorm, if it "
+            "has any), so there is nothing to gain."
+        )
         return Verdict("check", "Statistics", text)
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
     text = (
@@ -178,7 +181,8 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
     elif _undecided(predictions):
         guess = "probably low, because the network is rarely certain of a class"
     elif after < before - hardly:
-        guess, good = f"probably better than before, {because}", True
+        unless = "unless the target lacks some of the classes or shows something else"
+        guess, good = f"probably better than before, {because}, {unless}", True
     elif after > before + hardly:
         guess = f"perhaps worse than before, {because}, as also happens if the target lacks some of the classes"
     elif predictions["agreement"] < _MOSTLY:
@@ -220,13 +224,20 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
             "and that the folders are the network's classes."
         )
         return Verdict("bad", "Accuracy", text)
+    lacking = len(per_class) < classes
+    if lacking:
+        text += (
+            f" They are of {len(per_class)} of the {classes} classes. Adapting assumes that the target has all of "
+            "them, as the source has."
+        )
+    advice = "use images of all classes" if lacking else "use more target images"
     if after < before - 0.01:
-        text += " Adapting made it worse: keep the original, or use more target images."
+        text += f" Adapting made it worse: keep the original, or {advice}."
         return Verdict("bad", "Accuracy", text)
     if after <= before and after < 1:
-        text += " Adapting did not improve it: keep the original, or use more target images."
+        text += f" Adapting did not improve it: keep the original, or {advice}."
         return Verdict("check", "Accuracy", text)
-    return Verdict("good", "Accuracy", text)
+    return Verdict("check" if lacking else "good", "Accuracy", text)
 
 
 def _preprocessing() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isnan, nan
 from statistics import median
-from typing import Any, Generic, cast
+from typing import Any, Generic, cast, get_args
 
 import torch
 from jaxtyping import Float64
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, unwrapped
 from ..graph.layers import Kind
-from ..graph.sites import Placement
+from ..graph.sites import Placement, SiteOptions
 from ..graph.trace import Trace
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
@@ -148,7 +148,9 @@ def adapt(
     check_flags(GraphError, keep_batchnorm=keep_batchnorm, shrink=shrink)
     model = unwrapped(model)
     insertion = None
-    if source is not None:
+    if source is None:
+        _check_nothing_chosen(layers=layers, include_output=include_output, skip=skip, placement=placement)
+    else:
         if not keep_batchnorm:
             source = _checked_to_fold(model, source)
         insertion = insert(
@@ -285,9 +287,9 @@ def adapt_statistics(
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
             batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more if there are
             that many. A single image is enough if it differs clearly; a warning is issued if nothing was changed.
-        layers: Kinds of layers to adapt: `"conv"`, `"dense"` or both.
-        include_output: Whether to adapt the output layer too.
-        skip: Glob patterns on qualified names of layers to leave alone.
+        layers: Kinds of layers to insert BatchNorm after: `"conv"`, `"dense"` or both.
+        include_output: Whether to insert BatchNorm after the output layer too.
+        skip: Glob patterns on qualified names of layers to insert none after.
         placement: As for `insert_batchnorm`. After an activation, folding is not always exact; where it is not, it is
             refused.
         keep_batchnorm: Keep the inserted BatchNorms, to train the model further.
@@ -301,8 +303,8 @@ def adapt_statistics(
         progress: Called after each batch with the number of images so far, those of both passes together.
 
     Raises:
-        GraphError: The model cannot be traced, a `skip` pattern matches no layer, there is nothing to adapt, or a
-            BatchNorm cannot be folded.
+        GraphError: The model cannot be traced, a `skip` pattern matches no layer, layers are chosen without a source,
+            there is nothing to adapt, or a BatchNorm cannot be folded.
         CalibrationError: No usable statistics can be computed from the batches.
 
     Sources: Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016, arXiv:1603.04779;
@@ -343,6 +345,24 @@ def adapt_statistics(
             stacklevel=2,
         )
     return adaptation.model
+
+
+def _check_nothing_chosen(
+    *, layers: Kind | Iterable[Kind], include_output: bool, skip: Iterable[str], placement: Placement
+) -> None:
+    """Raise GraphError if layers were chosen to insert BatchNorm after, although none is inserted."""
+    options = SiteOptions.checked(layers, include_output, skip, placement)
+    chosen = {
+        "layers": len(options.kinds) < len(get_args(Kind)),
+        "include_output": include_output,
+        "skip": bool(options.skip),
+        "placement": placement != "before_activation",
+    }
+    if names := [as_passed(name) for name, is_chosen in chosen.items() if is_chosen]:
+        raise GraphError(
+            f"{' and '.join(names)} choose{'s' * (len(names) == 1)} where BatchNorm is inserted, and without a source "
+            "none is inserted: every BatchNorm of the model is adapted"
+        )
 
 
 def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:

@@ -349,7 +349,8 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
     """
     from bn_insert.images import folder_classes  # noqa: PLC0415
 
-    folders = folder_classes(folder)
+    # A single folder need not be a class, unless it has the name of one.
+    folders = folder_classes(folder) or [name for name in stored if (folder / name).is_dir()]
     if not folders or not outputs:
         return ()
     classes = stored or folders
@@ -378,7 +379,7 @@ def _check(
     network: nn.Module, adaptation: Adaptation[Any], images: Batches, device: torch.device
 ) -> dict[str, Comparison]:
     """Compare what must be equal: before and after folding, or the insertion if there was no folding."""
-    if adaptation.insertion is None:
+    if adaptation.insertion is None or not adaptation.insertion.sites:
         return {}
     if adaptation.folded:
         pair, title = (adaptation.with_batchnorm, adaptation.model), "Before and after folding compared"

@@ -90,6 +90,7 @@ def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: 
     result = run("adapt", "bn.pth", digits, dark, "-o", "out.pth")
     assert result.exit_code == 0, result.output
     assert "No BatchNorm was inserted, so SOURCE is used only to judge the result" in text_of(result.stderr)
+    assert "insertion compared" not in result.stdout
 
 
 def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
@@ -109,6 +110,18 @@ def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run:
     assert "dark has 3 folders, and the network has 10 classes" in text_of(result.stderr)
     assert "Accuracy" not in result.stdout
     assert "Accuracy: Not measured; probably better than before" in text_of(result.stderr)
+
+
+def test_a_single_folder_with_the_name_of_a_class_has_labels_and_lacks_the_other_classes(
+    run: Run, digits: Path, dark: Path
+) -> None:
+    (dark / "3").rename("threes")
+    (Path("target")).mkdir()
+    Path("threes").rename("target/3")
+    result = run("adapt", network_path(), digits, "target", "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ *3 +2 +", result.stdout, re.MULTILINE), result.stdout
+    assert "They are of 1 of the 10 classes. Adapting assumes that the target has all of them" in text_of(result.stderr)
 
 
 def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run, digits: Path, dark: Path) -> None:

@@ -140,6 +140,20 @@ def test_a_network_with_batchnorm_needs_no_source_and_keeps_its_layers() -> None
     assert not compare_outputs(model, found.model, [source()]).within(rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"layers": "conv"}, "layers chooses"),
+        ({"skip": ["features.*"], "include_output": True}, "include_output and skip choose"),
+        ({"placement": "after_activation"}, "placement chooses"),
+    ],
+)
+def test_layers_cannot_be_chosen_where_none_gets_a_batchnorm(options: dict[str, Any], names: str) -> None:
+    model = insert_batchnorm(small_vgg(), [source()])
+    with pytest.raises(GraphError, match=f"^{names} where BatchNorm is inserted, and without a source none is"):
+        adapt_statistics(model, None, shifted(source()).split(32), **options)
+
+
 def test_batchnorms_that_were_there_stay_and_those_inserted_are_folded() -> None:
     model = randomised(insert_batchnorm(small_vgg(), [source()], layers="conv"), seed=5)
     found = adapt(model, source().split(16), shifted(source()).split(16))
