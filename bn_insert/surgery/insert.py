@@ -249,7 +249,8 @@ def insert_batchnorm(
         eps: Added to the variance in each BatchNorm.
         momentum: Momentum of the running statistics; None means a cumulative average, as in PyTorch.
         dropout_before_batchnorm: Whether to keep dropout layers whose values a BatchNorm normalizes. They distort its
-            statistics in training (see `dropouts_before_batchnorm`); False sets their p to 0 in the copy.
+            statistics in training (see `dropouts_before_batchnorm`); False sets their p to 0 in the copy, and warns of
+            dropout that the forward calls as a function, which cannot be switched off.
         device: Where to calibrate. Default: where the model is.
         autocast: Dtype for the calibration's forward pass; statistics stay float32 or better.
         tolerance: Stop calibrating once the statistics are this accurate; see `calibrate`.
@@ -294,6 +295,13 @@ def insert_batchnorm(
         )
     if insertion.one_image:
         warnings.warn(insertion.one_image, stacklevel=2)
+    if insertion.dropout_functions and not dropout_before_batchnorm:
+        callers = ", ".join(f"{name} (p = {p:g})" for name, p in insertion.dropout_functions.items())
+        warnings.warn(
+            f"dropout before BatchNorm is called as a function in the forward of {callers}, and stays on: in training "
+            "it distorts the statistics of the BatchNorm. Use nn.Dropout modules instead",
+            stacklevel=2,
+        )
     return insertion.model
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.distributed.run import parse_args
 from typer.testing import CliRunner
 
@@ -142,6 +143,25 @@ def test_a_code_block_runs_or_is_output_or_says_why_it_cannot_run(page: Path) ->
     excuses = re.findall("^ *<!-- not run by", page.read_text(encoding="utf-8"), re.MULTILINE)
     used = sum(block.excused for block in BLOCKS[page])
     assert len(excuses) == used, f"{page}: a comment is not directly before a block, or gives no reason"
+
+
+def test_scripts_that_train_a_network_with_inserted_batchnorm_switch_off_the_dropout_before_it() -> None:
+    trained = ("torch.optim", "Trainer", "fit_output(")
+    blocks = [block for page in PAGES for block in BLOCKS[page] if any(word in block.code for word in trained)]
+    scripts = [block for block in blocks if "insert_batchnorm(" in block.code]
+    assert len(scripts) > 4
+    assert [str(block) for block in scripts if "dropout_before_batchnorm=False" not in block.code] == []
+
+
+def test_the_loop_that_switches_off_all_dropout_layers_reaches_those_of_every_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    network = nn.Sequential(*(kind(0.25) for kind in kinds))
+    monkeypatch.setattr("bn_insert.load_checkpoint", lambda _: network)
+    (block,) = [block for block in BLOCKS[ROOT / "docs" / "fine-tuning.md"] if "module.p = 0" in block.code]
+    run_python(block, capsys)
+    assert [module.p for module in network] == [0] * len(kinds)
 
 
 def test_pages_have_blocks_that_run() -> None:

@@ -299,6 +299,15 @@ def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -
     assert dropouts_before_batchnorm(result, images(1, 16)) == []
 
 
+def test_dropout_functions_that_cannot_be_switched_off_are_warned_of_when_that_was_asked() -> None:
+    model = CallsDropout(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=r"called as a function in the forward of CallsDropout \(p = 0\.5\)") as caught:
+        insert_batchnorm(model, [images(6, 16)], dropout_before_batchnorm=False)
+    assert [warning.filename for warning in caught] == [__file__]
+    insert_batchnorm(model, [images(6, 16)])  # silent: warnings are errors here
+    insert_batchnorm(model, [images(6, 16)], layers="conv", dropout_before_batchnorm=False)
+
+
 @pytest.mark.parametrize(("momentum", "expected"), [(0.1, 0.1), (0.01, 0.01), (None, None)])
 def test_momentum_is_the_one_asked_for(momentum: float | None, expected: float | None) -> None:
     result = insert_batchnorm(small_vgg(), [images(6, 16)], momentum=momentum)
