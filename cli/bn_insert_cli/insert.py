@@ -233,7 +233,7 @@ def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
         )
     if functions := insertion.dropout_functions:
         callers = ", ".join(f"{name} (p = {p:g})" for name, p in functions.items())
-        print_note(
+        print_warning(
             f"Dropout before BatchNorm, called as a function in the forward of {callers}. In training it distorts the "
             "statistics of the BatchNorm, and finetune cannot switch it off: use nn.Dropout modules instead."
         )

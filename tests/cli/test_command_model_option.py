@@ -601,11 +601,12 @@ def test_layers_that_get_no_batchnorm_for_their_class_are_warned_of(shapes: Run,
     )
 
 
-def test_dropout_that_is_a_function_before_a_batchnorm_is_noted(shapes: Run) -> None:
+def test_dropout_that_is_a_function_before_a_batchnorm_is_warned_of_even_if_notes_are_left_out(shapes: Run) -> None:
     torch.save(torch.rand(4, 3, 8, 8), "x.pt")
-    result = shapes("insert", "CallsDropout.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("CallsDropout"))
+    result = shapes("-q", "insert", "CallsDropout.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("CallsDropout"))
     assert result.exit_code == 0, result.output
-    assert "called as a function in the forward of CallsDropout (p = 0.25)" in text_of(result.output)
+    said = "warning: Dropout before BatchNorm, called as a function in the forward of CallsDropout (p = 0.25)."
+    assert said in text_of(result.stderr)
 
 
 def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes: Run) -> None:
