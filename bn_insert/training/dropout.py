@@ -77,8 +77,9 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
     called = {} if example is None else _called(network, example)
     if called and by_batch and not probability:
         warnings.warn(
-            f"the forward of {type(network).__name__} calls dropout as a function, with p = {_listed(called)}: this "
-            "stays on, and spoils the statistics of any BatchNorm that comes after it. Use nn.Dropout modules instead",
+            f"the forward of {type(network).__name__} calls dropout as a function, with p = {_listed(called)}: it "
+            "stays on, although dropout is to be off, and spoils the statistics of BatchNorm layers after it, if there "
+            "are any. Use nn.Dropout modules instead",
             stacklevel=3,
         )
     return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off, called)

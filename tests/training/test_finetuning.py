@@ -740,6 +740,18 @@ class FunctionalDropout(nn.Module):
         return self.norm(self.fc(x))
 
 
+class DropsLast(FunctionalDropout):
+    """Drops values after its BatchNorm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.norm(self.fc(x.flatten(1))), 0.5, training=self.training)
+
+
+def test_dropout_that_is_called_as_a_function_after_the_last_batchnorm_is_not_said_to_spoil_its_statistics() -> None:
+    with pytest.warns(UserWarning, match=r"stays on, although dropout is to be off, .* after it, if there are any\."):
+        set_dropout(DropsLast(), None, torch.rand(2, 3, 32, 32))
+
+
 def test_dropout_that_is_called_as_a_function_is_named() -> None:
     network, example = FunctionalDropout(), torch.rand(2, 3, 32, 32)
     with pytest.warns(UserWarning, match=r"FunctionalDropout calls dropout as a function, .* 0\.5 \(F\.dropout\)"):
