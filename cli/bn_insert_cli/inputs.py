@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -191,6 +192,8 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             f"the crop of {transform.crop} is larger than images resized to {transform.resize}, which are padded with "
             f"black. To avoid this, use --crop {transform.resize}."
         )
+    elif transform.crop and not transform.resize:
+        _warn_of_smaller_images(images, transform.crop)
     if origin == IMAGENET_DEFAULT or origin.endswith(_REST_BY_DEFAULT):
         print_note(
             "If the network was trained with other preprocessing, pass --resize, --crop, --mean and --std: bn-insert "
@@ -204,6 +207,23 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
             f"mean {figures(transform.mean)} and std {figures(transform.std)} are applied to pixels in 0..1. For a "
             f"network trained on pixels in 0..255, use --mean {options[0]} --std {options[1]}."
         )
+
+
+def _warn_of_smaller_images(images: Path, crop: int) -> None:
+    """Warn if the crop is larger than the first image that can be read, where images keep their size."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import Transform, image_batches  # noqa: PLC0415
+
+    unchanged = Transform(resize=None, crop=None)
+    with suppress(ImageError):  # if none can be read, the command itself says so
+        (batch,) = image_batches(images if images.is_dir() else [images], unchanged).head(1)
+        height, width = batch.images.shape[2:]
+        if min(width, height) < crop:
+            print_warning(
+                f"the crop of {crop} is larger than images such as {batch.paths[0]} ({width} x {height}), which are "
+                f"padded with black. Unless the network was trained on such images, use --resize {crop}, or --crop "
+                f"{min(width, height)}."
+            )
 
 
 def transform_to_store(transform: Transform, origin: str, images: Path | None) -> dict[str, Any] | None:

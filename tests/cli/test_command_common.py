@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import bn_insert
 from bn_insert import save_checkpoint
 from bn_insert.demo import images_path, network_path
+from bn_insert.images import find_images
 from bn_insert_cli import console
 from support.commands import AS_STORED, Run, assert_refused, run_forked, text_of
 from support.digits import save_plain_network
@@ -173,6 +175,16 @@ def test_a_crop_larger_than_the_images_is_warned_of(run: Run, digits: Path) -> N
         "--crop 32." in text_of(run(*words, "--crop", 48).stderr)
     )
     assert "warning" not in run(*words, "--crop", 32).stderr
+    first = find_images(digits)[0]
+    with Image.open(first) as image:
+        width, height = image.size
+    as_they_are = (*words[:-1], 0, "--crop")
+    assert (
+        f"warning: the crop of 64 is larger than images such as {first} ({width} x {height}), which are padded with "
+        f"black. Unless the network was trained on such images, use --resize 64, or --crop {height}."
+        in text_of(run(*as_they_are, 64).stderr)
+    )
+    assert "warning" not in run(*as_they_are, height).stderr
 
 
 @pytest.mark.parametrize(
