@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import BNInsertError, CalibrationError, as_passed
-from .text import first_line
+from .text import first_line, usable_devices
 
 
 def is_number(value: object) -> bool:
@@ -68,15 +68,14 @@ def usable_device(device: torch.device | str, error: type[BNInsertError] = Calib
         error: What to raise if it is none, or cannot be used.
     """
     given = f"{as_passed('device')} is {device!r:.40}"
-    examples = "use one such as 'cpu', 'cuda', 'cuda:1' or 'mps'"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):  # its message lists all kinds of devices that PyTorch was ever built for
-        raise error(f"{given}, which is not a device; {examples}") from None
+        raise error(f"{given}, which is not a device; use {usable_devices()}") from None
     try:
         torch.zeros(1, device=found).item()
     except (AssertionError, ImportError, RuntimeError) as reason:
         # Of a kind that is not part of this build of PyTorch, the message names an operator.
         said = "" if isinstance(reason, NotImplementedError) else f" ({first_line(reason).split('. ')[0]})"
-        raise error(f"{given}, which cannot be used on this machine{said}; {examples}") from None
+        raise error(f"{given}, which cannot be used on this machine{said}; use {usable_devices()}") from None
     return found

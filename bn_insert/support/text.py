@@ -30,3 +30,13 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def usable_devices() -> str:
+    """Return the names of the devices that this machine has, as alternatives."""
+    import torch  # noqa: PLC0415 - the command line imports this module for its help pages
+
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ["cpu"] + ["cuda"] * (cuda > 0) + [f"cuda:{cuda - 1}"] * (cuda > 1)
+    names += ["mps"] * torch.backends.mps.is_available()
+    return " or ".join(map(repr, names))

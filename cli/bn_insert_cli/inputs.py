@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import typer
 
 from bn_insert.errors import UnneededKeyError
-from bn_insert.support.text import counted, figures, first_line
+from bn_insert.support.text import counted, figures, first_line, usable_devices
 
 from .console import print_note, print_warning
 from .input_shapes import image_shape, input_shape, runs_on
@@ -437,18 +437,17 @@ def open_device(name: str | None) -> torch.device:
     """Return a device by name; by default cuda if available, else cpu."""
     import torch  # noqa: PLC0415
 
-    examples = "use one such as cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:  # its message lists all kinds of devices that PyTorch was ever built for
-        raise typer.BadParameter(f"{name!r} is not a device; {examples}", param_hint="--device") from None
+        raise typer.BadParameter(f"{name!r} is not a device; use {usable_devices()}", param_hint="--device") from None
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # Of a kind that is not part of this build of PyTorch, the message names an operator.
         said = "" if isinstance(error, NotImplementedError) else f" ({first_line(error).split('. ')[0]})"
         raise typer.BadParameter(
-            f"the device {name!r} cannot be used on this machine{said}; {examples}", param_hint="--device"
+            f"the device {name!r} cannot be used on this machine{said}; use {usable_devices()}", param_hint="--device"
         ) from None
     return device
 

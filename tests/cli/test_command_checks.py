@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bn_insert
-from bn_insert import TrainingError, check_output_dir
+from bn_insert import CalibrationError, TrainingError, check_output_dir, insert_batchnorm
 from bn_insert.demo import network_path
 from bn_insert_cli.input_shapes import input_shape
 from support.commands import Run, assert_refused, text_of
@@ -145,8 +145,21 @@ def test_a_device_that_is_not_there_is_one_short_message(run: Run, digits: Path,
         pytest.skip("it is there")
     text = text_of(run("predict", network_path(), digits, "--device", name).stderr)
     assert f"the device '{name}' cannot be used on this machine" in text
-    assert "; use one such as cpu, cuda, cuda:1 or mps" in text
+    assert "; use 'cpu'" in text
     assert len(text) < 450
+
+
+def test_a_message_on_devices_names_those_that_this_machine_has(
+    run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpus, names in ((0, "'cpu'"), (1, "'cpu' or 'cuda'"), (4, "'cpu' or 'cuda' or 'cuda:3'")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        text = text_of(run("predict", network_path(), digits, "--device", "abacus").stderr)
+        assert f"'abacus' is not a device; use {names}" in text
+        with pytest.raises(CalibrationError, match=f"device is 'abacus', which is not a device; use {names}$"):
+            insert_batchnorm(nn.Conv2d(3, 2, 3), [torch.rand(4, 3, 8, 8)], device="abacus")
 
 
 # Random inputs

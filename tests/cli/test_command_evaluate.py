@@ -142,7 +142,7 @@ def test_what_cannot_be_evaluated_is_one_message(run: Run, digits: Path) -> None
     assert_refused(run("evaluate", "net.pth", digits / "0"), "has no class folders; the layout is")
     assert_refused(run("evaluate", "missing.pth", digits), "there is no file missing.pth")
     refused = run("evaluate", "net.pth", digits, "--device", "abacus")
-    assert_refused(refused, "'abacus' is not a device; use one such as cpu, cuda, cuda:1 or mps")
+    assert_refused(refused, "'abacus' is not a device; use 'cpu'")
     (digits / "3" / "bad.png").write_bytes(b"no picture")
     assert_refused(run("evaluate", "net.pth", digits, "--strict"), "cannot read", "bad.png")
     assert f"Skipped 1 unreadable file: {digits / '3' / 'bad.png'}: " in run("evaluate", "net.pth", digits).stderr
