@@ -290,8 +290,8 @@ def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
     labels = labels_in(batch)
     if labels is None:
         raise CalibrationError(
-            f"{batch} has no labels; pass a tuple (images, labels), where labels is an integer tensor with the index "
-            "of each image's class"
+            f"{batch} has {_instead_of_labels(batch)}; pass a tuple (images, labels), where labels is a tensor of "
+            "integers (int64), the index of each image's class"
         )
     if wrong := labels[(labels < 0) | (labels >= classes)].tolist():
         raise CalibrationError(f"{batch} has the label {wrong[0]}, but the model's classes are 0 to {classes - 1}")
@@ -300,6 +300,24 @@ def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
 
 def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
     """Return the labels of a batch on the CPU, or None unless one integer per image follows the network's inputs."""
+    labels = _after_inputs(batch)
+    if not isinstance(labels, Tensor) or labels.shape != (len(batch.inputs),):
+        return None
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return labels.cpu().long() if whole else None
+
+
+def _instead_of_labels(batch: Batch) -> str:
+    """Return what a batch has where labels are expected, as an object of "has"."""
+    found = _after_inputs(batch)
+    if not isinstance(found, Tensor):
+        return "no labels" if found is None else f"labels of type {type(found).__name__}"
+    one_hot = " (if they are one-hot, use labels.argmax(1))" if found.shape[:-1] == (len(batch.inputs),) else ""
+    return f"labels of {found.dtype} and shape {tuple(found.shape)}{one_hot}"
+
+
+def _after_inputs(batch: Batch) -> Any:
+    """Return the first value of a batch after the network's inputs; None without one."""
     value, inputs = batch.value, batch.inputs
     others: Sequence[Any] = ()
     if isinstance(value, Mapping):
@@ -311,11 +329,7 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
         # The inputs may be in a tuple of their own, or the first values.
         in_own = isinstance(value[0], tuple | list | Mapping)
         others = value[1 if in_own else len(inputs.args) + len(inputs.kwargs) :]
-    labels = next(iter(others), None)
-    if not isinstance(labels, Tensor) or labels.shape != (len(inputs),):
-        return None
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.cpu().long() if whole else None
+    return next(iter(others), None)
 
 
 def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, ...]:

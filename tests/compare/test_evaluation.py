@@ -121,9 +121,17 @@ def test_logits_that_are_not_finite_show_in_the_loss() -> None:
         ([], "no images to evaluate the model on"),
         ([EYE], "batch 0 of shape (3, 3) has no labels; pass a tuple (images, labels)"),
         ([(EYE,)], "has no labels"),
-        ([(EYE, torch.arange(2))], "has no labels"),
-        ([(EYE, torch.rand(3))], "has no labels"),
-        ([(EYE, EYE)], "has no labels"),
+        ([(EYE, [0, 1, 2])], "has labels of type list; pass a tuple"),
+        ([(EYE, torch.arange(2))], "has labels of torch.int64 and shape (2,); pass a tuple"),
+        (
+            [(EYE, torch.rand(3))],
+            "batch 0 of shape (3, 3) has labels of torch.float32 and shape (3,); pass a tuple (images, labels), where "
+            "labels is a tensor of integers (int64)",
+        ),
+        (
+            [(EYE, EYE)],
+            "has labels of torch.float32 and shape (3, 3) (if they are one-hot, use labels.argmax(1)); pass a tuple",
+        ),
         ([(EYE, torch.tensor([0, 3, 1]))], "has the label 3, but the model's classes are 0 to 2"),
         ([(EYE, torch.tensor([0, -1, 1]))], "has the label -1"),
         ([(torch.rand(3, 1), torch.zeros(3, dtype=torch.long))], "is the shape (3, 1) for batch 0 of shape (3, 1)"),
