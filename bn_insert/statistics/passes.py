@@ -270,12 +270,13 @@ class NotFiniteError(CalibrationError):
 
     Attributes:
         row: The first image of the batch with such an activation.
+        dtype: Dtype of the activations.
     """
 
-    def __init__(self, message: str, row: int = 0) -> None:
-        """Take the message, and the row if it is known."""
+    def __init__(self, message: str, row: int = 0, dtype: torch.dtype | None = None) -> None:
+        """Take the message, and the row and the dtype if they are known."""
         super().__init__(message)
-        self.row = row
+        self.row, self.dtype = row, dtype
 
 
 def no_batches() -> CalibrationError:

@@ -62,7 +62,7 @@ class Recorder:
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
-            raise NotFiniteError(message, _first_bad_row(values))
+            raise NotFiniteError(message, _first_bad_row(values), values.dtype)
         self._uncommitted[name].append(moments)
         return moments
 
@@ -286,7 +286,8 @@ def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
                 )
     paths = getattr(batch.value, "paths", ())
     place = str(paths[error.row]) if error.row < len(paths) else f"image {error.row} of batch {batch.number}"
-    return f", first for {place}; run in float32, or check that input"
+    in_half = error.dtype in (torch.float16, torch.bfloat16)
+    return f", first for {place}; {'run in float32, or ' if in_half else ''}check that input"
 
 
 def _modules_called(network: nn.Module, inputs: Inputs) -> list[str]:
