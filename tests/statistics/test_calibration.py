@@ -323,8 +323,7 @@ def test_an_input_that_is_not_finite_is_named_by_its_path() -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(4, 16), batch)
     assert str(caught.value) == (
-        "the activations of features.0 are not finite in torch.float32, first for c.png; check "
-        "that input"
+        "the activations of features.0 are not finite in torch.float32, first for c.png; check that input"
     )
 
 
@@ -337,7 +336,10 @@ def test_an_input_that_is_not_finite_is_named_by_its_number_where_it_has_no_path
 
 def test_an_overflow_in_a_narrow_dtype_names_the_dtype() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).half()
-    with pytest.raises(CalibrationError, match=r"^the activations of 0 are not finite in torch\.float16, first .*; run in float32, or check that input$"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"^the activations of 0 are not finite in torch\.float16, first .*; run in float32, or check that input$",
+    ):
         calibrate(model, find_sites(model, images(2, 8).half()), [images(4, 8) * 60_000])
 
 
