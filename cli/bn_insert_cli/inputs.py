@@ -212,11 +212,11 @@ def print_preprocessing(transform: Transform, origin: str, images: Path) -> None
 def _warn_of_smaller_images(images: Path, crop: int) -> None:
     """Warn if the crop is larger than the first image that can be read, where images keep their size."""
     from bn_insert import ImageError  # noqa: PLC0415
-    from bn_insert.images import Transform, image_batches  # noqa: PLC0415
+    from bn_insert.images import Transform, open_batches  # noqa: PLC0415
 
     unchanged = Transform(resize=None, crop=None)
     with suppress(ImageError):  # if none can be read, the command itself says so
-        (batch,) = image_batches(images if images.is_dir() else [images], unchanged).head(1)
+        (batch,) = open_batches(images, unchanged, images=1, shuffle=False)
         height, width = batch.images.shape[2:]
         if min(width, height) < crop:
             print_warning(
