@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
 from ..support.arguments import check_flags, is_number
+from ..support.text import with_article
 from .batch_renorm_function import Normalization, batch_moments, pool_over_ranks, renormalize
 from .gradient_checkpointing import kept_passes
 
@@ -261,7 +262,7 @@ def check_can_renormalize(norm: _BatchNorm, name: str = "") -> None:
         )
     if type(norm) not in BATCH_RENORMS and type(norm) not in PLAIN_BATCHNORMS:
         raise TrainingError(
-            f"{found} is a {type(norm).__name__}, whose forward pass may do something else; Batch Renormalization can "
+            f"{found} is {with_article(norm)}, whose forward pass may do something else; Batch Renormalization can "
             "replace nn.BatchNorm1d, 2d and 3d themselves"
         )
     if norm.running_mean is None:

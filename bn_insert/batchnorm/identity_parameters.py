@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, as_passed
 from ..statistics.moments import Moments
 from ..support.arguments import check_dtype, is_number
+from ..support.text import with_article
 
 BATCHNORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d,
@@ -63,7 +64,7 @@ def identity_batchnorm(
     check_dtype("dtype", dtype)
     if not isinstance(moments, Moments):
         raise CalibrationError(
-            f"moments is a {type(moments).__name__}, not Moments; pass those of one layer from the dict that calibrate "
+            f"moments is {with_article(moments)}, not Moments; pass those of one layer from the dict that calibrate "
             "returns"
         )
     if dims not in list(BATCHNORMS):

@@ -16,7 +16,7 @@ from ..graph.copies import deep_copy, tied_parameters
 from ..graph.inputs import reference_tensor
 from ..support.arguments import check_flags
 from ..support.files import StrPath
-from ..support.text import counted, listed, printable
+from ..support.text import counted, listed, printable, with_article
 from ..surgery.history import Change, History
 from .model_option import make_network
 from .read_file import Checkpoint, read_checkpoint
@@ -93,7 +93,7 @@ def build_network(
     """
     check_flags(CheckpointError, ignore_unexpected=ignore_unexpected)
     if not isinstance(checkpoint, Checkpoint):
-        raise CheckpointError(f"checkpoint is a {type(checkpoint).__name__}; pass what read_checkpoint(path) returns")
+        raise CheckpointError(f"checkpoint is {with_article(checkpoint)}; pass what read_checkpoint(path) returns")
     path, settings = checkpoint.path, checkpoint.settings or Settings()
     given = None if model is None else _built(model)
     try:
@@ -167,13 +167,13 @@ def _built(model: Architecture) -> nn.Module:
         raise CheckpointError("the model passed is a TorchScript program; pass the nn.Module that it was made from")
     if not isinstance(model, nn.Module) and not callable(model):
         raise CheckpointError(
-            f"model is a {type(model).__name__}; pass a module with the architecture of the checkpoint, or a function "
+            f"model is {with_article(model)}; pass a module with the architecture of the checkpoint, or a function "
             "that builds one"
         )
     built = model if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
         raise CheckpointError(
-            f"model must be a module or a function that returns one, and returned a {type(built).__name__}"
+            f"model must be a module or a function that returns one, and returned {with_article(built)}"
         )
     if any(isinstance(value, Tensor) and value.is_meta for value in built.state_dict().values()):
         raise CheckpointError("the model passed is on the meta device, which has no memory; build it on the CPU")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
+from ..support.text import with_article
 from ..surgery.history import FUNCTION
 
 
@@ -38,14 +39,14 @@ def make_network(name: str) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise CheckpointError(f"{name} is a {type(found).__name__}, not a function that returns a network")
+        raise CheckpointError(f"{name} is {with_article(found)}, not a function that returns a network")
     _check_needs_no_arguments(name, found)
     try:
         network = found()
     except (Exception, SystemExit) as error:
         raise CheckpointError(f"{name} raised {_described(error)}") from error
     if not isinstance(network, nn.Module):
-        raise CheckpointError(f"{name} returned a {type(network).__name__}, not a torch.nn.Module")
+        raise CheckpointError(f"{name} returned {with_article(network)}, not a torch.nn.Module")
     return network
 
 

@@ -23,7 +23,7 @@ from ..graph.copies import check_module, unwrapped
 from ..graph.layers import outputs_of
 from ..support.arguments import check_flags
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
-from ..support.text import counted
+from ..support.text import counted, with_article
 from ..surgery.replace_output import output_layer, possible_output_layers
 from .settings import HEADER_KEY, METADATA_KEY, Settings
 from .state_dict import independent, is_plain
@@ -107,7 +107,7 @@ def stage_checkpoint(
     network = unwrapped(model)
     if transform is not None and not isinstance(transform, Mapping):
         raise CheckpointError(
-            f"cannot write {path}: transform is a {type(transform).__name__}, not a dict; pass "
+            f"cannot write {path}: transform is {with_article(transform)}, not a dict; pass "
             "bn_insert.images.Transform(...).to_dict()"
         )
     if isinstance(classes, str) or not isinstance(classes, Collection):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnneededKeyError, as_passed
 from ..support.safe_torch_load import MAX_TENSORS, IgnoredArray
-from ..support.text import listed, printable
+from ..support.text import listed, printable, with_article
 
 # AveragedModel of PyTorch, which keeps moving averages of weights, has this key besides "module.*".
 AVERAGED = "n_averaged"
@@ -102,7 +102,7 @@ def unwrapped_state_dict(path: Path, content: object, key: str | None = None) ->
         )
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} contains {_described(content)}, not a state dict; save one with "
+            f"{path} contains {with_article(content)}, not a state dict; save one with "
             "torch.save(model.state_dict(), path)"
         )
     found = Found(content, content)
@@ -227,7 +227,7 @@ def checked_tensors(path: Path, found: Found) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} has a key that is not a string, {key!r:.60}: this is not a state dict")
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} has {_described(value)} under {key!r:.60}, where a state dict has a tensor; "
+                f"{path} has {with_article(value)} under {key!r:.60}, where a state dict has a tensor; "
                 f"{_way_to_tensors(key, found)}{_keys_of(content)}"
             )
         if type(value) not in (Tensor, nn.Parameter) or not is_plain(value) or value.device.type != "cpu":
@@ -383,8 +383,3 @@ def _is_state_dict(content: object) -> bool:
         and dict.__len__(content) > 0
         and all(isinstance(value, Tensor | IgnoredArray) for value in dict.values(content))
     )
-
-
-def _described(value: object) -> str:
-    kind = type(value)
-    return f"{'an' if kind.__name__[0].lower() in 'aeiou' else 'a'} {kind.__name__}"

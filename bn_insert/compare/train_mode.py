@@ -18,6 +18,7 @@ from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
 from ..support.arguments import as_tuple, check_flags, is_whole
+from ..support.text import counted
 from .evaluation import first_output, first_tensor
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
@@ -127,8 +128,8 @@ def train_mode_agreement(
     results = [total.result() for total in totals if total.images]
     if not results:
         raise CalibrationError(
-            f"{images} images do not fill one batch of the smallest size, {min(sizes)}; use more images, or a "
-            "smaller size"
+            f"{counted(images, 'image')} {'does' if images == 1 else 'do'} not fill one batch of the smallest size, "
+            f"{min(sizes)}; use more images, or a smaller size"
         )
     return results
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import CalibrationError, GraphError
+from ..support.text import with_article
 from .compiled import uncompiled
 from .copies import check_module, protected_parameters
 
@@ -234,4 +235,4 @@ def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Inpu
 
 
 def _described(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else type(value).__name__
+    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else with_article(value)

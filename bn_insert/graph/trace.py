@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, out_of_memory
-from ..support.text import first_line, listed
+from ..support.text import first_line, listed, with_article
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
@@ -82,7 +82,7 @@ class Trace:
         model = unwrapped(model)
         if not isinstance(example, Inputs | Tensor | Mapping | tuple | list):
             raise CalibrationError(
-                f"the example is a {type(example).__name__}, not a batch; pass the first batch of a loader, "
+                f"the example is {with_article(example)}, not a batch; pass the first batch of a loader, "
                 "next(iter(loader)), or a tensor such as torch.zeros(1, 3, 224, 224)"
             )
         inputs = Inputs.of(example, 0, model)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ImageError, out_of_memory
 from ..support.safe_torch_load import load_torch_file
-from ..support.text import listed, printable
+from ..support.text import listed, printable, with_article
 from .batch_interface import Batch, Batches, Unreadable, check_at_least, dealt, pinned, sample
 
 _LAYOUTS = {0: "N x C", 1: "N x C x L", 2: "N x C x H x W", 3: "N x C x D x H x W"}
@@ -228,7 +228,7 @@ def _read_torch(path: Path, names: _Names) -> dict[str, Tensor]:
         if names:
             which = "tensors by their names" if names == "all" else f"the tensors {', '.join(names)}"
             needed = f"a dict of {which}; save one, with torch.save(tensors, path)"
-        raise ImageError(f"{path} contains {type(content).__name__}, not {needed}")
+        raise ImageError(f"{path} contains {with_article(content)}, not {needed}")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: tensors[name].detach() for name in _chosen(path, list(tensors), names)}
 

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import CalibrationError
 from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
+from ..support.text import with_article
 from .moments import Moments, merge
 
 Progress = Callable[[int], None]
@@ -309,7 +310,7 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
         )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise CalibrationError(
-            f"batches is a {type(batches).__name__}, not an iterable of batches; pass a DataLoader, or a list such as "
+            f"batches is {with_article(batches)}, not an iterable of batches; pass a DataLoader, or a list such as "
             "[images]"
         )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):

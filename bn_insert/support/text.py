@@ -21,6 +21,19 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def with_article(value: object) -> str:
+    """Return the name of a value's class with an article; "None" for None.
+
+    Examples:
+        >>> with_article(1), with_article(""), with_article(None)
+        ('an int', 'a str', 'None')
+    """
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
+
+
 def figures(values: Iterable[float]) -> str:
     """Return numbers with up to four digits, separated by commas."""
     return ", ".join(f"{value:.4g}" for value in values)

@@ -23,7 +23,7 @@ from ..graph.copies import unwrapped
 from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.schema import Extent, SchemaError, checked
-from ..support.text import counted
+from ..support.text import counted, with_article
 from .splice import marked, marked_modules, splice_after, splice_out, splice_over
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -58,7 +58,7 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
             _submodule(network, site.anchor)
             weight = next(layer.parameters(), None)
             if weight is None or layer_kind(layer) is None:
-                raise CheckpointError(f"{site.name} is a {type(layer).__name__}, not a conv or dense layer")
+                raise CheckpointError(f"{site.name} is {with_article(layer)}, not a conv or dense layer")
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
         return splice_after(network, norms)
@@ -91,7 +91,7 @@ class FoldedBatchNorms(_Change, frozen=True, omit_defaults=True, rename={"norms"
         for name in self.biases:
             layer = _submodule(network, name)
             if layer_kind(layer) is None:
-                raise CheckpointError(f"{name} is a {type(layer).__name__}, not a conv or dense layer")
+                raise CheckpointError(f"{name} is {with_article(layer)}, not a conv or dense layer")
             weight = next(layer.parameters())
             channels = outputs_of(cast(nn.Linear, layer))
             layer.bias = nn.Parameter(torch.zeros(channels, dtype=weight.dtype, device=weight.device))
@@ -101,7 +101,7 @@ class FoldedBatchNorms(_Change, frozen=True, omit_defaults=True, rename={"norms"
                 setattr(layer, kind, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
-                raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
+                raise CheckpointError(f"{name} is {with_article(norm)}, not a BatchNorm")
         return splice_out(network, self.norms)
 
     def outline(self, network: nn.Module) -> None:
@@ -127,7 +127,7 @@ class RemovedBatchNorms(_Change, frozen=True, rename={"norms": "remove"}):
         """Make the change in place and return the network."""
         for name in self.norms:
             if not isinstance(norm := _submodule(network, name), _BatchNorm):
-                raise CheckpointError(f"{name} is a {type(norm).__name__}, not a BatchNorm")
+                raise CheckpointError(f"{name} is {with_article(norm)}, not a BatchNorm")
         return splice_out(network, dict.fromkeys(self.norms, True))
 
     def outline(self, network: nn.Module) -> None:
@@ -155,7 +155,7 @@ class ReplacedOutput(_Change, frozen=True, rename={"layer": "new_output"}):
         """Make the change in place and return the network; new tensors are on the meta device."""
         old = _submodule(network, self.layer)
         if not isinstance(old, nn.Linear | nn.Conv2d) or not self.layer:
-            raise CheckpointError(f"{self.layer} is a {type(old).__name__}, not a dense layer or a Conv2d")
+            raise CheckpointError(f"{self.layer} is {with_article(old)}, not a dense layer or a Conv2d")
         parent, _, child = self.layer.rpartition(".")
         setattr(network.get_submodule(parent), child, new_output(old, self.classes, device="meta"))
         return network

@@ -20,6 +20,7 @@ from ..graph.inputs import Inputs
 from ..graph.layers import NormalizedLayer, layer_kind, outputs_of
 from ..graph.outputs import tensors_of
 from ..statistics.passes import preserved_random_state
+from ..support.text import with_article
 from .history import WIDEST_HEAD, History, RemovedBatchNorms, ReplacedHead, ReplacedOutput, new_head, new_output
 from .splice import inserted_batchnorms, splice_over
 
@@ -115,8 +116,7 @@ def replace_dense_layers(model: nn.Module, output: OutputLayer, width: int, clas
     norms = _batchnorms_to_remove(model, name, output)
     if not isinstance(layer, nn.Linear):
         raise TrainingError(
-            f"the output layer {name} is a {type(layer).__name__}, and a new head takes the place of dense layers; "
-            f"{keep}"
+            f"the output layer {name} is {with_article(layer)}, and a new head takes the place of dense layers; {keep}"
         )
     if not output.called:
         raise TrainingError(
@@ -160,7 +160,7 @@ def _first_of_head(model: nn.Module, last: str) -> str:
 
 def _check_classes(classes: int) -> None:
     if isinstance(classes, list | tuple):
-        raise TrainingError(f"the number of classes is a {type(classes).__name__}; pass its length, {len(classes)}")
+        raise TrainingError(f"the number of classes is {with_article(classes)}; pass its length, {len(classes)}")
     _check_whole("the number of classes", classes)
     if classes < 2:
         raise TrainingError(f"a classifier needs 2 or more classes, not {classes}")

@@ -21,7 +21,7 @@ from ..graph.copies import deep_copy, protected_parameters, working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
-from ..support.text import first_line
+from ..support.text import first_line, with_article
 
 # In the messages of PyTorch's pooling and conv layers.
 _TOO_SMALL = re.compile("output size is too small|kernel size can't be greater than actual input size", re.IGNORECASE)
@@ -164,7 +164,7 @@ class Classifier:
 
     def _checked(self, logits: object, images: int) -> Float[Tensor, "n classes"]:
         if not isinstance(logits, Tensor) or logits.shape != (images, self.classes):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else f"{with_article(logits)}"
             raise TrainingError(
                 f"{type(self.network).__name__} returns {found} for a batch of {images} images instead of one logit "
                 f"for each of {self.classes} classes; only classifiers can be fine-tuned"

@@ -478,7 +478,7 @@ def test_a_model_that_a_vgg_does_not_need_can_be_left_out(name: str, tmp_path: P
 
 def test_an_architecture_that_is_none_or_has_no_memory_is_refused(tmp_path: Path) -> None:
     save_checkpoint(nn.Linear(2, 2), tmp_path / "dense.pth")
-    assert "returned a int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
+    assert "returned an int" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=lambda: 3))
     meta = nn.Linear(2, 2, device="meta")
     assert "build it on the CPU" in refusal_of(lambda: load_checkpoint(tmp_path / "dense.pth", model=meta))
 

@@ -225,6 +225,7 @@ def test_dense_prediction_counts_positions() -> None:
         (lambda: randomised(small_vgg()), [images(8)], (4,), "VGG has no BatchNorm, so both modes are the same"),
         (frozen, [images(8)], (4,), "has no BatchNorm that normalizes by the batch in train mode"),
         (with_batchnorm, [images(3)], (4, 8), "3 images do not fill one batch of the smallest size, 4"),
+        (with_batchnorm, [images(1)], (4,), "1 image does not fill one batch of the smallest size, 4"),
         (with_batchnorm, [], (4,), "0 images do not fill"),
         (with_batchnorm, [images(4)], (), "pass one or more sizes"),
         (with_batchnorm, [images(4)], (4, 0), "pass one or more sizes of 1 or more"),

@@ -496,7 +496,7 @@ def test_a_class_in_place_of_batches_is_refused_with_the_way_out(function: Calla
         (lambda: set_renorm_limits(None, 3, 5), "the model is None"),
         (lambda: set_renorm_limits(small_vgg(), "3", 5), "r_max must be at least 1 .* got '3'"),
         (lambda: BatchRenorm2d(3, d_max=None), "d_max must be at least 0 .* got None"),
-        (lambda: fold_batchnorm(tiny_with_batchnorm(), None), "the example is a NoneType, not a batch; pass the first"),
+        (lambda: fold_batchnorm(tiny_with_batchnorm(), None), "the example is None, not a batch; pass the first"),
         (lambda: find_sites(TINY, DataLoader(LABELED)), r"the example is a DataLoader, .* next\(iter\(loader\)\)"),
         (lambda: calibrate(TINY, ["0"], LABELED), "sites has '0'; pass the sites that find_sites"),
         (lambda: calibrate(TINY, None, LABELED), "sites has None; pass the sites that find_sites"),

@@ -238,8 +238,8 @@ def test_a_tensor_that_is_no_plain_array_of_real_numbers_is_refused(values: Tens
         ({f"{number}": VALUES for number in range(9)}, r"contains 9 tensors \(0, 1, 2, 3, ...\)"),
         ({"0.weight": VALUES, "0.bias": VALUES}, r"\(0.weight, 0.bias\); it looks like a checkpoint, and images are"),
         ({"labels": [1, 2]}, "x.pt contains 0 tensors; save"),
-        ([VALUES], "x.pt contains list, not a tensor; save only the tensor"),
-        (None, "x.pt contains NoneType, not a tensor"),
+        ([VALUES], "x.pt contains a list, not a tensor; save only the tensor"),
+        (None, "x.pt contains None, not a tensor"),
     ],
 )
 def test_a_file_with_not_exactly_one_tensor_is_refused(content: Any, message: str, tmp_path: Path) -> None:

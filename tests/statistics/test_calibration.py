@@ -346,13 +346,13 @@ def test_an_overflow_in_a_narrow_dtype_names_the_dtype() -> None:
 @pytest.mark.parametrize(
     ("batch", "described"),
     [
-        ("images", "str"),
-        (7, "int"),
-        (None, "NoneType"),
+        ("images", "a str"),
+        (7, "an int"),
+        (None, "None"),
         ((), "an empty tuple"),
         ([], "an empty list"),
         ({}, "an empty dict"),
-        (("label", images(2, 16)), "tuple"),
+        (("label", images(2, 16)), "a tuple"),
     ],
     ids=repr,
 )

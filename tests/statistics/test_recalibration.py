@@ -261,7 +261,7 @@ def with_nan(model: AnyModule, name: str) -> AnyModule:
             "Sequential has no BatchNorm with running statistics",
         ),
         (tuned_vgg, [], "the calibration set is empty"),
-        (tuned_vgg, [images(4, 16), "no tensor"], "batch 1 is str"),
+        (tuned_vgg, [images(4, 16), "no tensor"], "batch 1 is a str"),
         (tuned_vgg, [images(4, 16), images(4, 16, channels=2)], "the model failed on batch 1"),
         (
             lambda: with_nan(tuned_vgg(), "features.4.weight"),

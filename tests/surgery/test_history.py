@@ -212,7 +212,7 @@ def test_a_function_s_name_is_imported_and_stored_and_never_imported_from_there(
         ("def make(:", "given_nets:make", "importing given_nets for given_nets:make raised SyntaxError"),
         ("raise SystemExit(3)", "given_nets:make", "raised SystemExit: 3"),
         ("", "given_nets:make", "the module given_nets has no make"),
-        ("make = 3", "given_nets:make", "given_nets:make is a int, not a function that returns a network"),
+        ("make = 3", "given_nets:make", "given_nets:make is an int, not a function that returns a network"),
         ("def make(classes): ...", "given_nets:make", "given_nets:make(classes) cannot be called without arguments"),
         ("def make(): raise ValueError('no weights')", "given_nets:make", "make raised ValueError: no weights"),
         ("def make(): return 'net'", "given_nets:make", "given_nets:make returned a str, not a torch.nn.Module"),

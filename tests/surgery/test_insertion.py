@@ -632,7 +632,7 @@ def test_a_single_tensor_of_images_is_not_taken_for_batches() -> None:
 
 
 def test_a_first_batch_that_is_none_is_described() -> None:
-    with pytest.raises(CalibrationError, match=r"^batch 0 is str; a batch is a tensor, or a tuple, "):
+    with pytest.raises(CalibrationError, match=r"^batch 0 is a str; a batch is a tensor, or a tuple, "):
         insert_batchnorm(small_vgg(), ["images"])
 
 
