@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.demo import images_path
+from bn_insert.images import Transform
 from bn_insert_cli.app import app
 from support.commands import forked_ranks
 from support.digits import copy_digits, copy_labelled_digits
@@ -113,7 +114,9 @@ RUNNERS: dict[str, Callable[[Block, pytest.CaptureFixture[str]], None]] = {
 @pytest.fixture
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go to a folder with what the pages call a reader's own: a checkpoint, photographs, labeled images."""
-    save_checkpoint(vgg_of(), tmp_path / "vgg16.pth")
+    # Small images: the commands read their size from the checkpoint.
+    transform = Transform(resize=64, crop=64).to_dict()
+    save_checkpoint(vgg_of(), tmp_path / "vgg16.pth", transform=transform)
     (tmp_path / "photographs").mkdir()
     for image in sorted((images_path() / "3").iterdir())[:12]:
         (tmp_path / "photographs" / image.name).symlink_to(image)
