@@ -65,6 +65,8 @@ _OUT_OF_MEMORY = re.compile(
     r".*(allocate memory|out of memory|bad_alloc|failed to map segment|unable to mmap|can't start new thread).*",
     re.IGNORECASE,
 )
+# In the messages of PyTorch's pooling and conv layers.
+_TOO_SMALL = re.compile("output size is too small|kernel size can't be greater than actual input size", re.IGNORECASE)
 
 
 class BNInsertError(Exception):
@@ -110,6 +112,11 @@ def out_of_memory(error: Exception) -> str:
     if is_lost or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return next(iter(str(error).splitlines()), "") or type(error).__name__
     return ""
+
+
+def too_small(error: Exception) -> bool:
+    """Return whether an error of PyTorch says that the inputs of a network are too small for it."""
+    return _TOO_SMALL.search(str(error)) is not None
 
 
 def _address_space_is_limited() -> bool:

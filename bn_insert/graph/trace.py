@@ -18,7 +18,7 @@ import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CalibrationError, GraphError, out_of_memory
+from ..errors import CalibrationError, GraphError, as_passed, out_of_memory
 from ..support.text import first_line, listed, with_article
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
@@ -442,10 +442,9 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (
                 f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
             )
-        return (
-            f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. Pass inputs of "
-            "the shape that it expects"
-        )
+        advice = "Pass inputs of the shape that it expects"
+        advice = as_passed(advice, option=f"{advice} (--resize and --crop for images, --size for inspect)")
+        return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
     return (
         f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. Pass a "
         "submodule that contains the layers and has no such code in its forward"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed, too_small
 from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
 from ..support.text import with_article
@@ -251,6 +251,8 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
     except Exception as error:  # the user's forward may raise anything; here it gains its context
         one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
+        if too_small(error):
+            advice = as_passed(". Use larger inputs", option=". Use larger images (--resize, --crop)")
         raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import TrainingError, as_passed, out_of_memory
+from ..errors import TrainingError, as_passed, out_of_memory, too_small
 from ..graph.copies import deep_copy, protected_parameters, working_copy
 from ..images.class_folders import LabelledBatch
 from ..statistics.passes import preserved_random_state
 from ..support.processes import Ranks
 from ..support.text import first_line, with_article
-
-# In the messages of PyTorch's pooling and conv layers.
-_TOO_SMALL = re.compile("output size is too small|kernel size can't be greater than actual input size", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ class Classifier:
             with preserved_random_state(), torch.inference_mode(), self.autocast(), protected_parameters(network):
                 logits = network(images)
         except Exception as error:  # whatever else it is, the first step raises it again, with its context
-            if _TOO_SMALL.search(str(error)):
+            if too_small(error):
                 height, width = images.shape[2:]
                 raise TrainingError(
                     f"images of {height} x {width} pixels are too small for {type(self.network).__name__} "
@@ -164,7 +160,7 @@ class Classifier:
 
     def _checked(self, logits: object, images: int) -> Float[Tensor, "n classes"]:
         if not isinstance(logits, Tensor) or logits.shape != (images, self.classes):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else f"{with_article(logits)}"
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else with_article(logits)
             raise TrainingError(
                 f"{type(self.network).__name__} returns {found} for a batch of {images} images instead of one logit "
                 f"for each of {self.classes} classes; only classifiers can be fine-tuned"

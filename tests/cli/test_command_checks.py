@@ -163,6 +163,16 @@ def test_a_message_on_devices_names_those_that_this_machine_has(
             usable_device("abacus")
 
 
+def test_images_too_small_for_a_network_are_refused_with_the_options_that_set_their_size(
+    run: Run, digits: Path
+) -> None:
+    small = ("--resize", 8, "--crop", 8, "-j", 0)
+    refused = run("insert", network_path(), digits, "-o", "out.pth", *small)
+    assert_refused(refused, "Output size is too small. Pass inputs of the shape that it expects (--resize and --crop")
+    refused = run("compare", network_path(), network_path(), digits, *small)
+    assert_refused(refused, "Output size is too small. Use larger images (--resize, --crop)")
+
+
 # Random inputs
 
 
