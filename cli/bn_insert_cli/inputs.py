@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import typer
 
-from bn_insert.errors import UnneededKeyError
+from bn_insert.errors import CheckpointError, UnneededKeyError
 from bn_insert.support.text import counted, figures, first_line, usable_devices
 
 from .console import print_note, print_warning
@@ -102,7 +102,7 @@ def open_checkpoint(
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Raise CheckpointError if an argument is neither a file nor the name of a network in torchvision."""
+    """Raise CheckpointError if an argument is a folder of images, or no path and no network in torchvision."""
     try:
         named = is_torchvision_name(checkpoint) or Path(checkpoint).exists()
     except OSError:  # no permission to look, or too long a name: reading it tells
@@ -110,12 +110,27 @@ def check_checkpoint(checkpoint: str) -> None:
     if not named:
         _check_run_has_epoch(Path(checkpoint))
         read_named_checkpoint(checkpoint)  # which says what may be meant
+    if checkpoint and _has_only_images(Path(checkpoint)):  # the empty path would be the current folder
+        raise CheckpointError(
+            f"{checkpoint} is a folder of images, not a checkpoint file; pass the checkpoint first, and the images "
+            "after it"
+        )
+
+
+def _has_only_images(path: Path) -> bool:
+    """Return whether a path is a folder of images, perhaps in subfolders, without other files beside them."""
+    from bn_insert import ImageError  # noqa: PLC0415
+    from bn_insert.images import IMAGE_SUFFIXES, check_source  # noqa: PLC0415
+
+    with suppress(ImageError, OSError):
+        if path.is_dir() and all(each.is_dir() or each.suffix.lower() in IMAGE_SUFFIXES for each in path.iterdir()):
+            check_source(path)
+            return True
+    return False
 
 
 def _check_run_has_epoch(path: Path) -> None:
     """Raise CheckpointError if a path that does not exist is a checkpoint of a run without a complete epoch."""
-    from bn_insert import CheckpointError  # noqa: PLC0415
-
     begun, trained = (path.with_name(name).exists() for name in ("state.pth", "metrics.csv"))
     if path.name in {"best.pth", "last.pth"} and begun and not trained:
         raise CheckpointError(
@@ -135,7 +150,7 @@ def read_named_checkpoint(
         mmap: Leave the values in the file until they are used.
         key: --key.
     """
-    from bn_insert import CheckpointError, read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
+    from bn_insert import read_checkpoint, torchvision_checkpoint  # noqa: PLC0415
 
     if is_torchvision_name(checkpoint):
         if key is not None:

@@ -173,6 +173,19 @@ def test_images_too_small_for_a_network_are_refused_with_the_options_that_set_th
     assert_refused(refused, "Output size is too small. Use larger images (--resize, --crop)")
 
 
+def test_a_folder_of_images_in_place_of_a_checkpoint_is_told_which_argument_comes_first(run: Run, digits: Path) -> None:
+    wording = "digits is a folder of images, not a checkpoint file; pass the checkpoint first, and the images after it"
+    for command in (
+        ("insert", digits, network_path(), "-o", "out.pth"),
+        ("insert", digits, digits, "-o", "out.pth"),
+        ("predict", digits, digits),
+        ("finetune", digits, digits, "--output-dir", "run"),
+    ):
+        assert_refused(run(*command), wording)
+    (digits / "net.pth").touch()
+    assert_refused(run("predict", digits, digits), "digits is a folder, not a checkpoint file; name a file in it")
+
+
 # Random inputs
 
 
