@@ -151,6 +151,7 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
     [
         ("insert", "net.pth", "val", "-o", "out.pth"),
         ("compare", "net.pth", "net.pth", "val"),
+        ("adapt", "net.pth", "train", "val", "-o", "out.pth"),
         ("fold", "net.pth", "val", "-o", "out.pth"),
     ],
     ids=lambda command: command[0],
@@ -158,7 +159,7 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
 def test_where_outputs_differ_because_the_forward_is_random_it_is_said(
     run: Run, digits: Path, command: tuple[str, ...]
 ) -> None:
-    words = [digits / word if word == "val" else word for word in command]
+    words = [digits / word if word in {"train", "val"} else word for word in command]
     if command[0] == "fold":
         assert run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL).exit_code == 0
         shutil.move("bn.pth", "net.pth")
