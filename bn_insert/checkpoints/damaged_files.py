@@ -30,8 +30,8 @@ _SAVE_STATE_DICT = "save the weights as a state dict: torch.save(model.state_dic
 _NO_NETWORK = re.compile(r"(builtins|collections|numpy|torch\._utils)\.")
 _MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
 _WEB_PAGE = (
-    "a web page, as servers send in place of a file, to report an error or to ask for a login; open the address that "
-    "it is from in a browser, and download the file there"
+    "a web page, which servers send instead of a file to report an error or to ask for a login; open the address it "
+    "came from in a browser, and download the file there"
 )
 _TEXT = f"a text file, perhaps with the error of a download; look into it, and {_AGAIN}"
 _OTHER_FORMATS = {
@@ -73,7 +73,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         of = f" of a whole {printable(pickled)}" if pickled else ""
         items = f"{{key: torch.as_tensor(value) for key, value in {loaded}.items()}}"
         return CheckpointError(
-            f"{path} is a pickle{of} that torch.save did not write, and reading it could run code; where you trust it, "
+            f"{path} is a pickle{of} that torch.save did not write, and reading it could run code; if you trust it, "
             f"convert the state dict in it: torch.save({f'{loaded}.state_dict()' if of else items}, other_path)"
         )
     reason = printable(re.split(r"\. |\n", text.rpartition("WeightsUnpickler error:")[2].strip())[0][:200])
@@ -127,7 +127,7 @@ def file_in(folder: Path) -> str:
         names = set()
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return (
-            "it has the parts of a distributed checkpoint, which PyTorch makes one file of: "
+            "it has the parts of a distributed checkpoint, which PyTorch can merge into one file: "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
         )
     found = next((name for name in _USUAL_NAMES if name in names), None)

@@ -63,7 +63,7 @@ class _Parts:
         code = (
             f"import {self.module}, {module}; parts = [{load} for part in {self.paths}]; "
             "tensors = {key: value for part in parts for key, value in part.items()}; "
-            "assert len(tensors) == sum(map(len, parts)), 'the files have keys in common: they are no parts'; "
+            "assert len(tensors) == sum(map(len, parts)), 'the files have keys in common, so they are not parts'; "
             f"{save}(tensors, {_quoted(self.merged)})"
         )
         return f"{first}merge the parts into one file, in Python: {code}"

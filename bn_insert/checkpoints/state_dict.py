@@ -208,7 +208,7 @@ def _way_to_tensors(key: str, found: Found) -> str:
     else:
         condition = "isinstance(value, torch.Tensor)"
         way_out, items = "leave it out", f"{{key: value for key, value in {loaded}.items() if {condition}}}"
-    return f"{way_out}, where you trust the file, as this could run code from it: torch.save({items}, other_path)"
+    return f"{way_out}; if you trust the file, since this could run code from it: torch.save({items}, other_path)"
 
 
 def checked_tensors(path: Path, found: Found) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def note_calibration(
     elif tolerance is None and batches < FEWEST_BATCHES and images < _FEW_IMAGES:
         print_note(
             f"With so few images, the statistics may be far from those of other images: use at least {_FEW_IMAGES}. "
-            f"Their sampling error is estimated from {FEWEST_BATCHES} batches on (-b sets the batch size)."
+            f"Their sampling error is estimated from {FEWEST_BATCHES} or more batches (-b sets the batch size)."
         )
     elif tolerance is None and batches >= FEWEST_BATCHES and as_shown(error) > GOOD_ERROR:
         inexact = [name for name, each in errors.items() if as_shown(each) > GOOD_ERROR]
@@ -122,8 +122,8 @@ def note_recording(sites: Iterable[Site]) -> None:
     """Say what cannot be done to a network whose operations were recorded in one run."""
     if not all(site.calls for site in sites):
         print_note(
-            "torch.export cannot trace this network: the layers are those that one run called. BatchNorm can be "
-            "inserted, but the network cannot be equalized, and its BatchNorm cannot be folded."
+            "torch.export cannot trace this network: only the layers called in a single run are known. BatchNorm can "
+            "be inserted, but the network cannot be equalized, and its BatchNorm cannot be folded."
         )
 
 
@@ -131,7 +131,7 @@ def warn_of_untied(layers: Sequence[str], output: Path) -> None:
     """Warn about layers that no longer share a parameter: only bn-insert can tell that from the file."""
     if layers:
         print_warning(
-            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and have their own now: bn-insert reads {output}, but "
+            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and now have one each: bn-insert reads {output}, but "
             "load_state_dict of the original's class would give all of them the values of one."
         )
 

@@ -81,7 +81,7 @@ REFUSED = {
     "folder of a distributed checkpoint (FSDP)": "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
     "HDF5": "it is an HDF5 file, as Keras writes",
     "Git LFS pointer": "it is a Git LFS pointer",
-    "web page": "it is a web page, as servers send in place of a file",
+    "web page": "it is a web page, which servers send instead of a file",
     "text": "it is a text file",
     "zeros": "it begins with zeros, as after an interrupted download",
     "empty": "it is empty",
@@ -156,7 +156,7 @@ def test_the_code_that_merges_parts_refuses_whole_networks(tmp_path: Path) -> No
         torch.save(state(), tmp_path / f"shard-{number}-of-2.pth")
     with pytest.raises(CheckpointError, match="is part 1 of 2 of a checkpoint") as refusal:
         load_checkpoint(tmp_path / "shard-1-of-2.pth")
-    with pytest.raises(AssertionError, match="the files have keys in common: they are no parts"):
+    with pytest.raises(AssertionError, match="the files have keys in common, so they are not parts"):
         exec(str(refusal.value).partition(", in Python: ")[2], {})
     assert len(list(tmp_path.iterdir())) == 2
 
