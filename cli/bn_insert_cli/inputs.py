@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -29,6 +30,8 @@ LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
 _REST_BY_DEFAULT = "the rest by default"
+_CHECKPOINT_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
+_FILES_LOOKED_AT = 1000  # in a folder that was passed as a checkpoint: a listing of all may take long
 
 
 @dataclass(frozen=True)
@@ -118,15 +121,23 @@ def check_checkpoint(checkpoint: str) -> None:
 
 
 def _has_only_images(path: Path) -> bool:
-    """Return whether a path is a folder of images, perhaps in subfolders, without other files beside them."""
+    """Return whether a path is a folder of images, perhaps in subfolders, without a checkpoint file among them."""
     from bn_insert import ImageError  # noqa: PLC0415
-    from bn_insert.images import IMAGE_SUFFIXES, check_source  # noqa: PLC0415
+    from bn_insert.images import check_source  # noqa: PLC0415
 
     with suppress(ImageError, OSError):
-        if path.is_dir() and all(each.is_dir() or each.suffix.lower() in IMAGE_SUFFIXES for each in path.iterdir()):
+        if path.is_dir():
             check_source(path)
-            return True
+            names = islice(_visible_names(path), _FILES_LOOKED_AT)
+            return not any(_CHECKPOINT_SUFFIXES.intersection(Path(name.lower()).suffixes) for name in names)
     return False
+
+
+def _visible_names(folder: Path) -> Iterator[str]:
+    """Yield the names of the files in a folder and its subfolders, except for hidden ones."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]  # os.walk enters those that are left
+        yield from (name for name in names if name[0] != ".")
 
 
 def _check_run_has_epoch(path: Path) -> None:

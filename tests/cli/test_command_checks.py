@@ -186,6 +186,20 @@ def test_a_folder_of_images_in_place_of_a_checkpoint_is_told_which_argument_come
     assert_refused(run("predict", digits, digits), "digits is a folder, not a checkpoint file; name a file in it")
 
 
+def test_a_folder_of_images_is_recognized_beside_other_files_and_a_folder_of_runs_is_none(
+    run: Run, digits: Path
+) -> None:
+    (digits / "labels.csv").touch()
+    for hidden in (".DS_Store", ".cached.pth", ".cache/net.pth"):
+        (digits / hidden).parent.mkdir(exist_ok=True)
+        (digits / hidden).touch()
+    assert_refused(run("predict", digits, digits), "digits is a folder of images, not a checkpoint file; pass the")
+    Path("runs/run-1").mkdir(parents=True)
+    for name in ("best.pth.tar", "curves.png", "last.CKPT"):
+        Path("runs/run-1", name).touch()
+    assert_refused(run("predict", "runs", digits), "runs is a folder, not a checkpoint file; name a file in it")
+
+
 # Random inputs
 
 
