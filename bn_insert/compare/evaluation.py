@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float64, Int64
@@ -17,7 +18,7 @@ from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
-from ..support.arguments import is_whole
+from ..support.arguments import is_number, is_whole
 from ..support.processes import on_every_rank
 
 
@@ -310,10 +311,14 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
 def _instead_of_labels(batch: Batch) -> str:
     """Return what a batch has where labels are expected, as an object of "has"."""
     found = _after_inputs(batch)
-    if not isinstance(found, Tensor):
-        return "no labels" if found is None else f"labels of type {type(found).__name__}"
-    one_hot = " (if they are one-hot, use labels.argmax(1))" if found.shape[:-1] == (len(batch.inputs),) else ""
-    return f"labels of {found.dtype} and shape {tuple(found.shape)}{one_hot}"
+    if isinstance(found, Tensor):
+        advice = ""
+        if found.shape[:-1] == (len(batch.inputs),):
+            one_hot = found.shape[-1] > 1
+            advice = " (if they are one-hot, use labels.argmax(1))" if one_hot else " (use labels.flatten())"
+        return f"labels of {found.dtype} and shape {tuple(found.shape)}{advice}"
+    numbers = isinstance(found, tuple | list) and all(map(is_number, found))  # others may be paths or names
+    return f"labels of type {type(found).__name__}" if numbers or isinstance(found, np.ndarray) else "no labels"
 
 
 def _after_inputs(batch: Batch) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,9 @@ def test_logits_that_are_not_finite_show_in_the_loss() -> None:
         ([EYE], "batch 0 of shape (3, 3) has no labels; pass a tuple (images, labels)"),
         ([(EYE,)], "has no labels"),
         ([(EYE, [0, 1, 2])], "has labels of type list; pass a tuple"),
+        ([(EYE, np.arange(3))], "has labels of type ndarray; pass a tuple"),
+        ([(EYE, ("ant.png", "bee.png", "cat.png"))], "batch 0 of shape (3, 3) has no labels; pass a tuple"),
+        ([(EYE, torch.arange(3)[:, None])], "has labels of torch.int64 and shape (3, 1) (use labels.flatten()); pass"),
         ([(EYE, torch.arange(2))], "has labels of torch.int64 and shape (2,); pass a tuple"),
         (
             [(EYE, torch.rand(3))],
