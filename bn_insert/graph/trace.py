@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,12 @@ _CHILDREN_SHOWN = 5
 # Packages whose modules keep no tensors elsewhere than in themselves.
 _KEEP_NOTHING = ("torch", "torchvision", "bn_insert")
 _EXPORTING = threading.RLock()  # torch.export keeps global state
+# In messages of PyTorch and torchvision on inputs of a height and width that a network cannot take.
+_ABOUT_SIZE = re.compile(
+    "too small|greater than actual input size|shapes cannot be multiplied|sizes? of tensors? .*must match"
+    "|invalid for input of size|less than the corresponding input dimension|(image|input) (height|width|size)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -443,7 +450,8 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
                 f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
             )
         advice = "Pass inputs of the shape that it expects"
-        advice = as_passed(advice, option=f"{advice} (--resize and --crop for images, --size for inspect)")
+        if _ABOUT_SIZE.search(str(own)):
+            advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
     return (
         f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. Pass a "

@@ -252,7 +252,7 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
         one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
         if too_small(error):
-            advice = as_passed(". Use larger inputs", option=". Use larger images (--resize, --crop)")
+            advice = as_passed(". Use larger inputs", option=". Use larger inputs (for image files: --resize, --crop)")
         raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error
 
 

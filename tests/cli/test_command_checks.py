@@ -170,7 +170,7 @@ def test_images_too_small_for_a_network_are_refused_with_the_options_that_set_th
     refused = run("insert", network_path(), digits, "-o", "out.pth", *small)
     assert_refused(refused, "Output size is too small. Pass inputs of the shape that it expects (--resize and --crop")
     refused = run("compare", network_path(), network_path(), digits, *small)
-    assert_refused(refused, "Output size is too small. Use larger images (--resize, --crop)")
+    assert_refused(refused, "Output size is too small. Use larger inputs (for image files: --resize, --crop)")
 
 
 def test_a_folder_of_images_in_place_of_a_checkpoint_is_told_which_argument_comes_first(run: Run, digits: Path) -> None:

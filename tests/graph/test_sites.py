@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from bn_insert import GraphError, Layer, Site, find_sites, survey
+from bn_insert.errors import messages_name_options
 from bn_insert.graph.sites import SiteOptions, layers_in
 from bn_insert.graph.trace import Trace
 from support.idioms import SqueezeExcite
@@ -33,6 +34,11 @@ Unchecked = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 GATE = "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
 VGG_LAYERS = ["features.0", "features.3", "classifier.0", "classifier.3", "classifier.6"]
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError(x.dtype)
 
 
 def reasons(layers: Iterable[Layer]) -> dict[str, str]:
@@ -463,6 +469,25 @@ def test_an_input_that_the_model_cannot_run_on_is_a_graph_error_with_class_shape
     assert "\n" not in message
     assert caught.value.__cause__ is not None
     assert capfd.readouterr().err == ""  # torch.export would print a traceback
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "about_size"),
+    [
+        (small_vgg(), images(2, 1), True),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 2)), images(2, 9), True),
+        (small_vgg(), images(2, 16)[:, :1], False),
+        (Broken(), images(2, 16), False),
+    ],
+    ids=["too small", "other size", "other channels", "error in the forward"],
+)
+def test_an_input_of_a_size_that_the_model_cannot_take_names_the_options_that_set_it(
+    model: nn.Module, example: Tensor, about_size: bool
+) -> None:
+    with messages_name_options(), pytest.raises(GraphError, match="cannot run on an input of shape") as caught:
+        find_sites(model, example)
+    options = " (--resize and --crop for image files, --size for inspect)" if about_size else ""
+    assert str(caught.value).endswith(f". Pass inputs of the shape that it expects{options}")
 
 
 def test_a_model_in_train_mode_has_the_same_sites_and_stays_in_train_mode() -> None:
