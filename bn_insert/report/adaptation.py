@@ -224,7 +224,7 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
             "and that the folders are the network's classes."
         )
         return Verdict("bad", "Accuracy", text)
-    lacking = len(per_class) < classes
+    lacking = len(per_class) < _fewest_classes(images, classes)
     if lacking:
         text += (
             f" They are of {len(per_class)} of the {classes} classes. Adapting assumes that the target has all of "
@@ -238,6 +238,17 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
         text += f" Adapting did not improve it: keep the original, or {advice}."
         return Verdict("check", "Accuracy", text)
     return Verdict("check" if lacking else "good", "Accuracy", text)
+
+
+def _fewest_classes(images: int, classes: int) -> float:
+    """Return how many classes occur at least among images drawn from all of them: three deviations below the mean.
+
+    Source: the mean and variance of the number of occupied boxes; Feller, "An Introduction to Probability Theory and
+    Its Applications", chapter IV.2, for Poisson numbers of images.
+    """
+    absent = math.exp(-images / classes)
+    variance = classes * (absent - (1 + images / classes) * absent**2)
+    return classes * (1 - absent) - 3 * math.sqrt(variance)
 
 
 def _preprocessing() -> str:

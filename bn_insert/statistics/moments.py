@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -205,7 +205,7 @@ def _slices(values: Float[Tensor, "batch channels *positions"]) -> Iterator[Floa
             yield rows[in_full_groups:]
 
 
-@cache
+@lru_cache
 def _rows_per_group(rows: int) -> int:
     """Return a number of rows that divides them into equal groups, which merge fastest, if there is a large one."""
     numbers = range(_ROWS_PER_GROUP, _ROWS_PER_GROUP // 2, -1)
@@ -217,7 +217,9 @@ def _rows_of(
 ) -> Iterator[Float[Tensor, "rows selected"]]:
     """Yield the values of some channels in slices, as rows."""
     if _is_contiguous_by_channel(values):  # the other channels need not be copied
-        yield from (each.reshape(-1, len(numbers)) for each in _slices(values.index_select(1, numbers)))
+        images = max(1, _VALUES_PER_SLICE // (len(numbers) * values[0, 0].numel()))
+        for part in values.split(images):
+            yield from (each.reshape(-1, len(numbers)) for each in _slices(part.index_select(1, numbers)))
     else:
         yield from (each.reshape(-1, values.shape[1])[:, numbers] for each in _slices(values))
 

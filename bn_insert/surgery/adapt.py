@@ -149,6 +149,8 @@ def adapt(
     model = unwrapped(model)
     insertion = None
     if source is None:
+        if not with_statistics(model):
+            raise _nothing_to_adapt(model, None)
         _check_nothing_chosen(layers=layers, include_output=include_output, skip=skip, placement=placement)
     else:
         if not keep_batchnorm:
@@ -360,8 +362,8 @@ def _check_nothing_chosen(
     }
     if names := [as_passed(name) for name, is_chosen in chosen.items() if is_chosen]:
         raise GraphError(
-            f"{' and '.join(names)} choose{'s' * (len(names) == 1)} where BatchNorm is inserted, and without a source "
-            "none is inserted: every BatchNorm of the model is adapted"
+            f"leave out {' and '.join(names)}, which choose{'s' * (len(names) == 1)} where BatchNorm is inserted: "
+            "without a source none is inserted, and every BatchNorm of the model is adapted"
         )
 
 

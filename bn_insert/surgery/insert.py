@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropout_functions_upstream, dropouts_upstream
+from ..batchnorm.dropout_calls import dropout_calls
 from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
@@ -61,9 +62,8 @@ class Insertion(Generic[AnyModule]):
         others: Layers whose classes are not from torch.nn, after which no BatchNorm can be inserted, in words.
         one_image: Why the copy cannot run on a single image, which a network with `squeeze()` mistakes for an input
             without a batch axis; empty if it can, or if the original cannot either.
-        dropout_functions: Dropouts that a forward calls as functions, where a BatchNorm normalizes their values: the
-            largest probability, by the name of the module that calls them, or the model's class. They cannot be
-            switched off from outside.
+        dropout_functions: Dropouts that a forward calls as functions and whose values a BatchNorm normalizes, in words;
+            empty if there are none. Those that the forward calls in train mode alone, in a branch, are not seen.
     """
 
     model: AnyModule = field(repr=False)
@@ -77,7 +77,7 @@ class Insertion(Generic[AnyModule]):
     fault: str = field(default="", repr=False)
     others: str = field(default="", repr=False)
     one_image: str = field(default="", repr=False)
-    dropout_functions: Mapping[str, float] = field(default_factory=dict, repr=False)
+    dropout_functions: str = field(default="", repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -176,7 +176,7 @@ def insert(
         tuple(edges),
         images=sum(Ranks.current().gathered(images)),
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
-        dropout_functions={name or type(unwrapped(model)).__name__: p for name, p in functions.items()},
+        dropout_functions=_dropout_functions_text(model, functions, peek.first or peek.example),
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
         others=layers_of_other_classes(trace, options) if sites else "",
@@ -192,6 +192,22 @@ def _one_image_text(model: nn.Module, error: str) -> str:
     return (
         f"on a single image {type(unwrapped(model)).__name__} with BatchNorm inserted cannot run: {error}. "
         f"{SINGLE_IMAGE}, or leave out the layers behind it ({as_passed('skip')})"
+    )
+
+
+def _dropout_functions_text(model: nn.Module, callers: Mapping[str, float], example: Any) -> str:
+    """Return in words which modules call dropout as a function, if a forward in train mode calls it with effect."""
+    if not callers or not dropout_calls(model, example):
+        return ""
+    model = unwrapped(model)
+    named = (
+        f"{type(model.get_submodule(name)).__name__}{f' ({name} in the original)' * bool(name)} with p = {p:g}"
+        for name, p in callers.items()
+    )
+    return (
+        f"dropout before BatchNorm is called as a function in the forward of {', '.join(named)}, and stays on: in "
+        "training it distorts the statistics of the BatchNorm, and finetune cannot switch it off. Use nn.Dropout "
+        "modules instead"
     )
 
 
@@ -296,12 +312,7 @@ def insert_batchnorm(
     if insertion.one_image:
         warnings.warn(insertion.one_image, stacklevel=2)
     if insertion.dropout_functions and not dropout_before_batchnorm:
-        callers = ", ".join(f"{name} (p = {p:g})" for name, p in insertion.dropout_functions.items())
-        warnings.warn(
-            f"dropout before BatchNorm is called as a function in the forward of {callers}, and stays on: in training "
-            "it distorts the statistics of the BatchNorm. Use nn.Dropout modules instead",
-            stacklevel=2,
-        )
+        warnings.warn(insertion.dropout_functions, stacklevel=2)
     return insertion.model
 
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
+from ..batchnorm.dropout_calls import dropout_calls
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import TrainingError, as_passed
-from ..graph.copies import unchanged_attributes, unwrapped, working_copy
-from ..graph.inputs import Inputs
-from ..statistics.passes import preserved_random_state
-
-_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+from ..graph.copies import unwrapped
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
     switched_off = {name: layer.p for name, layer in layers.items() if by_batch and probability is None and layer.p > 0}
     for name, layer in layers.items():
         layer.p = 0.0 if name in switched_off else layer.p if probability is None else probability
-    called = {} if example is None else _called(network, example)
+    called = {} if example is None else dropout_calls(network, example)
     if called and by_batch and not probability:
         warnings.warn(
             f"the forward of {type(network).__name__} calls dropout as a function, with p = {_listed(called)}: it "
@@ -83,41 +75,6 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
             stacklevel=3,
         )
     return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off, called)
-
-
-class _Calls(TorchFunctionMode):
-    """Notes the probabilities of dropouts that are called as functions and are on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, float] = {}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (name := getattr(func, "__name__", "")) in _FUNCTIONS:
-            given = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
-            if given.get("p") and given.get("training"):
-                self.found[f"F.{name}"] = max(given["p"], self.found.get(f"F.{name}", 0.0))
-        return func(*args, **kwargs)
-
-
-def _called(network: nn.Module, example: Tensor) -> dict[str, float]:
-    """Return the highest probability with which a forward calls each dropout function in train mode."""
-    copy = working_copy(network).train()
-    for module in copy.modules():
-        if isinstance(module, _DropoutNd | _NormBase):
-            module.eval()
-    calls = _Calls()
-    # A forward that fails does so again in the first step, with its context.
-    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(network), suppress(Exception), calls:
-        Inputs.of(example, 0, copy).run(copy)
-    return calls.found
 
 
 def _listed(layers: Mapping[str, float]) -> str:

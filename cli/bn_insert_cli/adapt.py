@@ -312,7 +312,8 @@ def _predictions(
     head = target.head(UNLABELLED_IMAGES)
     try:
         outputs = compare_predictions(*networks, head.head(2))
-        if names := _target_classes(folder, stored, outputs.classes):
+        names = _target_classes(folder, stored, outputs.classes)
+        if names and any(True for _ in with_labels(target, folder, names)):
             with image_progress("measuring the accuracy", target.images) as progress:
                 return compare_predictions(*networks, with_labels(target, folder, names), progress=progress), names
         with image_progress("comparing predictions", head.images) as progress:

@@ -231,12 +231,8 @@ def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:
             "variance larger than in evaluation, which distorts the statistics of the BatchNorm. finetune switches "
             "dropout off; in your own training loop, set p of these layers to 0."
         )
-    if functions := insertion.dropout_functions:
-        callers = ", ".join(f"{name} (p = {p:g})" for name, p in functions.items())
-        print_warning(
-            f"Dropout before BatchNorm, called as a function in the forward of {callers}. In training it distorts the "
-            "statistics of the BatchNorm, and finetune cannot switch it off: use nn.Dropout modules instead."
-        )
+    if insertion.dropout_functions:
+        print_warning(f"{insertion.dropout_functions}.")
 
 
 def _write_report(

@@ -112,16 +112,24 @@ def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run:
     assert "Accuracy: Not measured; probably better than before" in text_of(result.stderr)
 
 
-def test_a_single_folder_with_the_name_of_a_class_has_labels_and_lacks_the_other_classes(
-    run: Run, digits: Path, dark: Path
-) -> None:
+def test_a_single_folder_with_the_name_of_a_class_has_labels(run: Run, digits: Path, dark: Path) -> None:
     (dark / "3").rename("threes")
     (Path("target")).mkdir()
     Path("threes").rename("target/3")
     result = run("adapt", network_path(), digits, "target", "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert re.search(r"^ *3 +2 +", result.stdout, re.MULTILINE), result.stdout
-    assert "They are of 1 of the 10 classes. Adapting assumes that the target has all of them" in text_of(result.stderr)
+    assert "after, on 2 labeled target images." in text_of(result.stderr)
+
+
+def test_a_class_folder_without_images_is_no_label(run: Run, digits: Path, dark: Path) -> None:
+    target = Path("target")
+    (target / "3").mkdir(parents=True)
+    for number, image in enumerate(sorted(dark.rglob("*.png"))):
+        image.rename(target / f"{number}.png")
+    result = run("adapt", network_path(), digits, target, "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
+    assert "Accuracy: Not measured; " in text_of(result.stderr)
 
 
 def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run, digits: Path, dark: Path) -> None:

@@ -606,7 +606,7 @@ def test_dropout_that_is_a_function_before_a_batchnorm_is_warned_of_even_if_note
     torch.save(torch.rand(4, 3, 8, 8), "x.pt")
     result = shapes("-q", "insert", "CallsDropout.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("CallsDropout"))
     assert result.exit_code == 0, result.output
-    said = "warning: Dropout before BatchNorm, called as a function in the forward of CallsDropout (p = 0.25)."
+    said = "warning: dropout before BatchNorm is called as a function in the forward of CallsDropout with p = 0.25"
     assert said in text_of(result.stderr)
 
 

@@ -177,6 +177,16 @@ def test_an_accuracy_on_some_of_the_classes_says_so(after: float, state: str, ad
     assert accuracy["text"].endswith(advice)
 
 
+@pytest.mark.parametrize(("images", "found", "lacking"), [(1024, 641, False), (1024, 600, True), (30, 8, False)])
+def test_a_sample_of_the_images_need_not_have_all_classes(images: int, found: int, lacking: bool) -> None:
+    classes = 1000 if images > 1000 else 10
+    counts = [images - (found - 1), *[1] * (found - 1)]
+    labels = tuple(ClassAccuracy(number, count, 0.4, 0.6) for number, count in enumerate(counts))
+    predictions = asdict(PredictionComparison(images, classes, 2.2, 1.9, 0.7, labels))
+    text = adaptation_report(shifts(0.2, 1.0), predictions, {}, classes=[*map(str, range(classes))])["verdicts"][-1]
+    assert ("classes. Adapting assumes" in text["text"]) is lacking
+
+
 def accuracy_verdict(before: float, after: float, *, labelled: int = 10) -> dict[str, str]:
     """Return the verdict on the accuracy of a network of ten classes, some of which have labeled images."""
     labels = tuple(ClassAccuracy(number, 28, before, after) for number in range(labelled))
@@ -581,6 +591,23 @@ def test_a_run_too_short_for_learning_rate_trials_is_advised_to_train_for_longer
     advice = "Train for longer, in a new run with --epochs 5 or more: trials then choose the learning rate"
     assert f"the loss of guessing. {advice}" in short.text
     assert "third" not in short.text
+    fit = {"fitted": True, "accuracy": 0.6}
+    (no_better,) = run_health(epochs((0.9,), (0.6,)), {"epochs": 1}, data | {"epochs_for_trials": 5}, output_fit=fit)
+    assert "is not above that before training, 60.0%. Train for longer, in a new run with epochs=5" in no_better.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "wording"), [((0.9, 0.8, 9.0), "training diverged."), ((0.5, 0.6, 0.6), "of the pretrained network.")]
+)
+def test_a_short_run_that_lost_what_it_had_learned_is_advised_of_a_lower_rate_and_of_trials(
+    losses: tuple[float, ...], wording: str
+) -> None:
+    data = {"classes": 4, "epochs_for_trials": 5}
+    (verdict,) = run_health(epochs(losses, (0.8, 0.7, 0.7)), {"epochs": 3, "lr": 0.003}, data)
+    assert verdict.text.endswith(
+        f"{wording} Try a third of this learning rate (lr=0.001) or a new run that is long enough for learning rate "
+        "trials (epochs=5 or more)."
+    )
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -143,15 +143,17 @@ def test_a_network_with_batchnorm_needs_no_source_and_keeps_its_layers() -> None
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"layers": "conv"}, "layers chooses"),
-        ({"skip": ["features.*"], "include_output": True}, "include_output and skip choose"),
-        ({"placement": "after_activation"}, "placement chooses"),
+        ({"layers": "conv"}, "layers, which chooses"),
+        ({"skip": ["features.*"], "include_output": True}, "include_output and skip, which choose"),
+        ({"placement": "after_activation"}, "placement, which chooses"),
     ],
 )
 def test_layers_cannot_be_chosen_where_none_gets_a_batchnorm(options: dict[str, Any], names: str) -> None:
     model = insert_batchnorm(small_vgg(), [source()])
-    with pytest.raises(GraphError, match=f"^{names} where BatchNorm is inserted, and without a source none is"):
+    with pytest.raises(GraphError, match=f"^leave out {names} where BatchNorm is inserted: without a source none is"):
         adapt_statistics(model, None, shifted(source()).split(32), **options)
+    with pytest.raises(CalibrationError, match=r"^VGG has no BatchNorm: pass images"):
+        adapt_statistics(small_vgg(), None, shifted(source()).split(32), **options)
 
 
 def test_batchnorms_that_were_there_stay_and_those_inserted_are_folded() -> None:

@@ -284,11 +284,27 @@ class CallsDropout(nn.Sequential):
 
 def test_dropouts_before_a_batchnorm_that_are_functions_are_told_with_their_largest_probability() -> None:
     model = CallsDropout(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2))
-    for outer, name in ((model, "CallsDropout"), (nn.Sequential(nn.ReLU(), model), "1")):
+    for outer, name in (
+        (model, "CallsDropout"),
+        (nn.Sequential(nn.ReLU(), model), r"CallsDropout (1 in the original)"),
+    ):
         insertion = insert(outer, [images(6, 16)])
-        assert insertion.dropout_functions == {name: 0.5}
+        assert (
+            f"called as a function in the forward of {name} with p = 0.5, and stays on" in insertion.dropout_functions
+        )
         assert insertion.dropouts_before_batchnorm == {}
-    assert insert(model, [images(6, 16)], layers="conv").dropout_functions == {}
+    assert insert(model, [images(6, 16)], layers="conv").dropout_functions == ""
+
+
+def test_a_dropout_function_that_is_always_off_is_not_told() -> None:
+    model = NeverDrops(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 2))
+    assert insert(model, [images(6, 16)]).dropout_functions == ""
+
+
+class NeverDrops(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.dropout(self[0](x).relu().mean((2, 3)), training=False)
+        return self[2](self[1](features).relu())
 
 
 def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -> None:
@@ -301,7 +317,9 @@ def test_dropouts_before_a_batchnorm_are_switched_off_in_the_copy_when_asked() -
 
 def test_dropout_functions_that_cannot_be_switched_off_are_warned_of_when_that_was_asked() -> None:
     model = CallsDropout(nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2))
-    with pytest.warns(UserWarning, match=r"called as a function in the forward of CallsDropout \(p = 0\.5\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"called as a function in the forward of CallsDropout with p = 0\.5"
+    ) as caught:
         insert_batchnorm(model, [images(6, 16)], dropout_before_batchnorm=False)
     assert [warning.filename for warning in caught] == [__file__]
     insert_batchnorm(model, [images(6, 16)])  # silent: warnings are errors here
