@@ -41,23 +41,29 @@ def run_health(
     found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
-    lower_rate = lower_rate_advice(settings, new_head=new_output and data.get("output_kind") != "conv")
-    if needed := data.get("epochs_for_trials"):
-        lower_rate = (
+    needed = data.get("epochs_for_trials")
+    new_head = new_output and data.get("output_kind") != "conv"
+    lower_rate = lower_rate_advice(settings, new_head=new_head, epochs_for_trials=needed)
+    other_rate = lower_rate  # after a run that may have learned too little at its rate, rather than lost what it had
+    if needed:
+        other_rate = (
             f"Train for longer, in a new run with {as_passed('epochs', needed)} or more: trials then choose the "
             "learning rate, for which this run was too short."
         )
     if not new_output and settings.get("fit_output") is False:
         fit = as_passed("fit_output", False, "--no-fit-output")
-        lower_rate += f" If the checkpoint was trained on other classes, leave out {fit}."
+        leave_out = f" If the checkpoint was trained on other classes, leave out {fit}."
+        lower_rate, other_rate = lower_rate + leave_out, other_rate + leave_out
     if classes > 1:
-        found += _loss(epochs, classes, settings, lower_rate)
+        found += _loss(epochs, classes, settings, lower_rate, other_rate)
     if worst(found) != "bad":
-        found += _not_better(epochs, output_fit, lower_rate) or _best_at_first(epochs, lower_rate)
+        found += _not_better(epochs, output_fit, other_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
 
 
-def lower_rate_advice(settings: Mapping[str, Any], *, new_head: bool, others: Sequence[str] = ()) -> str:
+def lower_rate_advice(
+    settings: Mapping[str, Any], *, new_head: bool, others: Sequence[str] = (), epochs_for_trials: int | None = None
+) -> str:
     """Return what to try after a run whose learning rate was too high, as a sentence.
 
     Args:
@@ -65,12 +71,15 @@ def lower_rate_advice(settings: Mapping[str, Any], *, new_head: bool, others: Se
         new_head: Whether a new head might help: the run began with a new or fitted output layer on the pretrained dense
             layers.
         others: What else might help, as phrases.
+        epochs_for_trials: How many epochs learning rate trials need if the run was too short for them.
     """
     rate, lower = settings.get("lr"), f"a lower learning rate ({as_passed('lr')})"
     if isinstance(rate, float):
         lower = f"a third of this learning rate ({as_passed('lr', float(f'{rate / 3:.2g}'))})"
     head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if new_head else []
-    *ways, last = [lower, *head, *others]
+    needed = as_passed("epochs", epochs_for_trials)
+    longer = [f"a new run that is long enough for learning rate trials ({needed} or more)"] if epochs_for_trials else []
+    *ways, last = [lower, *head, *others, *longer]
     return f"Try {', '.join(ways)} or {last}." if ways else f"Try {last}."
 
 
@@ -105,13 +114,13 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
 
 
 def _not_better(
-    epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None, lower_rate: str
+    epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None, other_rate: str
 ) -> list[Verdict]:
     best, before = _best(epochs)["val_accuracy"], output_fit["accuracy"] if output_fit else None
     if before is None or best > before or best >= _NEARLY_ALL:
         return []
     text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}."
-    return [Verdict("check", "Accuracy", f"{text} {lower_rate}")]
+    return [Verdict("check", "Accuracy", f"{text} {other_rate}")]
 
 
 def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list[Verdict]:
@@ -123,7 +132,7 @@ def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list
 
 
 def _loss(
-    epochs: Sequence[Mapping[str, Any]], classes: int, settings: Mapping[str, Any], lower_rate: str
+    epochs: Sequence[Mapping[str, Any]], classes: int, settings: Mapping[str, Any], lower_rate: str, other_rate: str
 ) -> list[Verdict]:
     guessing, last = math.log(classes), epochs[-1]
     lowest = min(epoch["val_loss"] for epoch in epochs)
@@ -131,7 +140,7 @@ def _loss(
     found = []
     guess = f"{guessing:.3f} = ln({classes}), the loss of guessing"
     if lowest > guessing:
-        way_out = f"Train for more epochs ({more_epochs})." if falling else lower_rate
+        way_out = f"Train for more epochs ({more_epochs})." if falling else other_rate
         text = f"The validation loss, {lowest:.3f} at its lowest, is no lower than {guess}. {way_out}"
         found.append(Verdict("bad", "Loss", text))
     elif last["val_loss"] > guessing:

@@ -332,7 +332,12 @@ def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Prog
     others += ["a network with BatchNorm (bn-insert insert)"] * (not facts["batchnorms"])
     data = facts["data"]
     new_output = data["output_replaced"] or bool(progress.fit and progress.fit.fitted)
-    return lower_rate_advice(asdict(settings), new_head=new_output and data["output_kind"] != "conv", others=others)
+    return lower_rate_advice(
+        asdict(settings),
+        new_head=new_output and data["output_kind"] != "conv",
+        others=others,
+        epochs_for_trials=data.get("epochs_for_trials"),
+    )
 
 
 def _example(images: ClassFolders) -> Tensor | None:

@@ -818,6 +818,11 @@ def test_a_loss_that_is_not_finite_says_what_to_try_and_keeps_the_last_epoch(
         "BatchNorm (bn-insert insert)."
     )
     assert not (tmp_path / "at once").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bn_insert.training.loop.learning_rate", lambda *_arguments: 1e6)
+        longer = r"or a new run that is long enough for learning rate trials \(epochs=10 or more\)\.$"
+        with pytest.raises(DivergenceError, match=rf"Try a third of this learning rate \(lr=0.001\), .* {longer}"):
+            finetune(model, digits, tmp_path / "at once", replace(settings, lr=None))
     # The rate explodes in the second epoch: what the first gave is still there.
     finetune(model, digits, tmp_path / "later", replace(BRIEF, lr=1e-4, epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "later").iterdir()}
