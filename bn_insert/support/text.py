@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -31,7 +32,11 @@ def with_article(value: object) -> str:
     if value is None:
         return "None"
     name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
+    if name[:2].isupper():  # letters that are spelled, as in "an LSTM" and "a UNet"
+        vowel = name[0] in "AEFHILMNORSX"
+    else:  # without "a Unet"
+        vowel = name == "ndarray" or bool(re.match("(?!u[^aeiou][aeiou])[aeiou]", name, re.IGNORECASE))
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def figures(values: Iterable[float]) -> str:
@@ -46,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 
 def usable_devices() -> str:
-    """Return the names of the devices that this machine has, as alternatives."""
+    """Return names of devices that this machine has, as alternatives: cpu, cuda, the last of several GPUs, mps."""
     import torch  # noqa: PLC0415 - the command line imports this module for its help pages
 
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -12,6 +12,7 @@ import pytest
 import bn_insert
 from bn_insert import CheckpointError, check_output
 from bn_insert.demo import network_path
+from bn_insert.support.text import with_article
 from support.commands import AS_STORED, Run, assert_refused
 
 LIBRARY = Path(bn_insert.__file__).parent
@@ -57,6 +58,16 @@ def test_no_message_of_the_library_names_an_option_by_itself() -> None:
     assert len(paths) > 50
     found = [f"{path}: {text}" for path in paths for text in _texts(ast.parse(path.read_text(encoding="utf-8")))]
     assert not [text for text in found if OPTION.search(text)]
+
+
+def test_the_name_of_a_class_has_the_article_that_it_is_spoken_with() -> None:
+    names = {
+        "a": ("ResNet", "UNet", "Unet", "VGG", "TokenMixer", "UserDict", "dict"),
+        "an": ("LSTM", "RNN", "MLP", "Upsample", "Int", "AlexNet", "ndarray", "int"),
+    }
+    for article, each in ((article, each) for article, some in names.items() for each in some):
+        assert with_article(type(each, (), {})()) == f"{article} {each}"
+    assert with_article(None) == "None"
 
 
 def _texts(node: ast.AST) -> Iterator[str]:
