@@ -142,7 +142,7 @@ class Own(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("norm", "wording"),
     [
-        (lambda: Own(4), "BatchNorm 1 is a Own, whose forward pass may do something else"),
+        (lambda: Own(4), "BatchNorm 1 is an Own, whose forward pass may do something else"),
         (
             lambda: nn.SyncBatchNorm(4),
             "BatchNorm 1 is an nn.SyncBatchNorm.*keep nn.BatchNorm and pass synchronize=True",
