@@ -149,9 +149,8 @@ def adapt(
     model = unwrapped(model)
     insertion = None
     if source is None:
-        if not with_statistics(model):
-            raise _nothing_to_adapt(model, None)
-        _check_nothing_chosen(layers=layers, include_output=include_output, skip=skip, placement=placement)
+        if with_statistics(model):  # else a source is missing, which is said below
+            _check_nothing_chosen(layers=layers, include_output=include_output, skip=skip, placement=placement)
     else:
         if not keep_batchnorm:
             source = _checked_to_fold(model, source)

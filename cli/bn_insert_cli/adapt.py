@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -313,9 +314,10 @@ def _predictions(
     try:
         outputs = compare_predictions(*networks, head.head(2))
         names = _target_classes(folder, stored, outputs.classes)
-        if names and any(True for _ in with_labels(target, folder, names)):
+        labelled = with_labels(target, folder, names) if names else iter(())
+        if first := next(labelled, None):  # none if the class folders have no images
             with image_progress("measuring the accuracy", target.images) as progress:
-                return compare_predictions(*networks, with_labels(target, folder, names), progress=progress), names
+                return compare_predictions(*networks, chain([first], labelled), progress=progress), names
         with image_progress("comparing predictions", head.images) as progress:
             return compare_predictions(*networks, head, progress=progress), []
     finally:
