@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError, as_passed
-from ..graph.copies import deep_copy, tied_parameters
+from ..graph.copies import deep_copy, tied_parameters, unwrapped
 from ..graph.inputs import reference_tensor
 from ..support.arguments import check_flags
 from ..support.files import StrPath
@@ -129,7 +129,8 @@ def build_network(
             f"{path}: the settings in {checkpoint.settings_place} belong to another checkpoint: {printable(error)}; "
             "remove them, or save the network again with save_checkpoint"
         ) from error
-    return network.eval()
+    network.eval()  # not what it returns: a class may have a `train` that returns nothing
+    return network
 
 
 def _warn_of_ignored(checkpoint: Checkpoint, prefix: str, unexpected: Sequence[str]) -> None:
@@ -179,7 +180,7 @@ def _built(model: Architecture) -> nn.Module:
         raise CheckpointError("the model passed is on the meta device, which has no memory; build it on the CPU")
     if any(is_lazy(value) for value in (*built.parameters(), *built.buffers())):
         raise CheckpointError("the model passed has lazy layers, whose shapes are not known; call it once on an input")
-    return deep_copy(built) if built is model else built
+    return deep_copy(built) if built is model else unwrapped(built)
 
 
 def _check_needs_no_function(history: History) -> None:

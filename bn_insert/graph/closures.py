@@ -30,7 +30,7 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
         memo: As for `copy.deepcopy`.
     """
     modules = {id(module) for module in model.modules()}
-    functions = [each for each in _reachable(_attributes(model)) if _is_about(each, modules)]
+    functions = [each for each in reachable(_attributes(model)) if _is_about(each, modules)]
     cells: dict[int, CellType] = {}  # functions may share a variable
     copies = {id(each): _with_empty_cells(each, cells) for each in functions}
     memo.update(copies)
@@ -61,7 +61,7 @@ def modules_held_elsewhere(model: nn.Module) -> set[int]:
         values = [
             value for name, value in vars(module).items() if name not in _TENSORS_AND_CHILDREN and "_hooks" not in name
         ]
-        reached = {id(each) for each in _reachable(values, through_methods=False, unless_in=modules)}
+        reached = {id(each) for each in reachable(values, through_methods=False, unless_in=modules)}
         found |= reached & modules - {id(module)}
     return found
 
@@ -73,10 +73,10 @@ def _attributes(model: nn.Module) -> Iterator[Any]:
 
 def _is_about(value: Any, modules: set[int]) -> bool:
     """Return whether a value is a function that reaches one of the modules."""
-    return isinstance(value, FunctionType) and any(id(each) in modules for each in _reachable([value]))
+    return isinstance(value, FunctionType) and any(id(each) in modules for each in reachable([value]))
 
 
-def _reachable(
+def reachable(
     values: Iterable[Any], *, through_methods: bool = True, unless_in: set[int] | None = None
 ) -> Iterator[Any]:
     """Yield the values and what is in them, each once.

@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import GraphError
+from ..errors import GraphError, out_of_memory
 from ..support.arguments import usable_device
-from .closures import deepcopy_with_functions
+from ..support.text import first_line
+from .closures import deepcopy_with_functions, reachable
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -85,11 +86,14 @@ def tied_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
 def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
     """Return a copy in eval mode for temporary use: changes to its flags and hooks do not affect the model.
 
-    Run it within `protected_parameters`: a forward can change the values of the parameters, which are the model's.
+    A class with a `train` method of its own may change weights there, as in LoRA layers that merge theirs for
+    evaluation: a copy of such a model has parameters of its own. Run any other within `protected_parameters`: a forward
+    can change the values of the parameters, which are the model's.
 
     Args:
         model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
-        device: Device of the copy. On the device of its parameters, the copy shares them and needs no memory.
+        device: Device of the copy. On the device of its parameters, the copy shares them if it can, and then needs no
+            memory.
 
     Raises:
         GraphError: The model is not a module that can be copied.
@@ -99,8 +103,19 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
     if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         raise GraphError(f"{type(model).__name__} has lazy layers, whose shapes are not known; call it once on a batch")
     place = None if device is None else usable_device(device)
-    network = shared_copy(model, place).eval()
+    network = deep_copy(model) if _switches_modes_itself(model) else shared_copy(model, place)
+    network.eval()  # not what it returns: a class may have a `train` that returns nothing
     return network if place is None else network.to(place)
+
+
+def _switches_modes_itself(model: nn.Module) -> bool:
+    """Return whether a module has its own code for switching between train mode and eval mode."""
+    return any(
+        getattr(module.train, "__func__", None) is not nn.Module.train
+        or getattr(module.eval, "__func__", None) is not nn.Module.eval
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    )
 
 
 def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
@@ -126,12 +141,31 @@ def deep_copy(model: AnyModule) -> AnyModule:
 
 
 def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
-    result = cast(AnyModule, deepcopy_with_functions(model, memo))
+    try:
+        result = cast(AnyModule, deepcopy_with_functions(model, memo))
+    except Exception as error:  # any object among the attributes may raise anything
+        if out_of_memory(error):
+            raise
+        raise GraphError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}{_uncopyable(model)}; remove it, or give its "
+            "class a __deepcopy__"
+        ) from error
     # torch.fx builds the containers of a GraphModule, and the module itself, anew and in train mode.
     modules = dict(model.named_modules())
     for name, module in result.named_modules():
         module.training = modules[name].training
     return result
+
+
+def _uncopyable(model: nn.Module) -> str:
+    """Return which attribute cannot be copied, in words; empty if each can by itself."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, {id(each): each for each in (*model.modules(), *model.parameters())})
+            except Exception:  # noqa: BLE001 - as above
+                return f" (attribute {f'{name}.{attribute}'.lstrip('.')})"
+    return ""
 
 
 @contextmanager
@@ -168,8 +202,8 @@ def _same_items(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> bool:
 
 
 def _computed(model: nn.Module) -> dict[int, Any]:
-    """Return copies of attributes that deepcopy refuses, such as the weight that old-style weight_norm computes."""
-    values = chain.from_iterable(vars(module).values() for module in model.modules())
+    """Return copies of tensors that deepcopy refuses: the weight that old-style weight_norm computes, kept outputs."""
+    values = reachable(chain.from_iterable(vars(module).values() for module in model.modules()))
     return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and value.grad_fn}
 
 

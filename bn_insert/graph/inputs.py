@@ -82,6 +82,14 @@ class Inputs:
         """The shapes of all tensors, for messages."""
         return " and ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
 
+    @property
+    def conversion(self) -> str:
+        """What to do about images that are integers if a model cannot run on them, for messages; else empty."""
+        tensor = self.only_tensor
+        if tensor is None or tensor.is_floating_point():
+            return ""
+        return f"The images are {tensor.dtype}: convert and scale them to floating point first, as for training"
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.tensors[0])
@@ -194,11 +202,6 @@ def _text(annotation: Any) -> str:
 
 def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs:
     if isinstance(value, Tensor) and not forward.several:
-        if not value.is_floating_point():
-            raise CalibrationError(
-                f"batch {number} contains {value.dtype}; convert and scale the images to floating point first, as for "
-                "training"
-            )
         return Inputs((), {forward.names[0]: value}) if forward.by_name else Inputs((value,))
     if isinstance(value, Mapping) and value:
         if forward.takes_dict:

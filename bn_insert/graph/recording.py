@@ -32,7 +32,8 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
     Returns:
         The graph, and the qualified name of each parameter or buffer by the nodes that stand for it.
     """
-    network = deep_copy(model).eval()  # the forward may change what it has
+    network = deep_copy(model)  # the forward may change what it has
+    network.eval()
 
     def run(*tensors: Tensor) -> list[Tensor]:
         remaining = iter(tensors)

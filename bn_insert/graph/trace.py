@@ -441,6 +441,8 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode():
             inputs.run(working_copy(model))
+    except GraphError as own:
+        return str(own)
     except Exception as own:  # usually the same cause, in clearer words than torch.export's
         if out_of_memory(own):
             raise
@@ -449,7 +451,7 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (
                 f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
             )
-        advice = "Pass inputs of the shape that it expects"
+        advice = inputs.conversion or "Pass inputs of the shape that it expects"
         if _ABOUT_SIZE.search(str(own)):
             advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"

@@ -251,6 +251,8 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
     except Exception as error:  # the user's forward may raise anything; here it gains its context
         one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
+        if isinstance(batch, Batch) and batch.inputs.conversion:
+            advice = f". {batch.inputs.conversion}"
         if too_small(error):
             advice = as_passed(". Use larger inputs", option=". Use larger inputs (for image files: --resize, --crop)")
         raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -146,10 +147,18 @@ def _fold(trace: Trace, layers: Mapping[fx.Node, str], name: str, calls: Sequenc
             return Fold(name, affine, in_sequence, downstream=_layers_downstream(trace, layers, calls, affine))
         except _NotExactError as downstream:
             reasons = f"neither into the layer upstream ({upstream}) nor into the layers downstream ({downstream})"
-            if any(_source(call) not in layers for call in calls) and not was_there_before(trace.model, name):
+            sources = [source for call in calls if (source := _source(call)) not in layers]
+            if any(not _is_in_layer(trace, source, layers) for source in sources) and not was_there_before(
+                trace.model, name
+            ):
                 placement = as_passed("placement", "before_activation", "--placement before-activation")
                 reasons += f"; insert BatchNorm with {placement}"
             raise _NotExactError(reasons) from None
+
+
+def _is_in_layer(trace: Trace, node: fx.Node | None, layers: Mapping[fx.Node, str]) -> bool:
+    """Return whether an operation runs in a layer, as in a hook on it."""
+    return node is not None and not set(layers.values()).isdisjoint(trace.module_names(node))
 
 
 def _layers_upstream(
@@ -229,6 +238,8 @@ def _way_to_parameter(layer: nn.Module, name: str) -> str:
         if isinstance(hook, WeightNorm | SpectralNorm) and hook.name == name:
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
             return f"computed by {kind}; remove it first, with torch.nn.utils.remove_{kind}(layer)"
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return f"computed by pruning; remove that first, with torch.nn.utils.prune.remove(layer, {name!r})"
     if name in layer._buffers:
         return "a buffer; make it an nn.Parameter first"
     return f"computed by {type(layer).__name__}; replace it with a plain layer with the computed {name} first"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import msgspec
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm.identity_parameters import BATCHNORMS
@@ -272,12 +272,12 @@ class History:
     @classmethod
     def of(cls, model: nn.Module) -> History:
         """Return the history kept with a model; empty if bn-insert neither loaded nor changed it."""
-        kept = vars(unwrapped(model)).get(_ATTRIBUTE)
+        kept = _attributes(unwrapped(model)).get(_ATTRIBUTE)
         return kept if isinstance(kept, cls) else cls()
 
     def keep_with(self, model: nn.Module) -> None:
         """Keep this history with a model, in place of its previous one."""
-        vars(model)[_ATTRIBUTE] = self
+        _attributes(model)[_ATTRIBUTE] = self
 
     @property
     def unties(self) -> bool:
@@ -340,6 +340,11 @@ class History:
     def to_document(self) -> dict[str, Any]:
         """Return the history as JSON-ready data."""
         return {"function": self.function, "changes": [msgspec.to_builtins(change) for change in self.changes]}
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Return where a model keeps what its copies have, too: a GraphModule is copied by building it anew."""
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module:

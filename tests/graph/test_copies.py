@@ -1,10 +1,11 @@
-"""Models whose forward writes to its own parameters: they are refused, and left as they are."""
+"""Copies of models with code of their own: models are left as they are, or refused."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bn_insert import (
     BNInsertError,
+    GraphError,
     compare_outputs,
     fold_batchnorm,
     insert_batchnorm,
@@ -147,3 +149,78 @@ def test_a_model_that_assigns_new_values_is_run_and_unchanged() -> None:
     before = copy.deepcopy(model.state_dict())
     assert compare_outputs(model, model, [torch.rand(8, 3, 8, 8)]).bit_identical
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class MergesForEvaluation(nn.Linear):
+    """A LoRA layer: in eval mode its weight contains the low-rank part."""
+
+    merged = False
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs)
+        self.a, self.b = nn.Parameter(torch.rand(2, features)), nn.Parameter(torch.rand(outputs, 2))
+
+    def train(self, mode: bool = True) -> MergesForEvaluation:
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_merges_weights_for_evaluation_is_left_alone(training: bool) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), MergesForEvaluation(64, 6), nn.ReLU(), nn.Linear(6, 2)]
+    model, x = nn.Sequential(*layers).train(training), torch.rand(8, 3, 6, 6)
+    before, expected = copy.deepcopy(model.state_dict()), copy.deepcopy(model).eval()(x)
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    recalibrate(result, [x])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(result.eval()(x), expected)
+
+
+def test_a_train_method_that_returns_nothing_does_not_matter() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+            self[0].eval()
+
+    model, x = Frozen(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(2, 3, 6, 6)
+    assert compare_outputs(model, insert_batchnorm(model, [x], include_output=True), [x]).bit_identical
+
+
+@pytest.mark.parametrize("keep", [lambda kept, y: kept.append(y), lambda kept, y: kept.append({"low": (y,)})])
+def test_a_model_may_keep_outputs_that_have_gradients(keep: Callable[[list[Any], Tensor], object]) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.d, self.kept = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), list[Any]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x).relu()
+            keep(self.kept, y)
+            return self.d(y)
+
+    model, x = Keeping(), torch.rand(2, 3, 6, 6)
+    model(x).sum().backward()
+    result = insert_batchnorm(model, [x])
+    assert compare_outputs(model, result, [x]).bit_identical
+    result(x).sum().backward()
+    assert compare_outputs(model, recalibrate(result, [x]), [x]).images == 2
+    assert len(model.kept) == 1
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].lock = Lock()
+    message = (
+        r"^Sequential cannot be copied: cannot pickle '_thread.lock' object \(attribute 0.lock\); remove it, or give"
+    )
+    for call in (lambda: insert_batchnorm(model, [torch.rand(2, 3, 6, 6)]), lambda: compare_outputs(model, model, [])):
+        with pytest.raises(GraphError, match=message):
+            call()

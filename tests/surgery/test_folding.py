@@ -539,10 +539,14 @@ def conv_with_buffer() -> nn.Conv2d:
             lambda: nn.utils.weight_norm(nn.Conv2d(3, 8, 3)),
             "computed by weight_norm; remove it first, with torch.nn.utils.remove_weight_norm(layer)",
         ),
+        (
+            lambda: nn.utils.prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.5),
+            "computed by pruning; remove that first, with torch.nn.utils.prune.remove(layer, 'weight')",
+        ),
         (lambda: StandardizedConv(3, 8, 3), "computed by StandardizedConv; replace it with a plain layer"),
         (conv_with_buffer, "a buffer; make it an nn.Parameter first"),
     ],
-    ids=["weight_norm", "orthogonal", "old spectral_norm", "old weight_norm", "own class", "buffer"],
+    ids=["weight_norm", "orthogonal", "old spectral_norm", "old weight_norm", "pruning", "own class", "buffer"],
 )
 def test_for_a_weight_that_is_no_parameter_the_refusal_says_what_it_is_and_how_to_make_it_one(
     make: Callable[[], nn.Module], words: str
@@ -550,6 +554,14 @@ def test_for_a_weight_that_is_no_parameter_the_refusal_says_what_it_is_and_how_t
     message = refusal(fine_tuned(nn.Sequential(make(), nn.BatchNorm2d(8))), images(1, 12))
     assert f"the weight of conv 0 is {words}" in message
     assert "placement" not in message, "it is before any activation"
+
+
+def test_a_hook_that_changes_the_outputs_of_a_layer_prevents_folding_whatever_the_placement() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    model[0].register_forward_hook(lambda _module, _inputs, output: output.clamp(-1, 1))
+    message = refusal(fine_tuned(insert_batchnorm(model, [images(4, 12)])), images(1, 12))
+    assert "clamp 0 is in between" in message
+    assert "placement" not in message
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,12 @@ from bn_insert import (
     insert_batchnorm,
     inserted_batchnorms,
     load_checkpoint,
+    recalibrate,
     replace_head,
     replace_output,
     save_checkpoint,
 )
+from bn_insert.graph.copies import unwrapped
 from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedHead, ReplacedOutput
 from support.networks import AWKWARD, HeldAsAttributes, images, randomised, small_vgg
 from support.vgg_specs import Conv, Dense, Spec, vgg_of
@@ -54,6 +57,32 @@ def read_back(network: nn.Module, path: Path, make: Callable[[], nn.Module]) -> 
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert all(parameter.requires_grad for parameter in result.parameters())
     return result
+
+
+def test_a_graph_module_keeps_its_history_in_every_copy(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+
+    x = images(4, 8)
+    inserted = insert_batchnorm(make(), [x])
+    for network in (recalibrate(inserted, [x]), copy.deepcopy(inserted), fold_batchnorm(copy.deepcopy(inserted), x)):
+        assert History.of(network).changes
+        save_checkpoint(network, tmp_path / "network.pth", overwrite=True)
+        loaded = load_checkpoint(tmp_path / "network.pth", model=make)
+        assert torch.equal(loaded(x), copy.deepcopy(network).eval()(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda network: torch.compile(network, backend="eager")])
+def test_a_function_may_return_a_wrapped_network(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+
+    x = images(4, 8)
+    inserted = insert_batchnorm(make(), [x])
+    save_checkpoint(inserted, tmp_path / "network.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "network.pth", model=make)(x), inserted.eval()(x))
+    given = make()
+    assert load_checkpoint(tmp_path / "network.pth", model=given) is not unwrapped(given)
 
 
 def first(output: Any) -> Tensor:
