@@ -222,11 +222,12 @@ OPPONENTS = (
     Opponent("AdamW, the checkpoint's dropout", ("--opt", "adamw"), -8),
     Opponent("AdamW, no dropout, output layer not fitted", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
-# With inserted BatchNorm: the defaults, which are compared, and another optimizer. For batches of fewer than
-# 8 images the default was `--batchnorm train` once: runs from then have that among their options.
+# With inserted BatchNorm: the defaults, which are compared, and another optimizer.
 INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
+# For batches of fewer than 8 images, the default is Batch Renormalization.
+INSERTED_SMALL_BATCHES = INSERTED | {"inserted, batch statistics": ("--batchnorm", "train")}
 # Until it was seen what it costs, `finetune` left on the dropout between the last BatchNorm and the output layer. The
-# methods of runs from then end in these words.
+# methods of runs from then end in these words, and the last table compares them with those of today.
 EARLIER = "with the dropout before the output layer"
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
@@ -235,13 +236,8 @@ on the training images, then `finetune`, both with their defaults (and with SGD 
 `adapt --keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune`
 on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
 (factor 3.16, seed 0); of what was repeated with other seeds, the best on validation images over all seeds. Test
-accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing. Except for the networks
-whose own BatchNorm is folded, the rows of SGD with BatchNorm come from an earlier rule of the learning rate trials (a
-neighbor needed a loss that was 5% lower, and the rate fell during a trial); those of the defaults were measured, or
-their trials checked, with the present one.
-`--batchnorm train` was the default for batches of 4 too, until it failed on the network of thirteen convs: its rows are
-kept beside those of today's default, Batch Renormalization, or in their place where the network is not there any more.
-Rows "with the dropout before the output layer" are those of earlier defaults, too, which left that dropout on.
+accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing. With batches of 4,
+the default is Batch Renormalization; `--batchnorm train` normalizes by the batch.
 """
 
 
@@ -323,7 +319,8 @@ def _command(*arguments: object, check: bool = False) -> subprocess.CompletedPro
 
 def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Opponent]) -> None:
     """Run what is missing of a task: both sides with seed 0, then what is best without BatchNorm with other seeds."""
-    for (method, options), seed in product(INSERTED.items(), range(seeds)):
+    inserted = INSERTED_SMALL_BATCHES if TASKS[name].options == ("-b", "4") else INSERTED
+    for (method, options), seed in product(inserted.items(), range(seeds)):
         record.run(name, method, options, seed)
     for opponent in opponents:
         if TASKS[name].source and "--no-fit-output" in opponent.options:
@@ -369,13 +366,11 @@ def _best_repeated(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(lines: Sequence[dict[str, Any]], name: str) -> str:
     """Return the table of a task, from the runs that there are."""
     of_task = [line for line in lines if line["task"] == name]
-    inserted: dict[tuple[bool, tuple[str, ...]], list[dict[str, Any]]] = {}
+    inserted: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in of_task:
-        if _is_inserted(line["method"]):
-            earlier = line["method"].endswith(EARLIER)
-            inserted.setdefault((earlier, tuple(line["options"])), []).append(line)
-    defaults, ours = min(inserted.items(), key=lambda item: (item[0][0], len(item[0][1])))  # those of today, if there
-    theirs = _best_repeated(of_task)
+        if _is_inserted(line["method"]) and not line["method"].endswith(EARLIER):
+            inserted.setdefault(tuple(line["options"]), []).append(line)
+    ours, theirs = inserted[()], _best_repeated(of_task)
     difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
     error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
     title = TASKS[name].title
@@ -389,20 +384,35 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             "",
             "| | learning rate | seeds | test accuracy |",
             "|---|---|---|---|",
-            *(_row(f"inserted BatchNorm, {_options_text(*each)}", runs) for each, runs in sorted(inserted.items())),
+            *(_row(f"inserted BatchNorm, {_options_text(each)}", runs) for each, runs in sorted(inserted.items())),
             _row(f"without BatchNorm: {theirs[0]['method']}", theirs),
             "",
-            f"Difference of {_options_text(*defaults)}: {100 * difference:+.1f}"
-            + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
-            + " points.",
+            f"Difference of the defaults: {100 * difference:+.1f} ± {100 * error:.1f} points.",
             *_until_as_good(ours, mean(line["validation"] for line in theirs)),
         ]
     )
 
 
-def _options_text(earlier: bool, options: Sequence[str]) -> str:
-    text = f"`{' '.join(options)}`" if options else "the defaults"
-    return f"{text}, {EARLIER}" if earlier else text
+def _options_text(options: Sequence[str]) -> str:
+    return f"`{' '.join(options)}`" if options else "the defaults"
+
+
+def dropout_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table of what the dropout between the last BatchNorm and the output layer costs or gains."""
+    rows = ["| | left on | switched off (the default) | difference in points |", "|---|---|---|---|"]
+    for name, task in TASKS.items():
+        sides = [
+            [line for line in lines if (line["task"], line["method"], line["options"]) == (name, method, [])]
+            for method in (f"inserted, {EARLIER}", "inserted")
+        ]
+        if all(sides):
+            left_on, off = sides
+            difference = mean(line["test"] for line in off) - mean(line["test"] for line in left_on)
+            error = math.hypot(*(_standard_error(side) for side in sides))
+            cells = f"{_accuracy(left_on)} | {_accuracy(off)} | {100 * difference:+.1f} ± {100 * error:.1f}"
+            rows.append(f"| {task.title[0].upper()}{task.title[1:]} | {cells} |")
+    text = "The runs with it left on come from an earlier version, whose default that was."
+    return "\n".join(["## The dropout before the output layer", "", text, "", *rows])
 
 
 def _until_as_good(ours: Sequence[dict[str, Any]], validation: float) -> list[str]:
@@ -421,9 +431,12 @@ def _until_as_good(ours: Sequence[dict[str, Any]], validation: float) -> list[st
 
 def _row(title: str, side: Sequence[dict[str, Any]]) -> str:
     rates = ", ".join(dict.fromkeys(f"{line['lr']:g}" for line in side))
+    return f"| {title} | {rates} | {len(side)} | {_accuracy(side)} |"
+
+
+def _accuracy(side: Sequence[dict[str, Any]]) -> str:
     error = _standard_error(side)
-    test = f"{mean(line['test'] for line in side):.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-    return f"| {title} | {rates} | {len(side)} | {test} |"
+    return f"{mean(line['test'] for line in side):.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _standard_error(side: Sequence[dict[str, Any]]) -> float:
@@ -459,7 +472,8 @@ def main() -> None:
             run_task(record, name, options.seeds, [each for each in OPPONENTS if each.title in options.methods])
     names = [name for name in TASKS if any(line["task"] == name for line in record.lines)]
     machines = sorted({line["machine"] for line in record.lines})
-    sections = [INTRODUCTION.rstrip(), *(table(record.lines, name) for name in names), *machines]
+    tables = [*(table(record.lines, name) for name in names), dropout_table(record.lines)]
+    sections = [INTRODUCTION.rstrip(), *tables, *machines]
     (options.output / "command-line.md").write_text("\n\n".join(sections) + "\n")
 
 

@@ -202,8 +202,7 @@ class ImageReader:
                     )
                 if chunk.differing:
                     raise ImageError(
-                        f"pictures in one batch differ in size: {chunk.differing}; set a crop "
-                        f"({as_passed('crop')}), or use a batch size of 1"
+                        f"pictures in one batch differ in size: {chunk.differing}; set a crop ({as_passed('crop')})"
                     )
                 for path, reason in chunk.unreadable:
                     skipped.setdefault(path, reason)

@@ -98,8 +98,8 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
 def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdict:
     if _hardly_moved(shifts):
         text = (
-            "Nothing was adapted: the target has the statistics of the source (of the network's own BatchNorm, if it "
-            "has any), so there is nothing to gain."
+            "Nothing was adapted: the statistics of the target differ from those of the source (of the network's own "
+            "BatchNorm, if it has any) by no more than sampling error, so there is nothing to gain."
         )
         return Verdict("check", "Statistics", text)
     farthest = max(shifts, key=lambda shift: shift["mean_size"])

@@ -140,7 +140,10 @@ def _effective(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     shown_elsewhere = ("name", "settings", "epochs", "best_epoch", "health", "overview", "lr_trials")
-    return {name: value for name, value in run.items() if name not in shown_elsewhere}
+    facts = {name: value for name, value in run.items() if name not in shown_elsewhere}
+    if isinstance(data := facts.get("data"), Mapping):
+        facts["data"] = {name: value for name, value in data.items() if name != "epochs_for_trials"}
+    return facts
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -55,7 +55,8 @@ def run_health(
         leave_out = f" If the checkpoint was trained on other classes, leave out {fit}."
         lower_rate, other_rate = lower_rate + leave_out, other_rate + leave_out
     if classes > 1:
-        found += _loss(epochs, classes, settings, lower_rate, other_rate)
+        new_run = f"in a new run with {as_passed('epochs', needed)} or more" if needed else ""
+        found += _loss(epochs, classes, new_run or _more_epochs(epochs, settings), lower_rate, other_rate)
     if worst(found) != "bad":
         found += _not_better(epochs, output_fit, other_rate) or _best_at_first(epochs, lower_rate)
     return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
@@ -132,11 +133,11 @@ def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list
 
 
 def _loss(
-    epochs: Sequence[Mapping[str, Any]], classes: int, settings: Mapping[str, Any], lower_rate: str, other_rate: str
+    epochs: Sequence[Mapping[str, Any]], classes: int, more_epochs: str, lower_rate: str, other_rate: str
 ) -> list[Verdict]:
     guessing, last = math.log(classes), epochs[-1]
     lowest = min(epoch["val_loss"] for epoch in epochs)
-    falling, more_epochs = _still_falling(epochs, lowest, guessing), _more_epochs(epochs, settings)
+    falling = _still_falling(epochs, lowest, guessing)
     found = []
     guess = f"{guessing:.3f} = ln({classes}), the loss of guessing"
     if lowest > guessing:

@@ -92,6 +92,8 @@ def read_run(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         folder = path.parent
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; {_ADVICE}") from error
         if not folder.exists():
             raise CheckpointError(f"{folder} does not exist{did_you_mean(folder)}; {_ADVICE}") from error
         if found := len(list(folder.glob("*/report.json"))):

@@ -383,7 +383,7 @@ def _unless_kept(obstacle: object) -> GraphError:
 def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> GraphError | CalibrationError:
     name = type(model).__name__
     if insertion is None:
-        source = as_passed("source", option="SOURCE (`adapt CHECKPOINT SOURCE TARGET`)")
+        source = as_passed("source", option="SOURCE (bn-insert adapt CHECKPOINT SOURCE TARGET)")
         return CalibrationError(
             f"{name} has no BatchNorm: pass images of the kind that it was trained on as {source}, so that BatchNorm "
             "can be inserted"

@@ -66,7 +66,9 @@ class RunSummary:
         train, val = (sum(counts[part] for counts in self.classes.values()) for part in (0, 1))
         classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
         trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
-        norms = counted(self.batchnorms, "BatchNorm layer") + ", with Batch Renormalization" * self.renorm
+        norms = counted(self.batchnorms, "BatchNorm layer")
+        if self.renorm and self.trained_batchnorms:
+            norms += ", with Batch Renormalization"
         if self.batchnorms and not self.trained_batchnorms:
             norms += ", frozen"
         elif self.trained_batchnorms < self.batchnorms:

@@ -27,6 +27,7 @@ from rich.text import Text
 from .interruption import write_from_handler
 
 _PIPE_WIDTH = 120  # columns if the output is not a terminal, so that tables are not truncated
+_NARROWEST = 60  # columns of a terminal, below which tables would be cut
 _LONGEST = 4000  # characters of a text
 _LONGEST_CELL = 1000
 
@@ -62,9 +63,22 @@ class _Output:
         return getattr(self._stream, name)
 
 
+_results_lost = False
+
+
+def results_were_lost() -> bool:
+    """Return whether results could not be printed, other than because their reader has read enough."""
+    if sys.stdout is not None:
+        with suppress(ValueError):  # closed
+            sys.stdout.flush()
+    return _results_lost
+
+
 def _note_lost_results(error: OSError) -> None:
+    global _results_lost  # noqa: PLW0603 - of the process, as the stream is
     if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has read enough
-        print_note(f"Results cannot be printed: {error.strerror}. The command continues.")
+        _results_lost = True
+        print_note(f"Results cannot be printed: {error.strerror}. The command continues, and ends with exit code 1.")
 
 
 def survive_lost_output() -> None:
@@ -107,6 +121,8 @@ def _console(*, stderr: bool) -> Console:
     console = Console(file=stream, highlight=False, markup=False, color_system=color_system)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
+    elif not stderr:  # a progress bar has to know the true width
+        console.width = max(console.width, _NARROWEST)  # a terminal wraps lines, and cuts no digits off
     return console
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     # from other processes: on 2 busy cores, `insert` took 2.3 times as long with spinning threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .app import app  # noqa: PLC0415 - takes a third of a second
-    from .console import print_error, show_warnings, survive_lost_output  # noqa: PLC0415
+    from .console import print_error, results_were_lost, show_warnings, survive_lost_output  # noqa: PLC0415
 
     survive_lost_output()
     show_warnings()
@@ -42,6 +42,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        status = status or int(results_were_lost())
         raise
     except Exception as error:
         if "--traceback" in sys.argv:

@@ -27,8 +27,8 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
         Path,
         typer.Argument(
             metavar="IMAGES",
-            help="An image, a folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors) of "
-            "the shape that the network takes, such as N x C x H x W.",
+            help="An image, a folder of images, searched recursively, or a tensor file (.pt, .pth, .npy, .safetensors) "
+            "of the shape that the network takes, such as N x C x H x W.",
             show_default=False,
         ),
     ],

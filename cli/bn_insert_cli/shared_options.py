@@ -52,7 +52,7 @@ IgnoreUnexpected = Annotated[
     ),
 ]
 _IMAGES_HELP = (
-    "A folder of images, searched recursively, or a tensor file (.pt, .npy, .safetensors) of the shape that the "
+    "A folder of images, searched recursively, or a tensor file (.pt, .pth, .npy, .safetensors) of the shape that the "
     "network takes, such as N x C x H x W; for a network with several inputs, a file with a dict of tensors, keyed "
     "by the names of the forward's parameters."
 )

@@ -96,7 +96,7 @@ def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: 
 def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
     result = run("adapt", network_path(), digits, digits, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
-    assert "Nothing was adapted: the target has the statistics of the source" in text_of(result.stderr)
+    assert "Nothing was adapted: the statistics of the target differ from those of the source" in text_of(result.stderr)
 
 
 def test_folders_that_are_not_the_networks_classes_are_not_taken_for_labels(run: Run, digits: Path, dark: Path) -> None:
@@ -183,7 +183,7 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("dark",), "as SOURCE (`adapt CHECKPOINT SOURCE TARGET`)"),
+        (("dark",), "as SOURCE (bn-insert adapt CHECKPOINT SOURCE TARGET)"),
         (("digits", "dark", "dark"), "3 folders were given; pass SOURCE and TARGET"),
         (("digits", "missing"), "missing does not exist"),
         (("digits", "dark", "--report", "out.pth"), "use a name that ends in .html or .json"),

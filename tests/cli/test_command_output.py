@@ -44,12 +44,12 @@ def test_a_pipe_that_closes_early_does_not_change_the_exit_code(words: tuple[obj
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_full_output_is_noted_once_and_loses_no_work(digits: Path, tmp_path: Path) -> None:
+def test_a_full_output_is_noted_once_and_loses_no_work_but_is_no_success(digits: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
         command = ("insert", network_path(), digits, "-o", "out.pth", *AS_STORED)
         process = start_forked("-m", "bn_insert", *command, folder=tmp_path, stdout=full.fileno())
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == 1
     assert errors.count("Results cannot be printed: No space left on device") == 1
     assert (tmp_path / "out.pth").exists()
 

@@ -455,9 +455,7 @@ def test_pictures_of_several_sizes_in_one_batch_without_a_crop_are_named_with_th
     for number, size in enumerate([(12, 10), (12, 10), (12, 11), (9, 9)]):
         picture(number, size).save(tmp_path / f"{number}.png")
     uncropped = Transform(None, None)
-    message = (
-        r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; set a crop \(crop\), or use a batch size of"
-    )
+    message = r"differ in size: .*0.png has 12 x 10 and .*2.png has 12 x 11; set a crop \(crop\)$"
     with pytest.raises(ImageError, match=message):
         list(image_batches(tmp_path, uncropped, batch_size=3, workers=workers))
     assert len(list(image_batches(tmp_path, uncropped, batch_size=1, workers=workers))) == 4
