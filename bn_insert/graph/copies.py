@@ -159,10 +159,11 @@ def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
 
 def _uncopyable(model: nn.Module) -> str:
     """Return which attribute cannot be copied, in words; empty if each can by itself."""
+    memo: dict[int, Any] = {id(each): each for each in (*model.modules(), *model.parameters())}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             try:
-                copy.deepcopy(value, {id(each): each for each in (*model.modules(), *model.parameters())})
+                copy.deepcopy(value, memo)
             except Exception:  # noqa: BLE001 - as above
                 return f" (attribute {f'{name}.{attribute}'.lstrip('.')})"
     return ""

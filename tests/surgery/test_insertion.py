@@ -15,9 +15,11 @@ from bn_insert import (
     CalibrationError,
     GraphError,
     calibrate,
+    compare_outputs,
     dropouts_before_batchnorm,
     find_edges,
     find_sites,
+    fold_batchnorm,
     insert,
     insert_at,
     insert_batchnorm,
@@ -806,3 +808,41 @@ def test_lazy_layers_are_named_until_their_shapes_are_known() -> None:
         insert_batchnorm(model, [images(2, 8)])
     model(images(2, 8))
     assert len(batchnorms(insert_batchnorm(model, [images(2, 8)]))) == 1
+
+
+class TakesBytes(nn.Module):
+    """A network that scales its images itself, as in reinforcement learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.conv(x.float() / 255)).relu().mean((2, 3)))
+
+
+class TakesWords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv, self.head = nn.Embedding(9, 6), nn.Conv1d(6, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.conv(self.embedding(ids).mT).relu().amax(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (TakesBytes(), torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)),
+        (TakesWords(), torch.randint(9, (40, 12))),
+    ],
+    ids=["bytes", "words"],
+)
+def test_a_network_may_take_integers(model: nn.Module, x: Tensor) -> None:
+    randomised(model)
+    result = insert_batchnorm(model, x.split(4))
+    assert compare_outputs(model, result, x.split(4)).bit_identical
+    mean, var = mean_and_var(activations(model, ["conv"], x.split(4))["conv"])
+    assert ((result.conv[1].running_mean - mean).abs() <= 1e-5 * var.sqrt()).all()
+    assert ((result.conv[1].running_var - var).abs() <= 1e-5 * var).all()
+    torch.testing.assert_close(fold_batchnorm(result.eval(), x)(x), model.eval()(x))
