@@ -29,6 +29,8 @@ from .example_input import peeked
 from .fold import fold
 from .insert import Insertion, insert
 
+_EPS, _MOMENTUM = 1e-5, 0.1  # the defaults of the arguments
+
 
 @dataclass(frozen=True, eq=False)
 class StatisticsShift:
@@ -150,7 +152,14 @@ def adapt(
     insertion = None
     if source is None:
         if with_statistics(model):  # else a source is missing, which is said below
-            _check_nothing_chosen(layers=layers, include_output=include_output, skip=skip, placement=placement)
+            _check_nothing_chosen(
+                layers=layers,
+                include_output=include_output,
+                skip=skip,
+                placement=placement,
+                eps=eps,
+                momentum=momentum,
+            )
     else:
         if not keep_batchnorm:
             source = _checked_to_fold(model, source)
@@ -349,19 +358,27 @@ def adapt_statistics(
 
 
 def _check_nothing_chosen(
-    *, layers: Kind | Iterable[Kind], include_output: bool, skip: Iterable[str], placement: Placement
+    *,
+    layers: Kind | Iterable[Kind],
+    include_output: bool,
+    skip: Iterable[str],
+    placement: Placement,
+    eps: float,
+    momentum: float | None,
 ) -> None:
-    """Raise GraphError if layers were chosen to insert BatchNorm after, although none is inserted."""
+    """Raise GraphError for arguments that matter only to BatchNorms that are inserted, although none is."""
     options = SiteOptions.checked(layers, include_output, skip, placement)
     chosen = {
         "layers": len(options.kinds) < len(get_args(Kind)),
         "include_output": include_output,
         "skip": bool(options.skip),
         "placement": placement != "before_activation",
+        "eps": eps != _EPS,
+        "momentum": momentum != _MOMENTUM,
     }
     if names := [as_passed(name) for name, is_chosen in chosen.items() if is_chosen]:
         raise GraphError(
-            f"leave out {' and '.join(names)}, which choose{'s' * (len(names) == 1)} where BatchNorm is inserted: "
+            f"leave out {' and '.join(names)}, which choose{'s' * (len(names) == 1)} how BatchNorm is inserted: "
             "without a source none is inserted, and every BatchNorm of the model is adapted"
         )
 

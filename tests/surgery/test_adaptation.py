@@ -146,11 +146,12 @@ def test_a_network_with_batchnorm_needs_no_source_and_keeps_its_layers() -> None
         ({"layers": "conv"}, "layers, which chooses"),
         ({"skip": ["features.*"], "include_output": True}, "include_output and skip, which choose"),
         ({"placement": "after_activation"}, "placement, which chooses"),
+        ({"eps": 0.1, "momentum": None}, "eps and momentum, which choose"),
     ],
 )
 def test_layers_cannot_be_chosen_where_none_gets_a_batchnorm(options: dict[str, Any], names: str) -> None:
     model = insert_batchnorm(small_vgg(), [source()])
-    with pytest.raises(GraphError, match=f"^leave out {names} where BatchNorm is inserted: without a source none is"):
+    with pytest.raises(GraphError, match=f"^leave out {names} how BatchNorm is inserted: without a source none is"):
         adapt_statistics(model, None, shifted(source()).split(32), **options)
     with pytest.raises(CalibrationError, match=r"^VGG has no BatchNorm: pass images"):
         adapt_statistics(small_vgg(), None, shifted(source()).split(32), **options)
