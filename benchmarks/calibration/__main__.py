@@ -295,6 +295,8 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--autocast", type=lambda name: getattr(torch, name), help="such as bfloat16")
     options = parser.parse_args()
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
     for table in options.tables:
         title, measure = TABLES[table]
         lines = [f"# {title}", ""]
