@@ -232,12 +232,13 @@ EARLIER = "with the dropout before the output layer"
 INTRODUCTION = """# The defaults of `insert` and `finetune` against the best without BatchNorm, on the command line
 
 `python -m benchmarks.finetuning.command_line` produces these tables from `command-line.jsonl`. With BatchNorm: `insert`
-on the training images, then `finetune`, both with their defaults (and with SGD for comparison); on noisy images,
-`adapt --keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune`
-on the checkpoint itself, with a warm-up of half an epoch, at the learning rate that is best on validation images
-(factor 3.16, seed 0); of what was repeated with other seeds, the best on validation images over all seeds. Test
-accuracy of `best.pth`, mean over the seeds with its standard error; test images choose nothing. With batches of 4,
-the default is Batch Renormalization; `--batchnorm train` normalizes by the batch.
+on the training images, then `finetune`, both with their defaults (and with SGD for comparison); on noisy images, `adapt
+--keep-batchnorm` instead of `insert`, with 1,000 images without noise as SOURCE. Without: `finetune` on the checkpoint
+itself, with a warm-up of half an epoch, at the learning rate that is best on validation images (factor 3.16, seed 0);
+of what was repeated with other seeds, the best on validation images over all seeds. Test accuracy of `best.pth`, mean
+over the seeds with its standard error; test images choose nothing. With batches of 4, the default is Batch
+Renormalization; `--batchnorm train` normalizes by the batch. Where a row of the defaults was measured before the last
+change to the learning rate trials, these were checked to choose the same rate.
 """
 
 
