@@ -272,12 +272,17 @@ class History:
     @classmethod
     def of(cls, model: nn.Module) -> History:
         """Return the history kept with a model; empty if bn-insert neither loaded nor changed it."""
-        kept = _attributes(unwrapped(model)).get(_ATTRIBUTE)
+        inner: nn.Module = unwrapped(model)
+        attributes = vars(inner).get("meta", {}) if isinstance(inner, fx.GraphModule) else vars(inner)
+        kept = attributes.get(_ATTRIBUTE)
         return kept if isinstance(kept, cls) else cls()
 
     def keep_with(self, model: nn.Module) -> None:
         """Keep this history with a model, in place of its previous one."""
-        _attributes(model)[_ATTRIBUTE] = self
+        attributes = vars(model)
+        if isinstance(model, fx.GraphModule):  # a copy of it is built anew, and takes only this attribute along
+            attributes = attributes.setdefault("meta", {})
+        attributes[_ATTRIBUTE] = self
 
     @property
     def unties(self) -> bool:
@@ -340,11 +345,6 @@ class History:
     def to_document(self) -> dict[str, Any]:
         """Return the history as JSON-ready data."""
         return {"function": self.function, "changes": [msgspec.to_builtins(change) for change in self.changes]}
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Return where a model keeps what its copies have, too: a GraphModule is copied by building it anew."""
-    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module:
