@@ -372,13 +372,10 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
         if _is_inserted(line["method"]) and not line["method"].endswith(EARLIER):
             inserted.setdefault(tuple(line["options"]), []).append(line)
     ours, theirs = inserted[()], _best_repeated(of_task)
-    difference = mean(line["test"] for line in ours) - mean(line["test"] for line in theirs)
-    error = math.hypot(*(_standard_error(side) for side in (ours, theirs)))
-    title = TASKS[name].title
     searched = dict.fromkeys(line["method"] for line in of_task if not _is_inserted(line["method"]))
     return "\n".join(
         [
-            f"## {title[0].upper()}{title[1:]}",
+            f"## {_title(name)}",
             "",
             f"{counted(TASKS[name].epochs, 'epoch')}. Without BatchNorm: {'; '.join(searched)}; the best on validation "
             "images is shown.",
@@ -388,7 +385,7 @@ def table(lines: Sequence[dict[str, Any]], name: str) -> str:
             *(_row(f"inserted BatchNorm, {_options_text(each)}", runs) for each, runs in sorted(inserted.items())),
             _row(f"without BatchNorm: {theirs[0]['method']}", theirs),
             "",
-            f"Difference of the defaults: {100 * difference:+.1f} ± {100 * error:.1f} points.",
+            f"Difference of the defaults: {_difference(ours, theirs)} points.",
             *_until_as_good(ours, mean(line["validation"] for line in theirs)),
         ]
     )
@@ -401,17 +398,15 @@ def _options_text(options: Sequence[str]) -> str:
 def dropout_table(lines: Sequence[dict[str, Any]]) -> str:
     """Return the table of what the dropout between the last BatchNorm and the output layer costs or gains."""
     rows = ["| | left on | switched off (the default) | difference in points |", "|---|---|---|---|"]
-    for name, task in TASKS.items():
+    for name in TASKS:
         sides = [
             [line for line in lines if (line["task"], line["method"], line["options"]) == (name, method, [])]
             for method in (f"inserted, {EARLIER}", "inserted")
         ]
         if all(sides):
             left_on, off = sides
-            difference = mean(line["test"] for line in off) - mean(line["test"] for line in left_on)
-            error = math.hypot(*(_standard_error(side) for side in sides))
-            cells = f"{_accuracy(left_on)} | {_accuracy(off)} | {100 * difference:+.1f} ± {100 * error:.1f}"
-            rows.append(f"| {task.title[0].upper()}{task.title[1:]} | {cells} |")
+            cells = (_title(name), _accuracy(left_on), _accuracy(off), _difference(off, left_on))
+            rows.append(f"| {' | '.join(cells)} |")
     text = "The runs with it left on come from an earlier version, whose default that was."
     return "\n".join(["## The dropout before the output layer", "", text, "", *rows])
 
@@ -433,6 +428,18 @@ def _until_as_good(ours: Sequence[dict[str, Any]], validation: float) -> list[st
 def _row(title: str, side: Sequence[dict[str, Any]]) -> str:
     rates = ", ".join(dict.fromkeys(f"{line['lr']:g}" for line in side))
     return f"| {title} | {rates} | {len(side)} | {_accuracy(side)} |"
+
+
+def _title(name: str) -> str:
+    title = TASKS[name].title
+    return f"{title[0].upper()}{title[1:]}"
+
+
+def _difference(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> str:
+    """Return by how much the accuracy of the first is higher, in points, with the standard error if there is one."""
+    difference = mean(line["test"] for line in first) - mean(line["test"] for line in second)
+    error = math.hypot(_standard_error(first), _standard_error(second))
+    return f"{100 * difference:+.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 
 
 def _accuracy(side: Sequence[dict[str, Any]]) -> str:
