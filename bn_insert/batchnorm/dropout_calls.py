@@ -29,7 +29,7 @@ def dropout_calls(network: nn.Module, example: Any) -> dict[str, float]:
     Returns:
         Probabilities by the name of the function, such as F.dropout; none where the forward fails.
     """
-    copy = working_copy(network).train()
+    copy = working_copy(network, training=True)
     for module in copy.modules():
         if isinstance(module, _DropoutNd | _NormBase):
             module.eval()

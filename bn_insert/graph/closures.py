@@ -11,10 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
@@ -25,12 +26,20 @@ _DEEPEST = 20  # of containers in containers
 def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a deep copy of a model in which functions refer to the modules of the copy.
 
+    Tensors that `copy.deepcopy` refuses are copied without their history: the weight that old-style weight_norm
+    computes, outputs that a forward keeps.
+
     Args:
         model: The model.
         memo: As for `copy.deepcopy`.
     """
     modules = {id(module) for module in model.modules()}
-    functions = [each for each in reachable(_attributes(model)) if _is_about(each, modules)]
+    functions: list[FunctionType] = []
+    for value in _reachable(chain.from_iterable(vars(module).values() for module in model.modules())):
+        if _is_about(value, modules):
+            functions.append(value)
+        elif isinstance(value, Tensor) and value.grad_fn:
+            memo.setdefault(id(value), value.detach().clone())
     cells: dict[int, CellType] = {}  # functions may share a variable
     copies = {id(each): _with_empty_cells(each, cells) for each in functions}
     memo.update(copies)
@@ -61,22 +70,17 @@ def modules_held_elsewhere(model: nn.Module) -> set[int]:
         values = [
             value for name, value in vars(module).items() if name not in _TENSORS_AND_CHILDREN and "_hooks" not in name
         ]
-        reached = {id(each) for each in reachable(values, through_methods=False, unless_in=modules)}
+        reached = {id(each) for each in _reachable(values, through_methods=False, unless_in=modules)}
         found |= reached & modules - {id(module)}
     return found
 
 
-def _attributes(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        yield from (value for name, value in vars(module).items() if name not in _TENSORS_AND_CHILDREN)
-
-
 def _is_about(value: Any, modules: set[int]) -> bool:
     """Return whether a value is a function that reaches one of the modules."""
-    return isinstance(value, FunctionType) and any(id(each) in modules for each in reachable([value]))
+    return isinstance(value, FunctionType) and any(id(each) in modules for each in _reachable([value]))
 
 
-def reachable(
+def _reachable(
     values: Iterable[Any], *, through_methods: bool = True, unless_in: set[int] | None = None
 ) -> Iterator[Any]:
     """Yield the values and what is in them, each once.

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import GraphError, out_of_memory
 from ..support.arguments import usable_device
 from ..support.text import first_line
-from .closures import deepcopy_with_functions, reachable
+from .closures import deepcopy_with_functions
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -83,7 +83,7 @@ def tied_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield other, name
 
 
-def working_copy(model: AnyModule, device: torch.device | str | None = None) -> AnyModule:
+def working_copy(model: AnyModule, device: torch.device | str | None = None, *, training: bool = False) -> AnyModule:
     """Return a copy in eval mode for temporary use: changes to its flags and hooks do not affect the model.
 
     A class with a `train` method of its own may change weights there, as in LoRA layers that merge theirs for
@@ -94,6 +94,7 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
         model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
         device: Device of the copy. On the device of its parameters, the copy shares them if it can, and then needs no
             memory.
+        training: Return it in train mode instead.
 
     Raises:
         GraphError: The model is not a module that can be copied.
@@ -105,6 +106,8 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None) -> 
     place = None if device is None else usable_device(device)
     network = deep_copy(model) if _switches_modes_itself(model) else shared_copy(model, place)
     network.eval()  # not what it returns: a class may have a `train` that returns nothing
+    if training:
+        network.train()
     return network if place is None else network.to(place)
 
 
@@ -126,8 +129,8 @@ def shared_copy(model: AnyModule, device: torch.device | str | None = None) -> A
         device: Device of the copy's parameters. On another device than theirs, they are copied there.
     """
     model = unwrapped(model)
-    shared: dict[int, Tensor] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
-    return _copied(model, _computed(model) | shared)
+    shared: dict[int, Any] = {id(parameter): _on_device(parameter, device) for parameter in model.parameters()}
+    return _copied(model, shared)
 
 
 def deep_copy(model: AnyModule) -> AnyModule:
@@ -136,8 +139,7 @@ def deep_copy(model: AnyModule) -> AnyModule:
     Args:
         model: The model; of a wrapped model (see `unwrapped`), the module inside is copied.
     """
-    model = unwrapped(model)
-    return _copied(model, _computed(model))
+    return _copied(unwrapped(model), {})
 
 
 def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
@@ -200,12 +202,6 @@ def unchanged_attributes(model: nn.Module) -> Iterator[None]:
 
 def _same_items(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> bool:
     return first.keys() == second.keys() and all(first[key] is second[key] for key in second)
-
-
-def _computed(model: nn.Module) -> dict[int, Any]:
-    """Return copies of tensors that deepcopy refuses: the weight that old-style weight_norm computes, kept outputs."""
-    values = reachable(chain.from_iterable(vars(module).values() for module in model.modules()))
-    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and value.grad_fn}
 
 
 def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:

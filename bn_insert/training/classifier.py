@@ -140,7 +140,7 @@ class Classifier:
         Raises:
             TrainingError: When it does not return one logit per class, or the images are too small for it.
         """
-        network = working_copy(self.network).train()
+        network = working_copy(self.network, training=True)
         for module in network.modules():
             if isinstance(module, _BatchNorm):  # neither a batch of one value nor other processes matter
                 module.eval()

@@ -162,7 +162,7 @@ class _Examples(NamedTuple):
 
 def _as_trained(model: nn.Module, *, dropout: bool) -> nn.Module:
     """Return a copy in train mode, with its dropout or without."""
-    network = working_copy(model).train()
+    network = working_copy(model, training=True)
     for module in network.modules():
         # Ranks may have different numbers of batches, so that none may wait for the statistics of the others.
         if isinstance(module, nn.SyncBatchNorm) or (isinstance(module, _DropoutNd) and not dropout):

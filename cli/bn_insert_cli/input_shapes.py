@@ -136,7 +136,9 @@ def _copy(model: nn.Module, values: bool) -> nn.Module | None:
             copies = {id(each): each.detach().to("meta") for each in (*model.buffers(), *computed)}
             for each in model.parameters():
                 copies[id(each)] = nn.Parameter(each.detach().to("meta"), each.requires_grad)
-        return copy.deepcopy(model, copies).eval()
+        result = copy.deepcopy(model, copies)
+        result.eval()
+        return result
     return None
 
 

@@ -21,7 +21,7 @@ from bn_insert import (
     recalibrate,
     train_mode_agreement,
 )
-from bn_insert.graph.copies import protected_passes
+from bn_insert.graph.copies import protected_passes, working_copy
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {
     "in place": lambda layer: layer.weight.mul_(1.5),
@@ -192,6 +192,7 @@ def test_a_train_method_that_returns_nothing_does_not_matter() -> None:
 
     model, x = Frozen(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(2, 3, 6, 6)
     assert compare_outputs(model, insert_batchnorm(model, [x], include_output=True), [x]).bit_identical
+    assert working_copy(model, training=True).training
 
 
 @pytest.mark.parametrize("keep", [lambda kept, y: kept.append(y), lambda kept, y: kept.append({"low": (y,)})])
