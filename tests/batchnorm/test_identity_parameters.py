@@ -35,7 +35,7 @@ def drawn_moments(channels: int, seed: int, smallest: float = -20, largest: floa
     return Moments(100, mean, var * 99)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     channels=st.integers(1, 300),
     seed=st.integers(0, 2**32),

@@ -77,8 +77,7 @@ def no_privileges() -> Iterator[None]:
 # Whether there is an output to replace.
 OUTPUTS = [
     (insert, "out.pth", SIZE // 2, False),
-    (insert, "out.safetensors", SIZE // 2, True),
-    (fold, "out.pth", SIZE // 2, True),
+    (fold, "out.safetensors", SIZE // 2, True),
     (finetune, "new/run", SIZE // 2, False),
     (finetune, "new/run", SIZE * 3 // 2, True),  # checkpoints fit, the state with its momentum does not
 ]

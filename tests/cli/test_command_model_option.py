@@ -421,6 +421,8 @@ def test_images_are_read_in_color_whatever_the_first_conv_that_is_declared_takes
         assert result.exit_code == 0, result.output
         means.append(torch.load("bn.pth")["first.1.running_mean"])
     assert torch.allclose(*means, rtol=0, atol=1e-5)
+    if name != OF_COLORS[0]:
+        return  # one is enough for the other commands, which find the channels by the same function
     for words in (
         ("inspect", f"{name}.pth"),
         ("predict", "bn.pth", "images", *AS_STORED),

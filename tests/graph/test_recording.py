@@ -55,10 +55,6 @@ def by_numpy(_: nn.Module, x: Tensor) -> Tensor:
     return x * float(x.detach().numpy().mean())
 
 
-def formatted(_: nn.Module, x: Tensor) -> Tensor:
-    return x * float(f"{x.mean():.3f}")
-
-
 def from_data(network: Any, x: Tensor) -> Tensor:
     weight = network.conv2.weight.data
     return x * (weight / weight.norm()).sum()
@@ -70,11 +66,7 @@ def of_plain_type(_: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def through_numpy(_: nn.Module, x: Tensor) -> Tensor:
-    return torch.from_numpy(x.numpy() * 2)
-
-
-BETWEEN = [by_numpy, formatted, from_data, of_plain_type, through_numpy]
+BETWEEN = [by_numpy, from_data, of_plain_type]
 AT_END = [Outputs, Result, lambda x: ByAttribute(logits=x)]
 
 
@@ -117,15 +109,12 @@ def not_exported(*_: object) -> None:
     "name",
     [
         "squeeze and excite",
-        "attention gate",
         "one weight for two convs",
         "recurrent refinement",
         "traced by torch.fx",
         "layers under autocast",
-        "a class with its own __call__",
         "unpooling by positions (SegNet)",
         "forward takes a dict",
-        "Siamese network",
         "weight_norm",
     ],
 )

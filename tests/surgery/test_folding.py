@@ -432,7 +432,7 @@ PIECES: tuple[Callable[[], nn.Module], ...] = (
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=2, max_size=7), seed=st.integers(0, 99), flip=st.booleans())
 def test_whatever_is_folded_the_function_stays_the_same(
     pieces: list[Callable[[], nn.Module]], seed: int, flip: bool

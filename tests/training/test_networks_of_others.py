@@ -311,8 +311,10 @@ def test_without_an_example_a_batchnorm_that_is_declared_after_the_output_layer_
     replace_output(OutputFirst(), 3, example=torch.rand(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("build", [AttentionPooling, Temperature, Auxiliary])
-@pytest.mark.parametrize("batchnorm", [False, True])
+@pytest.mark.parametrize(
+    ("build", "batchnorm"),
+    [(AttentionPooling, True), (AttentionPooling, False), (Temperature, False), (Auxiliary, True)],
+)
 def test_the_output_layer_has_as_many_outputs_as_logits_and_an_effect_on_them_whatever_is_called_after_it(
     digits: ClassFolders, tmp_path: Path, build: Callable[[int], nn.Module], batchnorm: bool
 ) -> None:
