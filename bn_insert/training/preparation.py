@@ -28,10 +28,18 @@ def batchnorm_mode(model: nn.Module, settings: TrainingSettings) -> BatchNormMod
     """Return what BatchNorms do in training: the mode of the settings or, if they have none, that for the batch size.
 
     Batch Renormalization corrects towards the running statistics, which a BatchNorm that is new does not have yet.
+
+    Raises:
+        TrainingError: For Batch Renormalization where there is no BatchNorm.
     """
-    if settings.batchnorm is not None:
-        return settings.batchnorm
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if settings.batchnorm is not None:
+        if settings.batchnorm == "renorm" and not norms and settings.head is None:
+            raise TrainingError(
+                f"{type(model).__name__} has no BatchNorm for {as_passed('batchnorm', 'renorm')}; insert it first "
+                "(bn-insert insert), or leave that out"
+            )
+        return settings.batchnorm
     small = settings.batch_size < _SMALLEST_TO_NORMALIZE_BY and settings.head is None and not settings.sync_bn
     return "renorm" if small and norms and all(map(_has_statistics, norms)) else "train"
 

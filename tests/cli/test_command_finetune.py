@@ -213,6 +213,10 @@ def test_a_loss_that_is_nan_ends_with_what_to_try(run: Run, digits: Path) -> Non
         (("DIGITS", "--opt", "lion"), "Invalid value for '--opt'"),
         (("DIGITS", "--head", "wide"), "'wide' is neither keep nor a width, such as 512"),
         (("DIGITS", "--train", "batchnorm"), "has no BatchNorm to train; insert it first (bn-insert insert)"),
+        (
+            ("DIGITS", "--batchnorm", "renorm"),
+            "has no BatchNorm for --batchnorm renorm; insert it first (bn-insert insert)",
+        ),
         (("DIGITS", "--crop-scale", "0"), "--crop-scale is 0.0; use a fraction of the area"),
         (("DIGITS/train",), "train has no folder train/ (did you mean DIGITS?)"),
     ],
