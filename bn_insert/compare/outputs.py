@@ -13,7 +13,7 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
-from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+from ..statistics.passes import Batch, Progress, failures_named, for_each_batch, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Comparison:
         top1_agreement: Fraction of images (for dense prediction: of positions) with the same largest class; NaN where
             outputs have fewer than two classes.
         bit_identical: Whether every output equals its reference exactly (+0 and -0 count as equal).
+        random: Whether the reference draws random numbers from PyTorch in eval mode, as a variational autoencoder does,
+            and a forward that calls `F.dropout` without `training=self.training`. The candidate draws the same.
     """
 
     images: int
@@ -35,6 +37,7 @@ class Comparison:
     max_rel: float
     top1_agreement: float
     bit_identical: bool
+    random: bool = False
 
     def within(self, atol: float | None = None, rtol: float | None = None) -> bool:
         """Return whether max_abs and max_rel are within these bounds; None means no bound."""
@@ -47,7 +50,8 @@ def compare_outputs(
     """Run both models in eval mode on the same inputs, and return the differences of their outputs.
 
     Each model runs on its own device and in its own dtype. Several outputs (tuples, lists, dicts) are compared one by
-    one; top-1 agreement is that of the first. The models are not changed, and PyTorch's random state is restored.
+    one; top-1 agreement is that of the first. Models that draw random numbers from PyTorch in eval mode draw the same.
+    The models are not changed, and PyTorch's random state is restored.
 
     Args:
         reference: The model whose outputs are taken as correct. If it is a DataParallel, DistributedDataParallel or
@@ -69,7 +73,10 @@ def compare_outputs(
     differences = _Differences()
 
     def run(batch: Batch) -> None:
-        expected = _outputs("reference", reference, batch)
+        with preserved_random_state():
+            before = _random_states()
+            expected = _outputs("reference", reference, batch)
+            differences.random |= not all(map(torch.equal, before, _random_states()))
         actual = _outputs("candidate", candidate, batch)
         _check(expected, actual, batch.number)
         differences.add(expected, actual)
@@ -110,6 +117,7 @@ class _Differences:
     agreeing: int = 0
     predictions: int = 0
     bit_identical: bool = True
+    random: bool = False
 
     def add(self, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
         """Include one batch: its outputs from the reference and from the candidate, with the images in dimension 0."""
@@ -130,7 +138,12 @@ class _Differences:
     def comparison(self, images: int) -> Comparison:
         """Return the differences over all batches."""
         agreement = self.agreeing / self.predictions if self.predictions else float("nan")
-        return Comparison(images, self.max_abs, self.max_rel, agreement, self.bit_identical)
+        return Comparison(images, self.max_abs, self.max_rel, agreement, self.bit_identical, self.random)
+
+
+def _random_states() -> list[Tensor]:
+    """Return the states of PyTorch's random number generators, on all devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
 def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:

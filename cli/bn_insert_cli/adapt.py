@@ -201,8 +201,8 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         }
         with saying_what_is_written(output if accepted else None):
             _write_report(report, facts | findings, checkpoint, output if accepted else None, force=force)
+    warn_of_random_outputs(comparisons.values(), network, checkpoint, target.head(CHECK_IMAGES), atol=atol, rtol=rtol)
     if not accepted:
-        warn_of_random_outputs(network, checkpoint, target.head(CHECK_IMAGES), atol, rtol)
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     _warn_of_other_architecture(adaptation, output)

@@ -109,8 +109,7 @@ def compare(  # noqa: PLR0917 - options are keyword-only on the command line
     with image_progress("comparing", batches.images) as progress:
         comparison = compare_outputs(reference, candidate, batches, progress=progress)
     within = comparison.within(atol, rtol)
-    if not within:
-        warn_of_random_outputs(reference, a, batches.head(CHECK_IMAGES), atol, rtol)
+    warn_of_random_outputs([comparison], reference, a, batches.head(CHECK_IMAGES), atol=atol, rtol=rtol)
     if as_json:
         print_json({"device": str(target), "within_tolerance": within} | asdict(comparison))
         raise typer.Exit(0 if within else CHECK_FAILED)

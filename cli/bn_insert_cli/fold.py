@@ -118,8 +118,8 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No images given: the result is checked on {len(inputs[0])} random inputs of {shown}.")
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
+    warn_of_random_outputs([comparison], network, checkpoint, inputs[:1], atol=atol, rtol=rtol)
     if not comparison.within(atol, rtol):
-        warn_of_random_outputs(network, checkpoint, inputs[:1], atol, rtol)
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     write_checkpoint(

@@ -205,8 +205,8 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             _write_report(
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
+    warn_of_random_outputs(comparisons.values(), network, checkpoint, batches.head(CHECK_IMAGES), atol=atol, rtol=rtol)
     if not accepted:
-        warn_of_random_outputs(network, checkpoint, batches.head(CHECK_IMAGES), atol, rtol)
         print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
         raise typer.Exit(CHECK_FAILED)
     # Printed by the caller: not by the demo, which deletes this file.

@@ -142,25 +142,39 @@ def allowed(atol: float | None, rtol: float | None) -> str:
 
 
 def warn_of_random_outputs(
-    original: nn.Module, name: str, inputs: Iterable[Any], atol: float | None, rtol: float | None
+    comparisons: Iterable[Comparison],
+    original: nn.Module,
+    name: str,
+    inputs: Iterable[Any],
+    *,
+    atol: float | None,
+    rtol: float | None,
 ) -> None:
-    """Warn, where outputs differ by more than allowed, if those of the original alone do so between two runs.
+    """Warn if a network is random in eval mode: by PyTorch's random numbers, which both networks draw, or others.
 
     Args:
+        comparisons: The comparisons with it. If all are within what is allowed, nothing more is run.
         original: The network that the other was compared with.
         name: Its checkpoint.
-        inputs: A few batches for the two runs.
+        inputs: A few batches for two runs.
         atol: --atol.
         rtol: --rtol.
     """
     from bn_insert import compare_outputs, finite_part  # noqa: PLC0415
 
-    reference, _ = finite_part(original)
-    if not compare_outputs(reference, reference, inputs).within(atol, rtol):
+    comparisons = list(comparisons)
+    if any(comparison.random for comparison in comparisons):
         print_warning(
-            f"the outputs of {name} itself differ between two runs on the same inputs: its forward is random in eval "
-            "mode; check that F.dropout gets training=self.training."
+            f"the forward of {name} draws random numbers in eval mode; for the comparison, both networks drew the "
+            "same. If it is not meant to sample, check that F.dropout gets training=self.training."
         )
+    elif not all(comparison.within(atol, rtol) for comparison in comparisons):
+        reference, _ = finite_part(original)
+        if not compare_outputs(reference, reference, inputs).within(atol, rtol):
+            print_warning(
+                f"the outputs of {name} itself differ between two runs on the same inputs, and not by PyTorch's random "
+                "numbers, which were the same; check what else its forward depends on in eval mode."
+            )
 
 
 def write_checkpoint(

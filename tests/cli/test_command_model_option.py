@@ -24,6 +24,8 @@ from support.digits import copy_labelled_digits
 MODEL = ("--model", "my_nets:make")
 
 NETS = """
+import random
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -47,6 +49,11 @@ class Random(Net):
         return super().forward(F.dropout(x, 0.5))
 
 
+class RandomElsewhere(Net):
+    def forward(self, x):
+        return super().forward(x * random.random())
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,6 +69,10 @@ def make():
 
 def make_random():
     return Random()
+
+
+def make_random_elsewhere():
+    return RandomElsewhere()
 
 
 def make_seven():
@@ -156,18 +167,21 @@ def test_a_checkpoint_that_names_its_function_is_not_read_without_it(run: Run, d
     ],
     ids=lambda command: command[0],
 )
-def test_where_outputs_differ_because_the_forward_is_random_it_is_said(
+def test_where_the_forward_is_random_it_is_said_and_pytorch_s_random_numbers_are_those_of_the_original(
     run: Run, digits: Path, command: tuple[str, ...]
 ) -> None:
     words = [digits / word if word in {"train", "val"} else word for word in command]
     if command[0] == "fold":
         assert run("insert", "net.pth", digits / "val", "-o", "bn.pth", *AS_STORED, *MODEL).exit_code == 0
         shutil.move("bn.pth", "net.pth")
-    failed = run(*words, *AS_STORED[:-2], "--model", "my_nets:make_random")
+    failed = run(*words, *AS_STORED[:-2], "--model", "my_nets:make_random_elsewhere")
     assert failed.exit_code == 1, failed.output
     assert "the outputs of net.pth itself differ between two runs on the same inputs" in text_of(failed.stderr)
-    assert "check that F.dropout gets training=self.training" in text_of(failed.stderr)
     assert "The outputs differ by more than --rtol 0.0001 allows" in text_of(failed.stdout)
+    done = run(*words, *AS_STORED[:-2], "--model", "my_nets:make_random")
+    assert done.exit_code == 0, done.output
+    assert "the forward of net.pth draws random numbers in eval mode" in text_of(done.stderr)
+    assert "check that F.dropout gets training=self.training" in text_of(done.stderr)
 
 
 def test_compare_takes_two_architectures_and_torchvision_s_names_need_none(

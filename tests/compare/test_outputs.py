@@ -44,6 +44,16 @@ def test_a_model_equals_its_insertion() -> None:
     assert compare_outputs(model, result, [images(4, 16, seed=2)]) == Comparison(4, 0.0, 0.0, 1.0, True)
 
 
+def test_a_model_that_samples_gets_the_random_numbers_of_the_reference_and_is_said_to_sample() -> None:
+    model = passing(lambda x: x + torch.randn_like(x))
+    state = torch.get_rng_state()
+    batches = DataLoader(TensorDataset(features(20, 5)), batch_size=4, shuffle=True)
+    assert compare_outputs(model, model, batches) == Comparison(20, 0.0, 0.0, 1.0, True, random=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not compare_outputs(passing(), model, batches).random  # of the reference alone
+    assert not compare_outputs(model, passing(lambda x: x + torch.rand_like(x)), batches).bit_identical
+
+
 def test_a_model_that_works_on_its_input_in_place_equals_itself_and_leaves_the_batch_alone() -> None:
     model, x = passing(lambda x: x.sub_(1)), features(4, 5)
     before = x.clone()
