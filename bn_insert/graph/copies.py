@@ -156,6 +156,10 @@ def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
     modules = dict(model.named_modules())
     for name, module in result.named_modules():
         module.training = modules[name].training
+        if isinstance(module, torch.jit.ScriptModule):
+            for parameter in module.parameters():
+                if not parameter.is_leaf:
+                    parameter.detach_().requires_grad_()  # PyTorch computes it from the original's
     return result
 
 

@@ -225,3 +225,29 @@ def test_what_cannot_be_copied_is_named() -> None:
     for call in (lambda: insert_batchnorm(model, [torch.rand(2, 3, 6, 6)]), lambda: compare_outputs(model, model, [])):
         with pytest.raises(GraphError, match=message):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning", "ignore:.*is deprecated")
+@pytest.mark.filterwarnings("ignore:no BatchNorm was inserted after layers that are not modules of torch.nn")
+def test_the_parameters_of_a_scripted_part_are_trained_in_the_copy_alone() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.frozen = (torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())) for _ in range(2))
+            for parameter in self.frozen.parameters():
+                parameter.requires_grad_(False)
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.conv(self.frozen(self.stem(x))).relu().mean((2, 3)))
+
+    model = Partly().eval()
+    result = insert_batchnorm(model, [torch.rand(8, 3, 16, 16)])
+    parameters = dict(result.named_parameters())
+    torch.optim.SGD(parameters.values(), lr=0.1)
+    result(torch.rand(8, 3, 16, 16)).sum().backward()
+    assert {name for name, parameter in parameters.items() if parameter.grad is None} == {
+        "frozen.0.weight",
+        "frozen.0.bias",
+    }
+    assert all(parameter.grad is None for parameter in model.parameters())

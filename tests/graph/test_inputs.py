@@ -88,3 +88,14 @@ def test_a_call_that_passes_everything_on_has_the_inputs_of_the_forward() -> Non
 def test_what_is_no_model_is_a_graph_error_with_the_way_out(model: Any, message: str) -> None:
     with pytest.raises(GraphError, match=f"^{message}"):
         forward_inputs(model)
+
+
+def test_a_dict_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_passed() -> None:
+    class TakesDict(TwoConvs):
+        def forward(self, batch: Any) -> Any:
+            return super().forward(batch["image"])
+
+    with pytest.raises(
+        GraphError, match=r"If its forward takes a dict, annotate that parameter as one \(batch: dict\)"
+    ):
+        insert(TakesDict(), [{"image": images(4, 16)}])
