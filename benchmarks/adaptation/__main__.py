@@ -37,13 +37,13 @@ from ..machine import machine
 from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
 from .corruptions import CORRUPTIONS, FOR_CHOOSING, SEVERITIES, corrupted
+from .package_corruptions import package_corrupted
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (1, 8, 32, 128, 1000)
 SOURCE_IMAGES, TEST_IMAGES, BATCH = 1024, 1000, 32
 CLEAN = "clean"
-# Clean images have no severities: theirs are as many draws of the images adapted to.
-CASES = [(name, severity) for name in (CLEAN, *CORRUPTIONS) for severity in SEVERITIES]
+IN_PACKAGE_ALONE = ("frost", "spatter")
 
 
 def main() -> None:
@@ -53,13 +53,17 @@ def main() -> None:
     parser.add_argument("--network", type=Path, required=True, help="checkpoint of a VGG trained on it")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--name", default="adaptation", help="of the results: NAME.jsonl, NAME.md and NAME.png")
+    parser.add_argument("--package", action="store_true", help="the stronger corruptions of imagecorruptions-imaug")
     parser.add_argument("--severities", type=int, nargs="+", default=list(SEVERITIES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = Record(options.output / f"{options.name}.jsonl")
     lines = record.lines
     done = {(line["corruption"], line["severity"]) for line in lines}
-    missing = [case for case in CASES if case not in done and case[1] in options.severities]
+    names = (CLEAN, *CORRUPTIONS, *(IN_PACKAGE_ALONE if options.package else ()))
+    # Clean images have no severities: theirs are as many draws of the images adapted to.
+    cases = [(name, severity) for severity in options.severities for name in names]
+    missing = [case for case in cases if case not in done]
     if missing:
         network = load_checkpoint(options.network).eval()
         train, _ = load_part(options.folder, "train")
@@ -69,7 +73,12 @@ def main() -> None:
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
         test, pool = order[:TEST_IMAGES], order[TEST_IMAGES : TEST_IMAGES + max(TARGETS)]
         for name, severity in missing:
-            pixels = val if name == CLEAN else corrupted(val, name, severity)
+            if name == CLEAN:
+                pixels = val
+            elif options.package:
+                pixels = package_corrupted(val, name, severity)
+            else:
+                pixels = corrupted(val, name, severity)
             images, wanted = preprocess(pixels[test]), labels[test]
             generator = torch.Generator().manual_seed(crc32(f"{name} {severity}".encode()))
             drawn = pool[torch.randperm(len(pool), generator=generator)]
@@ -100,7 +109,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 def by_corruption(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the accuracies of each corruption, as means over its severities."""
     result = {}
-    for name in (CLEAN, *CORRUPTIONS):
+    for name in (CLEAN, *CORRUPTIONS, *IN_PACKAGE_ALONE):
         cases = [line for line in lines if line["corruption"] == name]
         if cases:
             result[name] = {"original": mean(case["original"] for case in cases)} | {

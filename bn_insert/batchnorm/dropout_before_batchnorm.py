@@ -22,8 +22,8 @@ def dropouts_before_batchnorm(model: nn.Module, example: Any) -> list[str]:
 
     A dropout counts if a path leads from it to a BatchNorm with no other normalization in between, whatever layers,
     activations and pooling layers are on that path. A BatchNorm in mode "freeze" or "freeze-statistics" normalizes by
-    fixed statistics and does not count, nor does a dropout with p = 0. Calls to `F.dropout` are not listed, since they
-    have no module to name.
+    fixed statistics and does not count, nor does a dropout with p = 0, or one that is also on in eval mode. Calls to
+    `F.dropout` are not listed, since they have no module to name.
 
     Args:
         model: The model; it is not changed.
@@ -86,5 +86,11 @@ def _upstream(trace: Trace, anchors: Collection[str]) -> Iterator[fx.Node]:
         return trace.owner(node) not in anchors and not has_role(node, Role.NORMALIZATION)
 
     for node in trace.nodes:
-        if has_role(node, Role.DROPOUT) and any(map(normalizes_by_batch, trace.downstream(node, passes))):
+        # One that is on in eval mode too, as in Monte Carlo dropout, changes nothing between the modes.
+        on_in_eval_mode = len(node.args) > 2 and node.args[2] is True
+        if (
+            has_role(node, Role.DROPOUT)
+            and not on_in_eval_mode
+            and any(map(normalizes_by_batch, trace.downstream(node, passes)))
+        ):
             yield node

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError, as_passed
 from ..graph.copies import deep_copy, tied_parameters, unwrapped
@@ -229,6 +230,7 @@ def _filled(
             "whose layers do not share it"
         )
     missing, unexpected = _load(network, named, described)
+    _separate(network, named)
     mismatches = [f"{key} is not in the file" for key in missing]
     if not ignore_unexpected:
         mismatches += [f"{key} is not in the model" for key in unexpected]
@@ -246,6 +248,24 @@ def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, 
             if not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
                 return pair
     return None
+
+
+def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters that share memory, and differ in the file, memory of their own: loading one overwrote another.
+
+    These are parameters such as `nn.Parameter(encoder.weight.t())`, which are not one parameter with two names.
+    """
+    in_memory: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.layout != torch.strided or is_traceable_wrapper_subclass(parameter):
+            continue  # in memory of another kind
+        in_memory.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+    for sharing in in_memory.values():
+        for name, parameter in sharing if len(sharing) > 1 else ():
+            if name in tensors:
+                value = tensors[name].to(parameter)
+                if not torch.allclose(value, parameter, rtol=0, atol=0, equal_nan=True):
+                    parameter.data = value.clone()
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], described: str) -> tuple[list[str], list[str]]:

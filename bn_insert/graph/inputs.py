@@ -19,6 +19,7 @@ from .copies import check_module, protected_parameters
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
+_SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence|Iterable|Collection)\b")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class ForwardInputs:
         by_position: How many of these, the first, are positional-only.
         by_name: How many of these, the last, are keyword-only.
         takes_dict: Whether there is only one such parameter, and it is annotated as a dict.
+        takes_list: Whether there is only one such parameter, and it is annotated as a list, tuple or sequence.
+        optional: Whether there are parameters with a default, or variadic ones.
     """
 
     model: str
@@ -142,6 +145,8 @@ class ForwardInputs:
     by_position: int
     by_name: int
     takes_dict: bool
+    takes_list: bool = False
+    optional: bool = False
 
     @property
     def several(self) -> bool:
@@ -181,7 +186,9 @@ def forward_inputs(model: nn.Module) -> ForwardInputs:
         tuple(each.name for each in required),
         kinds.count(inspect.Parameter.POSITIONAL_ONLY),
         kinds.count(inspect.Parameter.KEYWORD_ONLY),
-        len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
+        takes_dict=len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
+        takes_list=len(required) == 1 and _SEQUENCE.match(_text(required[0].annotation)) is not None,
+        optional=len(parameters) > len(required),
     )
 
 
@@ -211,10 +218,9 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
         if not forward.several:
             return _read(next(iter(value.values())), batch, number, forward)
     if isinstance(value, (tuple, list)) and value:
-        if not forward.several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
-            return _read(value[0], batch, number, forward)
-        if len(value) >= len(forward.names):
-            return _checked(*forward.ordered(value[: len(forward.names)]), number)
+        inputs = _read_sequence(value, batch, number, forward)
+        if inputs is not None:
+            return inputs
     if forward.several:
         raise CalibrationError(
             f"batch {number} is {_described(batch)}, but {forward.model} takes "
@@ -224,6 +230,30 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
         f"batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
         "value is the input tensor"
     )
+
+
+def _read_sequence(value: Sequence[Any], batch: Any, number: int, forward: ForwardInputs) -> Inputs | None:
+    """Return what `_read` returns for a tuple or list, or None if it has fewer values than the forward takes."""
+    if forward.takes_list and all(isinstance(each, Tensor) for each in value):
+        return _checked((list(value),), {}, number)
+    alone = not (forward.several or forward.optional or forward.takes_list)
+    if alone and value is not batch and len(value) > 1 and all(map(_is_input, value)):
+        name = forward.names[0] if forward.names else "none"
+        raise CalibrationError(
+            f"batch {number} has {with_article(value)} of {len(value)} inputs, but {forward.model} takes one: "
+            f"{name}; if it takes all of them together, annotate that parameter ({name}: list[Tensor]), and "
+            "otherwise pass batches with one of them"
+        )
+    if not forward.several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
+        return _read(value[0], batch, number, forward)
+    if len(value) >= len(forward.names):
+        return _checked(*forward.ordered(value[: len(forward.names)]), number)
+    return None
+
+
+def _is_input(value: Any) -> bool:
+    """Return whether a value is a batch of images or features, rather than of labels or numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Inputs:

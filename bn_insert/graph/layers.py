@@ -25,7 +25,7 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`.
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`, and other code may set them.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -42,6 +42,15 @@ class NormalizedLayer(nn.Sequential):
             if layer is None or (name.startswith("__") and name.endswith("__")):
                 raise
             return getattr(layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the layer if it has one of this name and the Sequential has not."""
+        layer = self.__dict__.get("_modules", {}).get("0")
+        own = layer is None or name in self.__dict__ or hasattr(nn.Sequential, name)
+        if not own and hasattr(layer, name):
+            setattr(layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class NormalizedConvTranspose(NormalizedLayer):

@@ -296,9 +296,13 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
         return "perhaps an output layer: what reads its values is not known"
     if all(map(trace.is_gate, calls)):
         return "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
-    shape = tuple(calls[-1].meta["val"].shape)
-    if len(shape) < 2 or (kind == "dense" and len(shape) != 2):
-        return f"its output {shape} is not batch x channels: BatchNorm1d would normalize the wrong axis"
+    outputs = [call.meta["val"] for call in calls]
+    if any(output.is_complex() for output in outputs):
+        return "its output is complex, and BatchNorm takes real numbers"
+    shapes = (tuple(output.shape) for output in outputs)
+    if wrong := next((shape for shape in shapes if len(shape) < 2 or (kind == "dense" and len(shape) != 2)), None):
+        described = " x ".join(map(str, ("batch", *wrong[1:])))
+        return f"its output, {described}, is not batch x channels: BatchNorm1d would normalize the wrong axis"
     return ""
 
 

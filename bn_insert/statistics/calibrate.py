@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, as_passed
 from ..graph.copies import shared_copy, working_copy
 from ..graph.inputs import reference_tensor
 from ..graph.operator_rules import PER_IMAGE_MODULES
 from ..graph.sites import Site, check_sites
+from ..support.text import with_article
 from .moments import Moments
 from .passes import SINGLE_IMAGE, NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
@@ -120,8 +121,13 @@ class _PassRecorder(Recorder):
                 )
 
 
-def _check_shape(output: Tensor, site: Site) -> None:
-    """Raise CalibrationError if a site's output does not have the axes of a batch."""
+def _check_output(output: Any, site: Site) -> None:
+    """Raise CalibrationError if a site's output is not a tensor with the axes of a batch."""
+    if not isinstance(output, Tensor):
+        raise CalibrationError(
+            f"the layer {site.name} returns {with_article(output)} instead of a tensor, so no BatchNorm can follow it; "
+            f"leave it out ({as_passed('skip', [site.name], f'--skip {site.name}')})"
+        )
     axes = 2 if site.kind == "dense" else 2 + site.dims
     if output.ndim == axes and output.shape[1] != site.channels:
         raise CalibrationError(
@@ -144,8 +150,8 @@ def _recording_outputs(sites: Sequence[Site], network: nn.Module, recorder: _Pas
     """
 
     def hook(site: Site) -> Callable[[nn.Module, Any, Tensor], None]:
-        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            _check_shape(output, site)
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            _check_output(output, site)
             # Before the hook returns: an in-place activation after the layer overwrites this tensor.
             recorder.record(site.name, output)
 

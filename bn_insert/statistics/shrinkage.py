@@ -11,7 +11,7 @@ from torch import Tensor
 # Between two variances of one channel: a channel that is constant on the few images need not be so on others.
 _LARGEST_RATIO = 1e6
 # How steeply the part of a shift that is taken grows where the shift exceeds chance.
-POWER = 2
+POWER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def caution(images: int) -> float:
     images. Applying what is due to chance costs accuracy in each layer. A real shift soon exceeds it many times, as E
     falls with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
     """
-    return 1.5 + 32 / images**2
+    return 1.75 + 16 / images
 
 
 def _factor(differences: Float64[Tensor, " channels"], by_chance: Float64[Tensor, " channels"]) -> float:

@@ -26,7 +26,7 @@ from ..statistics.shrinkage import Prior
 from ..support.arguments import check_flags, check_progress
 from ..support.text import counted
 from .example_input import peeked
-from .fold import fold
+from .fold import fold, warn_of_untied
 from .insert import Insertion, insert
 
 _EPS, _MOMENTUM = 1e-5, 0.1  # the defaults of the arguments
@@ -354,6 +354,7 @@ def adapt_statistics(
             f"them{way_out}",
             stacklevel=2,
         )
+    warn_of_untied(adaptation.untied, stacklevel=2)
     return adaptation.model
 
 

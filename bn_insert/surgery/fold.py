@@ -25,7 +25,7 @@ from ..support.text import listed
 from .fold_plan import Fold, other_batchnorms, plan_folds, was_there_before
 from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
-from .splice import splice_out
+from .splice import inserted_batchnorms, splice_out
 from .verification import Fault, fault_here, runs_on
 
 _NAMES_SHOWN = 20
@@ -98,7 +98,24 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
             "nn.BatchNorm2d with the same values instead of functions and other classes",
             stacklevel=2,
         )
+    if left := sorted(set(result.left) & set(inserted_batchnorms(unwrapped(model)))):
+        warnings.warn(
+            f"inserted BatchNorms that belong to no layer were left in place: {listed(left, _NAMES_SHOWN)}",
+            stacklevel=2,
+        )
+    warn_of_untied(result.untied, stacklevel=2)
     return result.model
+
+
+def warn_of_untied(layers: Sequence[str], *, stacklevel: int) -> None:
+    """Warn that layers which shared a parameter in the original have one each, which its class cannot load."""
+    if layers:
+        warnings.warn(
+            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and now have one each: load_checkpoint reads what "
+            "save_checkpoint writes, but load_state_dict of the original's class would give all of them the values of "
+            "one",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None) -> FoldResult[AnyModule]:

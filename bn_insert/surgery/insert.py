@@ -251,9 +251,9 @@ def insert_batchnorm(
             is not wrapped.
         batches: The calibration set: any iterable of tensors, or of tuples, lists or dicts whose first value is the
             input, such as a DataLoader. If the forward takes several inputs, each batch is a tuple that starts with
-            them, or a dict with their names; if its only parameter is annotated as a dict, each batch is that dict. Any
-            of these may come in a tuple with labels. Iterated once. The mean and variance of the activations become the
-            running statistics.
+            them, or a dict with their names; if its only parameter is annotated as a dict or a list, each batch is
+            that. Any of these may come in a tuple with labels. Iterated once. The mean and variance of the activations
+            become the running statistics.
         layers: `"conv"`, `"dense"` or both.
         include_output: Whether to insert after the output layer too (a layer with no activation between it and the
             model's output).

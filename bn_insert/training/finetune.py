@@ -151,6 +151,7 @@ def finetune(
         {"on_start": on_start, "on_fit": on_fit, "on_trial": on_trial, "on_step": on_step}
         | {"on_epoch": on_epoch, "stop": stop},
         {"resume_epochs": resume_epochs, "tensorboard": tensorboard},
+        folder=folder,
         tensorboard=folder / TENSORBOARD if tensorboard else None,
     )
     check_output_dir(folder, resume=resume, overwrite=overwrite)
@@ -233,6 +234,7 @@ def _check_arguments(
     callbacks: Mapping[str, object],
     flags: Mapping[str, object],
     *,
+    folder: Path,
     tensorboard: Path | None,
 ) -> None:
     """Check what a run is given, and that TensorBoard's files can be written into the folder for them."""
@@ -243,6 +245,8 @@ def _check_arguments(
         )
     if not isinstance(settings, TrainingSettings):
         raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
+    if is_same_file(folder, images.folder):
+        raise TrainingError(f"{folder} is the folder with the images; choose another output folder")
     check_functions(TrainingError, callbacks)
     check_flags(TrainingError, **flags)
     if tensorboard:

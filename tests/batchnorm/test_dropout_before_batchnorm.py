@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from bn_insert import dropouts_before_batchnorm, set_batchnorm_mode
+from bn_insert import compare_outputs, dropouts_before_batchnorm, insert_batchnorm, set_batchnorm_mode
 
 CASES: dict[str, tuple[list[nn.Module], list[str]]] = {
     "through a dense layer": ([nn.Dropout(), nn.Linear(4, 4), nn.BatchNorm1d(4)], ["0"]),
@@ -42,3 +43,19 @@ def test_a_batchnorm_with_fixed_statistics_is_none_to_protect(mode: str, expecte
     model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4), nn.BatchNorm1d(4))
     set_batchnorm_mode(model, mode)  # type: ignore[arg-type]
     assert dropouts_before_batchnorm(model, torch.zeros(1, 4)) == expected
+
+
+class AlwaysOn(nn.Dropout):
+    """As for Monte Carlo dropout."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in nn.Dropout
+        return F.dropout(input, self.p, training=True)
+
+
+def test_a_dropout_that_is_on_in_eval_mode_too_stays_on() -> None:
+    model = nn.Sequential(AlwaysOn(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.rand(32, 4)
+    inserted = insert_batchnorm(model, [x], dropout_before_batchnorm=False)
+    comparison = compare_outputs(model, inserted, [x])
+    assert comparison.bit_identical and comparison.random
+    assert dropouts_before_batchnorm(inserted, x) == []

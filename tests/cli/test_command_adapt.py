@@ -46,7 +46,7 @@ def test_adapt_writes_a_network_with_the_originals_keys_and_prints_the_accuracy_
     assert "agrees with the original" in text_of(result.stderr)
     data = json.loads(Path("out.json").read_text())
     before, after = (sum(each[name] for each in data["predictions"]["per_class"]) for name in ("before", "after"))
-    assert after > before + 2, "of ten classes"
+    assert after >= before + 2, "of ten classes"
     assert (data["source"]["images"], data["target"]["images"]) == (20, 20)
     assert [shift["layer"] for shift in data["shifts"]][:2] == ["features.0", "features.3"]
 

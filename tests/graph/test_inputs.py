@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bn_insert import GraphError, forward_inputs, insert
+from bn_insert import CalibrationError, GraphError, forward_inputs, insert
 from support.idioms import traced_by_fx
 from support.networks import images, randomised
 
@@ -99,3 +99,29 @@ def test_a_dict_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_p
         GraphError, match=r"If its forward takes a dict, annotate that parameter as one \(batch: dict\)"
     ):
         insert(TakesDict(), [{"image": images(4, 16)}])
+
+
+class SeveralViews(TwoConvs):
+    def forward(self, views: list[Tensor]) -> Any:
+        return sum(self.head(F.relu(self.conv(view)).mean((2, 3))) for view in views)
+
+
+class OneView(TwoConvs):
+    def forward(self, view: Tensor) -> Any:
+        return self.head(F.relu(self.conv(view)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_a_parameter_that_is_annotated_as_a_list_gets_all_tensors_of_a_batch(with_labels: bool) -> None:
+    views = [images(4, 16), 5 * images(4, 16, seed=1)]
+    model = randomised(SeveralViews()).eval()
+    insertion = insert(model, [(views, torch.zeros(4))] if with_labels else [views])
+    assert insertion.moments["conv"].count == 2 * 4 * 14**2
+    assert not insertion.fault
+
+
+def test_several_inputs_for_a_forward_that_takes_one_are_refused_instead_of_left_out() -> None:
+    batch = ([images(4, 16), images(4, 16, seed=1)], torch.zeros(4))
+    message = r"batch 0 has a list of 2 inputs, but OneView takes one: view; .* \(view: list\[Tensor\]\), and otherwise"
+    with pytest.raises(CalibrationError, match=message):
+        insert(OneView(), [batch])

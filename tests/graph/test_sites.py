@@ -364,8 +364,29 @@ def test_channels_and_dims_are_those_of_the_layers_output(
 
 def test_a_dense_layer_on_three_dimensional_inputs_is_no_site() -> None:
     found = reasons(survey(TokenMixer(), torch.zeros(2, 5, 6)))
-    message = "its output (2, 5, 8) is not batch x channels: BatchNorm1d would normalize the wrong axis"
+    message = "its output, batch x 5 x 8, is not batch x channels: BatchNorm1d would normalize the wrong axis"
     assert found == {"embed": message, "mix": message, "head": "output layer"}
+
+
+def test_a_dense_layer_that_is_called_on_three_dimensional_inputs_once_is_no_site_either() -> None:
+    class Mixed(TokenMixer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.embed(x[:, 0]).relu().mean()
+
+    assert "its output, batch x 5 x 8, is not" in reasons(survey(Mixed(), torch.zeros(2, 5, 6)))["embed"]
+
+
+def test_a_layer_of_complex_numbers_is_no_site() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = nn.Conv2d(3, 4, 1, dtype=torch.cfloat), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.mix(torch.fft.fft2(x)).abs().relu().mean((2, 3)))
+
+    found = reasons(survey(Spectrum(), images(2, 8)))
+    assert found["mix"] == "its output is complex, and BatchNorm takes real numbers"
 
 
 def test_a_conv_that_receives_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:

@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bn_insert import (
     CheckpointError,
     GraphError,
+    adapt_statistics,
     compare_outputs,
     fold_batchnorm,
     insert,
@@ -605,6 +606,7 @@ def test_a_weight_that_another_layer_takes_as_its_input_is_refused() -> None:
     assert "the weight of dense first is also used elsewhere" in refusal(model, features(4, 6))
 
 
+@pytest.mark.filterwarnings("ignore:0, 3 shared a parameter")
 def test_layers_that_share_a_bias_are_folded_each_for_itself() -> None:
     model = sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
     model[3].bias = model[0].bias
@@ -953,6 +955,7 @@ def fine_tuned_in_place(model: AnyModule) -> AnyModule:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:0, 3 shared a parameter")
 def test_layers_that_share_a_weight_are_folded_each_for_itself() -> None:
     model = sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
     model[3].weight = model[0].weight
@@ -1012,6 +1015,56 @@ def test_layers_that_share_a_weight_no_more_are_loaded_as_they_were_folded(tmp_p
     torch.save(folded.model.state_dict(), tmp_path / "state.pth")
     with pytest.raises(CheckpointError, match=r"first.weight and second.weight are one parameter of Tied, and differ"):
         load_checkpoint(tmp_path / "state.pth", model=Tied)
+    with pytest.warns(UserWarning, match=r"first\.0, second\.0 shared a parameter, and now have one each: load_c"):
+        fold_batchnorm(model, x)
+    with pytest.warns(UserWarning, match=r"first.*, second.* shared a parameter, and now have one each"):
+        adapt_statistics(Tied().eval(), [x], [20 * x + 9])
     unchanged: Any = fold(insert_batchnorm(Tied().eval(), [x]), x)
     assert not unchanged.untied
     assert unchanged.model.first.weight is unchanged.model.second.weight  # trained further, they stay one
+
+
+class TiedInMemory(nn.Module):
+    """A parameter that is a view of another: not one parameter with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.head = nn.Linear(12, 4), nn.Linear(4, 12), nn.Linear(12, 3)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.t())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.decoder(self.encoder(x).relu()).relu())
+
+
+@pytest.mark.parametrize("change", ["fold", "adapt", "equalize"])
+def test_weights_that_share_memory_in_the_class_are_loaded_as_they_were_saved(change: str, tmp_path: Path) -> None:
+    model, x = TiedInMemory().eval(), features(64, 12)
+    if change == "adapt":
+        result = adapt_statistics(model, [x], [3 * x + 1])
+    else:
+        inserted = insert_batchnorm(model, [x], equalize=True)
+        result = inserted if change == "equalize" else fold_batchnorm(fine_tuned(inserted), x)
+    save_checkpoint(result, tmp_path / "result.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "result.pth", model=TiedInMemory)(x), result(x))
+    save_checkpoint(model, tmp_path / "model.pth")
+    loaded: Any = load_checkpoint(tmp_path / "model.pth", model=TiedInMemory)
+    assert loaded.encoder.weight.data_ptr() == loaded.decoder.weight.data_ptr()  # equal: they still share it
+
+
+class WithLowRank(nn.Linear):
+    """A dense layer with an update of low rank: no single weight that a BatchNorm could be folded into."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 8)
+        self.down, self.up = nn.Parameter(torch.rand(2, 12)), nn.Parameter(torch.rand(8, 2))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in nn.Linear
+        return super().forward(input) + input @ self.down.T @ self.up.T
+
+
+def test_an_inserted_batchnorm_that_stays_is_a_warning() -> None:
+    x = features(32, 12)
+    model = fine_tuned(insert_batchnorm(sequential(WithLowRank(), nn.ReLU(), nn.Linear(8, 3)), [x]))
+    with pytest.warns(UserWarning, match=r"^inserted BatchNorms that belong to no layer were left in place: 1$"):
+        folded = fold_batchnorm(model, x)
+    assert_same_function(model, folded, x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bn_insert import GraphError, fold, insert_batchnorm, inserted_batchnorms, load_checkpoint, save_checkpoint
 from bn_insert.graph.inputs import Inputs
+from bn_insert.graph.layers import NormalizedLayer
 from bn_insert.surgery.verification import fault_of
 from support.networks import (
     AWKWARD,
@@ -329,7 +330,7 @@ def test_a_model_that_is_itself_an_output_layer_is_returned_as_a_copy() -> None:
 def test_without_a_site_the_result_is_a_copy_with_the_same_keys() -> None:
     model = randomised(TokenMixer())
     with pytest.warns(
-        UserWarning, match="no BatchNorm was inserted: its output .* is not batch x channels: embed, mix"
+        UserWarning, match="no BatchNorm was inserted: its output, .*, is not batch x channels: embed, mix"
     ):
         result = insert_batchnorm(model, [torch.rand(4, 5, 6)])
     assert result is not model
@@ -368,3 +369,18 @@ def test_conv_and_dense_can_be_inserted_one_after_the_other() -> None:
     assert both.state_dict().keys() == stepwise.state_dict().keys()
     for name, tensor in both.state_dict().items():
         assert torch.equal(tensor, stepwise.state_dict()[name]), name
+
+
+def test_attributes_of_a_layer_can_be_set_through_the_pair_that_replaces_it() -> None:
+    model = randomised(HeldAsAttributes())
+    pair: Any = insert_batchnorm(model, [images(4, 9)]).blocks[0]
+    assert isinstance(pair, nn.Sequential)
+    wrapped: Any = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    weight = nn.Parameter(torch.zeros(8, 3, 3, 3))
+    wrapped.weight, wrapped.bias, wrapped.stride, wrapped.note = weight, None, (2, 2), "of the pair"
+    assert wrapped[0].weight is weight and wrapped[0].bias is None and wrapped[0].stride == (2, 2)
+    assert wrapped.note == "of the pair" and "note" not in vars(wrapped[0])
+    assert wrapped(torch.rand(1, 3, 9, 9)).shape == (1, 8, 4, 4)
+    assert next(iter(wrapped.state_dict())) == "0.weight"
+    wrapped.training = False
+    assert wrapped[0].training
