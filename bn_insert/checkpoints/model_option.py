@@ -75,7 +75,8 @@ def _check_needs_no_arguments(name: str, function: Any) -> None:
         signature.bind()
     except TypeError as error:
         raise CheckpointError(
-            f"{name}{signature} cannot be called without arguments ({error}); name a function that passes the arguments"
+            f"{name}{signature} cannot be called without arguments ({error}); name a function that takes none, and "
+            "calls this one with what it needs"
         ) from None
 
 

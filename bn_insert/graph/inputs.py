@@ -89,7 +89,10 @@ class Inputs:
         tensor = self.only_tensor
         if tensor is None or tensor.is_floating_point():
             return ""
-        return f"The images are {tensor.dtype}: convert and scale them to floating point first, as for training"
+        return (
+            f"The inputs are {tensor.dtype}: convert and scale images to floating point first, as for training, and put "
+            "them before the labels in a batch"
+        )
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -366,7 +366,7 @@ def test_a_batch_without_a_tensor_is_described(batch: Any, described: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_where_a_network_cannot_run_on_integers_the_advice_is_to_convert_them(dtype: torch.dtype) -> None:
-    advice = rf"\. The images are {dtype}: convert and scale them to floating point first, as for training$"
+    advice = rf"\. The inputs are {dtype}: convert and scale images to floating point first, as for training, and put"
     with pytest.raises(CalibrationError, match=advice):
         calibrated(small_vgg(), images(2, 16).to(dtype))
     with pytest.raises(GraphError, match=advice):
