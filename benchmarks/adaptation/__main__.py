@@ -3,6 +3,8 @@
     python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-vgg.pth
     python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-folded.pth --name folded
     python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-deep.pth --name deep
+    python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-vgg.pth --name imagenet-c --package
+    python -m benchmarks.adaptation CIFAR_FOLDER --network cifar-folded.pth --name imagenet-c-folded --package
 
 A VGG without normalization is tested on corrupted CIFAR-10 images (`corruptions.py`), as it is and adapted by
 `adapt_statistics` with 1 to 1,000 images of the same corruption. `python -m benchmarks.renorm.cifar_network` trains it
@@ -13,6 +15,10 @@ BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 
 are others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and
 their labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this
 (speckle noise, Gaussian blur, saturate), and contrast, served to choose the defaults.
+
+`imagenet-c.md` and `imagenet-c-folded.md` have the same for the 19 corruptions of ImageNet-C, by the package
+imagecorruptions-imaug (`pip install imagecorruptions-imaug`), with its parameters: on images of this size they are far
+stronger than those of CIFAR-10-C.
 
 Every severity of a corruption is a line in `NAME.jsonl`: interrupted, the program continues where it was.
 """

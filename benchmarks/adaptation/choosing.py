@@ -43,8 +43,8 @@ MILD = 1  # severity
 CASES = [(CLEAN, draw) for draw in range(CLEAN_DRAWS)]
 CASES += [(name, severity) for name in (*FOR_CHOOSING, "contrast") for severity in (MILD, 3)]
 LAST = 1000  # validation images, which the benchmark does not use
-# Weight of chance (c) and power (p) in the shrinkage, by the number of images. The first of each is the former default,
-# c = 1.5 + 32 / images^2 and p = 2, the second is today's.
+# Weight of chance (c) and power (p) in the shrinkage, by the number of images. The first of each is an earlier default,
+# c = 1.5 + 32 / images^2 and p = 2, and the second is the default.
 GRID = {
     32: ((1.53, 2), (2.25, 4), (1.0, 2), (2.0, 2), (3.0, 2), (1.5, 4), (2.0, 4), (2.5, 4), (3.0, 4), (0.0, 1)),
     8: ((2.0, 2), (3.75, 4), (3.0, 2), (2.0, 4), (2.5, 4), (3.0, 4), (4.0, 4)),

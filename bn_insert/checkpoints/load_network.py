@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -251,21 +252,21 @@ def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, 
 
 
 def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters that share memory, and differ in the file, memory of their own: loading one overwrote another.
+    """Give tensors that share memory, and differ in the file, memory of their own: loading one overwrote another.
 
-    These are parameters such as `nn.Parameter(encoder.weight.t())`, which are not one parameter with two names.
+    These are parameters such as `nn.Parameter(encoder.weight.t())`, which are not one parameter with two names, and
+    such buffers.
     """
-    in_memory: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.layout != torch.strided or is_traceable_wrapper_subclass(parameter):
-            continue  # in memory of another kind
-        in_memory.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+    in_memory: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, own in chain(network.named_parameters(), network.named_buffers()):
+        if own.layout == torch.strided and not is_traceable_wrapper_subclass(own):  # else in memory of another kind
+            in_memory.setdefault(own.untyped_storage().data_ptr(), []).append((name, own))
     for sharing in in_memory.values():
-        for name, parameter in sharing if len(sharing) > 1 else ():
-            if name in tensors:
-                value = tensors[name].to(parameter)
-                if not torch.allclose(value, parameter, rtol=0, atol=0, equal_nan=True):
-                    parameter.data = value.clone()
+        for name, own in sharing if len(sharing) > 1 else ():
+            if name in tensors and tensors[name].shape == own.shape:
+                value = tensors[name].to(own)
+                if not torch.allclose(value, own, rtol=0, atol=0, equal_nan=True):
+                    own.data = value.clone()
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], described: str) -> tuple[list[str], list[str]]:

@@ -75,8 +75,8 @@ def _check_needs_no_arguments(name: str, function: Any) -> None:
         signature.bind()
     except TypeError as error:
         raise CheckpointError(
-            f"{name}{signature} cannot be called without arguments ({error}); name a function that takes none, and "
-            "calls this one with what it needs"
+            f"{name}{signature} cannot be called without arguments ({error}); name a function that takes none and "
+            "calls this one with the arguments it needs"
         ) from None
 
 

@@ -28,8 +28,8 @@ class Comparison:
         top1_agreement: Fraction of images (for dense prediction: of positions) with the same largest class; NaN where
             outputs have fewer than two classes.
         bit_identical: Whether every output equals its reference exactly (+0 and -0 count as equal).
-        random: Whether the reference draws random numbers from PyTorch in eval mode, as a variational autoencoder does,
-            and a forward that calls `F.dropout` without `training=self.training`. The candidate draws the same.
+        random: Whether a model draws random numbers from PyTorch in eval mode, as a variational autoencoder does, and a
+            forward that calls `F.dropout` without `training=self.training`. On one device, both draw the same.
     """
 
     images: int
@@ -50,7 +50,7 @@ def compare_outputs(
     """Run both models in eval mode on the same inputs, and return the differences of their outputs.
 
     Each model runs on its own device and in its own dtype. Several outputs (tuples, lists, dicts) are compared one by
-    one; top-1 agreement is that of the first. Models that draw random numbers from PyTorch in eval mode draw the same.
+    one; top-1 agreement is that of the first. Models that draw random numbers in eval mode draw the same on one device.
     The models are not changed, and PyTorch's random state is restored.
 
     Args:
@@ -78,6 +78,7 @@ def compare_outputs(
             expected = _outputs("reference", reference, batch)
             differences.random |= not all(map(torch.equal, before, _random_states()))
         actual = _outputs("candidate", candidate, batch)
+        differences.random |= not all(map(torch.equal, before, _random_states()))
         _check(expected, actual, batch.number)
         differences.add(expected, actual)
 

@@ -19,7 +19,7 @@ from .copies import check_module, protected_parameters
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
-_SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence|Iterable|Collection)\b")
+_SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence)(\[.*\])?( \| None)?")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Inputs:
         if tensor is None or tensor.is_floating_point():
             return ""
         return (
-            f"The inputs are {tensor.dtype}: convert and scale images to floating point first, as for training, and put "
-            "them before the labels in a batch"
+            f"The inputs are {tensor.dtype}: convert and scale images to floating point first, as for training, and "
+            "put them before the labels in a batch"
         )
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class ForwardInputs:
         by_position: How many of these, the first, are positional-only.
         by_name: How many of these, the last, are keyword-only.
         takes_dict: Whether there is only one such parameter, and it is annotated as a dict.
-        takes_list: Whether there is only one such parameter, and it is annotated as a list, tuple or sequence.
+        sequence: If there is only one such parameter, and it is annotated as a list, tuple or sequence: list or tuple.
         optional: Whether there are parameters with a default, or variadic ones.
     """
 
@@ -148,7 +148,7 @@ class ForwardInputs:
     by_position: int
     by_name: int
     takes_dict: bool
-    takes_list: bool = False
+    sequence: type[list[Any]] | type[tuple[Any, ...]] | None = None
     optional: bool = False
 
     @property
@@ -190,7 +190,7 @@ def forward_inputs(model: nn.Module) -> ForwardInputs:
         kinds.count(inspect.Parameter.POSITIONAL_ONLY),
         kinds.count(inspect.Parameter.KEYWORD_ONLY),
         takes_dict=len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
-        takes_list=len(required) == 1 and _SEQUENCE.match(_text(required[0].annotation)) is not None,
+        sequence=_sequence(required[0].annotation) if len(required) == 1 else None,
         optional=len(parameters) > len(required),
     )
 
@@ -206,6 +206,12 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(model.forward).parameters.values())
 
 
+def _sequence(annotation: Any) -> type[list[Any]] | type[tuple[Any, ...]] | None:
+    """Return the class of a sequence that an annotation stands for; None if it stands for anything else."""
+    found = _SEQUENCE.fullmatch(_text(annotation))
+    return None if found is None else tuple if found[2].lower() == "tuple" else list
+
+
 def _text(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
@@ -215,7 +221,7 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
         return Inputs((), {forward.names[0]: value}) if forward.by_name else Inputs((value,))
     if isinstance(value, Mapping) and value:
         if forward.takes_dict:
-            return _checked((dict(value),), {}, number)
+            return _checked(*forward.ordered([dict(value)]), number)
         if forward.names and set(forward.names) <= value.keys():
             return _checked(*forward.named(value), number)
         if not forward.several:
@@ -237,11 +243,11 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
 
 def _read_sequence(value: Sequence[Any], batch: Any, number: int, forward: ForwardInputs) -> Inputs | None:
     """Return what `_read` returns for a tuple or list, or None if it has fewer values than the forward takes."""
-    if forward.takes_list and all(isinstance(each, Tensor) for each in value):
-        return _checked((list(value),), {}, number)
-    alone = not (forward.several or forward.optional or forward.takes_list)
+    if forward.sequence and all(isinstance(each, Tensor) for each in value):
+        return _checked(*forward.ordered([forward.sequence(value)]), number)
+    alone = len(forward.names) == 1 and not (forward.optional or forward.sequence)
     if alone and value is not batch and len(value) > 1 and all(map(_is_input, value)):
-        name = forward.names[0] if forward.names else "none"
+        name = forward.names[0]
         raise CalibrationError(
             f"batch {number} has {with_article(value)} of {len(value)} inputs, but {forward.model} takes one: "
             f"{name}; if it takes all of them together, annotate that parameter ({name}: list[Tensor]), and "

@@ -25,7 +25,8 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`, and other code may set them.
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the bias or
+    a constant such as the stride sets that of the layer.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -44,10 +45,11 @@ class NormalizedLayer(nn.Sequential):
             return getattr(layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of the layer if it has one of this name and the Sequential has not."""
+        """Set a parameter, buffer or constant of the layer instead of an attribute of the Sequential."""
         layer = self.__dict__.get("_modules", {}).get("0")
-        own = layer is None or name in self.__dict__ or hasattr(nn.Sequential, name)
-        if not own and hasattr(layer, name):
+        own = {*self.__dict__, *self.__dict__.get("_parameters", ()), *self.__dict__.get("_buffers", ())}
+        of_layer = () if layer is None else (*layer._parameters, *layer._buffers, *getattr(layer, "__constants__", ()))
+        if name in of_layer and name not in own:
             setattr(layer, name, value)
         else:
             super().__setattr__(name, value)

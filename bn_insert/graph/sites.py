@@ -300,8 +300,9 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     if any(output.is_complex() for output in outputs):
         return "its output is complex, and BatchNorm takes real numbers"
     shapes = (tuple(output.shape) for output in outputs)
-    if wrong := next((shape for shape in shapes if len(shape) < 2 or (kind == "dense" and len(shape) != 2)), None):
-        described = " x ".join(map(str, ("batch", *wrong[1:])))
+    wrong = next((shape for shape in shapes if len(shape) < 2 or (kind == "dense" and len(shape) != 2)), None)
+    if wrong is not None:
+        described = " x ".join(map(str, ("batch", *wrong[1:]))) if len(wrong) > 1 else str(wrong)
         return f"its output, {described}, is not batch x channels: BatchNorm1d would normalize the wrong axis"
     return ""
 

@@ -453,7 +453,9 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             )
         advice = inputs.conversion or "Pass inputs of the shape that it expects"
         if "too many indices" in str(own) and inputs.only_tensor is not None:  # as PyTorch says for tensor["image"]
-            advice = "If its forward takes a dict, annotate that parameter as one (batch: dict), to get all values"
+            advice += (
+                ", and if its forward takes a dict, annotate that parameter as one (batch: dict) to get all values"
+            )
         if _ABOUT_SIZE.search(str(own)):
             advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"

@@ -100,7 +100,7 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
         )
     if left := sorted(set(result.left) & set(inserted_batchnorms(unwrapped(model)))):
         warnings.warn(
-            f"inserted BatchNorms that belong to no layer were left in place: {listed(left, _NAMES_SHOWN)}",
+            f"inserted BatchNorms that fold into no layer were left in place: {listed(left, _NAMES_SHOWN)}",
             stacklevel=2,
         )
     warn_of_untied(result.untied, stacklevel=2)

@@ -26,7 +26,7 @@ from bn_insert.graph.copies import unwrapped
 from support.architectures import ARCHITECTURES, made
 
 # The benchmark has all. Here, torchvision's VGGs are tested in tests/surgery, and timm's with smaller dense convs there
-# and in the recipe. The others have no operation, and no way to hold layers, that those that are tested have not.
+# and in the recipe. The others have no operation, and no way to hold layers, that the tested ones lack.
 LEFT_OUT = {name for name in ARCHITECTURES if name.startswith(("torchvision vgg", "timm vgg", "torchvision ssd"))}
 LEFT_OUT.remove("timm vgg11, features only")
 LEFT_OUT |= {

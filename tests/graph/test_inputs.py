@@ -96,7 +96,7 @@ def test_a_dict_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_p
             return super().forward(batch["image"])
 
     with pytest.raises(
-        GraphError, match=r"If its forward takes a dict, annotate that parameter as one \(batch: dict\)"
+        GraphError, match=r"and if its forward takes a dict, annotate that parameter as one \(batch: dict\)"
     ):
         insert(TakesDict(), [{"image": images(4, 16)}])
 
@@ -118,6 +118,37 @@ def test_a_parameter_that_is_annotated_as_a_list_gets_all_tensors_of_a_batch(wit
     insertion = insert(model, [(views, torch.zeros(4))] if with_labels else [views])
     assert insertion.moments["conv"].count == 2 * 4 * 14**2
     assert not insertion.fault
+
+
+@pytest.mark.parametrize(
+    ("annotation", "kind"),
+    [
+        (list[Tensor], list),
+        ("List", list),
+        ("list[Tensor] | None", list),
+        ("typing.Sequence[Tensor]", list),
+        (tuple[Tensor, Tensor], tuple),
+        (list[Tensor] | Tensor, None),
+        ("Optional[Tensor]", None),
+        (Tensor, None),
+    ],
+)
+def test_only_an_annotation_as_a_sequence_alone_stands_for_one(annotation: Any, kind: type | None) -> None:
+    class Annotated(TwoConvs):
+        def forward(self, views: Any) -> Any:
+            return super().forward(views)
+
+    Annotated.forward.__annotations__["views"] = annotation
+    assert forward_inputs(Annotated()).sequence is kind
+
+
+def test_a_list_is_passed_by_name_where_a_parameter_is_keyword_only() -> None:
+    class ByName(TwoConvs):
+        def forward(self, *, views: tuple[Tensor, ...]) -> Any:
+            assert isinstance(views, tuple)
+            return sum(self.head(F.relu(self.conv(view)).mean((2, 3))) for view in views)
+
+    assert insert(ByName().eval(), [[images(4, 16), images(4, 16)]]).moments["conv"].count == 2 * 4 * 14**2
 
 
 def test_several_inputs_for_a_forward_that_takes_one_are_refused_instead_of_left_out() -> None:

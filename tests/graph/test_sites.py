@@ -376,6 +376,20 @@ def test_a_dense_layer_that_is_called_on_three_dimensional_inputs_once_is_no_sit
     assert "its output, batch x 5 x 8, is not" in reasons(survey(Mixed(), torch.zeros(2, 5, 6)))["embed"]
 
 
+def test_a_dense_layer_that_returns_a_single_number_is_no_site() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+            self.scale = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.conv(x).relu().mean((2, 3))
+            return self.head(x * self.scale(x.mean(0))[0].relu())
+
+    assert reasons(survey(Single(), images(2, 8)))["scale"].startswith("its output, (1,), is not batch x channels")
+
+
 def test_a_layer_of_complex_numbers_is_no_site() -> None:
     class Spectrum(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,16 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKey
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VGG
 
-from bn_insert import CalibrationError, GraphError, Moments, Site, calibrate, find_sites, insert_batchnorm
+from bn_insert import (
+    CalibrationError,
+    GraphError,
+    Moments,
+    Site,
+    calibrate,
+    find_sites,
+    insert_batchnorm,
+    inserted_batchnorms,
+)
 from bn_insert.statistics.moments import moments_of
 from bn_insert.statistics.recorder import Recorder
 from support.networks import (
@@ -433,3 +442,26 @@ def test_recording_leaves_alone_what_another_thread_is_exporting(monkeypatch: py
     finally:
         torch._ops.unset_mode_pre_dispatch(key)
     assert seen == [mode]
+
+
+class WithMask(nn.Conv2d):
+    """Returns a mask too, as partial convolutions do."""
+
+    def forward(self, input: Tensor) -> Any:  # noqa: A002 - as in nn.Conv2d
+        return super().forward(input), input > 0
+
+
+def test_a_layer_that_returns_more_than_a_tensor_is_named_with_the_way_out() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = WithMask(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.second(self.first(x)[0].relu()).relu().mean((2, 3)))
+
+    with pytest.raises(
+        CalibrationError, match=r"the layer first returns a tuple instead of a tensor.*skip=\['first'\]"
+    ):
+        insert_batchnorm(Masked().eval(), [images(4, 9)])
+    assert inserted_batchnorms(insert_batchnorm(Masked().eval(), [images(4, 9)], skip=["first"])) == ["second.1"]

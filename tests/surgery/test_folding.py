@@ -1065,6 +1065,22 @@ class WithLowRank(nn.Linear):
 def test_an_inserted_batchnorm_that_stays_is_a_warning() -> None:
     x = features(32, 12)
     model = fine_tuned(insert_batchnorm(sequential(WithLowRank(), nn.ReLU(), nn.Linear(8, 3)), [x]))
-    with pytest.warns(UserWarning, match=r"^inserted BatchNorms that belong to no layer were left in place: 1$"):
+    with pytest.warns(UserWarning, match=r"^inserted BatchNorms that fold into no layer were left in place: 1$"):
         folded = fold_batchnorm(model, x)
     assert_same_function(model, folded, x)
+
+
+def test_a_buffer_that_is_a_view_of_a_parameter_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    class WithView(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("transposed", self.layer.weight.detach().t())
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x).relu() @ self.transposed
+
+    model, x = WithView().eval(), features(8, 6)
+    model.transposed = torch.rand(6, 6)
+    save_checkpoint(model, tmp_path / "model.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "model.pth", model=WithView)(x), model(x))

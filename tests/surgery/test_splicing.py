@@ -372,9 +372,6 @@ def test_conv_and_dense_can_be_inserted_one_after_the_other() -> None:
 
 
 def test_attributes_of_a_layer_can_be_set_through_the_pair_that_replaces_it() -> None:
-    model = randomised(HeldAsAttributes())
-    pair: Any = insert_batchnorm(model, [images(4, 9)]).blocks[0]
-    assert isinstance(pair, nn.Sequential)
     wrapped: Any = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     weight = nn.Parameter(torch.zeros(8, 3, 3, 3))
     wrapped.weight, wrapped.bias, wrapped.stride, wrapped.note = weight, None, (2, 2), "of the pair"
@@ -384,3 +381,6 @@ def test_attributes_of_a_layer_can_be_set_through_the_pair_that_replaces_it() ->
     assert next(iter(wrapped.state_dict())) == "0.weight"
     wrapped.training = False
     assert wrapped[0].training
+    wrapped[0] = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    wrapped[1] = norm = nn.BatchNorm2d(8)
+    assert list(wrapped) == [wrapped[0], norm] and len(wrapped[0]) == 2

@@ -331,6 +331,13 @@ def test_the_last_checkpoint_of_a_run_stopped_in_an_epoch_is_that_of_the_epoch_b
     assert not torch.equal(load_state(tmp_path / "state.pth").model["1.weight"], last["1.weight"])
 
 
+def test_the_folder_with_the_images_is_no_output_folder(digits: ClassFolders) -> None:
+    before = sorted(digits.folder.rglob("*"))
+    with pytest.raises(TrainingError, match="is the folder with the images; choose another output folder"):
+        finetune(load_checkpoint(network_path()), digits, digits.folder, BRIEF)
+    assert sorted(digits.folder.rglob("*")) == before
+
+
 def test_two_runs_do_not_write_into_one_folder(digits: ClassFolders, tmp_path: Path) -> None:
     messages = []
 
