@@ -10,7 +10,8 @@ A VGG without normalization is tested on corrupted CIFAR-10 images (`corruptions
 `adapt_statistics` with 1 to 1,000 images of the same corruption. `python -m benchmarks.renorm.cifar_network` trains it
 without BatchNorm, or with BatchNorm, which is folded afterwards: `--batchnorm --epochs 16`, continued with
 `--epochs 34`, for `folded.md`, and `--batchnorm --deep --epochs 24`, continued with `--epochs 34`, for `deep.md`, whose
-network has thirteen convs in place of six.
+network has thirteen convs in place of six, and was adapted by an earlier rule for few images (`choosing.md`: c = 1.5 +
+32 / images^2, p = 2).
 BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to
 are others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and
 their labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this
@@ -218,7 +219,7 @@ def gains_by_severity(lines: Sequence[Mapping[str, Any]]) -> str:
 def figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Return a chart of the accuracy for each corruption: original, and adapted with 32 and 1,000 images."""
     rows = dict(sorted(by_corruption(lines).items(), key=lambda item: item[1]["1000"] - item[1]["original"]))
-    result = Figure(figsize=(7, 0.6 + 0.27 * len(rows)), layout="constrained")
+    result = Figure(figsize=(7, 0.9 + 0.27 * len(rows)), layout="constrained")
     axes = result.subplots()
     for position, row in enumerate(rows.values()):
         axes.plot([row["original"], row["1000"]], [position] * 2, color="0.75", linewidth=2, zorder=1)
@@ -233,7 +234,7 @@ def figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), [*rows])
     axes.set_xlabel("accuracy, %, mean over the severities")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False)
+    result.legend(loc="outside upper center", ncols=len(series), frameon=False)
     return result
 
 
