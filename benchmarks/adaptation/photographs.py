@@ -1,7 +1,7 @@
 """What adapting gains on photographs that are darker, blurred or noisy.
 
     bn-insert finetune cifar-vgg.pth CLOTHING --output-dir clothing/ --resize 32 --crop 32 --epochs 10 \\
-        --opt sgd --lr 0.003 --hflip 0.5
+        --mean 0.4914,0.4822,0.4465 --std 0.247,0.2435,0.2616 --opt sgd --lr 0.003 --hflip 0.5
     python -m benchmarks.adaptation.photographs CLOTHING --network clothing/last.pth --output results/
 
 A VGG without normalization, fine-tuned on photographs of clothing of ten kinds at 32 x 32, is tested on the photographs
