@@ -10,8 +10,7 @@ A VGG without normalization is tested on corrupted CIFAR-10 images (`corruptions
 `adapt_statistics` with 1 to 1,000 images of the same corruption. `python -m benchmarks.renorm.cifar_network` trains it
 without BatchNorm, or with BatchNorm, which is folded afterwards: `--batchnorm --epochs 16`, continued with
 `--epochs 34`, for `folded.md`, and `--batchnorm --deep --epochs 24`, continued with `--epochs 34`, for `deep.md`, whose
-network has thirteen convs in place of six, and was adapted by an earlier rule for few images (`choosing.md`: c = 1.5 +
-32 / images^2, p = 2).
+network has thirteen convs in place of six.
 BatchNorm is inserted with 1,024 training images. The accuracy is that on 1,000 validation images; the images adapted to
 are others of the validation images, drawn anew for each corruption and severity (for clean images, five times), and
 their labels are not used. Another 1,000 validation images, with the corruptions that CIFAR-10-C sets apart for this
