@@ -246,9 +246,14 @@ def _differing(network: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, 
     for pair in tied_parameters(network):
         if tensors.keys() >= set(pair):
             first, second = (tensors[key].to(network.get_parameter(key).dtype) for key in pair)
-            if not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
+            if not _equal(first, second):
                 return pair
     return None
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one shape have the same values, NaN included."""
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -265,7 +270,7 @@ def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, own in sharing if len(sharing) > 1 else ():
             if name in tensors and tensors[name].shape == own.shape:
                 value = tensors[name].to(own)
-                if not torch.allclose(value, own, rtol=0, atol=0, equal_nan=True):
+                if not _equal(value, own):
                     own.data = value.clone()
 
 
