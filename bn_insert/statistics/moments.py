@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -30,6 +30,9 @@ _LARGEST_MEAN_IN_STDS = 4.0
 # Below this variance, float32 squares are subnormal and lose bits.
 _SMALLEST_VARIANCE = 1e-30
 
+# Of more images than this, the moments of each are not kept: one image hardly changes those of all.
+MOST_BY_IMAGE = 128
+
 WITH_FLOAT64 = ("cpu", "cuda")  # device types
 
 
@@ -43,12 +46,14 @@ class Moments:
         m2: Sum of squared deviations from the mean, for each channel.
         standard_error: Standard error of mean and std (the larger of the two), relative to std, for each channel; None
             where `calibrate` could not estimate it.
+        by_image: Moments of each image's values, as `adapt_statistics` needs them of a few images; None elsewhere.
     """
 
     count: int
     mean: Float64[Tensor, " channels"]
     m2: Float64[Tensor, " channels"]
     standard_error: Float64[Tensor, " channels"] | None = None
+    by_image: GroupMoments | None = None
 
     def __repr__(self) -> str:
         """Return the numbers of channels and values: all means and deviations would fill many screens."""
@@ -96,7 +101,8 @@ class Moments:
     def cpu(self) -> Moments:
         """Return the same moments in host memory."""
         error = None if self.standard_error is None else self.standard_error.cpu()
-        return Moments(self.count, self.mean.cpu(), self.m2.cpu(), error)
+        by_image = None if self.by_image is None else self.by_image.cpu()
+        return Moments(self.count, self.mean.cpu(), self.m2.cpu(), error, by_image)
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
@@ -116,11 +122,22 @@ def merge(parts: Iterable[Moments]) -> Moments:
         raise ValueError("merge needs at least one set of moments")
     if len(present) == 1:
         return present[0]
+    images = [part.by_image for part in present if part.by_image is not None]
+    few = len(images) == len(present) and sum(len(each.means) for each in images) <= MOST_BY_IMAGE
+    return replace(_stacked(present).pooled(), by_image=GroupMoments.concatenated(images) if few else None)
+
+
+def _stacked(parts: Sequence[Moments]) -> GroupMoments:
     return GroupMoments(
-        torch.tensor([part.count for part in present], dtype=torch.float64),
-        torch.stack([part.mean for part in present]),
-        torch.stack([part.m2 for part in present]),
-    ).pooled()
+        torch.tensor([part.count for part in parts], dtype=torch.float64),
+        torch.stack([part.mean for part in parts]),
+        torch.stack([part.m2 for part in parts]),
+    )
+
+
+def moments_by_image(values: Float[Tensor, "batch channels *positions"]) -> GroupMoments:
+    """Return what `moments_of` returns for each image of a batch, which must not be empty."""
+    return _stacked([moments_of(image) for image in values.split(1)])
 
 
 def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
@@ -285,6 +302,35 @@ class GroupMoments:
             shift = (counts * deviations).sum(0) / total
         between_groups = deviations.sub_(shift).square_().mul_(counts).sum(0)
         return Moments(total, origin + shift, self.m2.sum(0) + between_groups)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[GroupMoments]) -> GroupMoments:
+        """Return the groups of all parts, one after the other."""
+        counts, means, m2 = zip(*((part._count_of_each, part.means, part.m2) for part in parts), strict=True)
+        return cls(torch.cat(counts), torch.cat(means), torch.cat(m2))
+
+    def cpu(self) -> GroupMoments:
+        """Return the same moments in host memory."""
+        return GroupMoments(self._count_of_each.cpu(), self.means.cpu(), self.m2.cpu())
+
+    @property
+    def variances(self) -> Float64[Tensor, "groups channels"]:
+        """Mean squared deviation from the mean of each channel in each group."""
+        return self.m2 / self._count_of_each[:, None]
+
+    def without_each(self) -> GroupMoments:
+        """Return, for each group, the moments of all others together: the formula for a merge, solved for one part."""
+        total = self.pooled()
+        counts = self._count_of_each[:, None]
+        others = (total.count - counts).clamp_min(1)  # without any others, their sum of squares comes out as 0
+        deviations = self.means - total.mean
+        m2 = total.m2 - self.m2 - deviations.square() * counts * total.count / others
+        return GroupMoments(others.squeeze(1), total.mean - deviations * counts / others, m2.clamp_min(0))
+
+    @property
+    def _count_of_each(self) -> Float64[Tensor, " groups"]:
+        counts = torch.as_tensor(self.counts, dtype=torch.float64)
+        return counts.to(self.means.device).expand(len(self.means))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

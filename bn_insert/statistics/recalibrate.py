@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
-from .moments import Moments
+from .moments import MOST_BY_IMAGE, Moments
 from .passes import NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
@@ -202,7 +202,8 @@ def _recording_inputs(
             values: Tensor = next(chain(args, kwargs.values()))
             if values.ndim < 2:
                 raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
-            moments = recorder.record(name, values)
+            few_so_far = recorder.batches * len(values) < MOST_BY_IMAGE
+            moments = recorder.record(name, values, by_image=few_so_far and name in priors)
             if by_batch and moments.count:
                 prior = priors.get(name) if len(values) < few else None
                 if moments.count == 1 and prior is None:
@@ -228,7 +229,7 @@ def _set_statistics(
     mean, var = moments.mean, moments.var if unbiased and moments.count > 1 else moments.m2 / moments.count
     if prior is not None:
         # A single value has no variance.
-        mean, var = prior.shrunk(mean, var if moments.count > 1 else prior.var.to(var), images)
+        mean, var = prior.shrunk(mean, var if moments.count > 1 else prior.var.to(var), images, moments.by_image)
     old = _statistics(norm)[0]
     mean, var = mean.to(old.device, old.dtype), var.to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):

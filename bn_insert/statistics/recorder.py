@@ -6,6 +6,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs
 from ..support.arguments import is_number
 from ..support.processes import Ranks
-from .moments import Moments, merge, moments_of
+from .moments import Moments, merge, moments_by_image, moments_of
 from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
@@ -50,15 +51,23 @@ class Recorder:
         self._calls: Counter[str] = Counter()
         self.batches = 0
 
-    def record(self, name: str, values: Tensor) -> Moments:
+    def record(self, name: str, values: Tensor, *, by_image: bool = False) -> Moments:
         """Record and return the moments of values at a place.
+
+        Args:
+            name: Name of the place.
+            values: A batch of them.
+            by_image: Record those of each image as well, as long as there are few.
 
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
         # Only of this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
-            moments = moments_of(values.as_subclass(Tensor))  # of another class, such as MONAI's MetaTensor
+            plain = values.as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
+            moments = moments_of(plain)
+            if by_image and moments.count:
+                moments = replace(moments, by_image=moments_by_image(plain))
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from .moments import GroupMoments
+
 # Between two variances of one channel: a channel that is constant on the few images need not be so on others.
 _LARGEST_RATIO = 1e6
 # How steeply the part of a shift that is taken grows where the shift exceeds chance.
@@ -51,7 +53,11 @@ class Prior:
         return cls(mean, var, known.square() * (1 if standard_error is None else images))
 
     def shrunk(
-        self, mean: Float64[Tensor, " channels"], var: Float64[Tensor, " channels"], images: int
+        self,
+        mean: Float64[Tensor, " channels"],
+        var: Float64[Tensor, " channels"],
+        images: int,
+        by_image: GroupMoments | None = None,
     ) -> tuple[Float64[Tensor, " channels"], Float64[Tensor, " channels"]]:
         """Return mean and variance moved towards the prior, by as much as they may differ from it by chance.
 
@@ -60,10 +66,14 @@ class Prior:
         deviations), and E the value expected of D for images like those of the prior. The difference is multiplied by
         1 - (c E / D)^POWER, but at least by 0; c is `caution(images)`.
 
+        D is the smallest that is left when any one of the images is left out: a single unusual image, which can make
+        it ten times what chance explains, is no shift.
+
         Args:
             mean: Mean of each channel, measured on a few images.
             var: Variance of each channel, measured on them.
             images: Number of these images, at least 1.
+            by_image: Moments of each image; None if they are not known, and D is that of all images together.
 
         Sources: with POWER 1, the positive-part James-Stein estimator; Efron and Morris, "Stein's Estimation Rule and
         Its Competitors - An Empirical Bayes Approach", 1973; with a threshold for blocks of values, Cai, "Adaptive
@@ -71,15 +81,18 @@ class Prior:
         threshold and takes more of what exceeds it.
         """
         known_mean, known_var = (tensor.to(mean) for tensor in (self.mean, self.var))
-        by_chance = caution(images) * self.image_variance.to(mean) / images
-        difference = mean - known_mean
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
-        of_mean = _factor(difference[varying] / known_var[varying].sqrt(), by_chance[varying])
-        ratio = (var[varying] / known_var[varying]).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
-        of_std = _factor(ratio.log() / 2, by_chance[varying])
+        by_chance = caution(images) * float(self.image_variance.to(mean)[varying].sum()) / images
+        means, variances = mean[None], var[None]
+        if by_image is not None and len(by_image.means) > 1:
+            others = by_image.without_each()
+            means, variances = torch.cat([means, others.means]), torch.cat([variances, others.variances])
+        of_mean = _factor(((means - known_mean) / known_var.sqrt())[:, varying], by_chance)
+        ratios = (variances / known_var)[:, varying].clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+        of_std = _factor(ratios.log() / 2, by_chance)
         new_var = var.clone()
-        new_var[varying] = known_var[varying] * ratio**of_std
-        return torch.where(varying, known_mean + of_mean * difference, mean), new_var
+        new_var[varying] = known_var[varying] * ratios[0] ** of_std
+        return torch.where(varying, known_mean + of_mean * (mean - known_mean), mean), new_var
 
 
 def caution(images: int) -> float:
@@ -90,9 +103,10 @@ def caution(images: int) -> float:
     images. Applying what is due to chance costs accuracy in each layer. A real shift soon exceeds it many times, as E
     falls with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
     """
-    return 1.75 + 16 / images
+    return 1.75 + 10 / images
 
 
-def _factor(differences: Float64[Tensor, " channels"], by_chance: Float64[Tensor, " channels"]) -> float:
-    observed = float(differences.square().sum())
-    return max(0.0, 1 - (float(by_chance.sum()) / observed) ** POWER) if observed > 0 else 0.0
+def _factor(differences: Float64[Tensor, "samples channels"], by_chance: float) -> float:
+    """Return the part of the differences in the first row that is taken; the others are without one image each."""
+    observed = float(differences.square().sum(1).min())
+    return max(0.0, 1 - (by_chance / observed) ** POWER) if observed > 0 else 0.0
