@@ -64,7 +64,7 @@ class Prior:
         Means and logarithms of standard deviations are each moved by one factor for the whole layer. Let D be the sum,
         over the channels, of the squared differences from the prior (those of the means in units of its standard
         deviations), and E the value expected of D for images like those of the prior. The difference is multiplied by
-        1 - (c E / D)^POWER, but at least by 0; c is `caution(images)`.
+        1 - (c E / D)^POWER, but at least by 0; c is that of `caution`.
 
         D is the smallest that is left when any one of the images is left out: a single unusual image, which can make
         it ten times what chance explains, is no shift.
@@ -82,9 +82,10 @@ class Prior:
         """
         known_mean, known_var = (tensor.to(mean) for tensor in (self.mean, self.var))
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
-        by_chance = caution(images) * float(self.image_variance.to(mean)[varying].sum()) / images
         means, variances = mean[None], var[None]
-        if by_image is not None and len(by_image.means) > 1:
+        leave_one_out = by_image is not None and len(by_image.means) > 1
+        by_chance = caution(images, leave_one_out=leave_one_out) * float(self.image_variance[varying].sum()) / images
+        if by_image is not None and leave_one_out:
             others = by_image.without_each()
             means, variances = torch.cat([means, others.means]), torch.cat([variances, others.variances])
         of_mean = _factor(((means - known_mean) / known_var.sqrt())[:, varying], by_chance)
@@ -95,15 +96,20 @@ class Prior:
         return torch.where(varying, known_mean + of_mean * (mean - known_mean), mean), new_var
 
 
-def caution(images: int) -> float:
+def caution(images: int, *, leave_one_out: bool) -> float:
     """Return by how much a difference has to exceed what is expected by chance before any of it is taken.
 
     The channels of a layer depend on each other, so that chance often exceeds its expectation: for images like those of
     the prior, D / E is above 1 in one of ten draws in most layers, and above 1.5 in some, whatever the number of
     images. Applying what is due to chance costs accuracy in each layer. A real shift soon exceeds it many times, as E
     falls with the number of images and D does not. Chosen by measurement (benchmarks/adaptation/choosing.py).
+
+    Args:
+        images: Number of images.
+        leave_one_out: Whether D is the smallest that is left when any one image is left out. Where that is not known,
+            as of a single image, an unusual image calls for more caution.
     """
-    return 1.75 + 10 / images
+    return 1.75 + (10 if leave_one_out else 16) / images
 
 
 def _factor(differences: Float64[Tensor, "samples channels"], by_chance: float) -> float:

@@ -34,7 +34,7 @@ def test_nothing_of_a_shift_below_the_threshold_is_taken_and_nearly_all_far_abov
     times_threshold: float, share: float
 ) -> None:
     known, images = prior(), 16
-    shift = sqrt(times_threshold * (1.75 + 10 / images) / images)
+    shift = sqrt(times_threshold * (1.75 + 16 / images) / images)
     mean, var = known.shrunk(known.mean + shift * known.var.sqrt(), known.var * exp(2 * shift), images)
     torch.testing.assert_close((mean - known.mean) / known.var.sqrt(), torch.full_like(mean, share * shift))
     torch.testing.assert_close((var / known.var).log() / 2, torch.full_like(var, share * shift))
@@ -43,9 +43,9 @@ def test_nothing_of_a_shift_below_the_threshold_is_taken_and_nearly_all_far_abov
 def test_it_is_the_formula_in_float64_channel_by_channel() -> None:
     error = random(CHANNELS, seed=3).exp() / 100
     known = Prior.of(prior().mean, prior().var, standard_error=error, images=1000)
-    mean, var = known.mean + random(CHANNELS, seed=4) / 5.5, known.var * (random(CHANNELS, seed=5) / 2).exp()
+    mean, var = known.mean + random(CHANNELS, seed=4) / 5.3, known.var * (random(CHANNELS, seed=5) / 2).exp()
     channels = list(zip(known.mean.tolist(), known.var.tolist(), mean.tolist(), var.tolist(), strict=True))
-    threshold = (1.75 + 10 / 32) * sum(1000 * each**2 / 32 for each in error.tolist())
+    threshold = (1.75 + 16 / 32) * sum(1000 * each**2 / 32 for each in error.tolist())
     of_mean = 1 - (threshold / sum((m - k) ** 2 / v for k, v, m, _ in channels)) ** 4
     of_std = 1 - (threshold / sum((log(w / v) / 2) ** 2 for _, v, _, w in channels)) ** 4
     assert min(of_mean, of_std) > 0.1
@@ -110,3 +110,12 @@ def test_a_shift_of_all_images_is_taken_as_without_knowing_each() -> None:
     expected = known.shrunk(everything.mean, everything.var, 32)
     torch.testing.assert_close(mean, expected[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(var, expected[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("times_threshold", "share"), [(0.99, 0.0), (1.01, 1 - 1.01**-4)])
+def test_where_single_images_are_known_the_threshold_is_lower(times_threshold: float, share: float) -> None:
+    known, images = prior(), 16
+    shift = sqrt(times_threshold * (1.75 + 10 / images) / images)
+    values = (known.mean + shift * known.var.sqrt()).expand(images, CHANNELS)[..., None] + 0 * random(1, 1, 10)
+    mean, _ = known.shrunk(values[0, :, 0], known.var, images, moments_by_image(values))
+    torch.testing.assert_close((mean - known.mean) / known.var.sqrt(), torch.full_like(mean, share * shift))
