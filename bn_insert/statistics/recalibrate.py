@@ -202,10 +202,11 @@ def _recording_inputs(
             values: Tensor = next(chain(args, kwargs.values()))
             if values.ndim < 2:
                 raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
-            few_so_far = recorder.batches * len(values) < MOST_BY_IMAGE
-            moments = recorder.record(name, values, by_image=few_so_far and name in priors)
+            prior = priors.get(name) if len(values) < few else None
+            pooled = len(values) * (recorder.batches + 1)  # images so far, in batches of one size
+            by_image = name in priors and (len(values) if prior else pooled) <= MOST_BY_IMAGE
+            moments = recorder.record(name, values, by_image=by_image)
             if by_batch and moments.count:
-                prior = priors.get(name) if len(values) < few else None
                 if moments.count == 1 and prior is None:
                     moments = recorder.pooled(name)
                 _set_statistics(norm, name, moments, prior, len(values), unbiased=False)

@@ -126,6 +126,15 @@ def test_one_target_image_is_enough() -> None:
     assert torch.equal(found.model.classifier[1].running_var, dense), "a single value has no variance"
 
 
+@pytest.mark.parametrize("batch", [32, 8])
+def test_one_unusual_image_among_a_few_changes_nothing(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = source()[:32].clone()
+    target[5] *= 20
+    assert not adapt(small_vgg(), source().split(16), target.split(batch)).changed
+    monkeypatch.setattr("bn_insert.statistics.recalibrate.MOST_BY_IMAGE", 0)
+    assert adapt(small_vgg(), source().split(16), target.split(batch)).changed, "where no image is left out"
+
+
 def test_keep_batchnorm_leaves_the_layers_in_to_train_on() -> None:
     found = adapt(small_vgg(), source().split(16), shifted(source()).split(16), keep_batchnorm=True)
     assert found.folded == ()
