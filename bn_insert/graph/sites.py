@@ -135,18 +135,16 @@ def survey(
 
 
 def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
-    """Return in words why a model has no site, for a message: the reasons of its layers, and layers of other kinds."""
+    """Return in words why a model has no site, to follow a colon: its layers with reasons, and other operations."""
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
         by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name or "the model")
-    found = [f"{reason}: {listed(names, _NAMES_SHOWN)}" for reason, names in by_reason.items()]
+    found = [f"{listed(names, _NAMES_SHOWN)} ({reason})" for reason, names in by_reason.items()]
     if others := _operations_outside_layers(trace):
         described = [_described(name, trace) for name in others if name in trace.modules]
-        found.append(
-            "conv and dense operations that are not modules of torch.nn, after which no BatchNorm can be inserted: "
-            f"{listed(described, _NAMES_SHOWN) or 'functions'}"
-        )
-    return "; ".join(found) or "it has no conv or dense layer"
+        place = f" in {listed(described, _NAMES_SHOWN)}" if described else ""
+        found.append(f"conv or dense operations{place} that are not modules of torch.nn")
+    return "; ".join(found) or "there is no conv or dense layer"
 
 
 def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
@@ -275,7 +273,7 @@ def _anchor(trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: 
     if anchor is None:
         return None, "not directly followed by an activation module"
     if len(trace.nodes_in(anchor)) != len(calls):
-        return None, f"its activation {anchor} is shared with other layers"
+        return None, f"the activation {anchor} is shared with other layers"
     return anchor, ""
 
 
@@ -295,22 +293,22 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     if not options.include_output and any(map(trace.leaves_recording, calls)):
         return "perhaps an output layer: what reads its values is not known"
     if all(map(trace.is_gate, calls)):
-        return "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
+        return "part of a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
     outputs = [call.meta["val"] for call in calls]
     if any(output.is_complex() for output in outputs):
-        return "its output is complex, and BatchNorm takes real numbers"
+        return "the output is complex, and BatchNorm takes real numbers"
     shapes = (tuple(output.shape) for output in outputs)
     wrong = next((shape for shape in shapes if len(shape) < 2 or (kind == "dense" and len(shape) != 2)), None)
     if wrong is not None:
         described = " x ".join(map(str, ("batch", *wrong[1:]))) if len(wrong) > 1 else str(wrong)
-        return f"its output, {described}, is not batch x channels: BatchNorm1d would normalize the wrong axis"
+        return f"the output, {described}, is not batch x channels: BatchNorm1d would normalize the wrong axis"
     return ""
 
 
 def _why_not_in_graph(trace: Trace, name: str) -> str:
     if name in trace.called:
-        return "called, but the trace shows no conv or dense operation of it"
+        return "called, but without a conv or dense operation in the trace"
     if trace.reads_weights_of(name):
         ways = "by layer.forward(x), a function such as F.conv2d, or a __call__ of its own"
-        return f"its weight is used, but not by a module call: {ways}"
+        return f"the weight is used, but not by a module call: {ways}"
     return "never called for the first batch" if trace.obstacle else "never called in a forward pass"

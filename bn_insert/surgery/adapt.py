@@ -406,7 +406,7 @@ def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> Gra
             f"{name} has no BatchNorm: pass images of the kind that it was trained on as {source}, so that BatchNorm "
             "can be inserted"
         )
-    return GraphError(f"nothing to adapt in {name}: no layer can get a BatchNorm ({insertion.nothing})")
+    return GraphError(f"nothing to adapt in {name}, in which no layer can get a BatchNorm: {insertion.nothing}")
 
 
 def _layers_of(norms: Mapping[str, nn.Module], insertion: Insertion[Any] | None) -> dict[str, str]:

@@ -219,7 +219,7 @@ def _check_inserted(insertion: Insertion[nn.Module], checkpoint: str) -> None:
 
     if insertion.sites:
         return
-    raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written ({insertion.nothing})")
+    raise GraphError(f"nothing to insert in {checkpoint}, and nothing was written: {insertion.nothing}")
 
 
 def _note_dropouts(insertion: Insertion[nn.Module], checkpoint: str) -> None:

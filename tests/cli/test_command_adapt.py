@@ -89,7 +89,9 @@ def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: 
     assert run("insert", network_path(), digits, "-o", "bn.pth", *AS_STORED).exit_code == 0
     result = run("adapt", "bn.pth", digits, dark, "-o", "out.pth")
     assert result.exit_code == 0, result.output
-    assert "No BatchNorm was inserted, so SOURCE is used only to judge the result" in text_of(result.stderr)
+    note = "No BatchNorm was inserted, so SOURCE is used only to judge the result: features.0, features.4"
+    assert note in text_of(result.stderr)
+    assert "(already followed by a normalization); " in text_of(result.stderr)
     assert "insertion compared" not in result.stdout
 
 

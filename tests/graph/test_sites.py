@@ -32,7 +32,7 @@ from support.networks import (
 
 Unchecked = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-GATE = "computes a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
+GATE = "part of a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
 VGG_LAYERS = ["features.0", "features.3", "classifier.0", "classifier.3", "classifier.6"]
 
 
@@ -284,14 +284,14 @@ def test_after_activation_is_impossible_after_an_attribute_that_several_layers_s
             return self.head(self.act(self.second(self.act(self.first(x)))))
 
     found = reasons(survey(SharedActivation(), images(2, 8), placement="after_activation"))
-    assert found["first"] == found["second"] == "its activation act is shared with other layers"
+    assert found["first"] == found["second"] == "the activation act is shared with other layers"
 
 
 def test_after_activation_is_impossible_after_one_activation_at_two_places_of_a_sequential() -> None:
     relu = nn.ReLU()
     model = sequential(nn.Conv2d(3, 8, 3), relu, nn.Conv2d(8, 8, 3), relu, nn.Conv2d(8, 4, 1))
     found = reasons(survey(model, images(2, 8), placement="after_activation"))
-    assert found["0"] == found["2"] == "its activation 1 is shared with other layers"
+    assert found["0"] == found["2"] == "the activation 1 is shared with other layers"
 
 
 def test_a_layer_called_twice_is_one_site_with_two_calls() -> None:
@@ -364,7 +364,7 @@ def test_channels_and_dims_are_those_of_the_layers_output(
 
 def test_a_dense_layer_on_three_dimensional_inputs_is_no_site() -> None:
     found = reasons(survey(TokenMixer(), torch.zeros(2, 5, 6)))
-    message = "its output, batch x 5 x 8, is not batch x channels: BatchNorm1d would normalize the wrong axis"
+    message = "the output, batch x 5 x 8, is not batch x channels: BatchNorm1d would normalize the wrong axis"
     assert found == {"embed": message, "mix": message, "head": "output layer"}
 
 
@@ -373,7 +373,7 @@ def test_a_dense_layer_that_is_called_on_three_dimensional_inputs_once_is_no_sit
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + self.embed(x[:, 0]).relu().mean()
 
-    assert "its output, batch x 5 x 8, is not" in reasons(survey(Mixed(), torch.zeros(2, 5, 6)))["embed"]
+    assert "the output, batch x 5 x 8, is not" in reasons(survey(Mixed(), torch.zeros(2, 5, 6)))["embed"]
 
 
 def test_a_dense_layer_that_returns_a_single_number_is_no_site() -> None:
@@ -387,7 +387,7 @@ def test_a_dense_layer_that_returns_a_single_number_is_no_site() -> None:
             x = self.conv(x).relu().mean((2, 3))
             return self.head(x * self.scale(x.mean(0))[0].relu())
 
-    assert reasons(survey(Single(), images(2, 8)))["scale"].startswith("its output, (1,), is not batch x channels")
+    assert reasons(survey(Single(), images(2, 8)))["scale"].startswith("the output, (1,), is not batch x channels")
 
 
 def test_a_layer_of_complex_numbers_is_no_site() -> None:
@@ -400,7 +400,7 @@ def test_a_layer_of_complex_numbers_is_no_site() -> None:
             return self.head(self.mix(torch.fft.fft2(x)).abs().relu().mean((2, 3)))
 
     found = reasons(survey(Spectrum(), images(2, 8)))
-    assert found["mix"] == "its output is complex, and BatchNorm takes real numbers"
+    assert found["mix"] == "the output is complex, and BatchNorm takes real numbers"
 
 
 def test_a_conv_that_receives_one_image_without_a_batch_axis_is_a_graph_error_that_names_it() -> None:
@@ -453,10 +453,10 @@ class Unfolding(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "run", "reason"),
     [
-        (nn.Conv2d, lambda layer, x: layer.forward(x), "its weight is used, but not by a module call"),
-        (nn.Conv2d, lambda layer, x: F.conv2d(x, layer.weight * 2), "its weight is used, but not by a module call"),
-        (OwnCall, lambda layer, x: layer(x), "its weight is used, but not by a module call"),
-        (Unfolding, lambda layer, x: layer(x), "called, but the trace shows no conv or dense operation of it"),
+        (nn.Conv2d, lambda layer, x: layer.forward(x), "the weight is used, but not by a module call"),
+        (nn.Conv2d, lambda layer, x: F.conv2d(x, layer.weight * 2), "the weight is used, but not by a module call"),
+        (OwnCall, lambda layer, x: layer(x), "the weight is used, but not by a module call"),
+        (Unfolding, lambda layer, x: layer(x), "called, but without a conv or dense operation in the trace"),
         (nn.Conv2d, lambda _, x: x[:, :, 1:-1, 1:-1], "never called in a forward pass"),
     ],
     ids=["forward", "function", "own __call__", "other operations", "never"],

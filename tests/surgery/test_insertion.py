@@ -696,7 +696,7 @@ def test_layers_of_other_classes_that_get_no_batchnorm_are_named_next_to_those_t
 
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    with pytest.warns(UserWarning, match="^no BatchNorm was inserted: it has no conv or dense layer$"):
+    with pytest.warns(UserWarning, match="^no BatchNorm was inserted: there is no conv or dense layer$"):
         result = insert_batchnorm(model, [images(4, 8)])
     assert result is not model
     assert torch.equal(result(images(2, 8)), model(images(2, 8)))
