@@ -231,6 +231,11 @@ def _filled(
             "whose layers do not share it"
         )
     missing, unexpected = _load(network, named, described)
+    if not network.state_dict():
+        raise CheckpointError(
+            f"{described} has no parameters or buffers to load; pass the architecture that the checkpoint was saved "
+            "from, with its layers as attributes or in an nn.ModuleList: those in a plain list are not part of a module"
+        )
     _separate(network, named)
     mismatches = [f"{key} is not in the file" for key in missing]
     if not ignore_unexpected:

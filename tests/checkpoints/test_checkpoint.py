@@ -449,6 +449,22 @@ def test_mismatches_with_an_architecture_are_listed_up_to_eight(tmp_path: Path) 
     message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=nn.BatchNorm1d(2)))
     assert "the checkpoint does not fit BatchNorm1d: weight is not in the file" in message
     assert "layer3.weight is not in the model; and 3 more; pass the architecture" in message
+
+
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_a_network_without_parameters_is_refused_and_no_tensor_is_advised_to_be_ignored(
+    ignoring: bool, tmp_path: Path
+) -> None:
+    class KeepsLayersInAList(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(2, 2)]
+
+    save_checkpoint(nn.Sequential(nn.Linear(2, 2)), tmp_path / "a.pth")
+    path, options = tmp_path / "a.pth", {"model": KeepsLayersInAList, "ignore_unexpected": ignoring}
+    message = refusal_of(lambda: load_checkpoint(path, **options))
+    assert "KeepsLayersInAList has no parameters or buffers to load; pass the architecture that" in message
+    assert message.endswith("in an nn.ModuleList: those in a plain list are not part of a module")
     assert "layer4" not in message
 
 
