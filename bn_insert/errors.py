@@ -67,6 +67,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 # In the messages of PyTorch's pooling and conv layers.
 _TOO_SMALL = re.compile("output size is too small|kernel size can't be greater than actual input size", re.IGNORECASE)
+_NO_GRADIENTS = "does not require grad"  # in the messages of torch.autograd.grad and backward()
 
 
 class BNInsertError(Exception):
@@ -117,6 +118,13 @@ def out_of_memory(error: Exception) -> str:
 def too_small(error: Exception) -> bool:
     """Return whether an error of PyTorch says that the inputs of a network are too small for it."""
     return _TOO_SMALL.search(str(error)) is not None
+
+
+def gradients_advice(error: Exception) -> str:
+    """Return what to do if an error of PyTorch says that a forward computes gradients, for a message; else ""."""
+    if _NO_GRADIENTS not in str(error):
+        return ""
+    return "Networks run without gradients here: where the forward needs some, compute them in torch.enable_grad()"
 
 
 def _address_space_is_limited() -> bool:

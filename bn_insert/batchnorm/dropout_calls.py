@@ -35,7 +35,7 @@ def dropout_calls(network: nn.Module, example: Any) -> dict[str, float]:
             module.eval()
     calls = _Calls()
     # A forward that fails does so again in the first step, with its context.
-    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(network), suppress(Exception), calls:
+    with preserved_random_state(), torch.no_grad(), unchanged_attributes(network), suppress(Exception), calls:
         Inputs.of(example, 0, copy).run(copy)
     return calls.found
 

@@ -19,7 +19,7 @@ import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CalibrationError, GraphError, as_passed, out_of_memory
+from ..errors import CalibrationError, GraphError, as_passed, gradients_advice, out_of_memory
 from ..support.text import first_line, listed, with_article
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
@@ -439,7 +439,7 @@ _LOGGERS = (
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     name, cause = type(model).__name__, first_line(error).rstrip(".:")
     try:
-        with torch.random.fork_rng(devices=()), torch.inference_mode():
+        with torch.random.fork_rng(devices=()), torch.no_grad():
             inputs.run(working_copy(model))
     except GraphError as own:
         return str(own)
@@ -451,7 +451,7 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (
                 f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
             )
-        advice = inputs.conversion or "Pass inputs of the shape that it expects"
+        advice = gradients_advice(own) or inputs.conversion or "Pass inputs of the shape that it expects"
         if "too many indices" in str(own) and inputs.only_tensor is not None:  # as PyTorch says for tensor["image"]
             advice += (
                 ", and if its forward takes a dict, annotate that parameter as one (batch: dict) to get all values"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import CalibrationError, as_passed, too_small
+from ..errors import CalibrationError, as_passed, gradients_advice, too_small
 from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
 from ..support.text import with_article
@@ -76,7 +76,7 @@ def for_each_batch(
     enough: Callable[[], bool] = lambda: False,
     finish: Callable[[], object] = lambda: None,
 ) -> int:
-    """Call `run` with every batch that is not empty, in inference mode, and return the number of images.
+    """Call `run` with every batch that is not empty, without gradients, and return the number of images.
 
     PyTorch's random state is restored afterwards.
 
@@ -95,7 +95,7 @@ def for_each_batch(
     check_progress(progress)
     images = 0
     reader = InputReader(model)
-    with preserved_random_state(), torch.inference_mode():
+    with preserved_random_state(), torch.no_grad():
         for number, value in enumerate(checked(batches)):
             batch = Batch(number, value, reader.inputs(value, number))
             if len(batch.inputs) == 0:
@@ -253,6 +253,8 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
         if isinstance(batch, Batch) and batch.inputs.conversion:
             advice = f". {batch.inputs.conversion}"
+        if gradients := gradients_advice(error):
+            advice = f". {gradients}"
         if too_small(error):
             advice = as_passed(". Use larger inputs", option=". Use larger inputs (for image files: --resize, --crop)")
         raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error

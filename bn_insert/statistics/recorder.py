@@ -64,7 +64,7 @@ class Recorder:
         """
         # Only of this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
-            plain = values.as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
+            plain = values.detach().as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
             moments = moments_of(plain)
             if by_image and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))

@@ -361,7 +361,7 @@ def _run(
     for name, module in network.named_modules():
         module.register_forward_pre_hook(note(name))
     try:
-        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(model):
+        with preserved_random_state(), torch.no_grad(), unchanged_attributes(model):
             outputs = Inputs.of(example, 0, network).run(network)
     except Exception:  # noqa: BLE001 - whatever it is, training raises it again, with its context
         return None

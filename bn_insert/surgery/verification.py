@@ -58,7 +58,7 @@ def fault_of(
 
 def runs_on(model: nn.Module, batch: Inputs) -> bool:
     """Return whether a model runs on the first images of a batch."""
-    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)), suppress(Exception):
+    with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)), suppress(Exception):
         batch.rows(0, _CHECKED_ROWS).run(working_copy(model))
         return True
     return False
@@ -79,7 +79,7 @@ def error_on_one_image(model: nn.Module, result: nn.Module, batch: Inputs | None
 
 
 def _error_on(image: Inputs, model: nn.Module, result: nn.Module) -> str:
-    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+    with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)):
         try:
             image.run(working_copy(result))
         except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
@@ -110,7 +110,7 @@ def fault_here(
     names = {id(module): name for name, module in result.named_modules()}
     norm_of = {anchor: names[id(norm)] for anchor, norm in (norms or {}).items()}
     for part in (batch.rows(0, _CHECKED_ROWS), batch):
-        with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+        with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)):
             seed = torch.initial_seed()
             try:
                 torch.manual_seed(seed)
@@ -144,7 +144,7 @@ def _run_counting(inputs: Inputs, network: nn.Module, names: Iterable[str]) -> t
 
 def _repeats(model: nn.Module, inputs: Inputs, outputs: Any, rounding: float) -> bool:
     """Return whether a model computes the same again, as it does not with noise that PyTorch's seed does not set."""
-    with preserved_random_state(), torch.inference_mode(), unchanged_attributes(unwrapped(model)):
+    with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)):
         torch.manual_seed(torch.initial_seed())
         again = inputs.run(working_copy(model))
     return _same_outputs(outputs, again, rounding)

@@ -146,7 +146,7 @@ class Classifier:
                 module.eval()
         images = images.to(self.device, next(network.parameters()).dtype, memory_format=self.memory_format, copy=True)
         try:
-            with preserved_random_state(), torch.inference_mode(), self.autocast(), protected_parameters(network):
+            with preserved_random_state(), torch.no_grad(), self.autocast(), protected_parameters(network):
                 logits = network(images)
         except Exception as error:  # whatever else it is, the first step raises it again, with its context
             if too_small(error):
@@ -171,7 +171,7 @@ class Classifier:
 def _runs(network: nn.Module, images: Float[Tensor, "n c h w"], memory_format: torch.memory_format) -> bool:
     """Return whether a network runs on images in a memory format, and its outputs have one row for each of them."""
     try:
-        with preserved_random_state(), torch.inference_mode():
+        with preserved_random_state(), torch.no_grad():
             # The weights too: with them, a forward that makes its images contiguous has activations in channels_last.
             # Copies, as a forward may keep tensors, or change them in place.
             logits = working_copy(network).to(memory_format=memory_format)(images.clone(memory_format=memory_format))
