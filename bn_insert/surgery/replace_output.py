@@ -29,8 +29,10 @@ def replace_output(model: nn.Module, classes: int, *, example: Any = None) -> No
     """Replace a network's output layer, in place, with one for a different number of classes.
 
     Without an example, the output layer is the nn.Linear that is declared last, or the last nn.Conv2d of a network
-    without dense layers, such as SqueezeNet. With one, it is the last nn.Linear or nn.Conv2d called that has one output
-    for each logit of the model and affects the logits; if none is called, one whose weight affects them.
+    without dense layers, such as SqueezeNet. Whether the forward calls it is not known then: pass an example for a
+    network that has further heads, for training or from another task. With one, it is the last nn.Linear or nn.Conv2d
+    called that has one output for each logit of the model and affects the logits; if none is called, one whose weight
+    affects them.
 
     The new layer has the device and dtype of the old one. A dense layer gets zero weights and bias: training starts at
     a loss of log(classes) whatever the scale of the layer's input, and the layers before it get their first gradient in
