@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import CalibrationError, GraphError
-from ..support.text import with_article
+from ..support.text import counted, listed, with_article
 from .compiled import uncompiled
 from .copies import check_module, protected_parameters
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
 _SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence)(\[.*\])?( \| None)?")
+_CONTAINERS = (tuple, list, Mapping)
+_KINDS_SHOWN = 4
+
+MAKING_BATCHES = (
+    "batches are made by DataLoader(dataset, batch_size=32) from a dataset, by torch.stack from a list of tensors, and "
+    "by torch.from_numpy from an array"
+)
+"""How to make batches of single images, for messages."""
 
 
 @dataclass(frozen=True)
@@ -221,42 +229,36 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
         return Inputs((), {forward.names[0]: value}) if forward.by_name else Inputs((value,))
     if isinstance(value, Mapping) and value:
         if forward.takes_dict:
-            return _checked(*forward.ordered([dict(value)]), number)
+            return _checked(*forward.ordered([dict(value)]), batch, number, forward)
         if forward.names and set(forward.names) <= value.keys():
-            return _checked(*forward.named(value), number)
+            return _checked(*forward.named(value), batch, number, forward)
         if not forward.several:
             return _read(next(iter(value.values())), batch, number, forward)
     if isinstance(value, (tuple, list)) and value:
         inputs = _read_sequence(value, batch, number, forward)
         if inputs is not None:
             return inputs
-    if forward.several:
-        raise CalibrationError(
-            f"batch {number} is {_described(batch)}, but {forward.model} takes "
-            f"{', '.join(forward.names)}; pass a tuple of these, or a dict with these names"
-        )
-    raise CalibrationError(
-        f"batch {number} is {_described(batch)}; a batch is a tensor, or a tuple, list or dict whose first "
-        "value is the input tensor"
-    )
+    raise _not_a_batch(batch, number, forward)
 
 
 def _read_sequence(value: Sequence[Any], batch: Any, number: int, forward: ForwardInputs) -> Inputs | None:
     """Return what `_read` returns for a tuple or list, or None if it has fewer values than the forward takes."""
     if forward.sequence and all(isinstance(each, Tensor) for each in value):
-        return _checked(*forward.ordered([forward.sequence(value)]), number)
+        return _checked(*forward.ordered([forward.sequence(value)]), batch, number, forward)
+    if value is batch and _are_samples(value):
+        raise _not_a_batch(batch, number, forward)
     alone = len(forward.names) == 1 and not (forward.optional or forward.sequence)
     if alone and value is not batch and len(value) > 1 and all(map(_is_input, value)):
         name = forward.names[0]
         raise CalibrationError(
             f"batch {number} has {with_article(value)} of {len(value)} inputs, but {forward.model} takes one: "
             f"{name}; if it takes all of them together, annotate that parameter ({name}: list[Tensor]), and "
-            "otherwise pass batches with one of them"
+            "otherwise pass batches with one of them, or torch.stack(images) if these are single images"
         )
     if not forward.several or isinstance(value[0], (tuple, list, Mapping)):  # (inputs, labels)
         return _read(value[0], batch, number, forward)
     if len(value) >= len(forward.names):
-        return _checked(*forward.ordered(value[: len(forward.names)]), number)
+        return _checked(*forward.ordered(value[: len(forward.names)]), batch, number, forward)
     return None
 
 
@@ -265,16 +267,64 @@ def _is_input(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
-def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Inputs:
+def _are_samples(values: Sequence[Any]) -> bool:
+    """Return whether each value is what a dataset has for one image: a tuple, list or dict with a label or a number."""
+    return len(values) > 1 and all(
+        isinstance(each, _CONTAINERS) and any(map(_is_label, _values(each)[1:])) for each in values
+    )
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int | float | str) or getattr(value, "ndim", None) == 0
+
+
+def _values(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, Mapping) else container)
+
+
+def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, number: int, forward: ForwardInputs) -> Inputs:
     inputs = Inputs(args, kwargs)
+    if not inputs.tensors:
+        raise _not_a_batch(batch, number, forward)
     lengths = {tuple(tensor.shape[:1]) for tensor in inputs.tensors}
     if len(lengths) != 1 or () in lengths:
         raise CalibrationError(
-            f"batch {number} has inputs of shapes {inputs.shapes or 'none'}; all need the same number of "
-            "images in dimension 0"
+            f"batch {number} has inputs of shapes {inputs.shapes}; all need the same number of images in dimension 0"
         )
     return inputs
 
 
-def _described(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if hasattr(value, "__len__") and not len(value) else with_article(value)
+def _not_a_batch(batch: Any, number: int, forward: ForwardInputs) -> CalibrationError:
+    """Return the error for a batch in which what the forward takes is not found; it says how to make batches."""
+    described = f"an empty {type(batch).__name__}" if hasattr(batch, "__len__") and not len(batch) else ""
+    advice = ""
+    if _holds_images(batch):
+        described, advice = _with_contents(batch), f"; {MAKING_BATCHES}"
+    described = described or with_article(batch)
+    if forward.several:
+        return CalibrationError(
+            f"batch {number} is {described}, but {forward.model} takes {', '.join(forward.names)}; pass a tuple of "
+            f"these, or a dict with these names{advice}"
+        )
+    return CalibrationError(
+        f"batch {number} is {described}; a batch is a tensor, or a tuple, list or dict whose first value is the input "
+        f"tensor{advice}"
+    )
+
+
+def _holds_images(batch: Any) -> bool:
+    """Return whether there are images or numbers in something that is no batch: arrays, or lists of samples."""
+    nested = isinstance(batch, tuple | list) and bool(batch) and isinstance(batch[0], _CONTAINERS) and bool(batch[0])
+    leaves = tree_leaves(batch)
+    return nested or any(hasattr(leaf, "__array_interface__") for leaf in leaves)  # of NumPy or PIL
+
+
+def _with_contents(batch: Any) -> str:
+    """Return "an ndarray", "a tuple (ndarray, int)", "a list of 2 tuples (ndarray, int)" and the like."""
+    described, inner = with_article(batch), batch
+    if isinstance(batch, tuple | list) and isinstance(batch[0], _CONTAINERS):
+        inner = batch[0]
+        described += f" of {counted(len(batch), type(inner).__name__)}"
+    if not isinstance(inner, _CONTAINERS):
+        return described
+    return f"{described} ({listed([type(each).__name__ for each in _values(inner)], _KINDS_SHOWN)})"

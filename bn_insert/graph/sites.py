@@ -20,6 +20,7 @@ from ..support.arguments import as_tuple, check_flags
 from ..support.schema import Count, Extent
 from ..support.text import listed
 from .copies import unwrapped
+from .inputs import MAKING_BATCHES
 from .layers import Kind, layer_kind
 from .operator_rules import Role, argument, has_role, is_layer
 from .trace import Trace
@@ -250,8 +251,8 @@ def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> 
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
     if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
         raise GraphError(
-            f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W, so pass "
-            "a list of batches, such as [images], and of a dataset a loader: DataLoader(dataset, batch_size=32)"
+            f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W, and "
+            f"{MAKING_BATCHES}"
         )
     parameters = sum(parameter.numel() for parameter in module.parameters())
     anchor, reason = _anchor(trace, name, kind, calls, options)

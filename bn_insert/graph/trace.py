@@ -18,11 +18,12 @@ import torch
 import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import CalibrationError, GraphError, as_passed, gradients_advice, out_of_memory
 from ..support.text import first_line, listed, with_article
 from .copies import unchanged_attributes, unwrapped, working_copy
-from .inputs import Inputs
+from .inputs import MAKING_BATCHES, Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
 from .recording import recorded
@@ -458,11 +459,19 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
             )
         if _ABOUT_SIZE.search(str(own)):
             advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
+        if _lacks_batch_axis(model, inputs):
+            advice += f". If this is one image without a batch axis, {MAKING_BATCHES}"
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
     return (
         f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. Pass a "
         "submodule that contains the layers and has no such code in its forward"
     )
+
+
+def _lacks_batch_axis(model: nn.Module, inputs: Inputs) -> bool:
+    """Return whether the first conv of a model takes inputs with one axis more."""
+    tensor, conv = inputs.only_tensor, next((each for each in model.modules() if isinstance(each, _ConvNd)), None)
+    return tensor is not None and conv is not None and tensor.ndim == len(conv.kernel_size) + 1
 
 
 def _place(error: Exception) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from bn_insert import CalibrationError, GraphError, forward_inputs, insert
 from support.idioms import traced_by_fx
-from support.networks import images, randomised
+from support.networks import images, randomised, small_vgg
 
 
 class TwoConvs(nn.Module):
@@ -156,3 +158,52 @@ def test_several_inputs_for_a_forward_that_takes_one_are_refused_instead_of_left
     message = r"batch 0 has a list of 2 inputs, but OneView takes one: view; .* \(view: list\[Tensor\]\), and otherwise"
     with pytest.raises(CalibrationError, match=message):
         insert(OneView(), [batch])
+
+
+ARRAY, IMAGE = np.zeros((3, 16, 16), np.float32), torch.zeros(3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "described"),
+    [
+        ([[ARRAY, 1], [ARRAY, 2]], r"a list of 2 lists \(ndarray, int\)"),
+        ([(IMAGE, 1), (IMAGE, 2)], r"a list of 2 tuples \(Tensor, int\)"),
+        ([(IMAGE, torch.tensor(1)), (IMAGE, torch.tensor(2))], r"a list of 2 tuples \(Tensor, Tensor\)"),
+        ([{"image": IMAGE, "label": "cat"}] * 3, r"a list of 3 dicts \(Tensor, str\)"),
+        ([[0.0, 1.0]], r"a list of 1 list \(float, float\)"),
+        ((ARRAY, 1), r"a tuple \(ndarray, int\)"),
+        ((PIL.Image.new("RGB", (16, 16)), 1), r"a tuple \(Image, int\)"),
+        ({"image": ARRAY}, r"a dict \(ndarray\)"),
+        (ARRAY, "an ndarray"),
+    ],
+)
+def test_what_is_no_batch_is_described_with_the_ways_to_make_batches_of_it(batch: Any, described: str) -> None:
+    message = (
+        rf"^batch 0 is {described}; a batch is a tensor, .*; batches are made by DataLoader\(.* torch\.stack .*array$"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        insert(small_vgg(), [batch])
+
+
+@pytest.mark.parametrize("batch", [[(ARRAY, 1), (ARRAY, 2)], (ARRAY, ARRAY), {"image": ARRAY, "mask": ARRAY}])
+def test_arrays_for_several_inputs_are_refused_with_the_ways_to_make_batches(batch: Any) -> None:
+    message = (
+        r"^batch 0 is a (list of 2 tuples|tuple|dict) \(ndarray, .* takes image, mask; .* by torch\.from_numpy from"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        insert(CallTakesTwo(), [batch])
+
+
+@pytest.mark.parametrize("batch", [IMAGE, (IMAGE, 1), [IMAGE, IMAGE, IMAGE]], ids=["image", "sample", "list"])
+def test_a_network_that_cannot_run_on_one_image_without_a_batch_axis_is_told_so(batch: Any) -> None:
+    message = (
+        r"cannot run on an input of shape \(3, 16, 16\): .* If this is one image without a batch axis, batches are"
+    )
+    with pytest.raises(GraphError, match=message):
+        insert(small_vgg(), [batch])
+
+
+def test_a_batch_of_inputs_and_labels_in_containers_is_no_list_of_samples() -> None:
+    model, x = small_vgg(), images(4, 16)
+    for batch in [((x, "path"), (torch.zeros(4),)), [[x, 1], torch.zeros(4)], [{"image": x, "epoch": 3}]]:
+        assert insert(model, [batch]).images == 4
