@@ -83,27 +83,44 @@ class ClassFolders:
         Args:
             images: The images, some or all of `train` or `val`.
             size: Files per batch.
-            full: Replace an unreadable image by another one of its batch, so that the size of a batch follows from
-                the number of files alone, in whichever process they are read.
+            full: Replace an unreadable image by another one of its batch, or by a training image if the batch has none
+                that can be read, so that the size of a batch follows from the number of files alone, in whichever
+                process they are read.
 
         Raises:
-            ImageError: When pictures in one batch differ in size, with `full` when no image of a batch can be read,
-                and for the first unreadable file if the folders were opened with `strict`.
+            ImageError: When pictures in one batch differ in size, with `full` when no training image can be read, and
+                for the first unreadable file if the folders were opened with `strict`.
         """
         labels = dict(images)
         decoded = self.reader.read(tuple(image.path for image in images), size, self._skipped)
         with closing(decoded):
             for pixels, paths, unreadable in decoded:
-                if pixels is None:
-                    if full:
-                        raise _none_readable(unreadable)
-                    continue
-                targets = torch.tensor([labels[path] for path in paths])
-                if full and unreadable:
-                    rows = torch.arange(len(paths) + len(unreadable)) % len(paths)
-                    yield LabelledBatch(pixels[rows], targets[rows])
+                if pixels is not None:
+                    batch = LabelledBatch(pixels, torch.tensor([labels[path] for path in paths]))
+                elif full:
+                    batch = self._in_place_of(unreadable[0].path)
                 else:
-                    yield LabelledBatch(pixels, targets)
+                    continue
+                if full and unreadable:
+                    rows = torch.arange(len(paths) + len(unreadable)) % len(batch.labels)
+                    batch = LabelledBatch(batch.images[rows], batch.labels[rows])
+                yield batch
+
+    def _in_place_of(self, unreadable: Path) -> LabelledBatch:
+        """Return the first training image that can be read after a file: mostly one of its class.
+
+        It does not depend on which images were read before, so that a resumed run sees the same.
+        """
+        start = next((number for number, image in enumerate(self.train) if image.path == unreadable), 0)
+        for image in (*self.train[start:], *self.train[:start]):
+            if image.path not in self._skipped:
+                for batch in self.batches((image,), 1):
+                    return batch
+        path, reason = self.unreadable[0]
+        raise ImageError(
+            f"none of the {len(self.train)} training images can be read; one of them is {path}: {reason}; repair or "
+            "remove these files"
+        )
 
 
 def open_class_folders(
@@ -206,13 +223,3 @@ def _check_class_name(name: str, folder: Path) -> None:
         fault = "contains a line break"
     # !a escapes what a terminal could not print or would obey.
     raise ImageError(f"the name of the class folder {name!a} in {folder} {fault}; rename the folder")
-
-
-def _none_readable(unreadable: Sequence[Unreadable]) -> ImageError:
-    path, reason = unreadable[0]
-    if len(unreadable) == 1:
-        return ImageError(f"the only image of a batch cannot be read: {path}: {reason}; repair or remove this file")
-    return ImageError(
-        f"none of the {len(unreadable)} images of a batch can be read; the first is {path}: {reason}; repair or "
-        "remove these files"
-    )

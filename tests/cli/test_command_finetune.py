@@ -232,11 +232,14 @@ def test_what_cannot_be_trained_is_one_message(
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_unreadable_images_are_not_counted_in_the_end_and_refused_with_strict(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_unreadable_images_are_not_counted_in_the_end_and_refused_with_strict(
+    run: Run, tmp_path: Path, batch_size: int
+) -> None:
     data = copy_labelled_digits(tmp_path / "digits")
     for part in ("train", "val"):
         next((data / part / "3").glob("*.png")).write_bytes(b"no image")
-    command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF)
+    command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF, "--batch-size", batch_size)
     trained = run(*command, "-o", "run")
     assert trained.exit_code == 0, trained.output
     assert "Skipped 2 unreadable files, the first: " in text_of(trained.stderr)

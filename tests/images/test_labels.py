@@ -28,15 +28,31 @@ def test_images_outside_of_class_folders_are_left_out(tmp_path: Path) -> None:
     assert sorted(found[0][1].tolist()) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
-def test_an_image_alone_in_its_batch_that_cannot_be_read_is_one_image(tmp_path: Path) -> None:
-    labelled = open_digits(copy_labelled_digits(tmp_path / "digits", 1, 1))
-    images = labelled.train[:2]
-    for image in images:
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_next_readable_image_replaces_a_batch_without_any_wherever_the_pass_begins(
+    tmp_path: Path, size: int
+) -> None:
+    folder = copy_labelled_digits(tmp_path / "digits", 4, 1)
+    labelled = open_digits(folder)
+    train = labelled.train
+    for image in (*train[4:6], *train[-size:]):
         image.path.write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"^the only image of a batch cannot be read: .*; repair or remove this file$"):
-        list(labelled.batches(images[:1], 1, full=True))
-    with pytest.raises(ImageError, match=r"^none of the 2 images of a batch can be read; the first is "):
-        list(labelled.batches(images, 2, full=True))
+    batches = list(labelled.batches(train, size, full=True))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [label for _, label in train[:-size]] + size * [0]
+    (next_one,) = labelled.batches(train[6:7], 1)
+    assert all(torch.equal(image, next_one.images[0]) for batch in batches[4 // size : 6 // size] for image in batch[0])
+    resumed = list(open_digits(folder).batches(train[4:], size, full=True))
+    for mine, theirs in zip(batches[4 // size :], resumed, strict=True):
+        assert torch.equal(mine.images, theirs.images) and torch.equal(mine.labels, theirs.labels)
+    assert [path for path, _ in labelled.unreadable] == [image.path for image in (*train[4:6], *train[-size:])]
+
+
+def test_training_images_of_which_none_can_be_read_are_one_error(tmp_path: Path) -> None:
+    labelled = open_digits(copy_labelled_digits(tmp_path / "digits", 1, 1))
+    for image in labelled.train:
+        image.path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"^none of the 10 training images can be read; one of them is "):
+        next(labelled.batches(labelled.train[3:], 1, full=True))
 
 
 def test_a_file_or_a_folder_with_one_folder_has_no_classes(tmp_path: Path) -> None:

@@ -984,7 +984,7 @@ def test_an_unreadable_image_is_replaced_in_training_left_out_of_validation_and_
 
 
 def test_images_of_which_none_can_be_read_are_an_error(tmp_path: Path) -> None:
-    for part, wording in (("val", "no validation image can be read"), ("train", "images of a batch can be read")):
+    for part, wording in (("val", "no validation image can be read"), ("train", "training images can be read")):
         folder = copy_labelled_digits(tmp_path / part, classes=2)
         for image in (folder / part).rglob("*.png"):
             image.unlink()
