@@ -26,7 +26,8 @@ class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
     A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the bias or
-    a constant such as the stride sets that of the layer.
+    a constant such as the stride sets that of the layer. Pruning and parametrizations, which replace a parameter, apply
+    to the layer itself, `pair[0]`.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))

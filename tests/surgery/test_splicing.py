@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from bn_insert import GraphError, fold, insert_batchnorm, inserted_batchnorms, load_checkpoint, save_checkpoint
 from bn_insert.graph.inputs import Inputs
@@ -384,3 +386,13 @@ def test_attributes_of_a_layer_can_be_set_through_the_pair_that_replaces_it() ->
     wrapped[0] = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     wrapped[1] = norm = nn.BatchNorm2d(8)
     assert list(wrapped) == [wrapped[0], norm] and len(wrapped[0]) == 2
+
+
+@pytest.mark.parametrize("change", [spectral_norm, partial(l1_unstructured, name="weight", amount=0.5)])
+def test_the_layer_in_a_pair_can_be_pruned_and_parametrized(change: Callable[[nn.Module], object]) -> None:
+    wrapped: Any = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    original, x = wrapped.weight.clone(), torch.rand(1, 3, 9, 9)
+    change(wrapped[0])
+    wrapped.eval()  # in train mode, each look at a spectrally normalized weight changes it
+    assert torch.equal(wrapped.weight, wrapped[0].weight) and not torch.equal(wrapped.weight, original)
+    assert torch.equal(wrapped(x), wrapped[1](F.conv2d(x, wrapped.weight, wrapped.bias)))
