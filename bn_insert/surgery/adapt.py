@@ -150,28 +150,19 @@ def adapt(
     check_flags(GraphError, keep_batchnorm=keep_batchnorm, shrink=shrink)
     model = unwrapped(model)
     insertion = None
+    how: dict[str, Any] = {"layers": layers, "include_output": include_output, "skip": skip, "placement": placement}
+    how |= {"eps": eps, "momentum": momentum}
     if source is None:
         if with_statistics(model):  # else a source is missing, which is said below
-            _check_nothing_chosen(
-                layers=layers,
-                include_output=include_output,
-                skip=skip,
-                placement=placement,
-                eps=eps,
-                momentum=momentum,
-            )
+            _check_nothing_chosen(**how)
     else:
         if not keep_batchnorm:
+            _check_no_momentum(momentum)
             source = _checked_to_fold(model, source)
         insertion = insert(
             model,
             source,
-            layers=layers,
-            include_output=include_output,
-            skip=skip,
-            placement=placement,
-            eps=eps,
-            momentum=momentum,
+            **how,
             device=device,
             autocast=autocast,
             tolerance=tolerance,
@@ -306,15 +297,15 @@ def adapt_statistics(
         shrink: Move statistics only to the extent that the difference exceeds sampling error: with few images, the
             source's statistics are kept in part. False takes the target's statistics as they are.
         eps: Added to the variance in each inserted BatchNorm.
-        momentum: Momentum of the running statistics; None means a cumulative average.
+        momentum: Momentum of the running statistics in BatchNorms that are kept; None means a cumulative average.
         device: Where to run. Default: where the model is.
         autocast: Dtype for the forward passes; statistics stay float32 or better.
         tolerance: Stop each of the two passes once the statistics are this accurate; see `calibrate`.
         progress: Called after each batch with the number of images so far, those of both passes together.
 
     Raises:
-        GraphError: The model cannot be traced, a `skip` pattern matches no layer, layers are chosen without a source,
-            there is nothing to adapt, or a BatchNorm cannot be folded.
+        GraphError: The model cannot be traced, a `skip` pattern matches no layer, layers are chosen without a source
+            or a momentum without `keep_batchnorm`, there is nothing to adapt, or a BatchNorm cannot be folded.
         CalibrationError: No usable statistics can be computed from the batches.
 
     Sources: Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016, arXiv:1603.04779;
@@ -381,6 +372,15 @@ def _check_nothing_chosen(
         raise GraphError(
             f"leave out {' and '.join(names)}, which choose{'s' * (len(names) == 1)} how BatchNorm is inserted: "
             "without a source none is inserted, and every BatchNorm of the model is adapted"
+        )
+
+
+def _check_no_momentum(momentum: float | None) -> None:
+    """Raise GraphError for a momentum of BatchNorms that do not stay."""
+    if momentum != _MOMENTUM:
+        raise GraphError(
+            f"leave out {as_passed('momentum')}, which matters only to BatchNorms that stay: those that are inserted "
+            f"are folded again, unless they are kept ({as_passed('keep_batchnorm', True)})"
         )
 
 

@@ -188,6 +188,10 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
         (("dark",), "as SOURCE (bn-insert adapt CHECKPOINT SOURCE TARGET)"),
         (("digits", "dark", "dark"), "3 folders were given; pass SOURCE and TARGET"),
         (("digits", "missing"), "missing does not exist"),
+        (
+            ("digits", "dark", "--momentum", "0.5"),
+            "error: leave out --momentum, which matters only to BatchNorms that stay",
+        ),
         (("digits", "dark", "--report", "out.pth"), "use a name that ends in .html or .json"),
     ],
 )

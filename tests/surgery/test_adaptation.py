@@ -166,6 +166,15 @@ def test_layers_cannot_be_chosen_where_none_gets_a_batchnorm(options: dict[str, 
         adapt_statistics(small_vgg(), None, shifted(source()).split(32), **options)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.01])
+def test_a_momentum_is_refused_unless_the_batchnorms_that_get_it_are_kept(momentum: float | None) -> None:
+    batches = source().split(32), shifted(source()).split(32)
+    with pytest.raises(GraphError, match=r"^leave out momentum, .*, unless they are kept \(keep_batchnorm=True\)$"):
+        adapt_statistics(small_vgg(), *batches, momentum=momentum)
+    kept = adapt_statistics(small_vgg(), *batches, momentum=momentum, keep_batchnorm=True)
+    assert {norm.momentum for norm in kept.modules() if isinstance(norm, _BatchNorm)} == {momentum}
+
+
 def test_batchnorms_that_were_there_stay_and_those_inserted_are_folded() -> None:
     model = randomised(insert_batchnorm(small_vgg(), [source()], layers="conv"), seed=5)
     found = adapt(model, source().split(16), shifted(source()).split(16))
