@@ -83,7 +83,24 @@ def tied_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield other, name
 
 
-def working_copy(model: AnyModule, device: torch.device | str | None = None, *, training: bool = False) -> AnyModule:
+def check_values(model: nn.Module) -> None:
+    """Raise GraphError for a model with tensors on the meta device, which have a shape and no values."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise GraphError(
+                f"{type(model).__name__} is on the meta device, where {name} has a shape and no values; "
+                "build it on the CPU, or give it memory (model.to_empty(device='cpu')) and load all of its weights "
+                "(model.load_state_dict(state_dict))"
+            )
+
+
+def working_copy(
+    model: AnyModule,
+    device: torch.device | str | None = None,
+    *,
+    training: bool = False,
+    to_trace: bool = False,
+) -> AnyModule:
     """Return a copy in eval mode for temporary use: changes to its flags and hooks do not affect the model.
 
     A class with a `train` method of its own may change weights there, as in LoRA layers that merge theirs for
@@ -95,14 +112,17 @@ def working_copy(model: AnyModule, device: torch.device | str | None = None, *, 
         device: Device of the copy. On the device of its parameters, the copy shares them if it can, and then needs no
             memory.
         training: Return it in train mode instead.
+        to_trace: Take a model on the meta device too: a trace needs no values.
 
     Raises:
-        GraphError: The model is not a module that can be copied.
+        GraphError: The model is not a module that can be copied, or its tensors have no values.
         CalibrationError: This machine has no such device.
     """
     check_module(model)
     if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         raise GraphError(f"{type(model).__name__} has lazy layers, whose shapes are not known; call it once on a batch")
+    if not to_trace:
+        check_values(model)
     place = None if device is None else usable_device(device)
     network = deep_copy(model) if _switches_modes_itself(model) else shared_copy(model, place)
     network.eval()  # not what it returns: a class may have a `train` that returns nothing

@@ -116,7 +116,7 @@ class Trace:
             _values_in_what_is_kept(model, inputs),
         ):
             try:
-                graph, parameters = _flat_graph(_exported(working_copy(model), inputs, called))
+                graph, parameters = _flat_graph(_exported(working_copy(model, to_trace=True), inputs, called))
             except Exception as error:  # the user's forward and torch.export may raise anything
                 if out_of_memory(error):
                     raise
@@ -291,7 +291,7 @@ def _values_in_what_is_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     if not hooked and all(type(module).__module__.partition(".")[0] in _KEEP_NOTHING for module in modules):
         yield
         return
-    network, images = working_copy(model), inputs.rows(0, 2)
+    network, images = working_copy(model, to_trace=True), inputs.rows(0, 2)
 
     def run() -> None:
         with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, as_passed
-from ..graph.copies import AnyModule, unwrapped
+from ..graph.copies import AnyModule, check_values, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement, SiteOptions
 from ..graph.trace import Trace
@@ -216,6 +216,7 @@ def adapt_inserted(
     norms = with_statistics(inserted)
     if not norms:
         raise _nothing_to_adapt(model, insertion)
+    check_values(inserted)
     layer_of = _layers_of(norms, insertion)
     source_images = insertion.images if insertion else 0
 

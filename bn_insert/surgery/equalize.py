@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
-from ..graph.copies import unwrapped
+from ..graph.copies import check_values, unwrapped
 from ..graph.operator_rules import (
     Role,
     argument,
@@ -245,6 +245,7 @@ def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Mome
         The moments that the activations of each site have after scaling, by the names of the sites.
     """
     model, result = unwrapped(model), dict(moments)
+    check_values(model)
     for edge in edges:
         if not edge.reason:
             scale = _scale_exactly(model, edge, power_of_two_scales(moments[edge.site]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, as_passed
-from ..graph.copies import AnyModule, deep_copy, tied_parameters, unwrapped
+from ..graph.copies import AnyModule, check_values, deep_copy, tied_parameters, unwrapped
 from ..graph.inputs import Inputs
 from ..graph.layers import NormalizedLayer
 from ..graph.trace import Trace
@@ -136,6 +136,7 @@ def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None
         ('1',)
     """
     model = unwrapped(model)
+    check_values(model)
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     chosen = None if names is None else as_tuple(names)
     for name in chosen or ():

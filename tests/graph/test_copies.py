@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from bn_insert import (
     BNInsertError,
     GraphError,
+    adapt_statistics,
     compare_outputs,
+    equalize,
+    find_edges,
+    find_sites,
     fold_batchnorm,
+    insert,
     insert_batchnorm,
     recalibrate,
     train_mode_agreement,
@@ -251,3 +256,40 @@ def test_the_parameters_of_a_scripted_part_are_trained_in_the_copy_alone() -> No
         "frozen.0.bias",
     }
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Small(nn.Sequential):
+    def __init__(self) -> None:
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.Linear(8 * 16, 4))
+        self.eval()
+
+
+def scaled(model: nn.Module, x: Tensor) -> object:
+    insertion = insert(Small(), [x])
+    return equalize(model, find_edges(model, x, insertion.sites), insertion.moments)
+
+
+NEED_VALUES: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "insert_batchnorm": lambda model, x: insert_batchnorm(model, [x]),
+    "equalize": scaled,
+    "fold_batchnorm": fold_batchnorm,
+    "recalibrate": lambda model, x: recalibrate(model, [x]),
+    "adapt_statistics": lambda model, x: adapt_statistics(model, [x], [x]),
+    "adapt_statistics without a source": lambda model, x: adapt_statistics(model, None, [x], keep_batchnorm=True),
+    "compare_outputs, reference": lambda model, x: compare_outputs(model, Small(), [x]),
+    "compare_outputs, candidate": lambda model, x: compare_outputs(Small(), model, [x]),
+}
+
+
+@pytest.mark.parametrize("call", NEED_VALUES)
+def test_a_model_on_the_meta_device_is_refused_with_the_way_to_values_where_they_are_needed(call: str) -> None:
+    x = torch.rand(4, 3, 8, 8)
+    with torch.device("meta"):
+        model = Small()
+    message = r"^Small is on the meta device, where 0\.weight has a shape and no values; build it on the"
+    with pytest.raises(GraphError, match=message):
+        NEED_VALUES[call](model, x)
+    assert [site.name for site in find_sites(model, x)] == ["3"]  # needs none
+    model.to_empty(device="cpu").load_state_dict(Small().state_dict())
+    NEED_VALUES[call](model, x)
