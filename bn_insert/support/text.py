@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+_LAYERS_SHOWN = 5
+
 
 def printable(text: object) -> str:
     """Return text with control characters replaced by "?": those from an untrusted file could control the terminal."""
@@ -20,6 +22,19 @@ def listed(names: Sequence[str], most: int) -> str:
     """Return the first names, at most `most`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def untied_layers(layers: Sequence[str], reading: str) -> str:
+    """Return that layers which shared a parameter have one each, which only bn-insert can tell from a checkpoint.
+
+    Args:
+        layers: Their names.
+        reading: How the checkpoint is read, as a clause.
+    """
+    return (
+        f"{listed(layers, _LAYERS_SHOWN)} shared a parameter, and now have one each: {reading}, but load_state_dict of "
+        "the original's class would give all of them the values of one"
+    )
 
 
 def with_article(value: object) -> str:

@@ -21,7 +21,7 @@ from ..graph.layers import NormalizedLayer
 from ..graph.trace import Trace
 from ..support.arguments import as_tuple
 from ..support.near_names import near_names
-from ..support.text import listed
+from ..support.text import listed, untied_layers
 from .fold_plan import Fold, other_batchnorms, plan_folds, was_there_before
 from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
@@ -110,12 +110,8 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
 def warn_of_untied(layers: Sequence[str], *, stacklevel: int) -> None:
     """Warn that layers which shared a parameter in the original have one each, which its class cannot load."""
     if layers:
-        warnings.warn(
-            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and now have one each: load_checkpoint reads what "
-            "save_checkpoint writes, but load_state_dict of the original's class would give all of them the values of "
-            "one",
-            stacklevel=stacklevel + 1,
-        )
+        text = untied_layers(layers, "load_checkpoint reads what save_checkpoint writes")
+        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 def fold(model: AnyModule, example: Any, *, names: Collection[str] | None = None) -> FoldResult[AnyModule]:

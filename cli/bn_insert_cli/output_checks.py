@@ -11,7 +11,7 @@ from math import ceil, isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bn_insert.support.text import counted, listed
+from bn_insert.support.text import counted, listed, untied_layers
 
 from .console import print_note, print_warning
 from .inputs import check_checkpoint, is_tensor_file, transform_to_store
@@ -130,10 +130,7 @@ def note_recording(sites: Iterable[Site]) -> None:
 def warn_of_untied(layers: Sequence[str], output: Path) -> None:
     """Warn about layers that no longer share a parameter: only bn-insert can tell that from the file."""
     if layers:
-        print_warning(
-            f"{listed(layers, _NAMES_SHOWN)} shared a parameter, and now have one each: bn-insert reads {output}, but "
-            "load_state_dict of the original's class would give all of them the values of one."
-        )
+        print_warning(f"{untied_layers(layers, f'bn-insert reads {output}')}.")
 
 
 def allowed(atol: float | None, rtol: float | None) -> str:
