@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batchnorm.identity_parameters import check_momentum
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, check_values, unwrapped
 from ..graph.layers import Kind
@@ -378,6 +379,7 @@ def _check_nothing_chosen(
 
 def _check_no_momentum(momentum: float | None) -> None:
     """Raise GraphError for a momentum of BatchNorms that do not stay."""
+    check_momentum(momentum)
     if momentum != _MOMENTUM:
         raise GraphError(
             f"leave out {as_passed('momentum')}, which matters only to BatchNorms that stay: those that are inserted "
