@@ -159,6 +159,7 @@ _ROWS = (
     Operator("conv_transpose2d",           Role.CONV),
     Operator("conv_transpose3d",           Role.CONV),
     Operator("convolution",                Role.CONV),
+    Operator("_convolution",               Role.CONV),  # of torch.jit.trace
     Operator("linear",                     Role.DENSE, per_image=nn.Linear),
 
     # Normalizations.

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -151,15 +152,17 @@ def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
 def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
     """Return the layers that would get a BatchNorm if they were modules of torch.nn, in words; empty without any.
 
-    These are modules of a class of the user's own that run a conv or dense operation with a weight of their own, or
-    with a parameter of another module. A module with a constant kernel, such as a blur, does not count.
+    These are modules in TorchScript, or of a class of the user's own, that run a conv or dense operation with a weight
+    of their own, or with a parameter of another module. A module with a constant kernel, such as a blur, does not
+    count.
     """
     weights = {name for name, each in trace.model.named_parameters(remove_duplicate=False) if each.ndim > 1}
     roles = [role for role, kind in ((Role.CONV, "conv"), (Role.DENSE, "dense")) if kind in options.kinds]
     others = []
     for name, nodes in _operations_outside_layers(trace).items():
         module = trace.modules.get(name)
-        if module is None or type(module).__module__.startswith("torch."):
+        is_scripted = isinstance(module, torch.jit.ScriptModule)
+        if module is None or (type(module).__module__.startswith("torch.") and not is_scripted):
             continue
         operations = [node for node in nodes if has_role(node, *roles)]
         trained = {trace.parameters.get(argument(node, "weight")) for node in operations} & weights
@@ -180,12 +183,22 @@ def _operations_outside_layers(trace: Trace) -> dict[str, list[fx.Node]]:
     found: dict[str, list[fx.Node]] = {}
     for node in trace.nodes:
         if is_layer(node) and node not in known:
-            found.setdefault(trace.owner(node), []).append(node)
+            found.setdefault(_owner(node, trace), []).append(node)
     return found
 
 
+def _owner(node: fx.Node, trace: Trace) -> str:
+    """Return the name of the module that an operation runs in; in TorchScript, of the module that has its weight."""
+    by_weight = trace.aliases.get(trace.parameters.get(argument(node, "weight"), "").rpartition(".")[0], "")
+    return by_weight if isinstance(trace.modules[by_weight], torch.jit.ScriptModule) else trace.owner(node)
+
+
 def _described(name: str, trace: Trace) -> str:
-    return f"{name or 'the model'} ({type(trace.modules[name]).__name__})"
+    module = trace.modules[name]
+    kind = (
+        f"TorchScript {module.original_name}" if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+    )
+    return f"{name or 'the model'} ({kind})"
 
 
 @dataclass(frozen=True)

@@ -694,6 +694,21 @@ def test_layers_of_other_classes_that_get_no_batchnorm_are_named_next_to_those_t
     insert_batchnorm(attention, [torch.rand(4, 4, 8)])
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated")  # TorchScript
+@pytest.mark.parametrize("convert", [torch.jit.script, lambda module: torch.jit.trace(module, torch.rand(1, 4, 6, 6))])
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_torchscript_layers_that_get_no_batchnorm_are_named_next_to_those_that_do(
+    convert: Callable[[nn.Module], nn.Module], in_sequence: bool
+) -> None:
+    part = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()) if in_sequence else nn.Conv2d(4, 4, 3)
+    model = sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), convert(part), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    name = "2.0" if in_sequence else "2"
+    with pytest.warns(UserWarning, match=rf"that are not modules of torch.nn: {name} \(TorchScript Conv2d\)$"):
+        result = insert_batchnorm(model, [torch.rand(4, 3, 8, 8)])
+    assert [type(module).__name__ for module in result][:3] == ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert not insert(model, [torch.rand(4, 3, 8, 8)], skip="2*").others
+
+
 def test_a_model_without_parameters_is_returned_as_a_copy() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
     with pytest.warns(UserWarning, match="^no BatchNorm was inserted: there is no conv or dense layer$"):
