@@ -44,6 +44,27 @@ _ABOUT_SIZE = re.compile(
     re.IGNORECASE,
 )
 
+# What messages of torch.export mean, and what to do about it, in place of the default.
+_CAUSES = (
+    (
+        r"data-dependent|\.numpy\(\)|FakeTensor\.__format__",
+        "its forward reads values of a tensor, which a trace does not have",
+        "",
+    ),
+    (
+        r"Found <class '(?:.*\.)?(?P<name>\w+)'> in output|'(?P<other>\w+)' object has no attribute 'meta'",
+        "its forward returns an object of the class {}",
+        "Let it return tensors, alone or in a tuple, list or dict; dataclasses need torch.export.register_dataclass",
+    ),
+    (
+        r"State dict entry for parameter (?P<name>\S+) is not an instance",
+        "its parameter {} is no nn.Parameter, as in TorchScript",
+        "Replace modules in TorchScript by those of torch.nn that they were made from",
+    ),
+)
+# What follows is about the inside of PyTorch.
+_FOR_PYTORCH = re.compile(r"[.,;]?\s+(see |please |if you |for more |you may have run into |this error ).*", re.I)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -438,7 +459,7 @@ _LOGGERS = (
 
 
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
-    name, cause = type(model).__name__, first_line(error).rstrip(".:")
+    name = type(model).__name__
     try:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             inputs.run(working_copy(model))
@@ -462,10 +483,18 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
         if _lacks_batch_axis(model, inputs):
             advice += f". If this is one image without a batch axis, {MAKING_BATCHES}"
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
-    return (
-        f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. Pass a "
-        "submodule that contains the layers and has no such code in its forward"
-    )
+    cause, advice = _cause(error)
+    return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. {advice}"
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """Return why torch.export cannot trace a model, and what to do, in plain words where its message is known."""
+    advice = "Pass a submodule that contains the layers and has no such code in its forward"
+    for pattern, cause, own_advice in _CAUSES:
+        if found := re.search(pattern, str(error)):
+            name = next(filter(None, found.groupdict().values()), "")
+            return cause.format(name), own_advice or advice
+    return _FOR_PYTORCH.sub("", first_line(error)).rstrip(".:"), advice
 
 
 def _lacks_batch_axis(model: nn.Module, inputs: Inputs) -> bool:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -24,6 +25,10 @@ from support.networks import images, randomised
 class Outputs:
     logits: Tensor
     features: Tensor | None = None
+
+
+class Task(Enum):
+    LABEL = "label"
 
 
 class Result:
@@ -92,6 +97,67 @@ def test_a_network_that_cannot_be_exported_is_inserted_into_but_neither_equalize
     assert comparison.bit_identical and comparison.images == 4
     with pytest.raises(GraphError, match="cannot trace Network for an input"):
         fold(insertion.model, x)
+
+
+def by_an_if(_: nn.Module, x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else x * 2
+
+
+def by_an_index(_: nn.Module, x: Tensor) -> Tensor:
+    return x * x.flatten()[: int(x.argmax()) + 1].mean()
+
+
+def by_text(_: nn.Module, x: Tensor) -> Tensor:
+    return x * float(f"{x.mean():.1f}")
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            lambda: Network(by_an_if),
+            r"reads values of .* \(.*test_recording.py:\d+: return x if x.sum\(\) > 0 else x \* 2",
+        ),
+        (lambda: Network(by_an_index), r"reads values of .* have \(.*: return x \* x.flatten\(\)\[: int\(x.argmax"),
+        (lambda: Network(by_numpy), r"reads values of .* have \(.*: return x \* float\(x.detach\(\).numpy"),
+        (lambda: Network(by_text), r"reads values of .* have \(.*: return x \* float\(f"),
+        (
+            lambda: Network(None, Outputs),
+            r"returns an object of the class Outputs\. Let it .* torch.export.register_dataclass$",
+        ),
+        (lambda: Network(None, Result), "returns an object of the class Result. Let it return tensors"),
+        (
+            lambda: Network(None, lambda x: {"task": Task.LABEL, "logits": x}),
+            "returns an object of the class Task. Let",
+        ),
+    ],
+)
+def test_why_a_network_cannot_be_folded_is_said_in_plain_words(model: Callable[[], nn.Module], why: str) -> None:
+    network, x = randomised(model()), images(4, 12)
+    with pytest.raises(GraphError, match=rf"^torch.export cannot trace Network for an input .*: its forward {why}"):
+        fold(insert(network, [x]).model, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")  # TorchScript
+def test_a_part_in_torchscript_that_prevents_folding_is_named() -> None:
+    network, x = randomised(Network()), images(4, 12)
+    network.conv2 = torch.jit.script(network.conv2)
+    with pytest.raises(
+        GraphError, match=r": its parameter conv2.weight is no nn.Parameter, as in TorchScript\. Replace"
+    ):
+        fold(insert(network, [x]).model, x)
+
+
+def test_of_a_message_for_developers_of_pytorch_the_beginning_is_passed_on() -> None:
+    @torch.library.custom_op("bn_insert_tests::doubled", mutates_args=())
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    network, x = randomised(Network(lambda _, x: doubled(x))), images(4, 12)
+    with pytest.raises(GraphError) as caught:
+        fold(insert(network, [x]).model, x)
+    assert "http" not in str(caught.value) and "lease" not in str(caught.value)
+    assert "doubled" in str(caught.value)
 
 
 def test_outputs_in_a_dataclass_or_an_object_are_compared() -> None:
