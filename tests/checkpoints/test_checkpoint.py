@@ -449,6 +449,7 @@ def test_mismatches_with_an_architecture_are_listed_up_to_eight(tmp_path: Path) 
     message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=nn.BatchNorm1d(2)))
     assert "the checkpoint does not fit BatchNorm1d: weight is not in the file" in message
     assert "layer3.weight is not in the model; and 3 more; pass the architecture" in message
+    assert "layer4" not in message
 
 
 @pytest.mark.parametrize("ignoring", [False, True])
@@ -465,7 +466,6 @@ def test_a_network_without_parameters_is_refused_and_no_tensor_is_advised_to_be_
     message = refusal_of(lambda: load_checkpoint(path, **options))
     assert "KeepsLayersInAList has no parameters or buffers to load; pass the architecture that" in message
     assert message.endswith("in an nn.ModuleList: those in a plain list are not part of a module")
-    assert "layer4" not in message
 
 
 def test_another_width_is_told_with_both_shapes(tmp_path: Path) -> None:
