@@ -116,10 +116,9 @@ class ClassFolders:
             if image.path not in self._skipped:
                 for batch in self.batches((image,), 1):
                     return batch
-        path, reason = self.unreadable[0]
         raise ImageError(
-            f"none of the {len(self.train)} training images can be read; one of them is {path}: {reason}; repair or "
-            "remove these files"
+            f"none of the {len(self.train)} training images can be read; one of them is {unreadable}: "
+            f"{self._skipped[unreadable]}; repair or remove these files"
         )
 
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,11 @@ def test_the_next_readable_image_replaces_a_batch_without_any_wherever_the_pass_
 
 def test_training_images_of_which_none_can_be_read_are_one_error(tmp_path: Path) -> None:
     labelled = open_digits(copy_labelled_digits(tmp_path / "digits", 1, 1))
-    for image in labelled.train:
+    for image in (*labelled.train, labelled.val[0]):
         image.path.write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"^none of the 10 training images can be read; one of them is "):
+    assert len(list(labelled.batches(labelled.val, 1))) == 9  # validation comes first
+    path = re.escape(str(labelled.train[3].path))
+    with pytest.raises(ImageError, match=rf"^none of the 10 training images can be read; one of them is {path}: "):
         next(labelled.batches(labelled.train[3:], 1, full=True))
 
 
