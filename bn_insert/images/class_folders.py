@@ -83,9 +83,9 @@ class ClassFolders:
         Args:
             images: The images, some or all of `train` or `val`.
             size: Files per batch.
-            full: Replace an unreadable image by another one of its batch, or by a training image if the batch has none
-                that can be read, so that the size of a batch follows from the number of files alone, in whichever
-                process they are read.
+            full: For images of `train`: replace an unreadable image by another one of its batch, or by another one of
+                `train` if the batch has none that can be read, so that the size of a batch follows from the number of
+                files alone, in whichever process they are read.
 
         Raises:
             ImageError: When pictures in one batch differ in size, with `full` when no training image can be read, and
@@ -107,11 +107,11 @@ class ClassFolders:
                 yield batch
 
     def _in_place_of(self, unreadable: Path) -> LabelledBatch:
-        """Return the first training image that can be read after a file: mostly one of its class.
+        """Return the first training image that can be read after one that cannot: mostly one of its class.
 
         It does not depend on which images were read before, so that a resumed run sees the same.
         """
-        start = next((number for number, image in enumerate(self.train) if image.path == unreadable), 0)
+        start = next(number for number, image in enumerate(self.train) if image.path == unreadable)
         for image in (*self.train[start:], *self.train[:start]):
             if image.path not in self._skipped:
                 for batch in self.batches((image,), 1):
