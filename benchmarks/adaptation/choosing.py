@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from bn_insert import Insertion, insert, load_checkpoint
 from bn_insert.graph.layers import Kind
-from bn_insert.statistics import recalibrate, shrinkage
-from bn_insert.statistics.moments import MOST_BY_IMAGE
+from bn_insert.statistics import recorder, shrinkage
+from bn_insert.statistics.moments import MOST_BY_IMAGE, moments_by_image
 from bn_insert.statistics.shrinkage import Prior, caution
 from bn_insert.surgery.adapt import adapt_inserted
 
@@ -132,7 +132,7 @@ def main() -> None:
         if asdict(method) in [line["method"] for line in record.lines]:
             continue
         shrinkage.caution, shrinkage.POWER = partial(_constant, method.chance), method.power
-        recalibrate.MOST_BY_IMAGE = MOST_BY_IMAGE if method.single else 0
+        recorder.moments_by_image = moments_by_image if method.single else _unknown
         gains = {}
         for (name, severity), images in pools.items():
             generator = torch.Generator().manual_seed(crc32(f"{name} {severity}".encode()))
@@ -149,6 +149,10 @@ def main() -> None:
 
 def _constant(chance: float, _images: int, *, leave_one_out: bool) -> float:  # noqa: ARG001
     return chance
+
+
+def _unknown(_values: Tensor) -> None:
+    return None
 
 
 @torch.inference_mode()

@@ -103,11 +103,13 @@ def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdi
         )
         return Verdict("check", "Statistics", text)
     farthest = max(shifts, key=lambda shift: shift["mean_size"])
+    several = target_images > 1
     text = (
         f"Nothing was adapted: the means of a layer differ by {farthest['mean_size']:.2g} standard deviations "
-        f"({farthest['layer']}), which may be due to chance with {counted(target_images, 'target image')}. Use more"
+        f"({farthest['layer']}), which may be due to chance{' or to one unusual image' * several} with "
+        f"{counted(target_images, 'target image')}. Use more"
     )
-    if target_images > 1:  # one alone has no variance after dense layers
+    if several:  # one alone has no variance after dense layers
         text += f", or {as_passed('shrink', False, '--no-shrink')} to take their statistics as they are"
     text += "."
     return Verdict("bad", "Statistics", text)

@@ -122,22 +122,24 @@ def merge(parts: Iterable[Moments]) -> Moments:
         raise ValueError("merge needs at least one set of moments")
     if len(present) == 1:
         return present[0]
-    images = [part.by_image for part in present if part.by_image is not None]
-    few = len(images) == len(present) and sum(len(each.means) for each in images) <= MOST_BY_IMAGE
-    return replace(_stacked(present).pooled(), by_image=GroupMoments.concatenated(images) if few else None)
-
-
-def _stacked(parts: Sequence[Moments]) -> GroupMoments:
-    return GroupMoments(
-        torch.tensor([part.count for part in parts], dtype=torch.float64),
-        torch.stack([part.mean for part in parts]),
-        torch.stack([part.m2 for part in parts]),
-    )
+    pooled = GroupMoments(
+        torch.tensor([part.count for part in present], dtype=torch.float64),
+        torch.stack([part.mean for part in present]),
+        torch.stack([part.m2 for part in present]),
+    ).pooled()
+    images = [part.by_image for part in present if part.count]
+    known = [each for each in images if each is not None]
+    few = 0 < len(known) == len(images) and sum(len(each.means) for each in known) <= MOST_BY_IMAGE
+    return replace(pooled, by_image=GroupMoments.concatenated(known) if few else None)
 
 
 def moments_by_image(values: Float[Tensor, "batch channels *positions"]) -> GroupMoments:
-    """Return what `moments_of` returns for each image of a batch, which must not be empty."""
-    return _stacked([moments_of(image) for image in values.split(1)])
+    """Return the moments of each image of a batch, in the precision of its values: to compare images, not to pool."""
+    positions = values.reshape(*values.shape[:2], -1)
+    if values.dtype != torch.float64:
+        positions = positions.float()
+    variances, means = torch.var_mean(positions, 2, correction=0)
+    return GroupMoments._of_parts([positions.shape[2]], [len(values)], means, variances)
 
 
 def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
@@ -315,14 +317,14 @@ class GroupMoments:
 
     @property
     def variances(self) -> Float64[Tensor, "groups channels"]:
-        """Mean squared deviation from the mean of each channel in each group."""
-        return self.m2 / self._count_of_each[:, None]
+        """Unbiased variance of each channel in each group; NaN in a group of one value."""
+        return self.m2 / (self._count_of_each[:, None] - 1)
 
     def without_each(self) -> GroupMoments:
-        """Return, for each group, the moments of all others together: the formula for a merge, solved for one part."""
+        """Return, for each of several groups, the moments of all others together: a merge, solved for one part."""
         total = self.pooled()
         counts = self._count_of_each[:, None]
-        others = (total.count - counts).clamp_min(1)  # without any others, their sum of squares comes out as 0
+        others = total.count - counts
         deviations = self.means - total.mean
         m2 = total.m2 - self.m2 - deviations.square() * counts * total.count / others
         return GroupMoments(others.squeeze(1), total.mean - deviations * counts / others, m2.clamp_min(0))

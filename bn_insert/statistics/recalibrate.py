@@ -203,8 +203,8 @@ def _recording_inputs(
             if values.ndim < 2:
                 raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
             prior = priors.get(name) if len(values) < few else None
-            pooled = len(values) * (recorder.batches + 1)  # images so far, in batches of one size
-            by_image = name in priors and (len(values) if prior else pooled) <= MOST_BY_IMAGE
+            shrunk_now = prior is not None and len(values) <= MOST_BY_IMAGE
+            by_image = name in priors and (shrunk_now or recorder.keeps_images(name, len(values)))
             moments = recorder.record(name, values, by_image=by_image)
             if by_batch and moments.count:
                 if moments.count == 1 and prior is None:

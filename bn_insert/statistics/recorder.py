@@ -19,7 +19,7 @@ from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs
 from ..support.arguments import is_number
 from ..support.processes import Ranks
-from .moments import Moments, merge, moments_by_image, moments_of
+from .moments import MOST_BY_IMAGE, Moments, merge, moments_by_image, moments_of
 from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
@@ -49,6 +49,7 @@ class Recorder:
         self._spreads: dict[str, Moments] = {}
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
+        self._images: Counter[str] = Counter()  # whose moments were recorded one by one
         self.batches = 0
 
     def record(self, name: str, values: Tensor, *, by_image: bool = False) -> Moments:
@@ -57,7 +58,7 @@ class Recorder:
         Args:
             name: Name of the place.
             values: A batch of them.
-            by_image: Record those of each image as well, as long as there are few.
+            by_image: Return those of each image as well; they are recorded only as long as there are few.
 
         Raises:
             NotFiniteError: If there are values that are not finite.
@@ -72,7 +73,8 @@ class Recorder:
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)
-        self._uncommitted[name].append(moments)
+        kept = moments if self.keeps_images(name, len(values)) else replace(moments, by_image=None)
+        self._uncommitted[name].append(kept)
         return moments
 
     def uncommitted(self) -> Mapping[str, Moments]:
@@ -84,11 +86,17 @@ class Recorder:
         for name, of_pass in self.uncommitted().items():
             self._calls[name] += len(self._uncommitted[name])
             self._passes[name] += 1
+            if of_pass.by_image is not None:
+                self._images[name] += len(of_pass.by_image.means)
             self._of_passes[name].append((of_pass, batches))
             if len(self._of_passes[name]) >= _PASSES_TO_MERGE:
                 self._merge_passes(name)
         self.batches += batches
         self._uncommitted.clear()
+
+    def keeps_images(self, name: str, images: int) -> bool:
+        """Return whether the moments of so many further images would be kept one by one."""
+        return self._images[name] + images <= MOST_BY_IMAGE
 
     def discard(self) -> None:
         """Forget what was recorded during a forward pass that will be run again."""

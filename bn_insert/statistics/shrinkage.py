@@ -73,7 +73,8 @@ class Prior:
             mean: Mean of each channel, measured on a few images.
             var: Variance of each channel, measured on them.
             images: Number of these images, at least 1.
-            by_image: Moments of each image; None if they are not known, and D is that of all images together.
+            by_image: Moments of each image. Where they are None, or not those of as many images, D is that of all
+                images together.
 
         Sources: with POWER 1, the positive-part James-Stein estimator; Efron and Morris, "Stein's Estimation Rule and
         Its Competitors - An Empirical Bayes Approach", 1973; with a threshold for blocks of values, Cai, "Adaptive
@@ -83,11 +84,15 @@ class Prior:
         known_mean, known_var = (tensor.to(mean) for tensor in (self.mean, self.var))
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
         means, variances = mean[None], var[None]
-        leave_one_out = by_image is not None and len(by_image.means) > 1
-        by_chance = caution(images, leave_one_out=leave_one_out) * float(self.image_variance[varying].sum()) / images
+        # Rows need not be images: a layer that is called several times has more of them.
+        leave_one_out = by_image is not None and 1 < images == len(by_image.means)
+        spread = float(self.image_variance.to(mean)[varying].sum()) / images
+        by_chance = caution(images, leave_one_out=leave_one_out) * spread
         if by_image is not None and leave_one_out:
             others = by_image.without_each()
-            means, variances = torch.cat([means, others.means]), torch.cat([variances, others.variances])
+            means = torch.cat([means, others.means])
+            # What one value leaves unknown is no difference.
+            variances = torch.cat([variances, torch.where(others.variances.isnan(), known_var, others.variances)])
         of_mean = _factor(((means - known_mean) / known_var.sqrt())[:, varying], by_chance)
         ratios = (variances / known_var)[:, varying].clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
         of_std = _factor(ratios.log() / 2, by_chance)
@@ -107,7 +112,7 @@ def caution(images: int, *, leave_one_out: bool) -> float:
     Args:
         images: Number of images.
         leave_one_out: Whether D is the smallest that is left when any one image is left out. Where that is not known,
-            as of a single image, an unusual image calls for more caution.
+            as with a single image, an unusual image calls for more caution.
     """
     return 1.75 + (10 if leave_one_out else 16) / images
 

@@ -151,11 +151,16 @@ def adapt(
     check_flags(GraphError, keep_batchnorm=keep_batchnorm, shrink=shrink)
     model = unwrapped(model)
     insertion = None
-    how: dict[str, Any] = {"layers": layers, "include_output": include_output, "skip": skip, "placement": placement}
-    how |= {"eps": eps, "momentum": momentum}
     if source is None:
         if with_statistics(model):  # else a source is missing, which is said below
-            _check_nothing_chosen(**how)
+            _check_nothing_chosen(
+                layers=layers,
+                include_output=include_output,
+                skip=skip,
+                placement=placement,
+                eps=eps,
+                momentum=momentum,
+            )
     else:
         if not keep_batchnorm:
             _check_no_momentum(momentum)
@@ -163,7 +168,12 @@ def adapt(
         insertion = insert(
             model,
             source,
-            **how,
+            layers=layers,
+            include_output=include_output,
+            skip=skip,
+            placement=placement,
+            eps=eps,
+            momentum=momentum,
             device=device,
             autocast=autocast,
             tolerance=tolerance,
@@ -343,8 +353,8 @@ def adapt_statistics(
         way_out = ", or shrink=False to take their statistics as they are" if adaptation.target_images > 1 else ""
         warnings.warn(
             f"nothing was adapted: the statistics of {counted(adaptation.target_images, 'target image')} differ from "
-            "those of the source by no more than chance may cause; if the images are of another kind, pass more of "
-            f"them{way_out}",
+            "those of the source by no more than chance, or a single unusual image, may cause; if the images are of "
+            f"another kind, pass more of them{way_out}",
             stacklevel=2,
         )
     warn_of_untied(adaptation.untied, stacklevel=2)

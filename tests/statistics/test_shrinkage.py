@@ -102,6 +102,29 @@ def test_what_is_due_to_a_single_unusual_image_is_not_taken(images: int) -> None
     torch.testing.assert_close(var, known.var)
 
 
+@pytest.mark.parametrize("images", [2, 3, 8])
+def test_what_is_due_to_a_single_unusual_image_is_not_taken_after_a_dense_layer(images: int) -> None:
+    known, x = prior(), random(images, CHANNELS, seed=6)
+    x[0] = 10 * (x[0] + 1)
+    values = x * known.var.sqrt() + known.mean
+    everything = moments_of(values)
+    mean, var = known.shrunk(everything.mean, everything.var, images, moments_by_image(values))
+    assert torch.equal(mean, known.mean)
+    torch.testing.assert_close(var, known.var)
+
+
+@pytest.mark.parametrize(("rows", "images"), [(3, 1), (24, 8)])
+def test_rows_that_are_not_images_are_not_left_out(rows: int, images: int) -> None:
+    known = prior()
+    values = known.mean + known.var.sqrt() * (random(rows, CHANNELS, seed=8) + 1.5)
+    everything = moments_of(values)
+    found, without = (
+        known.shrunk(everything.mean, everything.var, images, each) for each in (moments_by_image(values), None)
+    )
+    assert torch.equal(found[0], without[0])
+    assert torch.equal(found[1], without[1])
+
+
 def test_a_shift_of_all_images_is_taken_as_without_knowing_each() -> None:
     known, x = prior(), random(32, CHANNELS, 10, seed=7)
     values = (x + 2) * known.var.sqrt()[:, None] + known.mean[:, None]
