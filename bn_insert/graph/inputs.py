@@ -268,9 +268,15 @@ def _is_input(value: Any) -> bool:
 
 
 def _are_samples(values: Sequence[Any]) -> bool:
-    """Return whether each value is what a dataset has for one image: a tuple, list or dict with a label or a number."""
+    """Return whether each value is what a dataset has for one image: a tuple, list or dict with a label or a number.
+
+    None contains a tensor that has a batch axis besides the three of an image.
+    """
     return len(values) > 1 and all(
-        isinstance(each, _CONTAINERS) and any(map(_is_label, _values(each)[1:])) for each in values
+        isinstance(each, _CONTAINERS)
+        and any(map(_is_label, _values(each)[1:]))
+        and not any(isinstance(leaf, Tensor) and leaf.ndim > 3 for leaf in tree_leaves(_values(each)))
+        for each in values
     )
 
 

@@ -207,3 +207,9 @@ def test_a_batch_of_inputs_and_labels_in_containers_is_no_list_of_samples() -> N
     model, x = small_vgg(), images(4, 16)
     for batch in [((x, "path"), (torch.zeros(4),)), [[x, 1], torch.zeros(4)], [{"image": x, "epoch": 3}]]:
         assert insert(model, [batch]).images == 4
+
+
+def test_containers_with_batches_and_numbers_are_no_samples_and_the_first_one_is_read() -> None:
+    model, x = small_vgg(), images(4, 16)
+    for batch in [[(x, 1), (x, 2)], ((x, "a"), (x, "b")), [{"image": x, "epoch": 3}] * 2]:
+        assert insert(model, [batch]).images == 4
