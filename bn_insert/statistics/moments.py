@@ -308,29 +308,30 @@ class GroupMoments:
     @classmethod
     def concatenated(cls, parts: Sequence[GroupMoments]) -> GroupMoments:
         """Return the groups of all parts, one after the other."""
-        counts, means, m2 = zip(*((part._count_of_each, part.means, part.m2) for part in parts), strict=True)
+        counts, means, m2 = zip(*((part.counts_of_each, part.means, part.m2) for part in parts), strict=True)
         return cls(torch.cat(counts), torch.cat(means), torch.cat(m2))
 
     def cpu(self) -> GroupMoments:
         """Return the same moments in host memory."""
-        return GroupMoments(self._count_of_each.cpu(), self.means.cpu(), self.m2.cpu())
+        return GroupMoments(self.counts_of_each.cpu(), self.means.cpu(), self.m2.cpu())
 
     @property
     def variances(self) -> Float64[Tensor, "groups channels"]:
-        """Unbiased variance of each channel in each group; NaN in a group of one value."""
-        return self.m2 / (self._count_of_each[:, None] - 1)
+        """Mean squared deviation from the mean of each channel in each group."""
+        return self.m2 / self.counts_of_each[:, None]
 
     def without_each(self) -> GroupMoments:
         """Return, for each of several groups, the moments of all others together: a merge, solved for one part."""
         total = self.pooled()
-        counts = self._count_of_each[:, None]
+        counts = self.counts_of_each[:, None]
         others = total.count - counts
         deviations = self.means - total.mean
         m2 = total.m2 - self.m2 - deviations.square() * counts * total.count / others
         return GroupMoments(others.squeeze(1), total.mean - deviations * counts / others, m2.clamp_min(0))
 
     @property
-    def _count_of_each(self) -> Float64[Tensor, " groups"]:
+    def counts_of_each(self) -> Float64[Tensor, " groups"]:
+        """Number of values of a channel, for each group."""
         counts = torch.as_tensor(self.counts, dtype=torch.float64)
         return counts.to(self.means.device).expand(len(self.means))
 

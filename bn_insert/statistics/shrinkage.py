@@ -91,8 +91,9 @@ class Prior:
         if by_image is not None and leave_one_out:
             others = by_image.without_each()
             means = torch.cat([means, others.means])
-            # What one value leaves unknown is no difference.
-            variances = torch.cat([variances, torch.where(others.variances.isnan(), known_var, others.variances)])
+            # One or two values, after a dense layer, do not show any difference of variances.
+            shown = others.counts_of_each[:, None] > 2
+            variances = torch.cat([variances, torch.where(shown, others.variances, known_var)])
         of_mean = _factor(((means - known_mean) / known_var.sqrt())[:, varying], by_chance)
         ratios = (variances / known_var)[:, varying].clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
         of_std = _factor(ratios.log() / 2, by_chance)
