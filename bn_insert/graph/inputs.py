@@ -119,7 +119,13 @@ class InputReader:
         """Return what `Inputs.of` returns for the model."""
         if isinstance(batch, Inputs):
             return batch
-        return _read(batch, batch, number, self._forward).mapped(self._moved)
+        inputs = _read(batch, batch, number, self._forward)
+        if not self._target.is_meta and (without := [each for each in inputs.tensors if each.is_meta]):
+            raise CalibrationError(
+                f"batch {number} is on the meta device, where tensors have a shape and no values; pass one with "
+                f"values, or where its shape alone matters, torch.zeros{tuple(without[0].shape)}"
+            )
+        return inputs.mapped(self._moved)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         dtype = self._target.dtype if tensor.is_floating_point() else tensor.dtype

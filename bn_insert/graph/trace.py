@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import CalibrationError, GraphError, as_passed, gradients_advice, out_of_memory
 from ..support.text import first_line, listed, with_article
-from .copies import unchanged_attributes, unwrapped, working_copy
+from .copies import check_values, unchanged_attributes, unwrapped, working_copy
 from .inputs import MAKING_BATCHES, Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
@@ -43,6 +43,8 @@ _ABOUT_SIZE = re.compile(
     "|invalid for input of size|less than the corresponding input dimension|(image|input) (height|width|size)",
     re.IGNORECASE,
 )
+# In messages of PyTorch on a forward that reads values of tensors on the meta device, which have none.
+_ON_VALUES = re.compile(r"meta|Tensor\.__format__", re.IGNORECASE)
 
 # What messages of torch.export mean, and what to do about it, in place of the default.
 _CAUSES = (
@@ -461,8 +463,7 @@ _LOGGERS = (
 def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     name = type(model).__name__
     try:
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            inputs.run(working_copy(model))
+        _run_once(model, inputs)
     except GraphError as own:
         return str(own)
     except Exception as own:  # usually the same cause, in clearer words than torch.export's
@@ -485,6 +486,18 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
     cause, advice = _cause(error)
     return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. {advice}"
+
+
+def _run_once(model: nn.Module, inputs: Inputs) -> None:
+    """Run a model without torch.export; raises what its forward raises, or GraphError for a lack of values."""
+    network = working_copy(model, to_trace=True)
+    try:
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            inputs.run(network)
+    except Exception as error:
+        if _ON_VALUES.search(str(error)):
+            check_values(model)
+        raise
 
 
 def _cause(error: Exception) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bn_insert import (
     BNInsertError,
+    CalibrationError,
     GraphError,
     adapt_statistics,
     compare_outputs,
@@ -293,3 +294,49 @@ def test_a_model_on_the_meta_device_is_refused_with_the_way_to_values_where_they
     assert [site.name for site in find_sites(model, x)] == ["3"]  # needs none
     model.to_empty(device="cpu").load_state_dict(Small().state_dict())
     NEED_VALUES[call](model, x)
+
+
+def reading_values(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else x * 2
+
+
+def writing_values(x: Tensor) -> Tensor:
+    return x * float(f"{x.mean():.1f}")
+
+
+class Reading(Small):
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.read(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (
+            Small,
+            (4, 1, 8, 8),
+            r"^Small cannot run on an input of shape \(4, 1, 8, 8\): .* Pass inputs of the shape that",
+        ),
+        (lambda: Reading(reading_values), (4, 3, 8, 8), r"^Reading is on the meta device, where 0\.weight has a shape"),
+        (lambda: Reading(writing_values), (4, 3, 8, 8), r"^Reading is on the meta device, where 0\.weight has a shape"),
+    ],
+)
+def test_the_meta_device_is_named_as_the_cause_only_where_a_forward_reads_values(
+    model: Callable[[], nn.Module], shape: tuple[int, ...], message: str
+) -> None:
+    with torch.device("meta"):
+        network = model()
+    with pytest.raises(GraphError, match=message):
+        find_sites(network, torch.rand(shape))
+
+
+def test_a_batch_on_the_meta_device_is_refused_for_a_model_that_is_not_and_taken_for_one_that_is() -> None:
+    x = torch.rand(4, 3, 8, 8, device="meta")
+    for function in (find_sites, lambda model, batch: insert(model, [batch])):
+        with pytest.raises(CalibrationError, match=r"^batch 0 is on the meta device, .* torch\.zeros\(4, 3, 8, 8\)$"):
+            function(Small(), x)
+    assert [site.name for site in find_sites(Small().to("meta"), x)] == ["3"]
