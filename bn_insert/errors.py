@@ -124,7 +124,7 @@ def gradients_advice(error: Exception) -> str:
     """Return what to do if an error of PyTorch says that a forward computes gradients, for a message; else ""."""
     if _NO_GRADIENTS not in str(error):
         return ""
-    return "Networks run without gradients here: where the forward needs some, compute them in torch.enable_grad()"
+    return "Gradients are disabled here; if the forward needs them, compute them inside torch.enable_grad()"
 
 
 def _address_space_is_limited() -> bool:

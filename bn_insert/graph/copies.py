@@ -112,7 +112,7 @@ def working_copy(
         device: Device of the copy. On the device of its parameters, the copy shares them if it can, and then needs no
             memory.
         training: Return it in train mode instead.
-        to_trace: Take a model on the meta device too: a trace needs no values.
+        to_trace: Accept a model on the meta device too: a trace needs no values.
 
     Raises:
         GraphError: The model is not a module that can be copied, or its tensors have no values.

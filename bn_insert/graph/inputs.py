@@ -24,8 +24,8 @@ _CONTAINERS = (tuple, list, Mapping)
 _KINDS_SHOWN = 4
 
 MAKING_BATCHES = (
-    "batches are made by DataLoader(dataset, batch_size=32) from a dataset, by torch.stack from a list of tensors, and "
-    "by torch.from_numpy from an array"
+    "to make batches, use DataLoader(dataset, batch_size=32) for a dataset, torch.stack for a list of tensors, "
+    "torch.from_numpy for an array, or image.unsqueeze(0) for one image"
 )
 """How to make batches of single images, for messages."""
 

@@ -264,7 +264,7 @@ def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> 
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
     if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
         raise GraphError(
-            f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W, and "
+            f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W; "
             f"{MAKING_BATCHES}"
         )
     parameters = sum(parameter.numel() for parameter in module.parameters())

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import CalibrationError, GraphError, as_passed, gradients_advice, out_of_memory
 from ..support.text import first_line, listed, with_article
 from .copies import check_values, unchanged_attributes, unwrapped, working_copy
-from .inputs import MAKING_BATCHES, Inputs
+from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
 from .recording import recorded
@@ -60,11 +60,11 @@ _CAUSES = (
     ),
     (
         r"State dict entry for parameter (?P<name>\S+) is not an instance",
-        "its parameter {} is no nn.Parameter, as in TorchScript",
-        "Replace modules in TorchScript by those of torch.nn that they were made from",
+        "its parameter {} is not an nn.Parameter, as in TorchScript modules",
+        "Replace TorchScript modules with the torch.nn modules they were made from",
     ),
 )
-# What follows is about the inside of PyTorch.
+# What follows is about PyTorch's internals.
 _FOR_PYTORCH = re.compile(r"[.,;]?\s+(see |please |if you |for more |you may have run into |this error ).*", re.I)
 
 
@@ -482,7 +482,7 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
         if _ABOUT_SIZE.search(str(own)):
             advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
         if _lacks_batch_axis(model, inputs):
-            advice += f". If this is one image without a batch axis, {MAKING_BATCHES}"
+            advice += ". If this is a single image without a batch axis, add one: image.unsqueeze(0)"
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
     cause, advice = _cause(error)
     return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. {advice}"

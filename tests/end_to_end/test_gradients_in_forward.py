@@ -99,7 +99,7 @@ def test_a_force_field_keeps_its_energies_and_its_forces() -> None:
 
 @pytest.mark.parametrize("function", [find_sites, lambda model, x: recalibrate(insert_into(model), [x])])
 def test_a_forward_that_needs_gradients_to_be_on_is_told_to_switch_them_on_itself(function: Any) -> None:
-    with pytest.raises((GraphError, CalibrationError), match=r"compute them in torch\.enable_grad\(\)$"):
+    with pytest.raises((GraphError, CalibrationError), match=r"compute them inside torch\.enable_grad\(\)$"):
         function(randomised(WithoutContext()), torch.randn(8, 6))
 
 

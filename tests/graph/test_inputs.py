@@ -179,7 +179,7 @@ ARRAY, IMAGE = np.zeros((3, 16, 16), np.float32), torch.zeros(3, 16, 16)
 )
 def test_what_is_no_batch_is_described_with_the_ways_to_make_batches_of_it(batch: Any, described: str) -> None:
     message = (
-        rf"^batch 0 is {described}; a batch is a tensor, .*; batches are made by DataLoader\(.* torch\.stack .*array$"
+        rf"^batch 0 is {described}; a batch is a tensor, .*; to make batches, use DataLoader\(.* torch\.stack .*image$"
     )
     with pytest.raises(CalibrationError, match=message):
         insert(small_vgg(), [batch])
@@ -188,7 +188,7 @@ def test_what_is_no_batch_is_described_with_the_ways_to_make_batches_of_it(batch
 @pytest.mark.parametrize("batch", [[(ARRAY, 1), (ARRAY, 2)], (ARRAY, ARRAY), {"image": ARRAY, "mask": ARRAY}])
 def test_arrays_for_several_inputs_are_refused_with_the_ways_to_make_batches(batch: Any) -> None:
     message = (
-        r"^batch 0 is a (list of 2 tuples|tuple|dict) \(ndarray, .* takes image, mask; .* by torch\.from_numpy from"
+        r"^batch 0 is a (list of 2 tuples|tuple|dict) \(ndarray, .* takes image, mask; .* torch\.from_numpy for an "
     )
     with pytest.raises(CalibrationError, match=message):
         insert(CallTakesTwo(), [batch])
@@ -197,7 +197,7 @@ def test_arrays_for_several_inputs_are_refused_with_the_ways_to_make_batches(bat
 @pytest.mark.parametrize("batch", [IMAGE, (IMAGE, 1), [IMAGE, IMAGE, IMAGE]], ids=["image", "sample", "list"])
 def test_a_network_that_cannot_run_on_one_image_without_a_batch_axis_is_told_so(batch: Any) -> None:
     message = (
-        r"cannot run on an input of shape \(3, 16, 16\): .* If this is one image without a batch axis, batches are"
+        r"cannot run on an input of shape \(3, 16, 16\): .* If this is a single image without a batch axis, add one"
     )
     with pytest.raises(GraphError, match=message):
         insert(small_vgg(), [batch])

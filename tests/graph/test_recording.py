@@ -143,7 +143,7 @@ def test_a_part_in_torchscript_that_prevents_folding_is_named() -> None:
     network, x = randomised(Network()), images(4, 12)
     network.conv2 = torch.jit.script(network.conv2)
     with pytest.raises(
-        GraphError, match=r": its parameter conv2.weight is no nn.Parameter, as in TorchScript\. Replace"
+        GraphError, match=r": its parameter conv2.weight is not an nn.Parameter, as in TorchScript modules\. Replace"
     ):
         fold(insert(network, [x]).model, x)
 
