@@ -491,16 +491,22 @@ def test_a_layer_that_shares_the_weight_of_one_that_is_called_is_never_called() 
 
 
 @pytest.mark.parametrize(
-    "example", [features(2, 5), images(1, 16)[0], images(2, 1)], ids=["wrong shape", "no batch axis", "too small"]
+    ("example", "further"),
+    [
+        (features(2, 5), ""),
+        (images(1, 16)[0], ". If this is a single image without a batch axis, add one: image.unsqueeze(0)"),
+        (images(2, 1), ""),
+    ],
+    ids=["wrong shape", "no batch axis", "too small"],
 )
 def test_an_input_that_the_model_cannot_run_on_is_a_graph_error_with_class_shape_and_way_out(
-    example: Tensor, capfd: pytest.CaptureFixture[str]
+    example: Tensor, further: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(GraphError) as caught:
         find_sites(small_vgg(), example)
     message = str(caught.value)
     assert message.startswith(f"VGG cannot run on an input of shape {tuple(example.shape)}: ")
-    assert ". Pass inputs of the shape that it expects" in message
+    assert message.endswith(f". Pass inputs of the shape that it expects{further}")
     assert "\n" not in message
     assert caught.value.__cause__ is not None
     assert capfd.readouterr().err == ""  # torch.export would print a traceback
