@@ -46,26 +46,33 @@ _ABOUT_SIZE = re.compile(
 # In messages of PyTorch on a forward that reads values of tensors on the meta device, which have none.
 _ON_VALUES = re.compile(r"meta|Tensor\.__format__", re.IGNORECASE)
 
-# What messages of torch.export mean, and what to do about it, in place of the default.
+# What messages of torch.export mean, and what to do about it, in place of the default. Each matches a whole first line,
+# with the place in the user's own code if there is one: there, an AttributeError on `meta` is not torch.export's.
 _CAUSES = (
     (
-        r"data-dependent|\.numpy\(\)|FakeTensor\.__format__",
+        r"Could not (guard on|extract specialized integer from) data-dependent expression .*"
+        r"|\.numpy\(\) is not supported for tensor subclasses\..*"
+        r"|unsupported format string passed to FakeTensor\.__format__.*",
         "its forward reads values of a tensor, which a trace does not have",
         "",
     ),
     (
-        r"Found <class '(?:.*\.)?(?P<name>\w+)'> in output|'(?P<other>\w+)' object has no attribute 'meta'",
+        r"Found <class '(?:.*\.)?(?P<name>\w+)'> in output, which is not a known type\..*"
+        r"|'(?P<other>\w+)' object has no attribute 'meta'",
         "its forward returns an object of the class {}",
         "Let it return tensors, alone or in a tuple, list or dict; dataclasses need torch.export.register_dataclass",
     ),
     (
-        r"State dict entry for parameter (?P<name>\S+) is not an instance",
+        r"State dict entry for parameter (?P<name>\S+) is not an instance of torch\.nn\.Parameter\..*",
         "its parameter {} is not an nn.Parameter, as in TorchScript modules",
         "Replace TorchScript modules with the torch.nn modules they were made from",
     ),
 )
 # What follows is about PyTorch's internals.
-_FOR_PYTORCH = re.compile(r"[.,;]?\s+(see |please |if you |for more |you may have run into |this error ).*", re.I)
+_FOR_PYTORCH = re.compile(
+    r"[.;]\s+(see |please |if you |for more |you may have run into |this error ).*|[\s,:;(]*(\bsee:? )?https?://.*",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -484,8 +491,9 @@ def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
         if _lacks_batch_axis(model, inputs):
             advice += ". If this is a single image without a batch axis, add one: image.unsqueeze(0)"
         return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
-    cause, advice = _cause(error)
-    return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{_place(error)}. {advice}"
+    place = _place(error)
+    cause, advice = _cause(error, place)
+    return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{place}. {advice}"
 
 
 def _run_once(model: nn.Module, inputs: Inputs) -> None:
@@ -500,11 +508,11 @@ def _run_once(model: nn.Module, inputs: Inputs) -> None:
         raise
 
 
-def _cause(error: Exception) -> tuple[str, str]:
+def _cause(error: Exception, place: str) -> tuple[str, str]:
     """Return why torch.export cannot trace a model, and what to do, in plain words where its message is known."""
     advice = "Pass a submodule that contains the layers and has no such code in its forward"
     for pattern, cause, own_advice in _CAUSES:
-        if found := re.search(pattern, str(error)):
+        if found := re.fullmatch(pattern, first_line(error) + place):
             name = next(filter(None, found.groupdict().values()), "")
             return cause.format(name), own_advice or advice
     return _FOR_PYTORCH.sub("", first_line(error)).rstrip(".:"), advice

@@ -160,6 +160,47 @@ def test_of_a_message_for_developers_of_pytorch_the_beginning_is_passed_on() -> 
     assert "doubled" in str(caught.value)
 
 
+class Config:
+    scale = 2.0
+
+
+def by_a_missing_attribute(_: nn.Module, x: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return x * Config().meta  # type: ignore[attr-defined]
+    return x
+
+
+def raising(message: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    def between(_: nn.Module, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ValueError(message)
+        return x
+
+    return between
+
+
+@pytest.mark.parametrize(
+    ("between", "cause"),
+    [
+        (by_a_missing_attribute, "'Config' object has no attribute 'meta'"),
+        (raising("call .numpy() first"), "call .numpy() first"),
+        (raising("a data-dependent branch"), "a data-dependent branch"),
+        (raising("sizes must be even if you use pooling"), "sizes must be even if you use pooling"),
+        (raising("cannot see the mask for more than 3 heads"), "cannot see the mask for more than 3 heads"),
+        (raising("too many heads; see https://example.org/heads for details"), "too many heads"),
+        (raising("too many heads: https://example.org/heads"), "too many heads"),
+        (raising("too many heads. Please use fewer"), "too many heads"),
+    ],
+)
+def test_what_a_forward_says_itself_is_passed_on_up_to_a_link_or_a_request(
+    between: Callable[[nn.Module, Tensor], Tensor], cause: str
+) -> None:
+    network, x = randomised(Network(between)), images(4, 12)
+    with pytest.raises(GraphError) as caught:
+        fold(insert(network, [x]).model, x)
+    assert f"for an input of shape (4, 3, 12, 12): {cause} ({__file__}:" in str(caught.value)
+
+
 def test_outputs_in_a_dataclass_or_an_object_are_compared() -> None:
     for at_end in AT_END:
         model, other = randomised(Network(None, at_end)), randomised(Network(None, at_end), seed=1)
