@@ -6,7 +6,8 @@ The gain in accuracy, in points, on 500 validation images that the benchmark its
 that it does not use either, with the corruptions that CIFAR-10-C sets apart for choosing, and contrast, each at
 severities 1 and 3; clean images with twelve draws of the images adapted to. Every method adapts to the same images.
 Statistics of few images are moved from those of the source by 1 - (cE / D)^p, at least 0, of the difference
-(`bn_insert/statistics/shrinkage.py`). Accuracies are those under bfloat16 autocast, before and after.
+(`bn_insert/statistics/shrinkage.py`). Unless a row says otherwise, D is the smallest that is left when any one of up to
+128 images is left out. Accuracies are those under bfloat16 autocast, before and after.
 
 Every method is a line in `choosing.jsonl`: interrupted, the program continues where it was.
 """
