@@ -88,7 +88,7 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     factor = f"between {smallest:.2f} and {largest:.2f}" if smallest < largest else f"of {largest:.2f}"
     text = (
         f"The means of a layer moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), "
-        f"and the standard deviation of its median channel by a factor {factor}."
+        f"and the standard deviation of the median channel of a layer by a factor {factor}."
     )
     if _hardly_moved(shifts):
         return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")

@@ -105,10 +105,10 @@ class _PassRecorder(Recorder):
         super().__init__()
         self._batches_of = Counter({site.name: 0 for site in sites if site.calls})
 
-    def commit(self, batches: int = 1) -> None:
+    def commit(self, batches: int, images: int) -> None:
         """Keep what was recorded during a forward pass, and count for which sites something was."""
         called = set(self._uncommitted)
-        super().commit(batches)
+        super().commit(batches, images)
         self._batches_of.update({name: batches for name in self._batches_of if name in called})
 
     def check_complete(self) -> None:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
-from .moments import MOST_BY_IMAGE, Moments
+from .moments import Moments
 from .passes import NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
 from .recorder import Recorder, check_tolerance
@@ -121,8 +121,9 @@ def reestimate(
         priors: By the BatchNorm's name: statistics that those of all batches are moved towards, as far as they may
             differ by chance.
         single_batch: Whether there is one batch on all ranks together. With earlier="batch", it then normalizes by the
-            statistics that the result will have. Of several batches, those with few images do so alone: the statistics
-            of many images will hardly be moved.
+            statistics that the result will have. Of several batches, those with few images normalize by the statistics
+            of all images so far, moved towards the prior; larger ones by their own, as those of many images will
+            hardly be moved.
         device: Where to run; by default the model's device.
         autocast: Dtype for the forward pass.
         tolerance: Stop early, as for `calibrate`.
@@ -191,7 +192,8 @@ def _recording_inputs(
 ) -> Iterator[None]:
     """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics.
 
-    Statistics of fewer than `few` images are moved towards the prior if there is one.
+    With a prior, a batch of fewer than `few` images is normalized by the statistics of all images so far, moved towards
+    the prior. Its own would hardly be moved from there, and deeper layers would be measured as if nothing were adapted.
 
     The outputs are those of train mode, without its side effects: active dropout, processes that wait for each other
     (SyncBatchNorm), and an error for a single value per channel.
@@ -202,14 +204,12 @@ def _recording_inputs(
             values: Tensor = next(chain(args, kwargs.values()))
             if values.ndim < 2:
                 raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
-            prior = priors.get(name) if len(values) < few else None
-            shrunk_now = prior is not None and len(values) <= MOST_BY_IMAGE
-            by_image = name in priors and (shrunk_now or recorder.keeps_images(name, len(values)))
-            moments = recorder.record(name, values, by_image=by_image)
+            moments, images = recorder.record(name, values, by_image=name in priors), len(values)
             if by_batch and moments.count:
-                if moments.count == 1 and prior is None:
-                    moments = recorder.pooled(name)
-                _set_statistics(norm, name, moments, prior, len(values), unbiased=False)
+                prior = priors.get(name) if len(values) < few else None
+                if prior is not None or moments.count == 1:
+                    moments, images = recorder.pooled(name), recorder.images + len(values)
+                _set_statistics(norm, name, moments, prior, images, unbiased=False)
 
         return record
 

@@ -51,6 +51,7 @@ class Recorder:
         self._calls: Counter[str] = Counter()
         self._images: Counter[str] = Counter()  # whose moments were recorded one by one
         self.batches = 0
+        self.images = 0
 
     def record(self, name: str, values: Tensor, *, by_image: bool = False) -> Moments:
         """Record and return the moments of values at a place.
@@ -58,7 +59,7 @@ class Recorder:
         Args:
             name: Name of the place.
             values: A batch of them.
-            by_image: Return those of each image as well; they are recorded only as long as there are few.
+            by_image: Record those of each image as well, unless there are too many by now.
 
         Raises:
             NotFiniteError: If there are values that are not finite.
@@ -67,22 +68,22 @@ class Recorder:
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             plain = values.detach().as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
             moments = moments_of(plain)
-            if by_image and moments.count:
+            few = self._images[name] + len(values) <= MOST_BY_IMAGE
+            if by_image and few and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)
-        kept = moments if self.keeps_images(name, len(values)) else replace(moments, by_image=None)
-        self._uncommitted[name].append(kept)
+        self._uncommitted[name].append(moments)
         return moments
 
     def uncommitted(self) -> Mapping[str, Moments]:
         """Return the moments of what was recorded during a forward pass and not yet kept or discarded."""
         return merged_moments(self._uncommitted)
 
-    def commit(self, batches: int = 1) -> None:
-        """Keep what was recorded during a forward pass over this many batches."""
+    def commit(self, batches: int, images: int) -> None:
+        """Keep what was recorded during a forward pass over this many batches and images."""
         for name, of_pass in self.uncommitted().items():
             self._calls[name] += len(self._uncommitted[name])
             self._passes[name] += 1
@@ -92,11 +93,8 @@ class Recorder:
             if len(self._of_passes[name]) >= _PASSES_TO_MERGE:
                 self._merge_passes(name)
         self.batches += batches
+        self.images += images
         self._uncommitted.clear()
-
-    def keeps_images(self, name: str, images: int) -> bool:
-        """Return whether the moments of so many further images would be kept one by one."""
-        return self._images[name] + images <= MOST_BY_IMAGE
 
     def discard(self) -> None:
         """Forget what was recorded during a forward pass that will be run again."""
@@ -233,7 +231,7 @@ class _Passes:
     def run_whole(self, inputs: Inputs, batches: int = 1) -> None:
         """Run images that come from several of the caller's batches; if this fails, nothing is recorded."""
         self.run_uncommitted(inputs)
-        self._recorder.commit(batches)
+        self._recorder.commit(batches, len(inputs))
 
     def run_uncommitted(self, inputs: Inputs) -> None:
         """Run images without keeping what is recorded."""

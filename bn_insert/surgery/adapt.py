@@ -298,8 +298,9 @@ def adapt_statistics(
         source: Batches, as for `insert_batchnorm`; None for a model with BatchNorm, whose running statistics are those
             of the source.
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
-            batch while those of deeper layers are measured, so pass shuffled batches of 32 images or more if there are
-            that many. A single image is enough if it differs clearly; a warning is issued if nothing was changed.
+            batch (of all images so far, if the batch has fewer than 16) while those of deeper layers are measured, so
+            pass shuffled batches. A single image is enough if it differs clearly; a warning is issued if nothing was
+            changed.
         layers: Kinds of layers to insert BatchNorm after: `"conv"`, `"dense"` or both.
         include_output: Whether to insert BatchNorm after the output layer too.
         skip: Glob patterns on qualified names of layers to insert none after.
@@ -350,11 +351,12 @@ def adapt_statistics(
         progress=progress,
     )
     if not adaptation.changed:
-        way_out = ", or shrink=False to take their statistics as they are" if adaptation.target_images > 1 else ""
+        several = adaptation.target_images > 1
+        way_out = ", or shrink=False to take their statistics as they are" if several else ""
         warnings.warn(
             f"nothing was adapted: the statistics of {counted(adaptation.target_images, 'target image')} differ from "
-            "those of the source by no more than chance, or a single unusual image, may cause; if the images are of "
-            f"another kind, pass more of them{way_out}",
+            f"those of the source by no more than chance{', or a single unusual image,' * several} may cause; if the "
+            f"images are of another kind, pass more of them{way_out}",
             stacklevel=2,
         )
     warn_of_untied(adaptation.untied, stacklevel=2)

@@ -94,7 +94,8 @@ class Signals:
         missing = [output for output, done in self._outputs.items() if not done]
         if not written:
             return "nothing was written"
-        return f"{' and '.join(written)} is written and complete" + (f", {missing[0]} is not" if missing else "")
+        are = "is" if len(written) == 1 else "are"
+        return f"{' and '.join(written)} {are} written and complete" + (f", {missing[0]} is not" if missing else "")
 
     def exit_code(self) -> int:
         """Return the exit code of an interrupted command."""

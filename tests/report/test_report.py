@@ -46,7 +46,7 @@ HOSTILE = "<script>alert(1)</script> & $x^2$ {{ 7 * 7 }}"
 def test_the_verdict_on_an_adaptation_has_the_range_of_the_factors(stds: tuple[float, ...], factor: str) -> None:
     unmeasured = PredictionComparison(0, 0, math.nan, math.nan, math.nan)
     (statistics,) = adaptation_report(shifts(0.2, *stds), asdict(unmeasured), {})["verdicts"]
-    assert statistics["text"].endswith(f"the standard deviation of its median channel by a factor {factor}.")
+    assert statistics["text"].endswith(f"the standard deviation of the median channel of a layer by a factor {factor}.")
 
 
 def shifts(mean: float, *stds: float) -> list[dict[str, Any]]:

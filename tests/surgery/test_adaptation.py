@@ -61,6 +61,15 @@ def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them()
     assert accuracy(unchanged, x, y) > accuracy(model, x, y) - 0.01
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_small_batches_adapt_as_well_as_large_ones(batch: int) -> None:
+    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path())[::3], labels()[::3]
+    dark = 0.25 + 0.15 * x
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    adapted = adapt_statistics(model, x[order].split(32), dark[order].split(batch))
+    assert accuracy(adapted, dark, y) > 0.94
+
+
 def test_the_result_has_the_modules_and_keys_of_the_original_and_other_weights() -> None:
     model = small_vgg()
     result = adapt_statistics(model, source().split(16), shifted(source()).split(16))
