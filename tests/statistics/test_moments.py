@@ -250,6 +250,21 @@ def test_moments_without_each_image_equal_a_float64_reference_over_the_others(
         torch.testing.assert_close(others.variances[left_out] * count / (count - 1), var, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_moments_of_each_of_some_large_images_are_close_to_those_of_all_positions(
+    memory_format: torch.memory_format,
+) -> None:
+    slope = torch.linspace(-1, 1, 512).expand(2, 3, 256, 512)  # columns differ
+    values = (torch.randn(2, 3, 256, 512, generator=torch.Generator().manual_seed(0)) + slope).to(
+        memory_format=memory_format
+    )
+    found = moments_by_image(values)
+    for image in range(2):
+        mean, var = mean_and_var(values[image : image + 1])
+        torch.testing.assert_close(found.means[image], mean, rtol=0, atol=0.15)
+        torch.testing.assert_close(found.variances[image], var, rtol=0.15, atol=0)
+
+
 def test_merging_keeps_the_moments_of_each_image_while_there_are_few() -> None:
     first, second, third = (
         replace(moments_of(part), by_image=moments_by_image(part)) for part in values_of((180, 3)).split(60)
