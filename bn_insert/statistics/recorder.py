@@ -49,7 +49,6 @@ class Recorder:
         self._spreads: dict[str, Moments] = {}
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
-        self._images: Counter[str] = Counter()  # whose moments were recorded one by one
         self.batches = 0
         self.images = 0
 
@@ -68,7 +67,7 @@ class Recorder:
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             plain = values.detach().as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
             moments = moments_of(plain)
-            few = self._images[name] + len(values) <= MOST_BY_IMAGE
+            few = self.images + len(values) <= MOST_BY_IMAGE
             if by_image and few and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))
             finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
@@ -87,8 +86,6 @@ class Recorder:
         for name, of_pass in self.uncommitted().items():
             self._calls[name] += len(self._uncommitted[name])
             self._passes[name] += 1
-            if of_pass.by_image is not None:
-                self._images[name] += len(of_pass.by_image.means)
             self._of_passes[name].append((of_pass, batches))
             if len(self._of_passes[name]) >= _PASSES_TO_MERGE:
                 self._merge_passes(name)

@@ -85,11 +85,12 @@ class Prior:
         varying = known_var > 0  # where the prior is constant, nothing differs by chance
         means, variances = mean[None], var[None]
         # Rows need not be images: a layer that is called several times has more of them.
-        leave_one_out = by_image is not None and 1 < images == len(by_image.means)
-        spread = float(self.image_variance.to(mean)[varying].sum()) / images
-        by_chance = caution(images, leave_one_out=leave_one_out) * spread
-        if by_image is not None and leave_one_out:
+        others = None
+        if by_image is not None and 1 < images == len(by_image.means):
             others = by_image.without_each()
+        spread = float(self.image_variance.to(mean)[varying].sum()) / images
+        by_chance = caution(images, leave_one_out=others is not None) * spread
+        if others is not None:
             means = torch.cat([means, others.means])
             # One or two values, after a dense layer, do not show any difference of variances.
             shown = others.counts_of_each[:, None] > 2

@@ -45,13 +45,18 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((model(x).argmax(1) == y).double().mean())
 
 
+def digits_of_low_contrast() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
+    """Return the demo's network, its images, their classes, the images at low contrast, and a random order."""
+    x, y = images_of(images_path())[::3], labels()[::3]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return load_checkpoint(network_path()).eval(), x, y, 0.25 + 0.15 * x, order
+
+
 # What adapting does
 
 
 def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them() -> None:
-    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path())[::3], labels()[::3]
-    dark = 0.25 + 0.15 * x
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    model, x, y, dark, order = digits_of_low_contrast()
     assert accuracy(model, dark, y) < 0.7
     for count, least in ((len(x), 0.94), (32, 0.88), (8, 0.78)):
         adapted = adapt_statistics(model, x[order].split(32), dark[order[:count]].split(32))
@@ -63,9 +68,7 @@ def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them()
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_small_batches_adapt_as_well_as_large_ones(batch: int) -> None:
-    model, x, y = load_checkpoint(network_path()).eval(), images_of(images_path())[::3], labels()[::3]
-    dark = 0.25 + 0.15 * x
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    model, x, y, dark, order = digits_of_low_contrast()
     adapted = adapt_statistics(model, x[order].split(32), dark[order].split(batch))
     assert accuracy(adapted, dark, y) > 0.94
 
