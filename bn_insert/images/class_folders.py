@@ -106,20 +106,39 @@ class ClassFolders:
                     batch = LabelledBatch(batch.images[rows], batch.labels[rows])
                 yield batch
 
+    def first_readable(self, images: Sequence[LabelledImage]) -> LabelledBatch:
+        """Return the first image that can be read, as a batch of its own.
+
+        Args:
+            images: Some or all of `train` or `val`.
+
+        Raises:
+            ImageError: When none of them can be read, and for the first unreadable file if the folders were opened with
+                `strict`.
+        """
+        for image in images:
+            if image.path not in self._skipped:
+                for batch in self.batches((image,), 1):
+                    return batch
+        raise self.none_readable(images)
+
+    def none_readable(self, images: Sequence[LabelledImage]) -> ImageError:
+        """Return the error for images, some or all of `train` or `val`, of which none can be read."""
+        part = "training" if images[0] in self.train else "validation"
+        reasons = (
+            f"; one of them is {each.path}: {self._skipped[each.path]}" for each in images if each.path in self._skipped
+        )
+        return ImageError(
+            f"none of the {len(images)} {part} images can be read{next(reasons, '')}; repair or remove these files"
+        )
+
     def _in_place_of(self, unreadable: Path) -> LabelledBatch:
         """Return the first training image that can be read after one that cannot: mostly one of its class.
 
         It does not depend on which images were read before, so that a resumed run sees the same.
         """
         start = next(number for number, image in enumerate(self.train) if image.path == unreadable)
-        for image in (*self.train[start:], *self.train[:start]):
-            if image.path not in self._skipped:
-                for batch in self.batches((image,), 1):
-                    return batch
-        raise ImageError(
-            f"none of the {len(self.train)} training images can be read; one of them is {unreadable}: "
-            f"{self._skipped[unreadable]}; repair or remove these files"
-        )
+        return self.first_readable((*self.train[start:], *self.train[:start]))
 
 
 def open_class_folders(

@@ -344,12 +344,14 @@ def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Prog
     )
 
 
-def _example(images: ClassFolders) -> Tensor | None:
-    """Return a batch of the first training image that can be read; None if none can, which the first step reports."""
-    for image in images.train:
-        for batch in images.batches((image,), 1):
-            return batch.images.repeat(2, 1, 1, 1)  # a BatchNorm cannot normalize a batch of one
-    return None
+def _example(images: ClassFolders) -> Tensor:
+    """Return a batch for which a network can be traced.
+
+    Raises:
+        ImageError: When no training image, or no validation image, can be read.
+    """
+    images.first_readable(images.val)  # else a run would end after its first epoch
+    return images.first_readable(images.train).images.repeat(2, 1, 1, 1)  # a BatchNorm needs more than one image
 
 
 def check_output_dir(

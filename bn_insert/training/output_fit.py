@@ -217,7 +217,7 @@ def _features(
     sent = inputs if ranks.count == 1 else [part.cpu() for part in inputs]  # not to the GPUs of other ranks
     parts = [part.to(layer.weight.device) for each in ranks.gathered(sent) for part in each]
     if outcomes.images == 0:
-        raise _UnusableError("there are no images that can be read, or only batches of one image")
+        raise _UnusableError("there are no images, or only batches of one image")
     if not parts:
         raise _UnusableError("the network does not call it, but computes with its weight")
     if any(part.ndim != 2 for part in parts):

@@ -78,8 +78,9 @@ class TrainingState:
             if self.data.get(name) != data.get(name):
                 if name == "layers":
                     advice = f"{started_from or 'the network'}, which it started from, and {advice}"
+                what = "image files (some were added, removed or renamed)" if name == "images" else name
                 raise TrainingError(
-                    f"{path} belongs to another run: its {name} differ from this run's; resume with {advice}"
+                    f"{path} belongs to another run: its {what} differ from this run's; resume with {advice}"
                 )
 
     @property

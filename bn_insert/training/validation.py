@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from ..compare.evaluation import Outcomes, outcomes_of
-from ..errors import TrainingError
 from ..graph.copies import working_copy
 from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders
@@ -44,7 +43,7 @@ def validate(
         progress: Called after each batch with the number of this process's images so far.
 
     Raises:
-        TrainingError: When no validation image can be read.
+        ImageError: When no validation image can be read.
         StoppedError: When the run was asked to stop.
     """
     share = ranks.share(images.val, equal=False)
@@ -61,8 +60,5 @@ def validate(
         progress=after_batch,
     )
     if outcomes.images == 0:
-        # A rank without a share has skipped nothing.
-        lasts = ranks.gathered(images.unreadable[-1] if share else None)
-        path, reason = next(filter(None, lasts))
-        raise TrainingError(f"no validation image can be read; one of them is {path}: {reason}")
+        raise images.none_readable(images.val)
     return outcomes

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bn_insert.support.text import listed
+
 from . import shared_options as opt
-from .console import print_error, print_note
+from .console import print_error, print_note, print_warning
 from .finetune_display import FinetuneDisplay
 from .input_shapes import image_shape
 from .inputs import (
@@ -38,6 +40,7 @@ INTERRUPTED = 130
 _RATE = "Learning rate"
 _OPTIMIZER = "Optimizer and regularization"
 _NETWORK = "Network"
+_CLASSES_SHOWN = 5
 _VALIDATION = "Validation"
 
 
@@ -370,13 +373,20 @@ def _head_width(text: str) -> int | None:
 
 def _kept(output_dir: Path) -> str:
     saved = (output_dir / "state.pth").exists()
-    return f"{output_dir} keeps what was saved last" if saved else "nothing was written"
+    return f"{output_dir} keeps what was saved last; continue with --resume" if saved else "nothing was written"
 
 
 def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> None:
-    """Warn about files that could not be read, and correct the numbers of images that the run began with."""
+    """Warn of files that could not be read and of classes without others; correct the numbers of images."""
     note_unreadable(unreadable)
     if skipped := {file.path for file in unreadable}:
+        labels = {image.label for image in images.train if image.path not in skipped}
+        unknown = [name for label, name in enumerate(images.classes) if label not in labels]
+        if unknown:
+            print_warning(
+                f"No training image of {listed(unknown, _CLASSES_SHOWN)} can be read, so the network has not learned "
+                f"{'these classes' if len(unknown) > 1 else 'this class'}."
+            )
         train, val = (sum(image.path not in skipped for image in part) for part in (images.train, images.val))
         print_note(f"Images without them: {train:,} for training and {val:,} for validation.")
 

@@ -31,6 +31,7 @@ TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
 IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
 _REST_BY_DEFAULT = "the rest by default"
 _CHECKPOINT_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
+_FILES_SHOWN = 5
 _FILES_LOOKED_AT = 1000  # in a folder that was passed as a checkpoint: a listing of all may take long
 
 
@@ -422,11 +423,12 @@ def shape_to_store(batches: Batches) -> tuple[int, ...]:
 
 
 def note_unreadable(unreadable: Sequence[Unreadable]) -> None:
-    """Warn of how many files were skipped, with the first and the reason."""
+    """Warn of how many files were skipped, and why; at most `_FILES_SHOWN` are named."""
     if unreadable:
-        first = unreadable[0]
-        which = "" if len(unreadable) == 1 else ", the first"
-        print_warning(f"Skipped {counted(len(unreadable), 'unreadable file')}{which}: {first.path}: {first.reason}")
+        files = [f"{path}: {reason}" for path, reason in unreadable[:_FILES_SHOWN]]
+        if (more := len(unreadable) - len(files)) > 0:
+            files.append(f"and {more} more")
+        print_warning(f"Skipped {counted(len(unreadable), 'unreadable file')}: {'; '.join(files)}")
 
 
 def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:

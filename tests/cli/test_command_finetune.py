@@ -242,9 +242,26 @@ def test_unreadable_images_are_not_counted_in_the_end_and_refused_with_strict(
     command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF, "--batch-size", batch_size)
     trained = run(*command, "-o", "run")
     assert trained.exit_code == 0, trained.output
-    assert "Skipped 2 unreadable files, the first: " in text_of(trained.stderr)
+    assert "Skipped 2 unreadable files: " in text_of(trained.stderr)
     assert "Images without them: 39 for training and 19 for validation." in text_of(trained.stderr)
+    assert "No training image" not in trained.stderr
     assert_refused(run(*command, "-o", "strict", "--strict"), "error: cannot read", "leave out --strict")
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_classes_without_a_training_image_that_can_be_read_are_named(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "digits")
+    for path in (data / "train" / "3").glob("*.png"):
+        path.write_bytes(b"")
+    command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF)
+    stderr = text_of(run(*command, "-o", "run").stderr)
+    assert "Skipped 4 unreadable files: " in stderr and stderr.count("the file is empty; ") == 3
+    assert "No training image of 3 can be read, so the network has not learned this class." in stderr
+    for path in (data / "train" / "7").glob("*.png"):
+        path.write_bytes(b"")
+    stderr = text_of(run(*command, "-o", "again").stderr)
+    assert "the file is empty; and 3 more" in stderr
+    assert "No training image of 3, 7 can be read, so the network has not learned these classes." in stderr
 
 
 @pytest.mark.usefixtures("no_charts")

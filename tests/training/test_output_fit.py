@@ -396,16 +396,6 @@ def test_an_output_layer_that_cannot_be_fitted_stays_and_the_reason_is_told(
     assert ", but was kept, because the output" in run_in(tmp_path / "guess")["overview"]["Before training"]
 
 
-def test_validation_images_that_cannot_be_read_are_the_reason_for_no_fit(tmp_path: Path) -> None:
-    folder = copy_labelled_digits(tmp_path / "digits", train=2, val=1)
-    for path in (folder / "val").glob("*/*"):
-        path.write_bytes(b"no image")
-    fits: list[OutputFit] = []
-    with pytest.raises(TrainingError, match="no validation image can be read"):
-        finetune(new_network(3), open_digits(folder), tmp_path / "new", SETTINGS, on_fit=fits.append)
-    assert fits[-1].reason == "there are no images that can be read, or only batches of one image"
-
-
 def test_a_new_head_and_a_run_without_fit_have_none(digits: ClassFolders, tmp_path: Path) -> None:
     fits: list[OutputFit] = []
     finetune(new_network(3), digits, tmp_path / "head", replace(SETTINGS, head=4), on_fit=fits.append)
