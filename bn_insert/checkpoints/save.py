@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -21,7 +21,7 @@ from ..batchnorm.modes import has_own_pre_hooks
 from ..errors import CheckpointError
 from ..graph.copies import check_module, unwrapped
 from ..graph.layers import outputs_of
-from ..support.arguments import check_flags
+from ..support.arguments import check_flags, is_list
 from ..support.files import StrPath, check_writable, real_path, stage_file, staging_folder
 from ..support.text import counted, with_article
 from ..surgery.replace_output import output_layer, possible_output_layers
@@ -110,7 +110,7 @@ def stage_checkpoint(
             f"cannot write {path}: transform is {with_article(transform)}, not a dict; pass "
             "bn_insert.images.Transform(...).to_dict()"
         )
-    if isinstance(classes, str) or not isinstance(classes, Collection):
+    if not is_list(classes):  # in a set, they would have another order in each process
         raise CheckpointError(
             f"cannot write {path}: classes is {classes!r:.40}; pass a list with the name of each class"
         )

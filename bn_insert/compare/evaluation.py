@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
-from ..support.arguments import is_number, is_whole
+from ..support.arguments import is_list, is_number, is_whole
 from ..support.processes import on_every_rank
 
 
@@ -340,7 +340,7 @@ def _after_inputs(batch: Batch) -> Any:
 def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, ...]:
     if not classes:
         return tuple(map(str, range(count)))
-    if isinstance(classes, str) or not isinstance(classes, Collection):
+    if not is_list(classes):
         raise CalibrationError(f"classes is {classes!r:.40}; pass a list with the name of each class")
     if len(classes) != count:
         names = as_passed(

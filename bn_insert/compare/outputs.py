@@ -123,15 +123,18 @@ class _Differences:
     def add(self, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
         """Include one batch: its outputs from the reference and from the candidate, with the images in dimension 0."""
         for reference, candidate in zip(expected, actual, strict=True):
-            # An output that is NaN exceeds every bound.
-            difference = (candidate.double() - reference.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-            largest = difference.reshape(len(reference), -1).amax(1)
-            scale = reference.double().abs().reshape(len(reference), -1).amax(1)
             self.bit_identical &= torch.equal(reference, candidate)
+            if not reference.numel():  # a detector that finds nothing
+                continue
+            wide = torch.complex128 if reference.is_complex() else torch.float64
+            values, others = (tensor.to(wide).reshape(len(tensor), -1) for tensor in (reference, candidate))
+            # An output that is NaN exceeds every bound.
+            largest = (others - values).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1)
+            scale = values.abs().amax(1)
             self.max_abs = max(self.max_abs, float(largest.max()))
             self.max_rel = max(self.max_rel, float(torch.where(largest == 0, 0.0, largest / scale).max()))
         logits, candidate_logits = expected[0], actual[0]
-        if logits.ndim > 1 and logits.shape[1] > 1:
+        if logits.ndim > 1 and logits.shape[1] > 1 and not logits.is_complex():
             same = logits.argmax(1) == candidate_logits.argmax(1)
             self.agreeing += int(same.sum())
             self.predictions += same.numel()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
-from ..graph.outputs import tensors_of
 from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
-from .evaluation import labels_in
+from .evaluation import first_output, labels_in
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ def compare_predictions(
         for role, network in networks.items():
             inputs = Inputs.of(batch.value, batch.number, network)
             with failures_named(f"the {role} ({type(network).__name__})", batch):
-                logits.append(next(iter(tensors_of(inputs.run(network)))))
+                output = first_output(network, inputs)
+            if output is None:
+                raise CalibrationError(f"{type(network).__name__} returns no tensor, so there are no logits to compare")
+            logits.append(output)
         totals.add(logits[0].cpu().double(), logits[-1].cpu().double(), labels_in(batch))
 
     images = for_each_batch(original, batches, run, progress=progress)

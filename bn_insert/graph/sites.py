@@ -227,11 +227,12 @@ class SiteOptions:
         return cls(kinds, include_output, patterns, placement)
 
 
-def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise GraphError for what callers pass in place of sites of a model."""
+def checked_sites(model: nn.Module, sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Return sites as a tuple; raise GraphError if they are not sites of the model."""
     if isinstance(sites, Site):
         raise GraphError(f"sites is one Site, of the layer {sites.name}; pass a list of sites")
-    if others := [site for site in as_tuple(sites) if not isinstance(site, Site)]:
+    sites = as_tuple(sites)
+    if others := [site for site in sites if not isinstance(site, Site)]:
         raise GraphError(f"sites has {others[0]!r:.60}; pass the sites that find_sites(model, batch) returns")
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -241,6 +242,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
                 f"{type(model).__name__} has no {site.kind} layer {site.name}, for which there is a site; pass the "
                 "sites that find_sites returns for this model"
             )
+    return sites
 
 
 def layers_in(trace: Trace, options: SiteOptions) -> list[Layer]:

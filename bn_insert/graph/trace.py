@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import re
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 import torch.fx.config as fx_config
@@ -433,6 +433,20 @@ def _has_weights(module: nn.Module) -> bool:
     return layer_kind(module) is not None or isinstance(module, _BatchNorm)
 
 
+class _SilentInThisThread:
+    """A stream that drops what the thread that created it writes; other threads may be showing their progress."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _quiet_export() -> Iterator[None]:
     """Keep torch.export from also printing the graph and the traceback of an exception that it raises, and warnings."""
@@ -441,7 +455,7 @@ def _quiet_export() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(cast(TextIO, _SilentInThisThread(sys.stderr))):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

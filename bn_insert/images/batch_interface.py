@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from ..errors import ImageError
+from ..support.arguments import is_whole
 
 T = TypeVar("T")
 
@@ -97,8 +98,10 @@ def sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise ImageError naming the first option below `least`."""
+    """Raise ImageError, naming the option, unless each is a whole number of at least `least`, or None."""
     for name, value in options.items():
+        if value is not None and not is_whole(value):
+            raise ImageError(f"{name} is {value!r:.40}; use a whole number, {least} or more")
         if value is not None and value < least:
             raise ImageError(f"{name} is {value}; use {least} or more")
 

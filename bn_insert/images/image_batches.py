@@ -25,7 +25,7 @@ from .worker_processes import begin_worker, signals_held_back
 
 
 def image_batches(
-    source: str | Path | Sequence[Path],
+    source: str | Path | Sequence[str | Path],
     transform: Transform,
     *,
     batch_size: int = 32,
@@ -56,7 +56,7 @@ def image_batches(
     paths = find_images(source) if isinstance(source, str | Path) else source
     if not paths:
         raise ImageError("the list of image files is empty; pass at least one")
-    return ImageBatches(tuple(paths), reader, batch_size, pin_memory)
+    return ImageBatches(tuple(map(Path, paths)), reader, batch_size, pin_memory)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,12 +113,13 @@ def _class_folders(folder: Path, classes: Sequence[str]) -> tuple[Path, list[str
     return folder, folders
 
 
-def folder_classes(source: Path) -> list[str]:
+def folder_classes(source: str | Path) -> list[str]:
     """Return the names of the class folders of a folder, sorted; an empty list if there are fewer than two.
 
     Args:
         source: What the images come from; a file has no class folders.
     """
+    source = Path(source)
     if not source.is_dir():
         return []
     try:

@@ -53,6 +53,8 @@ def tensor_batches(
             code when read; during a pass, for NaN or Inf. The message names the file and its shape.
     """
     check_at_least(1, batch_size=batch_size)
+    if dims not in _LAYOUTS:
+        raise ImageError(f"dims is {dims!r:.40}; pass the number of dimensions of an image after its channels, 0 to 3")
     (values,) = read_tensors(Path(path)).values()
     if not (values.numel() and takes and takes(tuple(values.shape[1:]))):
         _check_shape(Path(path), values, channels, _LAYOUTS[dims])

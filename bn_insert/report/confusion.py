@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..support.files import check_writable, write_atomically
+from ..support.files import StrPath, check_writable, write_atomically
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_NUMBERS = 25  # classes up to which each cell has its number
@@ -18,9 +18,9 @@ _CELL = 0.34  # inches
 _SMALLEST, _LARGEST = 2.4, 14.0
 
 
-def check_confusion_matrix(path: Path, *, overwrite: bool = False) -> None:
+def check_confusion_matrix(path: StrPath, *, overwrite: bool = False) -> None:
     """Check before the work that `write_confusion_matrix` can write a file; raises CheckpointError if not."""
-    if path.suffix.lower() not in _SUFFIXES:
+    if Path(path).suffix.lower() not in _SUFFIXES:
         raise CheckpointError(
             f"cannot write the confusion matrix to {path}: use a name that ends in {', '.join(_SUFFIXES[:-1])} or "
             f"{_SUFFIXES[-1]}"
@@ -29,7 +29,7 @@ def check_confusion_matrix(path: Path, *, overwrite: bool = False) -> None:
 
 
 def write_confusion_matrix(
-    path: Path, classes: Sequence[str], confusion: Sequence[Sequence[int]], *, overwrite: bool = False
+    path: StrPath, classes: Sequence[str], confusion: Sequence[Sequence[int]], *, overwrite: bool = False
 ) -> None:
     """Write a confusion matrix as a picture, atomically; its suffix determines the format.
 
@@ -50,7 +50,7 @@ def write_confusion_matrix(
     def write(staged: Path) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as an empty box
-            _figure(classes, confusion).savefig(staged, format=path.suffix.lower()[1:], dpi=120)
+            _figure(classes, confusion).savefig(staged, format=Path(path).suffix.lower()[1:], dpi=120)
 
     write_atomically(path, write, overwrite=overwrite)
 

@@ -13,7 +13,7 @@ from ..support.files import StrPath, check_writable, real_path, write_atomically
 _SUFFIXES = (".html", ".json")
 
 
-def write_report(path: Path, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def write_report(path: StrPath, data: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write a report atomically, as JSON or as a self-contained HTML page, depending on the file's suffix.
 
     Args:
@@ -25,16 +25,16 @@ def write_report(path: Path, data: Mapping[str, Any], *, overwrite: bool = False
         CheckpointError: The suffix is neither of the two, the file exists and `overwrite` is false, or writing failed.
             An existing file is left unchanged.
     """
-    _check_suffix(path)
+    text = _html if _suffix(path) == ".html" else _json
 
     def write(staged: Path) -> None:
-        staged.write_text(_html(data) if path.suffix.lower() == ".html" else _json(data), encoding="utf-8")
+        staged.write_text(text(data), encoding="utf-8")
 
     write_atomically(path, write, overwrite=overwrite)
 
 
 def check_report(
-    report: Path, checkpoint: Path | None = None, *, overwrite: bool, inputs: Iterable[StrPath] = ()
+    report: StrPath, checkpoint: StrPath | None = None, *, overwrite: bool, inputs: Iterable[StrPath] = ()
 ) -> None:
     """Check before the work that a report can be written.
 
@@ -48,7 +48,7 @@ def check_report(
         CheckpointError: The suffix is neither .html nor .json, the report would replace the checkpoint or an input, or
             the file cannot be written.
     """
-    _check_suffix(report)
+    _suffix(report)
     if checkpoint is not None and real_path(report) == real_path(checkpoint):
         raise CheckpointError(
             f"cannot write the report to {report}: the checkpoint is written there; choose another name for one of them"
@@ -56,9 +56,12 @@ def check_report(
     check_writable(report, overwrite=overwrite, inputs=inputs)
 
 
-def _check_suffix(report: Path) -> None:
-    if report.suffix.lower() not in _SUFFIXES:
+def _suffix(report: StrPath) -> str:
+    """Return the suffix of a report's name; raise CheckpointError for any but the two."""
+    suffix = Path(report).suffix.lower()
+    if suffix not in _SUFFIXES:
         raise CheckpointError(f"cannot write the report to {report}: use a name that ends in {' or '.join(_SUFFIXES)}")
+    return suffix
 
 
 def _json(data: Mapping[str, Any]) -> str:

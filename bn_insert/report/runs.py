@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 
 from ..errors import CheckpointError, as_passed
+from ..support.files import StrPath
 from ..support.near_names import did_you_mean
 from ..support.schema import Count, Finite, Fraction, SchemaError, check_depth, checked
 from ..support.text import counted, printable
@@ -79,13 +80,14 @@ class _Run(msgspec.Struct):
     overview: dict[str, str] = {}
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: StrPath) -> dict[str, Any]:
     """Return the run in a `report.json` written by `finetune`.
 
     Raises:
         CheckpointError: The file cannot be read or is not the report of exactly one training run; the message names
             the file and the wrong field.
     """
+    path = Path(path)
     try:
         if path.is_file() and path.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"{path} has more than {_MAX_BYTES:,} bytes; {_ADVICE}")

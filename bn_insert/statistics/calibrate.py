@@ -25,7 +25,7 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import shared_copy, working_copy
 from ..graph.inputs import reference_tensor
 from ..graph.operator_rules import PER_IMAGE_MODULES
-from ..graph.sites import Site, check_sites
+from ..graph.sites import Site, checked_sites
 from ..support.text import with_article
 from .moments import Moments
 from .passes import SINGLE_IMAGE, NotFiniteError, Progress
@@ -71,7 +71,7 @@ def calibrate(
             parameter or image), or if the model cannot run on a batch.
         GraphError: If `sites` are not sites of the model, or the model is not a module.
     """
-    check_sites(model, sites)
+    sites = checked_sites(model, sites)
     if not sites:
         return {}
     check_tolerance(tolerance)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import CalibrationError, as_passed, gradients_advice, too_small
+from ..errors import CalibrationError, as_passed, gradients_advice, out_of_memory, too_small
 from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
 from ..support.text import with_article
@@ -257,7 +257,12 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
             advice = f". {gradients}"
         if too_small(error):
             advice = as_passed(". Use larger inputs", option=". Use larger inputs (for image files: --resize, --crop)")
-        raise CalibrationError(f"{model} failed on {batch}: {error}{advice}") from error
+        if out_of_memory(error):
+            advice = as_passed(
+                ". Use smaller batches or inputs", option=". Use smaller batches (--batch-size) or inputs"
+            )
+        said = str(error).rstrip(".") if advice else error
+        raise CalibrationError(f"{model} failed on {batch}: {said}{advice}") from error
 
 
 def under_autocast(network: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:

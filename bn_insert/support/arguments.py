@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +26,16 @@ def is_number(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Return whether a value is an integer, of Python or NumPy; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_list(values: object) -> bool:
+    """Return whether values have a length and an order, as those of lists, tuples and arrays; a string is one value.
+
+    Examples:
+        >>> is_list(["cat", "dog"]), is_list({"cat", "dog"}), is_list("cat")
+        (True, False, False)
+    """
+    return isinstance(values, Collection) and not isinstance(values, str | set | frozenset)
 
 
 def as_tuple(values: Iterable[Any] | Any) -> tuple[Any, ...]:

@@ -171,7 +171,7 @@ def output_folder(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(folder, error) from error
-        check_writable(folder / "any file")
+        check_folder(folder)
         _remove_abandoned(folder)
         with ExitStack() as closing:
             if _lock(folder, closing) is _Lock.TAKEN:

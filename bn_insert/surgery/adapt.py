@@ -151,6 +151,18 @@ def adapt(
     check_flags(GraphError, keep_batchnorm=keep_batchnorm, shrink=shrink)
     model = unwrapped(model)
     insertion = None
+    of_source = 0  # images of this process
+
+    def count_source(images: int) -> None:
+        nonlocal of_source
+        of_source = images
+        if progress:
+            progress(images)
+
+    def count_target(images: int) -> None:
+        if progress:
+            progress(of_source + images)
+
     if source is None:
         if with_statistics(model):  # else a source is missing, which is said below
             _check_nothing_chosen(
@@ -177,7 +189,7 @@ def adapt(
             device=device,
             autocast=autocast,
             tolerance=tolerance,
-            progress=progress,
+            progress=count_source,
         )
     return adapt_inserted(
         model,
@@ -188,7 +200,7 @@ def adapt(
         device=device,
         autocast=autocast,
         tolerance=tolerance,
-        progress=progress,
+        progress=count_target,
     )
 
 
@@ -215,7 +227,7 @@ def adapt_inserted(
         device: As for `adapt_statistics`.
         autocast: As for `adapt_statistics`.
         tolerance: As for `adapt_statistics`.
-        progress: As for `adapt_statistics`.
+        progress: Called after each batch with the number of target images so far.
 
     Raises:
         GraphError: As for `adapt_statistics`.
@@ -229,12 +241,6 @@ def adapt_inserted(
         raise _nothing_to_adapt(model, insertion)
     check_values(inserted)
     layer_of = _layers_of(norms, insertion)
-    source_images = insertion.images if insertion else 0
-
-    def count(images: int) -> None:
-        if progress:
-            progress(source_images + images)
-
     priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
     with preserved_random_state():
         peek = peeked(inserted, target, "adapt_statistics", most=2)
@@ -246,7 +252,7 @@ def adapt_inserted(
             device=device,
             autocast=autocast,
             tolerance=tolerance,
-            progress=count,
+            progress=progress,
             function="adapt_statistics",
         )
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())

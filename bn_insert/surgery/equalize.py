@@ -8,7 +8,7 @@ table `OPERATORS` of `graph/operator_rules.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
+from ..errors import CalibrationError
 from ..graph.copies import check_values, unwrapped
 from ..graph.operator_rules import (
     Role,
@@ -29,7 +30,7 @@ from ..graph.operator_rules import (
     operator_of,
     writes_in_place,
 )
-from ..graph.sites import Site, check_sites
+from ..graph.sites import Site, checked_sites
 from ..graph.trace import Trace
 from ..statistics.moments import Moments
 from .scale_weights import exact_inputs, exact_outputs, multiply_inputs, multiply_outputs, number_of_inputs
@@ -87,7 +88,7 @@ def find_edges(model: nn.Module, example: Any, sites: Sequence[Site]) -> list[Ed
         >>> find_edges(model, example, find_sites(model, example))
         [Edge(site='0', consumers=(Consumer(name='3', first=0, repeat=36),), reason='')]
     """
-    check_sites(model, sites)
+    sites = checked_sites(model, sites)
     return edges_in(Trace.of(model, example), sites)
 
 
@@ -243,14 +244,27 @@ def equalize(model: nn.Module, edges: Sequence[Edge], moments: Mapping[str, Mome
 
     Returns:
         The moments that the activations of each site have after scaling, by the names of the sites.
+
+    Raises:
+        CalibrationError: A site has no moments.
     """
+    edges = [edge for edge in edges if not edge.reason]
+    check_moments(moments, [edge.site for edge in edges])
     model, result = unwrapped(model), dict(moments)
     check_values(model)
     for edge in edges:
-        if not edge.reason:
-            scale = _scale_exactly(model, edge, power_of_two_scales(moments[edge.site]))
-            result[edge.site] = moments[edge.site].scaled(1 / scale)
+        scale = _scale_exactly(model, edge, power_of_two_scales(moments[edge.site]))
+        result[edge.site] = moments[edge.site].scaled(1 / scale)
     return result
+
+
+def check_moments(moments: Mapping[str, Moments], names: Iterable[str]) -> None:
+    """Raise CalibrationError unless there are moments for the layers of these names."""
+    for name in names:
+        if not isinstance(moments, Mapping) or name not in moments:
+            raise CalibrationError(
+                f"moments has none for the layer {name}; pass the dict that calibrate returns for these sites"
+            )
 
 
 def power_of_two_scales(moments: Moments) -> Float64[Tensor, " channels"]:

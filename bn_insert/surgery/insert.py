@@ -23,7 +23,7 @@ from ..graph.sites import (
     Placement,
     Site,
     SiteOptions,
-    check_sites,
+    checked_sites,
     layers_in,
     layers_of_other_classes,
     reasons_without_sites,
@@ -34,7 +34,7 @@ from ..statistics.moments import Moments
 from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
 from ..support.arguments import check_flags, check_progress
 from ..support.processes import Ranks
-from .equalize import Edge, edges_in
+from .equalize import Edge, check_moments, edges_in
 from .equalize import equalize as equalize_channels
 from .example_input import Peek, peeked
 from .history import History, InsertedBatchNorms
@@ -343,12 +343,8 @@ def insert_at(
     """
     check_eps(eps)
     check_momentum(momentum)
-    check_sites(model, sites)
-    for site in sites:
-        if not isinstance(moments, Mapping) or site.name not in moments:
-            raise CalibrationError(
-                f"moments has none for the layer {site.name}; pass the dict that calibrate returns for these sites"
-            )
+    sites = checked_sites(model, sites)
+    check_moments(moments, [site.name for site in sites])
     return _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)[0]
 
 

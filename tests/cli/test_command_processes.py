@@ -89,7 +89,7 @@ def test_inserting_on_one_rank_alone_is_an_error_that_says_so_and_leaves_the_gro
 
 API = """
 import sys, torch, torch.distributed as dist
-from bn_insert import calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate
+from bn_insert import adapt_statistics, calibrate, find_sites, insert_batchnorm, load_checkpoint, recalibrate
 from bn_insert.demo import network_path
 
 dist.init_process_group("gloo")
@@ -102,6 +102,7 @@ torch.save(result.state_dict(), f"rank{rank}.pth")
 torch.save(recalibrate(result, [each + 1 for each in own], earlier="running").state_dict(), f"recalibrated{rank}.pth")
 sites = find_sites(model, x)
 torch.save({name: (m.count, m.mean, m.m2) for name, m in calibrate(model, sites, own).items()}, f"moments{rank}.pth")
+adapt_statistics(model, own, [each / 4 for each in own], progress=lambda images: print("rank", rank, "at", images))
 dist.destroy_process_group()
 """
 
@@ -112,6 +113,8 @@ def test_ranks_with_uneven_parts_one_of_them_empty_get_one_processs_statistics_a
     (tmp_path / "script.py").write_text(API)
     done = forked_ranks(3, "script.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    for rank, images in ((0, (16, 32, 48, 64)), (1, (16, 32, 48, 64)), (2, ())):
+        assert [int(line.split()[-1]) for line in done.stdout.splitlines() if f"rank {rank} at" in line] == [*images]
     first, *others = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(3))
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)

@@ -33,6 +33,22 @@ def passing(change: Callable[[Tensor], Any] = lambda x: x) -> nn.Module:
     return PutsOut(change).eval()
 
 
+@pytest.mark.parametrize("empty", [(0, 4), (4, 0), (0,)])
+def test_an_output_without_values_is_equal_to_another(empty: tuple[int, ...]) -> None:
+    model = passing(lambda x: (torch.zeros(empty), x))
+    assert compare_outputs(model, model, [torch.rand(4, 3)]).bit_identical
+    assert not compare_outputs(model, passing(lambda x: (torch.zeros(empty), x + 1)), [torch.rand(4, 3)]).bit_identical
+
+
+def test_complex_outputs_are_compared_by_absolute_value() -> None:
+    model, other = passing(lambda x: torch.complex(x, x)), passing(lambda x: torch.complex(x + 3, x + 4))
+    x = torch.zeros(4, 3)
+    assert compare_outputs(model, model, [x + 1]).bit_identical
+    found = compare_outputs(model, other, [x])
+    assert (found.max_abs, found.max_rel, found.bit_identical) == (5.0, math.inf, False)
+    assert math.isnan(found.top1_agreement)
+
+
 def test_a_model_equals_itself() -> None:
     model = small_vgg()
     assert compare_outputs(model, model, [images(4, 16), images(3, 16)]) == Comparison(7, 0.0, 0.0, 1.0, True)

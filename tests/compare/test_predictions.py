@@ -21,6 +21,29 @@ class Scores(nn.Module):
 SCORES = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.0, 9.0]])
 
 
+class Squeezed(Scores):
+    """Loses the batch axis of a single image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze()
+
+
+def test_a_single_image_counts_where_squeeze_removes_its_axis() -> None:
+    labelled = [(part, part.argmax(1)) for part in SCORES.split(3)]
+    found = compare_predictions(Squeezed(1.0), Squeezed(-1.0), labelled)
+    assert (found.images, found.labelled, found.classes) == (4, 4, 3)
+    assert (found.accuracy_before, found.accuracy_after) == (1, 0)
+
+
+def test_a_network_without_a_tensor_among_its_outputs_is_named() -> None:
+    class Nothing(Scores):
+        def forward(self, _: Tensor) -> None:
+            return None
+
+    with pytest.raises(CalibrationError, match="Nothing returns no tensor, so there are no"):
+        compare_predictions(Nothing(1.0), Nothing(1.0), [SCORES])
+
+
 def test_entropy_and_agreement_need_no_labels() -> None:
     found = compare_predictions(Scores(1.0), Scores(-1.0), SCORES.split(3))
     expected = torch.distributions.Categorical(logits=SCORES).entropy().mean()

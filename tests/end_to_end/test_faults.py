@@ -111,6 +111,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_its_shape() -> None:
         warnings.simplefilter("ignore")
         calibrate(limited, find_sites(limited, images(4, 12)), [images(4, 12)])
     assert "failed on batch 0 of shape (4, 3, 12, 12): CUDA out of memory" in str(caught.value)
+    assert str(caught.value).endswith(". Use smaller batches or inputs")
 
 
 def test_a_large_image_that_overflows_in_float16_is_named_with_its_layer() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ from bn_insert import (
     BatchRenorm2d,
     BNInsertError,
     CalibrationError,
+    Edge,
     GraphError,
     RenormScheduler,
     adapt_statistics,
@@ -31,6 +34,7 @@ from bn_insert import (
     calibrate,
     compare_outputs,
     compare_predictions,
+    equalize,
     evaluate,
     find_edges,
     find_sites,
@@ -59,7 +63,8 @@ from bn_insert import (
 from bn_insert.batchnorm.renorm_limits import set_renorm_limits
 from bn_insert.demo import network_path
 from bn_insert.graph.copies import check_module
-from bn_insert.images import open_class_folders
+from bn_insert.graph.trace import Trace
+from bn_insert.images import open_class_folders, tensor_batches
 from bn_insert.statistics.moments import moments_of
 from support.idioms import (
     CollectsByHooks,
@@ -255,6 +260,20 @@ def test_a_trace_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_other_threads_print_during_a_trace_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    class PrintsElsewhere(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            sys.stderr.write("here\n")
+            other = Thread(target=sys.stderr.write, args=["elsewhere\n"])
+            other.start()
+            other.join()
+            return super().forward(x)
+
+    Trace.of(PrintsElsewhere(nn.Conv2d(3, 8, 3), nn.ReLU()), images(2, 8))
+    printed = capfd.readouterr().err.splitlines()
+    assert "elsewhere" in printed and "here" not in printed
+
+
 def test_hooks_that_refer_to_the_model_leave_no_fake_tensor_in_it() -> None:
     class Taps(nn.Module):
         def __init__(self) -> None:
@@ -390,6 +409,10 @@ def test_what_is_no_model_is_refused_with_the_way_out(model: Any, message: str) 
         (lambda: save_checkpoint(small_vgg(), None), "the path is None; pass the name of a file that ends in .pth"),
         (lambda: save_checkpoint(small_vgg(), "a.pth", classes=3), "cannot write a.pth: classes is 3; pass a list"),
         (lambda: save_checkpoint(small_vgg(), "a.pth", classes="abc"), "classes is 'abc'; pass a list with the name"),
+        (lambda: save_checkpoint(TINY, "a.pth", classes={"a", "b"}), "cannot write a.pth: classes is {"),
+        (lambda: tensor_batches("a.pt", dims=5), "dims is 5; pass the number of dimensions of an image after"),
+        (lambda: tensor_batches("a.pt", batch_size="4"), "batch_size is '4'; use a whole number, 1 or more"),
+        (lambda: equalize(TINY, [Edge("0")], {}), "moments has none for the layer 0; pass the dict that calibrate"),
         (lambda: open_class_folders("data", None), "transform is None; pass a bn_insert.images.Transform"),
         (lambda: calibrate(TINY, SITE, LABELED), r"sites is one Site, of the layer 0; pass a list of sites"),
         (lambda: calibrate(small_vgg(), [SITE], LABELED), "VGG has no conv layer 0, for which there is a site; pass"),

@@ -218,7 +218,7 @@ def test_every_mode_becomes_rgb_or_grey_as_pillow_converts_it(
     suffix, convert = MODES[mode]
     path = tmp_path / f"x.{suffix}"
     convert(picture(0)).save(path)
-    (batch,) = image_batches([path], PLAIN, channels=channels)
+    (batch,) = image_batches([str(path)], PLAIN, channels=channels)
     assert batch.images.shape == (1, channels, 8, 8)
     with Image.open(path) as image:
         assert torch.equal(batch.images[0], PLAIN(image.convert(name)))

@@ -712,7 +712,7 @@ def test_the_suffix_says_which_kind_is_written_and_both_have_the_same_data(tmp_p
 @pytest.mark.parametrize("name", ["report", "report.pdf", "report.htm"])
 def test_another_suffix_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=r"use a name that ends in \.html or \.json"):
-        check_report(tmp_path / name, tmp_path / "out.pth", overwrite=True)
+        check_report(str(tmp_path / name), tmp_path / "out.pth", overwrite=True)
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -18,6 +18,7 @@ from bn_insert import (
     Site,
     calibrate,
     find_sites,
+    insert_at,
     insert_batchnorm,
     inserted_batchnorms,
 )
@@ -67,6 +68,13 @@ def poisoned(layer: str, value: float = torch.nan, kind: str = "weight") -> VGG:
     with torch.no_grad():
         getattr(model.get_submodule(layer), kind).view(-1)[-1] = value
     return model
+
+
+def test_sites_may_be_an_iterator() -> None:
+    model, batch = small_vgg(), images(2, 16)
+    sites = find_sites(model, batch)
+    assert calibrate(model, iter(sites), [batch]).keys() == {site.name for site in sites}
+    assert inserted_batchnorms(insert_at(model, iter(sites), calibrate(model, sites, [batch])))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
