@@ -17,7 +17,7 @@ _names_options = ContextVar("names_options", default=False)
 
 @contextmanager
 def messages_name_options(wanted: bool = True) -> Iterator[None]:
-    """Let messages name the options of the command line instead of the arguments of functions, or the reverse."""
+    """Make error messages name command-line options instead of Python arguments; with `wanted=False`, the reverse."""
     token = _names_options.set(wanted)
     try:
         yield
@@ -26,7 +26,7 @@ def messages_name_options(wanted: bool = True) -> Iterator[None]:
 
 
 def as_passed(argument: str, value: object = ..., option: str = "") -> str:
-    """Return an argument for a message, as the user passes it: in Python or, in a command, on the command line.
+    """Format an argument for an error message: as a Python argument or, while a command runs, as a command-line option.
 
     Args:
         argument: Its name in Python.
@@ -103,10 +103,7 @@ class DivergenceError(TrainingError):
 
 
 def out_of_memory(error: Exception) -> str:
-    """Return the reason if an error of Python, PyTorch or the dynamic linker says that memory or address space ran out.
-
-    For any other error the result is empty.
-    """
+    """Return the message of an out-of-memory error of Python, PyTorch or the dynamic linker; "" for any other error."""
     if isinstance(error, RuntimeError | ImportError | OSError) and (found := _OUT_OF_MEMORY.search(str(error))):
         return found[0]
     is_lost = isinstance(error, SystemError) and "without" in str(error) and _address_space_is_limited()
@@ -116,7 +113,7 @@ def out_of_memory(error: Exception) -> str:
 
 
 def too_small(error: Exception) -> bool:
-    """Return whether an error of PyTorch says that the inputs of a network are too small for it."""
+    """Return whether a PyTorch error means that the input is too small for the network."""
     return _TOO_SMALL.search(str(error)) is not None
 
 
@@ -128,7 +125,7 @@ def gradients_advice(error: Exception) -> str:
 
 
 def _address_space_is_limited() -> bool:
-    """Return whether a limit is set, under which code in C may fail without saying why ("error without exception")."""
+    """Return whether the address space is limited (ulimit -v): C code may then fail without setting an exception."""
     try:
         resource = import_module("resource")  # only on POSIX
     except ImportError:

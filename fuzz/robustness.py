@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_insert import BNInsertError, load_checkpoint
-from bn_insert.checkpoints.read_file import read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.images.class_folders import open_class_folders
 from bn_insert.images.image_sources import open_batches
 from bn_insert.images.transform import Transform
@@ -231,7 +231,7 @@ def _read_checkpoint(path: Path) -> bool:
             refusals.append(error)
         else:
             equal.append(_checked_network(model, path, expected))
-    if settings := read_settings(path):
+    if settings := read_checkpoint(path, mmap=True).settings:
         _check_transform(settings.transform)
     if refusals:  # one way may take what the other does not: another architecture, say
         raise refusals[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class _BatchRenorm(_BatchNorm):
     synchronize: bool = False
     # Declared by each class: the class whose forward pass it has in eval mode.
     eval_class: ClassVar[type[_BatchNorm]]
-    # None only without running statistics, which the constructor and `to_renorm` refuse.
+    # None only without running statistics, which the constructor and `set_batchnorm_mode` refuse.
     running_mean: Tensor
     running_var: Tensor
 
@@ -279,73 +279,3 @@ def can_renormalize(norm: _BatchNorm) -> bool:
     except TrainingError:
         return False
     return True
-
-
-def to_renorm(
-    norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d,
-    *,
-    r_max: float = math.inf,
-    d_max: float = math.inf,
-    synchronize: bool = False,
-) -> BatchRenorm:
-    """Return a BatchRenorm that shares the parameters and buffers of a BatchNorm.
-
-    An optimizer or a graph that refers to the parameters keeps working. The training flag, eps, momentum, hooks and
-    other attributes are copied; the handle of a hook removes it only from the given module, which is not changed.
-
-    Args:
-        norm: An nn.BatchNorm1d, 2d or 3d with running statistics.
-        r_max: As for BatchRenorm2d.
-        d_max: As for BatchRenorm2d.
-        synchronize: As for BatchRenorm2d.
-
-    Raises:
-        TrainingError: If `norm` is of another class, such as a subclass with its own forward pass, has no running
-            statistics, or a limit is out of range.
-
-    Examples:
-        >>> norm = nn.BatchNorm2d(8)
-        >>> renorm = to_renorm(norm)
-        >>> renorm.weight is norm.weight, renorm.running_mean is norm.running_mean
-        (True, True)
-    """
-    check_can_renormalize(norm)
-    renorm = _sharing_state(norm, BATCH_RENORMS.get(type(norm), type(norm)))
-    renorm.r_max = r_max
-    renorm.d_max = d_max
-    renorm.synchronize = synchronize
-    return renorm
-
-
-def to_batchnorm(renorm: BatchRenorm) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d:
-    """Return a BatchNorm that shares the parameters and buffers of a BatchRenorm: the way back from `to_renorm`.
-
-    Args:
-        renorm: A BatchRenorm1d, 2d or 3d.
-
-    Raises:
-        TrainingError: If `renorm` is of another class.
-
-    Examples:
-        >>> renorm = BatchRenorm2d(8)
-        >>> norm = to_batchnorm(renorm)
-        >>> type(norm).__name__, norm.weight is renorm.weight
-        ('BatchNorm2d', True)
-    """
-    if type(renorm) not in PLAIN_BATCHNORMS:
-        raise TrainingError(f"BatchRenorm1d, 2d and 3d can become BatchNorms, not {type(renorm).__name__}")
-    norm = _sharing_state(renorm, PLAIN_BATCHNORMS[type(renorm)])
-    for setting in SETTINGS:
-        norm.__dict__.pop(setting, None)
-    return norm
-
-
-def _sharing_state(module: nn.Module, cls: type[nn.Module]) -> Any:
-    # The dicts of parameters, buffers and hooks are copied, so that each module can gain or lose entries independently.
-    shared = cls.__new__(cls)
-    shared.__dict__.update({name: _shallow_copy(value) for name, value in vars(module).items()})
-    return shared
-
-
-def _shallow_copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, dict | set) else value

@@ -82,7 +82,7 @@ def pool_over_ranks(count: int, mean: Tensor, var: Tensor) -> tuple[int, Tensor,
     counts = ranks[:, :1]
     means, variances = ranks[:, 1:].chunk(2, dim=1)
     total = counts.sum()
-    # Of empty batches alone, zeros rather than NaN.
+    # For empty batches, zeros rather than NaN.
     weights = counts / total.clamp_min(1)
     pooled = (weights * means).sum(0)
     pooled_var = (weights * (variances + (means - pooled).square())).sum(0)

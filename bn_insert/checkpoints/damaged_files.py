@@ -120,7 +120,7 @@ def _kind_of_archive(path: Path) -> str | None:
 
 
 def file_in(folder: Path) -> str:
-    """Return the way from a folder to a file that can be read."""
+    """Suggest which file in a folder to pass."""
     try:
         names = {file.name for file in folder.iterdir()}
     except OSError:

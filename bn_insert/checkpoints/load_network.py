@@ -118,7 +118,7 @@ def build_network(
         if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
             way_out = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
         if given is None and not ignore_unexpected and _needs_no_model(checkpoint, ignore_unexpected=True):
-            way_out = f", or leave out what does not belong to the network ({as_passed('ignore_unexpected', True)})"
+            way_out = f", or ignore tensors that do not belong to the network ({as_passed('ignore_unexpected', True)})"
         raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
     if ignore_unexpected:
         _warn_of_ignored(checkpoint, prefix, unexpected)

@@ -131,11 +131,6 @@ def _read(path: Path, *, mmap: bool, key: str | None) -> Checkpoint:
     return Checkpoint(path, kind, tensors, settings, place if settings else "", mmap, found.key)
 
 
-def read_settings(path: StrPath) -> Settings | None:
-    """Return the settings stored in a checkpoint, or None if there are none; raises as `read_checkpoint` does."""
-    return read_checkpoint(path, mmap=True).settings
-
-
 def _open(path: Path) -> BufferedReader:
     """Open a regular file; a named pipe must not block."""
 

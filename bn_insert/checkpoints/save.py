@@ -124,7 +124,7 @@ def stage_checkpoint(
         raise CheckpointError(f"cannot write {path}: {error}") from error
     write: Callable[[Path], object]
     if _suffix(path) == ".safetensors":
-        # One key alone: the order of several would vary.
+        # A single key: the order of several would vary.
         write = partial(safetensors.torch.save_file, state_dict, metadata={HEADER_KEY: text})
     else:
         state_dict._metadata.setdefault("", {})[METADATA_KEY] = text  # type: ignore[attr-defined]
@@ -160,7 +160,7 @@ def check_output(path: StrPath, *, overwrite: bool = False, inputs: Iterable[Str
     if not isinstance(path, str | PathLike):
         raise CheckpointError(f"the path is {path!r:.40}; pass the name of a file that ends in {_ENDING}")
     if _suffix(path) not in _SUFFIXES:
-        raise CheckpointError(f"cannot write {path}: the name of a checkpoint must end in {_ENDING}")
+        raise CheckpointError(f"cannot write {path}: the file name must end in {_ENDING}")
     check_writable(path, overwrite=overwrite, inputs=inputs)
 
 

@@ -291,9 +291,8 @@ def without_prefix(
     """
     if not any(_WRAPPED_SECTION.search(each) for each in wanted or ()):
         plain = {_WRAPPED_SECTION.sub(r"\1\2.", each): tensor for each, tensor in tensors.items()}
-        tensors = (
-            plain if len(plain) == len(tensors) else tensors
-        )  # of two keys that become one, neither is the right one
+        if len(plain) == len(tensors):  # of two keys that become one, neither is the right one
+            tensors = plain
     prefixes = _prefixes_of_vggs(tensors) if wanted is None else _prefixes_that_fit(tensors, wanted)
     if len(prefixes) > 1 and "" not in prefixes:
         names = [each[:_MAX_KEY] for each in prefixes]

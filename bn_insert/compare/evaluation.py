@@ -141,7 +141,7 @@ def evaluate(
     network = working_copy(model, device)
     outcomes = outcomes_of(network, batches, classes=classes, autocast=autocast, progress=progress)
     if outcomes.images == 0:
-        raise CalibrationError("there are no images to evaluate the model on: no batch arrived")
+        raise CalibrationError("there are no images to evaluate the model on: the iterable yielded no batches")
     return outcomes.evaluation(_names(classes, outcomes.classes, model))
 
 
@@ -309,7 +309,7 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
 
 
 def _instead_of_labels(batch: Batch) -> str:
-    """Return what a batch has where labels are expected, as an object of "has"."""
+    """Describe what a batch contains instead of labels, to follow "has" in a message."""
     found = _after_inputs(batch)
     if isinstance(found, Tensor):
         advice = ""
@@ -347,7 +347,7 @@ def _names(classes: Sequence[str], count: int, model: nn.Module) -> tuple[str, .
             "name each of its classes, in the order of the outputs", option="pass one folder for each of its classes"
         )
         raise CalibrationError(
-            f"{type(model).__name__} has {count} outputs, and there are {len(classes)} classes; if these are other "
+            f"{type(model).__name__} has {count} outputs, but there are {len(classes)} classes; if these are other "
             f"classes, fine-tune it first; otherwise {names}"
         )
     return tuple(classes)

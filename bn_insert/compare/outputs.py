@@ -84,7 +84,7 @@ def compare_outputs(
 
     images = for_each_batch(reference, batches, run, progress=progress)
     if images == 0:
-        raise CalibrationError("there are no images to compare the outputs on: no batch arrived")
+        raise CalibrationError("there are no images to compare the outputs on: the iterable yielded no batches")
     return differences.comparison(images)
 
 
@@ -170,6 +170,6 @@ def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], number: int) ->
         raise CalibrationError(f"the two models' outputs cannot be compared: shapes {shapes[0]} and {shapes[1]}")
     if not all(output.isfinite().all() for output in expected):
         raise CalibrationError(
-            f"the reference's outputs are not finite on batch {number}; compare the part of the model before the layer "
-            "that makes them so"
+            f"the reference's outputs are not finite on batch {number}; compare a submodule that ends before the layer "
+            "that produces them"
         )

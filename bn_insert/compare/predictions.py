@@ -115,7 +115,7 @@ def compare_predictions(
 
     images = for_each_batch(original, batches, run, progress=progress)
     if images == 0:
-        raise CalibrationError("there are no images to compare the predictions on: no batch arrived")
+        raise CalibrationError("there are no images to compare the predictions on: the iterable yielded no batches")
     return totals.comparison(images)
 
 

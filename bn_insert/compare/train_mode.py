@@ -286,7 +286,7 @@ def _train_logits(network: nn.Module, images: Tensor) -> Tensor:
     except CalibrationError as error:
         if len(images) > 1:
             raise
-        reason = "a BatchNorm gets a single value per channel, as behind dense layers"
+        reason = "a BatchNorm gets a single value per channel, as after dense layers"
         if "more than 1 value per channel" not in str(error):  # a forward may squeeze() the batch axis away
             reason = str(error)
         raise CalibrationError(

@@ -61,7 +61,7 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
 def modules_held_elsewhere(model: nn.Module) -> set[int]:
     """Return the ids of the modules that a forward may reach in other ways than by the name of a child.
 
-    These are in a list, a dict, a partial or a closure, also as children of modules that are no part of the model, such
+    These are in a list, a dict, a partial or a closure, also as children of modules outside the model, such
     as a slice of an nn.Sequential. Hooks do not count, nor does what a module knows of itself.
     """
     modules = {id(module) for module in model.modules()}
@@ -127,7 +127,7 @@ def _contents(cell: CellType) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Translation:
-    """Maps what the functions of a model refer to, to what those of its copy refer to.
+    """Maps objects that the model's functions refer to, to their counterparts in the copy.
 
     Modules and functions of the model become those of the copy; containers of them, methods and partials are made anew.
     Anything else, such as an optimizer, a lock or a list of outputs, stays the same object.

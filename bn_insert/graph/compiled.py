@@ -16,7 +16,7 @@ _outermost = ExitStack()
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run modules and functions that torch.compile has compiled as they were written.
+    """Run modules and functions compiled by torch.compile in eager mode.
 
     Recompiling them with the hooks and modes of a pass takes a long time, if it works at all. A model that is compiled
     as a whole is unwrapped beforehand. PyTorch's setting is one for all threads: the last to leave restores it.

@@ -49,7 +49,7 @@ def unwrapped(model: AnyModule) -> AnyModule:
 
 
 def check_module(model: object) -> None:
-    """Raise GraphError, with advice, for what callers pass in place of a model."""
+    """Raise GraphError unless `model` is an nn.Module; suggest a fix for common mistakes."""
     if isinstance(model, torch.jit.ScriptModule):
         raise GraphError(
             "the model is a TorchScript program, whose modules cannot be changed; build the nn.Module that it was made "
@@ -88,7 +88,7 @@ def check_values(model: nn.Module) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise GraphError(
-                f"{type(model).__name__} is on the meta device, where {name} has a shape and no values; "
+                f"{type(model).__name__} is on the meta device ({name} has no data); "
                 "build it on the CPU, or give it memory (model.to_empty(device='cpu')) and load all of its weights "
                 "(model.load_state_dict(state_dict))"
             )

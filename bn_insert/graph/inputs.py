@@ -93,7 +93,7 @@ class Inputs:
 
     @property
     def conversion(self) -> str:
-        """What to do about images that are integers if a model cannot run on them, for messages; else empty."""
+        """Advice for a model that fails on integer images; empty for floating-point inputs."""
         tensor = self.only_tensor
         if tensor is None or tensor.is_floating_point():
             return ""
@@ -325,7 +325,7 @@ def _not_a_batch(batch: Any, number: int, forward: ForwardInputs) -> Calibration
 
 
 def _holds_images(batch: Any) -> bool:
-    """Return whether there are images or numbers in something that is no batch: arrays, or lists of samples."""
+    """Return whether a value that is not a batch contains arrays or samples."""
     nested = isinstance(batch, tuple | list) and bool(batch) and isinstance(batch[0], _CONTAINERS) and bool(batch[0])
     leaves = tree_leaves(batch)
     return nested or any(hasattr(leaf, "__array_interface__") for leaf in leaves)  # of NumPy or PIL

@@ -96,7 +96,7 @@ def _pads_with_zeros_or_values_of_the_input(node: fx.Node) -> bool:
 
 
 def _averages_values_of_the_input(node: fx.Node) -> bool:
-    """Return whether each mean is over values of the input alone, divided by their number."""
+    """Return whether each mean is over values of the input only, divided by their number."""
     if operation(node) != "avg_pool1d" and argument(node, "divisor_override") is not None:
         return False
     return not (any(argument(node, "padding")) and argument(node, "count_include_pad"))

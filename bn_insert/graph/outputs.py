@@ -40,7 +40,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _held(value: Any) -> list[Any]:
-    """Return what an object has that PyTorch takes for a single value."""
+    """Return the values held by an object that pytree treats as a leaf."""
     try:
         if isinstance(value, Mapping):
             return list(value.values())

@@ -137,7 +137,7 @@ def survey(
 
 
 def reasons_without_sites(layers: Iterable[Layer], trace: Trace) -> str:
-    """Return in words why a model has no site, to follow a colon: its layers with reasons, and other operations."""
+    """Return why a model has no site: each layer with its reason, and operations outside torch.nn layers."""
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
         by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name or "the model")
@@ -307,12 +307,12 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     if not options.include_output and any(map(trace.reaches_output, calls)):
         return "output layer"
     if not options.include_output and any(map(trace.leaves_recording, calls)):
-        return "perhaps an output layer: what reads its values is not known"
+        return "possibly an output layer: its consumers could not be traced"
     if all(map(trace.is_gate, calls)):
         return "part of a gate: its output multiplies other activations, as in squeeze-and-excite blocks"
     outputs = [call.meta["val"] for call in calls]
     if any(output.is_complex() for output in outputs):
-        return "the output is complex, and BatchNorm takes real numbers"
+        return "complex output, which BatchNorm does not support"
     shapes = (tuple(output.shape) for output in outputs)
     wrong = next((shape for shape in shapes if len(shape) < 2 or (kind == "dense" and len(shape) != 2)), None)
     if wrong is not None:

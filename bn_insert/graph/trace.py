@@ -2,77 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import torch
-import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from ..errors import CalibrationError, GraphError, as_passed, gradients_advice, out_of_memory
-from ..support.text import first_line, listed, with_article
-from .copies import check_values, unchanged_attributes, unwrapped, working_copy
+from ..errors import CalibrationError, GraphError, out_of_memory
+from ..support.text import with_article
+from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
+from .quiet_export import no_stack_traces, quiet_export
 from .recording import recorded
+from .trace_errors import why_not_traced
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
-_CHILDREN_SHOWN = 5
 
-# Packages whose modules keep no tensors elsewhere than in themselves.
+# Packages whose modules never cache tensors outside themselves.
 _KEEP_NOTHING = ("torch", "torchvision", "bn_insert")
 _EXPORTING = threading.RLock()  # torch.export keeps global state
-# In messages of PyTorch and torchvision on inputs of a height and width that a network cannot take.
-_ABOUT_SIZE = re.compile(
-    "too small|greater than actual input size|shapes cannot be multiplied|sizes? of tensors? .*must match"
-    "|invalid for input of size|less than the corresponding input dimension|(image|input) (height|width|size)",
-    re.IGNORECASE,
-)
-# In messages of PyTorch on a forward that reads values of tensors on the meta device, which have none.
-_ON_VALUES = re.compile(r"meta|Tensor\.__format__", re.IGNORECASE)
-
-# What messages of torch.export mean, and what to do about it, in place of the default. Each matches a whole first line,
-# with the place in the user's own code if there is one: there, an AttributeError on `meta` is not torch.export's.
-_CAUSES = (
-    (
-        r"Could not (guard on|extract specialized integer from) data-dependent expression .*"
-        r"|\.numpy\(\) is not supported for tensor subclasses\..*"
-        r"|unsupported format string passed to FakeTensor\.__format__.*",
-        "its forward reads values of a tensor, which a trace does not have",
-        "",
-    ),
-    (
-        r"Found <class '(?:.*\.)?(?P<name>\w+)'> in output, which is not a known type\..*"
-        r"|'(?P<other>\w+)' object has no attribute 'meta'",
-        "its forward returns an object of the class {}",
-        "Let it return tensors, alone or in a tuple, list or dict; dataclasses need torch.export.register_dataclass",
-    ),
-    (
-        r"State dict entry for parameter (?P<name>\S+) is not an instance of torch\.nn\.Parameter\..*",
-        "its parameter {} is not an nn.Parameter, as in TorchScript modules",
-        "Replace TorchScript modules with the torch.nn modules they were made from",
-    ),
-)
-# What follows is about PyTorch's internals.
-_FOR_PYTORCH = re.compile(
-    r"[.;]\s+(see |please |if you |for more |you may have run into |this error ).*|[\s,:;(]*(\bsee:? )?https?://.*",
-    re.I,
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +64,7 @@ class Trace:
     def of(cls, model: nn.Module, example: Any) -> Trace:
         """Trace the model in eval mode, without changing it.
 
-        It may also run on two of the images, see `_values_in_what_is_kept`.
+        It may also run on two of the images, see `_real_values_in_caches`.
 
         Args:
             model: The model to trace.
@@ -140,17 +98,17 @@ class Trace:
         obstacle, called = "", set[str]()
         with (
             _EXPORTING,
-            _quiet_export(),
-            _no_stack_traces(),
+            quiet_export(),
+            no_stack_traces(),
             unchanged_attributes(model),
-            _values_in_what_is_kept(model, inputs),
+            _real_values_in_caches(model, inputs),
         ):
             try:
                 graph, parameters = _flat_graph(_exported(working_copy(model, to_trace=True), inputs, called))
             except Exception as error:  # the user's forward and torch.export may raise anything
                 if out_of_memory(error):
                     raise
-                obstacle = _why_not_traced(model, inputs, error)
+                obstacle = why_not_traced(model, inputs, error)
                 called.clear()
                 try:
                     graph, parameters = recorded(model, inputs, called)
@@ -209,7 +167,7 @@ class Trace:
         return any(node in self.outputs and (node is start or _keeps_outputs(node)) for node in reached)
 
     def leaves_recording(self, start: fx.Node) -> bool:
-        """Return whether nothing is known to read a node's values that makes its layer a hidden one.
+        """Return whether nothing in a recorded graph shows that this layer is a hidden layer.
 
         A recording does not show what happens to values outside of PyTorch, as in NumPy: they may become an output.
         """
@@ -217,7 +175,7 @@ class Trace:
         return bool(self.obstacle) and all(node is start or _keeps_outputs(node) for node in reached)
 
     def reads_weights_of(self, name: str) -> bool:
-        """Return whether an operation that is no call of a layer reads the weight of a module."""
+        """Return whether an operation other than a layer call reads the weight of a module."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
         own = {id(each) for each in self.modules[name].parameters(recurse=False) if each.ndim > 1}
         layers = {node for _, node in self.layer_nodes()}
@@ -229,7 +187,7 @@ class Trace:
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
 
-        A normalization that is no module has the name of its operation.
+        A normalization that is not a module has the name of its operation.
         """
         for node in self.downstream(start, lambda node: has_role(node, *_TRANSPARENT)):
             if has_role(node, Role.NORMALIZATION):
@@ -309,8 +267,8 @@ def _keeps_outputs(node: fx.Node) -> bool:
 
 
 @contextmanager
-def _values_in_what_is_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Run a network on two images before a trace and, if it has hooks, after it.
+def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Run a network on two real images before a trace and, if it has hooks, after it.
 
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
     `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
@@ -431,117 +389,3 @@ def _owners_by_weight(
 def _has_weights(module: nn.Module) -> bool:
     """Return whether a module is a layer or a BatchNorm."""
     return layer_kind(module) is not None or isinstance(module, _BatchNorm)
-
-
-class _SilentInThisThread:
-    """A stream that drops what the thread that created it writes; other threads may be showing their progress."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._thread = threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Keep torch.export from also printing the graph and the traceback of an exception that it raises, and warnings."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with redirect_stderr(cast(TextIO, _SilentInThisThread(sys.stderr))):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _no_stack_traces() -> Iterator[None]:
-    """Keep torch.export from recording where in the source each node comes from: a seventh of the time, and unused."""
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # torch 2.11 records them in any case
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
-
-
-_LOGGERS = (
-    "torch._subclasses.fake_tensor",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.export",
-    "torch._export.non_strict_utils",
-)
-
-
-def _why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
-    name = type(model).__name__
-    try:
-        _run_once(model, inputs)
-    except GraphError as own:
-        return str(own)
-    except Exception as own:  # usually the same cause, in clearer words than torch.export's
-        if out_of_memory(own):
-            raise
-        if isinstance(own, NotImplementedError) and 'required "forward"' in str(own):
-            inside = [f"model.{child} ({type(module).__name__})" for child, module in model.named_children()]
-            return f"{name} has no forward, as a Lightning module that only trains a network; pass that network" + (
-                f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
-            )
-        advice = gradients_advice(own) or inputs.conversion or "Pass inputs of the shape that it expects"
-        if "too many indices" in str(own) and inputs.only_tensor is not None:  # as PyTorch says for tensor["image"]
-            advice += (
-                ", and if its forward takes a dict, annotate that parameter as one (batch: dict) to get all values"
-            )
-        if _ABOUT_SIZE.search(str(own)):
-            advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
-        if _lacks_batch_axis(model, inputs):
-            advice += ". If this is a single image without a batch axis, add one: image.unsqueeze(0)"
-        return f"{name} cannot run on an input of shape {inputs.shapes}: {first_line(own).rstrip('.')}. {advice}"
-    place = _place(error)
-    cause, advice = _cause(error, place)
-    return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{place}. {advice}"
-
-
-def _run_once(model: nn.Module, inputs: Inputs) -> None:
-    """Run a model without torch.export; raises what its forward raises, or GraphError for a lack of values."""
-    network = working_copy(model, to_trace=True)
-    try:
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            inputs.run(network)
-    except Exception as error:
-        if _ON_VALUES.search(str(error)):
-            check_values(model)
-        raise
-
-
-def _cause(error: Exception, place: str) -> tuple[str, str]:
-    """Return why torch.export cannot trace a model, and what to do, in plain words where its message is known."""
-    advice = "Pass a submodule that contains the layers and has no such code in its forward"
-    for pattern, cause, own_advice in _CAUSES:
-        if found := re.fullmatch(pattern, first_line(error) + place):
-            name = next(filter(None, found.groupdict().values()), "")
-            return cause.format(name), own_advice or advice
-    return _FOR_PYTORCH.sub("", first_line(error)).rstrip(".:"), advice
-
-
-def _lacks_batch_axis(model: nn.Module, inputs: Inputs) -> bool:
-    """Return whether the first conv of a model takes inputs with one axis more."""
-    tensor, conv = inputs.only_tensor, next((each for each in model.modules() if isinstance(each, _ConvNd)), None)
-    return tensor is not None and conv is not None and tensor.ndim == len(conv.kernel_size) + 1
-
-
-def _place(error: Exception) -> str:
-    """Return where in the user's own code an exception was raised, for a message; empty if nowhere."""
-    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
-    if not frames or not frames[-1].line:
-        return ""
-    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})"

@@ -88,7 +88,7 @@ class ClassFolders:
                 files alone, in whichever process they are read.
 
         Raises:
-            ImageError: When pictures in one batch differ in size, with `full` when no training image can be read, and
+            ImageError: When images in one batch differ in size, with `full` when no training image can be read, and
                 for the first unreadable file if the folders were opened with `strict`.
         """
         labels = dict(images)

@@ -110,7 +110,7 @@ class ImageBatches(Batches):
         """Yield the batches.
 
         Raises:
-            ImageError: When pictures in one batch differ in size, when no file can be read, when a worker process is
+            ImageError: When images in one batch differ in size, when no file can be read, when a worker process is
                 killed, and with `strict` for the first unreadable file.
         """
         missing = self.images
@@ -186,7 +186,7 @@ class ImageReader:
             wanted: Number of images after which the caller stops; None reads all of them.
 
         Raises:
-            ImageError: When pictures in one batch differ in size, when a worker process is killed, and with `strict`
+            ImageError: When images in one batch differ in size, when a worker process is killed, and with `strict`
                 for the first unreadable file.
         """
         # A single batch is ready no earlier with a second process, and is read here without reading ahead.
@@ -202,7 +202,7 @@ class ImageReader:
                     )
                 if chunk.differing:
                     raise ImageError(
-                        f"pictures in one batch differ in size: {chunk.differing}; set a crop ({as_passed('crop')})"
+                        f"images in one batch differ in size: {chunk.differing}; set a crop ({as_passed('crop')})"
                     )
                 for path, reason in chunk.unreadable:
                     skipped.setdefault(path, reason)
@@ -215,10 +215,10 @@ class _Chunk(NamedTuple):
     """The result of decoding one batch of files.
 
     Args:
-        pixels: The pictures; None when no file can be read, and when sizes differ.
+        pixels: The images; None when no file can be read, and when sizes differ.
         paths: The files that were read.
         unreadable: The files that cannot be read.
-        differing: Two pictures that differ in size, as a phrase; empty when all are alike.
+        differing: Two images that differ in size, as a phrase; empty when all are alike.
     """
 
     pixels: UInt8[np.ndarray, "images channels height width"] | None

@@ -45,7 +45,7 @@ def tensor_batches(
         batch_size: Images per batch.
         channels: Channels that the network takes; None accepts any number.
         dims: Dimensions of an image: 0 for features, N x C; 1 for N x C x L, 3 for N x C x D x H x W.
-        takes: Returns whether the network takes images of a shape; if it does, `channels` and `dims` do not matter.
+        takes: Optional predicate on the shape of an image; where it is True, `channels` and `dims` are not checked.
         pin_memory: Put batches into page-locked memory where there is a GPU.
 
     Raises:

@@ -57,7 +57,7 @@ class Transform:
             if size is not None and not isinstance(size, int):
                 meaning = "length of the shorter side" if name == "resize" else "side of a square"
                 raise ImageError(
-                    f"{name} is {size!r}; pass the {meaning} as one number of pixels, or None (pictures keep their "
+                    f"{name} is {size!r}; pass the {meaning} as one number of pixels, or None (images keep their "
                     "aspect ratio: train with torchvision's Resize(n) and CenterCrop(n), not with Resize((n, n)))"
                 )
             if size is not None and not 1 <= size <= _LONGEST_SIDE:

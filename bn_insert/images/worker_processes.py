@@ -16,7 +16,7 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Keep signals from ending a worker process before it has started; this process receives its own a moment later."""
+    """Block SIGINT and SIGTERM while worker processes start; they are delivered to this process afterwards."""
     if sys.platform == "win32":
         yield
         return

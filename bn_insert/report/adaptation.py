@@ -142,7 +142,7 @@ def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
         text += (
             f" It is rarely certain of a class (guessing among {predictions['classes']} classes "
             f"has {math.log(predictions['classes']):.2g} nats): the target images may belong to a different task, or "
-            "be preprocessed differently from the images that the network was trained on. Check that they show the "
+            "need different preprocessing. Check that they show the "
             f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)

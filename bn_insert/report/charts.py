@@ -86,7 +86,7 @@ def insertion_charts(data: Mapping[str, Any], *, errors: bool = True) -> list[Ch
         charts.append(_constant(norms))
     if errors and any(norm["standard_error"] for norm in norms.values()):
         title = "Standard error of mean and std, relative to std"
-        note = "0.03 or less is good: the errors in the table are three times as large. More images reduce it."
+        note = "0.03 or less is good (the table shows three standard errors). More images reduce it."
         charts.append(_boxes("error", title, note, norms, ["standard_error"], log=True))
     return charts
 

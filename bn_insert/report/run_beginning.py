@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # By the margins of the learning rate trials.
-SMALL_DIFFERENCE = "a higher one needs a loss that is 3% lower, a lower one 10%"
+SMALL_DIFFERENCE = "a higher learning rate must lower the loss by 3%, a lower one by 10%"
 
 
 def output_fit_text(fit: Mapping[str, Any]) -> str:

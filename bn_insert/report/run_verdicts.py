@@ -109,7 +109,7 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
         return []
     text = (
         f"The best validation accuracy, {accuracy:.1%}, is not above {share:.1%}, the share of the largest class: "
-        "a network that always answers with this class is as good."
+        "always predicting this class would do as well."
     )
     return [Verdict("bad", "Accuracy", text)]
 

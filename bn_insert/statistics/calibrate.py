@@ -117,7 +117,7 @@ class _PassRecorder(Recorder):
             if 0 < batches < self.batches:
                 raise CalibrationError(
                     f"the layer {name} was called for {batches} of {self.batches} batches, so its statistics would not "
-                    "be those of all images; pass batches that take the same path through the network, or skip it"
+                    "cover all images; pass batches that take the same path through the network, or skip it"
                 )
 
 

@@ -183,7 +183,7 @@ def moments_of(values: Float[Tensor, "batch channels *positions"]) -> Moments:
 
 
 def _are_precise(moments: Moments) -> bool:
-    """Return True only if `_is_imprecise` holds for no channel, by fewer operations: most channels have a variance."""
+    """Cheap test: True guarantees that `_is_imprecise` is False for every channel."""
     smallest = moments.mean.square().mul_(moments.count / _LARGEST_MEAN_IN_STDS**2)
     smallest.clamp_min_(_SMALLEST_VARIANCE * moments.count)
     least, most = (moments.m2 - smallest).aminmax()
@@ -191,7 +191,7 @@ def _are_precise(moments: Moments) -> bool:
 
 
 def _is_imprecise(moments: Moments) -> Bool[Tensor, " channels"]:
-    """Say for each channel whether float32 is not enough for its values: a mean far from 0, tiny values, overflow."""
+    """Return for each channel whether float32 is too imprecise: a mean far from 0, tiny values, overflow."""
     near_zero = moments.mean.square() * (moments.count / _LARGEST_MEAN_IN_STDS**2) <= moments.m2
     large = (moments.m2 >= _SMALLEST_VARIANCE * moments.count) & (moments.m2 < math.inf)
     return ~(near_zero & (large | (moments.m2 == 0)))

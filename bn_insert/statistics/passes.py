@@ -28,8 +28,8 @@ from .moments import Moments, merge
 Progress = Callable[[int], None]
 
 SINGLE_IMAGE = (
-    "squeeze() in the forward may remove the batch axis of a single image: use batches of two images or more, the last "
-    "one included, or flatten(1) in place of squeeze()"
+    "squeeze() in the forward may remove the batch dimension of a single image: use batches of at least two images, "
+    "including the last one, or replace squeeze() with flatten(1)"
 )
 """What to do about a network that mistakes a batch of one image for no batch, for messages."""
 _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's BatchNorm
@@ -243,7 +243,7 @@ def _agree(first: Moments, second: Moments) -> bool:
 
 @contextmanager
 def failures_named(model: str, batch: object) -> Iterator[None]:
-    """Turn whatever a model's forward raises into a CalibrationError that names the model and the batch."""
+    """Convert any exception of a model's forward into a CalibrationError that names the model and the batch."""
     try:
         yield
     except CalibrationError:
@@ -293,7 +293,7 @@ class NotFiniteError(CalibrationError):
 
 def no_batches() -> CalibrationError:
     """Return the error for a calibration set without images."""
-    return CalibrationError("the calibration set is empty: no batch arrived")
+    return CalibrationError("the calibration set is empty: the iterable yielded no batches")
 
 
 @contextmanager
@@ -312,8 +312,8 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
     """
     if isinstance(batches, str | os.PathLike):
         raise CalibrationError(
-            f"batches is the path {str(batches)!r}, but functions take images, not paths; pass a DataLoader, or read "
-            "the batches with bn_insert.images.open_batches(path, transform), or use a command such as bn-insert insert"
+            f"batches is a path, {str(batches)!r}; pass a DataLoader, or read the images with "
+            "bn_insert.images.open_batches(path, transform), or use a command such as bn-insert insert"
         )
     if isinstance(batches, type):
         raise CalibrationError(

@@ -69,7 +69,7 @@ def recalibrate(
     Args:
         model: A network with BatchNorm.
         batches: As for `insert_batchnorm`. After training, use training images.
-        earlier: Statistics with which each BatchNorm normalizes the values that deeper ones receive.
+        earlier: What each BatchNorm normalizes by while deeper ones are measured.
             "batch": each batch's own, as in training. Pass shuffled batches of the size used in training. Where a batch
             has only one value per channel (a last batch of one image, after a dense layer), the statistics of all
             batches so far are used.

@@ -299,7 +299,7 @@ def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
     paths = getattr(batch.value, "paths", ())
     place = str(paths[error.row]) if error.row < len(paths) else f"image {error.row} of batch {batch.number}"
     in_half = error.dtype in (torch.float16, torch.bfloat16)
-    return f", first for {place}; {'run in float32, or ' if in_half else ''}check that input"
+    return f", first in {place}; {'run in float32, or ' if in_half else ''}check that input"
 
 
 def _modules_called(network: nn.Module, inputs: Inputs) -> list[str]:

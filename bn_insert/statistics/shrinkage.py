@@ -66,8 +66,8 @@ class Prior:
         deviations), and E the value expected of D for images like those of the prior. The difference is multiplied by
         1 - (c E / D)^POWER, but at least by 0; c is that of `caution`.
 
-        D is the smallest that is left when any one of the images is left out: a single unusual image, which can make
-        it ten times what chance explains, is no shift.
+        D is the smallest that is left when any one of the images is left out: a single outlier, which can make it
+        ten times its expectation, is not a shift.
 
         Args:
             mean: Mean of each channel, measured on a few images.

@@ -1,4 +1,4 @@
-"""What callers pass to functions, where a value of another kind would fail late or unnoticed."""
+"""Checks for arguments whose wrong type would otherwise surface late, or not at all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def is_list(values: object) -> bool:
 
 
 def as_tuple(values: Iterable[Any] | Any) -> tuple[Any, ...]:
-    """Return values as a tuple; a string, and what cannot be iterated over, is one value."""
+    """Return values as a tuple; a string or a non-iterable becomes a tuple of one."""
     single = isinstance(values, str) or not isinstance(values, Iterable)
     return (values,) if single else tuple(values)
 
@@ -75,7 +75,7 @@ def usable_device(device: torch.device | str, error: type[BNInsertError] = Calib
 
     Args:
         device: The device, or its name.
-        error: What to raise if it is none, or cannot be used.
+        error: Exception class to raise if it is not a device, or not usable.
     """
     given = f"{as_passed('device')} is {device!r:.40}"
     try:

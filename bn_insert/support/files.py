@@ -70,7 +70,7 @@ def write_atomically(path: StrPath, write: Callable[[Path], object], *, overwrit
 
 
 def check_writable(path: StrPath, *, overwrite: bool = False, inputs: Iterable[StrPath] = ()) -> None:
-    """Check that a file can be written, to find out before the work and not after it.
+    """Check that a file can be written, before any expensive work starts.
 
     Args:
         path: As for `write_atomically`.
@@ -136,7 +136,7 @@ def _check_takes_files(folder: Path, path: StrPath) -> None:
 
 
 def is_same_file(path: StrPath, other: StrPath) -> bool:
-    """Return whether two paths lead to one file, however they are spelled and whatever links they contain."""
+    """Return whether two paths refer to the same file."""
     try:
         return Path(path).samefile(other)
     except (OSError, ValueError):  # one of them does not exist
@@ -227,7 +227,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _lock(folder: Path, closing: ExitStack) -> _Lock:
-    """Lock a folder until `closing` or the end of the process, which no other process then can."""
+    """Lock a folder against other processes until `closing` is closed or the process ends."""
     if fcntl is None:
         return _Lock.NONE
     try:

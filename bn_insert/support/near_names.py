@@ -1,4 +1,4 @@
-"""What a mistyped name may mean: one of several names, or a file or folder."""
+"""Suggestions for a mistyped name or path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
 
 
 def missing_folder(folder: Path) -> str:
-    """Return in words that there is no such folder, and what may be meant."""
+    """Return the message that a folder does not exist, with a suggestion."""
     return f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist{did_you_mean(folder)}"
 
 

@@ -1,4 +1,4 @@
-"""Cooperation of several processes on one network, as started by torchrun."""
+"""Helpers for distributed runs (torchrun)."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
         work: Its result is pickled and sent to all ranks, so it should be small.
 
     Raises:
-        CalibrationError: If `work` fails on another rank; the message quotes its error, and a subclass is that of the
-            error. On that rank itself, the error is raised as it is.
+        CalibrationError: If `work` fails on another rank; the message quotes that error, and has its class if it is
+            a CalibrationError. On that rank itself, the error is raised as it is.
     """
     ranks = Ranks.current()
     if ranks.count == 1:

@@ -120,9 +120,8 @@ def load_torch_file(file: BufferedReader, *, mapped: bool = False) -> object:
         Exception: Whatever the parsers raise for a damaged file.
     """
     file.seek(0)
-    archived = (
-        file.read(len(_ARCHIVE)) == _ARCHIVE
-    )  # as torch.load decides: another file may have an archive at its end
+    # As torch.load decides: another file may have an archive at its end.
+    archived = file.read(len(_ARCHIVE)) == _ARCHIVE
     file.seek(0)
     harmless: set[str] = set()
     if archived:

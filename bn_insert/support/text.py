@@ -25,15 +25,15 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def untied_layers(layers: Sequence[str], reading: str) -> str:
-    """Return that layers which shared a parameter have one each, which only bn-insert can tell from a checkpoint.
+    """Return the warning that layers no longer share a parameter.
 
     Args:
         layers: Their names.
         reading: How the checkpoint is read, as a clause.
     """
     return (
-        f"{listed(layers, _LAYERS_SHOWN)} shared a parameter, and now have one each: {reading}, but load_state_dict of "
-        "the original's class would give all of them the values of one"
+        f"{listed(layers, _LAYERS_SHOWN)} no longer share a parameter: {reading}, but load_state_dict of the original "
+        "class would give all of them the same values"
     )
 
 

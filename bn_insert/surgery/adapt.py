@@ -360,9 +360,9 @@ def adapt_statistics(
         several = adaptation.target_images > 1
         way_out = ", or shrink=False to take their statistics as they are" if several else ""
         warnings.warn(
-            f"nothing was adapted: the statistics of {counted(adaptation.target_images, 'target image')} differ from "
-            f"those of the source by no more than chance{', or a single unusual image,' * several} may cause; if the "
-            f"images are of another kind, pass more of them{way_out}",
+            f"nothing was adapted: with {counted(adaptation.target_images, 'target image')}, the difference from the "
+            f"source is within sampling error{', or due to a single unusual image' * several}; if the images are of "
+            f"another kind, pass more of them{way_out}",
             stacklevel=2,
         )
     warn_of_untied(adaptation.untied, stacklevel=2)
@@ -390,8 +390,8 @@ def _check_nothing_chosen(
     }
     if names := [as_passed(name) for name, is_chosen in chosen.items() if is_chosen]:
         raise GraphError(
-            f"leave out {' and '.join(names)}, which choose{'s' * (len(names) == 1)} how BatchNorm is inserted: "
-            "without a source none is inserted, and every BatchNorm of the model is adapted"
+            f"leave out {' and '.join(names)}: without a source, no BatchNorm is inserted, and every BatchNorm of the "
+            "model is adapted"
         )
 
 
@@ -415,7 +415,7 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
 
 
 def _unless_kept(obstacle: object) -> GraphError:
-    """Return the error for what prevents folding alone."""
+    """Return the error for an obstacle that prevents only folding."""
     return GraphError(f"{obstacle}. Or keep the BatchNorms ({as_passed('keep_batchnorm', True)})")
 
 
@@ -427,7 +427,7 @@ def _nothing_to_adapt(model: nn.Module, insertion: Insertion[Any] | None) -> Gra
             f"{name} has no BatchNorm: pass images of the kind that it was trained on as {source}, so that BatchNorm "
             "can be inserted"
         )
-    return GraphError(f"nothing to adapt in {name}, in which no layer can get a BatchNorm: {insertion.nothing}")
+    return GraphError(f"nothing to adapt: no BatchNorm can be inserted into {name}: {insertion.nothing}")
 
 
 def _layers_of(norms: Mapping[str, nn.Module], insertion: Insertion[Any] | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Scale channels between neighboring layers by powers of two, so that activations have unit-like scale.
+"""Scale channels between neighboring layers by powers of two, so that activations have roughly unit scale.
 
 An edge leads from a site to the layers that read its channels. Where an operation on it, such as ReLU6, does not
 preserve the scale, the edge has a reason instead, and stays as it is. What an operation does to channels is in the

@@ -188,8 +188,8 @@ def _verified(
             option = inserted_only if apart else as_passed("names", option="in Python: fold(model, example, names=...)")
             way_out = f", or leave in place the BatchNorms that it refers to ({option})"
         raise GraphError(
-            f"{type(model).__name__} without the folded BatchNorms {what}. Its forward depends on its BatchNorms, or "
-            f"on how its layers are held: let it only call them{way_out}"
+            f"{type(model).__name__} without the folded BatchNorms {what}. Its forward accesses BatchNorms or layers "
+            f"other than by calling them (by index, attribute or list): change it to only call them{way_out}"
         )
     return result, untied
 
@@ -205,7 +205,7 @@ def _fault_beyond_rounding(model: nn.Module, result: nn.Module, plan: Sequence[F
     fault = fault_here(model, result, inputs)
     if fault is None or not fault.runs:
         return fault
-    # In 16 bits, the rounding of folded weights alone changes outputs of a deep network by half.
+    # In 16 bits, rounding the folded weights alone changes outputs of a deep network by half.
     try:
         exact = deep_copy(model).double()
         inputs_in_float64 = inputs.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
@@ -250,8 +250,8 @@ def _without_batchnorms(model: AnyModule, plan: Sequence[Fold]) -> tuple[AnyModu
             layer = result.get_submodule(name)
             if not merge(layer, each.affine):
                 raise GraphError(
-                    f"BatchNorm {each.norm} cannot be folded: its scale takes weights out of the range of "
-                    f"{cast(Tensor, layer.weight).dtype}, or is not finite itself; repair its statistics, or convert "
+                    f"BatchNorm {each.norm} cannot be folded: its scale is not finite, or takes weights out of "
+                    f"the range of {cast(Tensor, layer.weight).dtype}; repair its statistics, or convert "
                     "the model to float32 first"
                 )
     untied = tuple(_tied_where_equal(model, result))

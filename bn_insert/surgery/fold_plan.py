@@ -96,11 +96,11 @@ def plan_folds(trace: Trace, names: Collection[str] | None = None) -> Iterator[F
 
 
 def _way_around(model: nn.Module, name: str, names: Collection[str] | None) -> str:
-    """Return how to fold without a BatchNorm that the network had before, for a message; empty if that is no way."""
+    """Return how to fold without a BatchNorm that the network had before, or "" if that would not help."""
     if names is not None or not was_there_before(model, name):
         return ""
-    alone = as_passed("names=inserted_batchnorms(model)", option="--inserted-only")
-    return f". Or fold only the BatchNorms that bn-insert inserted ({alone}): {name} is not one of them, and stays"
+    only = as_passed("names=inserted_batchnorms(model)", option="--inserted-only")
+    return f". Or fold only the BatchNorms that bn-insert inserted ({only}): {name} is not one of them, and stays"
 
 
 def was_there_before(model: nn.Module, name: str) -> bool:
@@ -110,7 +110,7 @@ def was_there_before(model: nn.Module, name: str) -> bool:
 
 
 def other_batchnorms(trace: Trace) -> str:
-    """Return what works as a BatchNorm in a forward and is no such module of torch.nn, in words; empty without any."""
+    """Return what works as a BatchNorm in a forward but is not a BatchNorm module of torch.nn; "" without any."""
     found: dict[str, str] = {}
     for node in trace.nodes:
         name = trace.owner(node)

@@ -121,7 +121,7 @@ class RemovedBatchNorms(_Change, frozen=True, rename={"norms": "remove"}):
     @property
     def description(self) -> str:
         """What was done, in a few words."""
-        return f"{counted(len(self.norms), 'BatchNorm layer')} behind the output layer removed"
+        return f"{counted(len(self.norms), 'BatchNorm layer')} after the output layer removed"
 
     def replay(self, network: nn.Module) -> nn.Module:
         """Make the change in place and return the network."""
@@ -304,7 +304,7 @@ class History:
         outline = nn.Module()
         for name, child in network.named_children():
             if isinstance(child, nn.Sequential):
-                # More than there were at any time: placeholders behind the last layer change no names before them.
+                # More than there were at any time: placeholders after the last layer change no names before them.
                 outline.add_module(name, nn.Sequential(*(nn.Identity() for _ in range(_MOST_CHILDREN))))
         with suppress(AttributeError, KeyError, ValueError):  # names of layers that are not there, or are containers
             for change in self.changes:

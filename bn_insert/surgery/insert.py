@@ -63,7 +63,7 @@ class Insertion(Generic[AnyModule]):
         one_image: Why the copy cannot run on a single image, which a network with `squeeze()` mistakes for an input
             without a batch axis; empty if it can, or if the original cannot either.
         dropout_functions: Dropouts that a forward calls as functions and whose values a BatchNorm normalizes, in words;
-            empty if there are none. Those that the forward calls in train mode alone, in a branch, are not seen.
+            empty if there are none. Those that the forward calls only in train mode, in a branch, are not seen.
     """
 
     model: AnyModule = field(repr=False)
@@ -106,7 +106,7 @@ def insert(
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> Insertion[AnyModule]:
-    """Insert BatchNorm as `insert_batchnorm` does, and return the model together with everything measured on the way.
+    """Like `insert_batchnorm`, but return the model with all measurements.
 
     This is what the command `bn-insert insert` runs. Arguments and errors are those of `insert_batchnorm`.
 
@@ -157,8 +157,9 @@ def insert(
     message = ""
     if fault:
         message = (
-            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward depends on how its "
-            "layers are held; leave out the layers that it refers to (skip), or let it only call them"
+            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward accesses layers "
+            "other than by calling them (by index, attribute or list); skip those layers (skip), or change it to only "
+            "call them"
         )
         if not fault.runs:
             raise GraphError(message)
@@ -190,8 +191,8 @@ def _by_anchor(sites: Iterable[Site], norms: Mapping[str, nn.Module]) -> dict[st
 
 def _one_image_text(model: nn.Module, error: str) -> str:
     return (
-        f"on a single image {type(unwrapped(model)).__name__} with BatchNorm inserted cannot run: {error}. "
-        f"{SINGLE_IMAGE}, or leave out the layers behind it ({as_passed('skip')})"
+        f"with BatchNorm inserted, {type(unwrapped(model)).__name__} cannot run on a single image: {error}. "
+        f"{SINGLE_IMAGE}, or skip the layers after it ({as_passed('skip')})"
     )
 
 

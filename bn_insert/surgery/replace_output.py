@@ -184,12 +184,12 @@ def _initialize(layer: nn.Module) -> None:
 
 
 def _batchnorms_to_remove(model: nn.Module, name: str, output: OutputLayer) -> list[str]:
-    """Return the names of the BatchNorms that were inserted behind the output layer of this name.
+    """Return the names of the BatchNorms that were inserted after the output layer of this name.
 
     Raises:
         TrainingError: If another BatchNorm comes after it.
     """
-    removed = _inserted_behind(model, name)
+    removed = _inserted_after(model, name)
     for norm in output.norms_after:
         if norm not in removed:
             if norm in inserted_batchnorms(model):
@@ -197,15 +197,15 @@ def _batchnorms_to_remove(model: nn.Module, name: str, output: OutputLayer) -> l
                 skip = as_passed("skip", (before,), f"--skip {before}")
                 advice = f"leave that layer out when inserting BatchNorm ({skip})"
             else:
-                advice = "a network with a BatchNorm of its own there keeps its classes and its head"
+                advice = "the output layer of a network with its own BatchNorm there cannot be replaced"
             if not output.example_given:
                 advice = f"if it is only declared after it, pass one batch (example=images); otherwise, {advice}"
             raise TrainingError(f"BatchNorm {norm} comes after the output layer {name}; {advice}")
     return removed
 
 
-def _inserted_behind(model: nn.Module, name: str) -> list[str]:
-    """Return the names of the inserted BatchNorms behind the output layer in its own nn.Sequential."""
+def _inserted_after(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the inserted BatchNorms after the output layer in its own nn.Sequential."""
     parent = name.rpartition(".")[0]
     container = model.get_submodule(parent)
     if not isinstance(container, nn.Sequential) or (container is model and isinstance(model, NormalizedLayer)):
@@ -218,7 +218,7 @@ def _inserted_behind(model: nn.Module, name: str) -> list[str]:
 
 
 def _without_batchnorms(model: nn.Module, output: nn.Module, norms: Sequence[str]) -> str:
-    """Remove the BatchNorms behind the output layer, in place, and return that layer's name, which may change.
+    """Remove the BatchNorms after the output layer, in place, and return that layer's name, which may change.
 
     Without its BatchNorm, a NormalizedLayer becomes the layer: another object with the same attributes.
     """
@@ -244,7 +244,7 @@ class OutputLayer(NamedTuple):
         name: Its qualified name; None if the logits are not the outputs of one nn.Linear or nn.Conv2d.
         outputs: Number of logits that the network returns; without a run on an example, of outputs of the layer.
         norms_after: Names of the BatchNorms that come after it.
-        called: Whether the network calls it, and does not compute with its weight alone.
+        called: Whether the network calls the layer (False if it only uses its weight).
         example_given: Whether it was looked for by an example.
     """
 
@@ -325,7 +325,7 @@ def _layer_with_an_effect(
 ) -> OutputLayer | None:
     """Return the layer with as many outputs as there are logits that is called last and has an effect on them.
 
-    After these come layers whose weight alone is used, as in a cosine classifier.
+    After these come layers of which only the weight is used, as in a cosine classifier.
     """
     logits = run.output.shape[1]
     uncalled = [name for name in layers if name not in run.called]

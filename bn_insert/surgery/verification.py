@@ -97,14 +97,14 @@ def fault_here(
     *,
     largest: float | None = None,
 ) -> Fault | None:
-    """Return what `fault_of` returns, for the first images of a batch of this rank alone.
+    """Return what `fault_of` returns, for the first images of a batch, on this rank only.
 
     Args:
         model: As for `fault_of`.
         result: As for `fault_of`.
         batch: As for `fault_of`.
         norms: As for `fault_of`.
-        largest: The largest difference of outputs that is no fault, relative to the largest output; by default what
+        largest: Largest tolerated output difference, relative to the largest output; by default what
             rounding in the dtype of the parameters and outputs explains.
     """
     names = {id(module): name for name, module in result.named_modules()}
@@ -115,7 +115,7 @@ def fault_here(
             try:
                 torch.manual_seed(seed)
                 expected, called = _run_counting(part, working_copy(model), norm_of)
-            except Exception:  # noqa: BLE001 - it may take whole batches alone; calibration has run on this one
+            except Exception:  # noqa: BLE001 - it may take only whole batches; calibration has run on this one
                 continue
             try:
                 torch.manual_seed(seed)

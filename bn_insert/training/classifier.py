@@ -77,9 +77,9 @@ class Classifier:
         """
         memory_format, takes_one_image = torch.channels_last, True
         if example is not None:
-            # Two images, as some views are of several images alone.
+            # Two images, as some views need several images.
             images = example[:1].expand(2, -1, -1, -1).to(device, next(network.parameters()).dtype)
-            # channels_last is faster; some forwards take contiguous activations alone, as x.view does.
+            # channels_last is faster; some forwards take only contiguous activations, as x.view does.
             memory_format = torch.channels_last if _runs(network, images, memory_format) else torch.contiguous_format
             takes_one_image = _runs(network, images[:1], memory_format) or not _runs(network, images, memory_format)
         network.to(memory_format=memory_format)
@@ -103,7 +103,7 @@ class Classifier:
     def each_input(
         self, batches: Iterable[LabelledBatch]
     ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
-        """Return the inputs of batches outside of training; a single image that would not run alone joins others."""
+        """Return the inputs of batches outside of training; an image that cannot run by itself joins others."""
         return map(self.inputs, batches if self.takes_one_image else _single_images_joined(batches))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -181,7 +181,7 @@ def _runs(network: nn.Module, images: Float[Tensor, "n c h w"], memory_format: t
 
 
 def _single_images_joined(batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
-    """Yield batches of two images or more: a single image joins the batch before it, the first one that behind it."""
+    """Yield batches of two images or more: a single image joins the batch before it, or else the next."""
     waiting: LabelledBatch | None = None
     for batch in batches:
         if waiting is None:

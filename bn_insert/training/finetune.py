@@ -381,13 +381,13 @@ def check_output_dir(
         )
     existing = results_in(folder)
     check_folder(folder)
+    replaced = () if resume else existing
     for each in inputs:
-        for name in existing if not resume else ():
-            if is_same_file(folder / name, each):
-                raise TrainingError(
-                    f"{folder} contains the input {each}, which the results would replace; choose another output "
-                    f"folder, or continue that run with {as_passed('resume', True)}"
-                )
+        if any(is_same_file(folder / name, each) for name in replaced):
+            raise TrainingError(
+                f"{folder} contains the input {each}, which the results would replace; choose another output folder, "
+                f"or continue that run with {as_passed('resume', True)}"
+            )
     if existing and not (resume or overwrite):
         resuming = f"continue with {as_passed('resume', True)}, " if STATE in existing else ""
         raise TrainingError(

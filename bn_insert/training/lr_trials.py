@@ -63,7 +63,7 @@ def choose_learning_rate(
     *,
     complete: Sequence[LearningRateTrial] = (),
 ) -> float:
-    """Return the learning rate that no neighbor is clearly better than, in short trials.
+    """Search for a learning rate by short trials, and return one that neither neighbor clearly beats.
 
     A trial trains a copy of the network for `TRIAL_STEPS` steps on the first batches of the run. After a short warm-up,
     its learning rate stays where it is, as it does in the beginning of a longer run: if it fell, as at the end of a

@@ -219,7 +219,7 @@ def _features(
     if outcomes.images == 0:
         raise _UnusableError("there are no images, or only batches of one image")
     if not parts:
-        raise _UnusableError("the network does not call it, but computes with its weight")
+        raise _UnusableError("the network uses its weight without calling it")
     if any(part.ndim != 2 for part in parts):
         raise _UnusableError("its inputs are not one vector for each image")
     if outcomes.classes != layer.out_features:

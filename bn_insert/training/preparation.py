@@ -126,7 +126,7 @@ def _head(network: nn.Module, output: OutputLayer, settings: TrainingSettings, c
     if replaces_output(output, settings, classes):
         return [replace_output_layer(network, output, classes)]
     if settings.train == "head":
-        output.found(network, f"there is no head to train alone; leave out {as_passed('train', 'head')}")
+        output.found(network, f"there is no head to train; leave out {as_passed('train', 'head')}")
     return [output.name] if output.name else []
 
 

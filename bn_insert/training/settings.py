@@ -189,8 +189,8 @@ class TrainingSettings:
     def _check_trained(self) -> None:
         if self.train != "all" and self.freeze_features:
             raise TrainingError(
-                f"{as_passed('freeze_features')} and {as_passed('train', self.train)} both say what is trained; leave "
-                "out one of them"
+                f"{as_passed('freeze_features')} and {as_passed('train', self.train)} both select what is trained; "
+                "leave out one of them"
             )
         if self.train == "batchnorm" and self.batchnorm == "freeze":
             raise TrainingError(

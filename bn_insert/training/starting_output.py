@@ -157,7 +157,7 @@ class _Fit:
 
 
 def _says_little(outcomes: Outcomes) -> bool:
-    """Return whether outputs are little better than guesses: by their loss, and less than twice as accurate.
+    """Return whether the outputs are hardly better than chance, judged by loss and accuracy.
 
     The accuracy is the mean over the classes that there are images of: at most 1 / classes for answers that do not
     depend on the image. Outputs of other classes may be right about some of these. A network that knows the classes,

@@ -115,8 +115,7 @@ class TrainingState:
             return f"{where}: the run is complete; to extend it, use a larger number of epochs ({as_passed('epochs')})"
         if self.progress.complete(settings):
             return (
-                f"{where}: the run ended early because its patience is exhausted; to continue it, use a larger one "
-                f"({as_passed('patience')})"
+                f"{where}: the run stopped early (patience); to continue, use a larger value ({as_passed('patience')})"
             )
         epochs = self.settings["epochs"]
         if epochs == settings.epochs or epochs < settings.lr_warmup_epochs:

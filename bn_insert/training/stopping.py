@@ -29,7 +29,7 @@ class StopCheck:
         return bool(self.asked and self.asked())
 
     def alone(self) -> bool:
-        """Return whether to stop without agreeing with other processes, because there are none."""
+        """Return whether a stop was requested in a single-process run."""
         return self.ranks.count == 1 and self.requested()
 
     def check(self) -> None:

@@ -45,7 +45,7 @@ class TrainingSet:
         not run on it.
 
         Raises:
-            TrainingError: When every batch would be too small, or a process would have one validation image alone and
+            TrainingError: When every batch would be too small, or a process would have a single validation image and
                 the network does not run on it.
         """
         share, size = -(-len(images.train) // ranks.count), settings.batch_size
@@ -58,7 +58,7 @@ class TrainingSet:
             )
         if not classifier.takes_one_image and (size == 1 or share < 2 or len(images.val) < 2 * ranks.count):
             raise TrainingError(
-                f"{type(classifier.network).__name__} cannot run on one image alone ({share} training images per "
+                f"{type(classifier.network).__name__} cannot run on a single image ({share} training images per "
                 f"process, {len(images.val)} validation images, batch size {size}); {SINGLE_IMAGE}"
             )
         left_out = (several or not classifier.takes_one_image) and share % size == 1

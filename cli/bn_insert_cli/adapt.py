@@ -282,7 +282,7 @@ def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path, Path]:
     """Return SOURCE, TARGET, and the one of them with images that are preprocessed; TARGET if none is."""
     if len(folders) > 2:
         raise typer.BadParameter(
-            f"{len(folders)} folders were given; pass SOURCE and TARGET, or TARGET alone for a checkpoint with "
+            f"{len(folders)} folders were given; pass SOURCE and TARGET, or only TARGET for a checkpoint with "
             "BatchNorm",
             param_hint="[SOURCE] TARGET",
         )

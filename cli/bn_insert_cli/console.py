@@ -116,7 +116,7 @@ def _console(*, stderr: bool) -> Console:
         setattr(sys, name, stream)
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")  # the encoding may be ASCII
-    # With NO_COLOR, rich drops colors alone; without a color system it drops bold and dim too.
+    # With NO_COLOR, rich drops only colors; without a color system it drops bold and dim too.
     color_system: Any = None if os.environ.get("NO_COLOR") else "auto"
     console = Console(file=stream, highlight=False, markup=False, color_system=color_system)
     if not console.is_terminal:

@@ -128,7 +128,7 @@ def _copy(model: nn.Module, values: bool) -> nn.Module | None:
     from torch import Tensor, nn  # noqa: PLC0415
 
     attributes = (value for module in model.modules() for value in vars(module).values())
-    # weight_norm of torch.nn.utils leaves a tensor that is no parameter, and cannot be copied.
+    # weight_norm of torch.nn.utils leaves a tensor that is not a parameter, and cannot be copied.
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     with suppress(Exception):
         copies: dict[int, Any] = {id(each): each.detach().clone() for each in computed}
@@ -173,7 +173,7 @@ def _declared(model: nn.Module, side: int) -> Shape:
 
 
 def _layers(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the conv and dense layers of a network in the order in which they are declared, and each kind alone."""
+    """Return the conv and dense layers of a network in the order of their declaration, and each kind by itself."""
     from torch import nn  # noqa: PLC0415
     from torch.nn.modules.conv import _ConvNd  # noqa: PLC0415
 

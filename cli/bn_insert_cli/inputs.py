@@ -106,7 +106,7 @@ def open_checkpoint(
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Raise CheckpointError if an argument is a folder of images, or no path and no network in torchvision."""
+    """Raise CheckpointError unless the argument is an existing path or the name of a torchvision network."""
     try:
         named = is_torchvision_name(checkpoint) or Path(checkpoint).exists()
     except OSError:  # no permission to look, or too long a name: reading it tells
@@ -201,13 +201,13 @@ def is_torchvision_name(checkpoint: str) -> bool:
 
 
 def _is_name(checkpoint: str) -> bool:
-    """Return whether an argument looks like the name of a network, and is no file."""
+    """Return whether an argument looks like the name of a network, and is not a file."""
     path = Path(checkpoint)
     return not path.suffix and len(path.parts) == 1 and not path.exists()
 
 
 def print_preprocessing(transform: Transform, origin: str, images: Path) -> None:
-    """Print how images are preprocessed and why so; warn of a mean or a crop that does not fit the images."""
+    """Print the preprocessing and its origin; warn about an implausible mean or crop."""
     from bn_insert.report import preprocessing_text  # noqa: PLC0415
 
     if is_tensor_file(images):
@@ -448,7 +448,7 @@ def several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:
 
 
 def check_one_input(model: nn.Module, way_out: str) -> None:
-    """Raise GraphError for a network whose forward takes several inputs where there is none for each.
+    """Raise GraphError for a network with several inputs, where only one can be provided.
 
     Args:
         model: The network.

@@ -72,7 +72,7 @@ class Signals:
             self._cleaning.remove(clean_up)
 
     def keep(self, described: Callable[[], str] | None) -> None:
-        """Have `described` return what an interruption leaves, instead of a list of the outputs."""
+        """Set a function that describes what an interruption leaves, in place of the list of outputs."""
         self._kept = described
 
     def check(self) -> None:
@@ -105,7 +105,7 @@ class Signals:
         """End the process without its exit handlers."""
         text = f"error: interrupted; {self.described()}"
         if self._saving:
-            text = f"error: stopped immediately; {self._saving} is complete, or as it was before"
+            text = f"error: stopped immediately; {self._saving} is either complete or unchanged"
         with suppress(Exception):
             for clean_up in reversed(self._cleaning):
                 clean_up()

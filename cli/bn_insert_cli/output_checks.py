@@ -206,7 +206,9 @@ def write_checkpoint(
             network, output, transform=stored, classes=classes, input_shape=input_shape, overwrite=overwrite
         )
     if stored and "the options" in origin and (images is None or is_tensor_file(images)):
-        print_note(f"Stored in {output}, and not used here, where no images were read: {preprocessing_text(stored)}.")
+        print_note(
+            f"Stored in {output} for later commands (no image files were read here): {preprocessing_text(stored)}."
+        )
 
 
 def _rounded_up(number: float) -> int:

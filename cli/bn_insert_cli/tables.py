@@ -122,8 +122,8 @@ def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
         result.add_row(shift.layer, str(len(shift.mean)), f"{shift.size:.2g}", factor)
     result.caption = (
         "means moved by: root mean square over the channels, in standard deviations on the source; std factor: std on "
-        "the target / std on the source, of the median channel (smallest .. largest channel); both as measured, of "
-        "which only a part is applied with few images"
+        "the target / std on the source, of the median channel (smallest .. largest channel); both as measured; "
+        "with few images, only part of it is applied"
     )
     return result
 

@@ -107,7 +107,10 @@ def _in_several_batches(
     measured = {each.batch_size for each in found}
     enough = {size for size in sizes if images >= LEAST_BATCHES * size}
     for reason, left_out in (
-        ("its time was up", [size for size in sizes if size not in measured and size in enough and out_of_time]),
+        (
+            "the time limit was reached",
+            [size for size in sizes if size not in measured and size in enough and out_of_time],
+        ),
         (
             f"{images} images are fewer than {LEAST_BATCHES} batches",
             [size for size in sizes if size not in measured and size not in enough],
@@ -119,7 +122,7 @@ def _in_several_batches(
 
 
 class _Limited:
-    """The images of batches, a few at a time, until the next would not be done in time.
+    """Images in small batches, until a time limit.
 
     At least two batches of the smallest size are taken.
 

@@ -20,7 +20,7 @@ from torchvision.models.vgg import VGG, make_layers
 import bn_insert.checkpoints.read_file
 from bn_insert import RenormScheduler, insert_batchnorm, set_batchnorm_mode
 from bn_insert.checkpoints.load_network import build_network, load_checkpoint
-from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.checkpoints.save import check_output, save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.checkpoints.vgg_assumptions import vgg_assumptions
@@ -78,7 +78,7 @@ def test_a_network_comes_back_bit_for_bit_with_eps_momentum_and_dropout(name: st
 @BOTH_FORMATS
 def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name, transform={"resize": 256, "mean": (0.5, 0.4, 0.3), "crop": None})
-    settings = read_settings(tmp_path / name)
+    settings = read_checkpoint(tmp_path / name).settings
     assert settings is not None
     assert settings.transform == {"resize": 256, "mean": [0.5, 0.4, 0.3], "crop": None}
 
@@ -86,7 +86,7 @@ def test_the_transform_comes_back_as_json(name: str, tmp_path: Path) -> None:
 @BOTH_FORMATS
 def test_class_names_come_back_in_their_order(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name, classes=("zebra", "Über $1$", "ant"))
-    settings = read_settings(tmp_path / name)
+    settings = read_checkpoint(tmp_path / name).settings
     assert settings is not None
     assert settings.classes == ("zebra", "Über $1$", "ant")
 
@@ -100,7 +100,7 @@ def test_only_a_file_with_class_names_needs_a_version_of_bn_insert_that_knows_th
 @BOTH_FORMATS
 def test_the_shape_of_an_input_comes_back(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name, input_shape=torch.rand(3, 40, 48).shape)
-    settings = read_settings(tmp_path / name)
+    settings = read_checkpoint(tmp_path / name).settings
     assert settings is not None
     assert settings.input_shape == (3, 40, 48)
     assert settings.to_document()["version"] == 4
@@ -119,7 +119,7 @@ def test_what_is_no_shape_of_an_input_is_refused(shape: Any, tmp_path: Path) -> 
 @BOTH_FORMATS
 def test_nothing_is_assumed_of_a_vgg_that_was_saved_as_what_its_keys_say(name: str, tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / name)
-    settings = read_settings(tmp_path / name)
+    settings = read_checkpoint(tmp_path / name).settings
     assert settings is not None
     assert settings.to_document()["version"] == 3
     assert vgg_assumptions(load_checkpoint(tmp_path / name), settings) == ""
@@ -130,7 +130,7 @@ def test_a_vgg_that_a_renorm_scheduler_observes_is_saved_as_what_its_keys_say(tm
     set_batchnorm_mode(network, "renorm")
     with RenormScheduler(network):
         save_checkpoint(network, tmp_path / "vgg.pth")
-    settings = read_settings(tmp_path / "vgg.pth")
+    settings = read_checkpoint(tmp_path / "vgg.pth").settings
     assert settings is not None
     assert settings.rebuilt_from_keys
 
@@ -155,7 +155,7 @@ def test_a_vgg_that_its_keys_do_not_describe_is_assumed_to_be_an_ordinary_one(tm
     saved = vgg_of(SPEC)
     ALTERED[change](saved)
     save_checkpoint(saved, tmp_path / "vgg.pth")
-    settings = read_settings(tmp_path / "vgg.pth")
+    settings = read_checkpoint(tmp_path / "vgg.pth").settings
     assert settings is not None
     assert settings.to_document()["version"] == 1
     assert "Assumed" in vgg_assumptions(load_checkpoint(tmp_path / "vgg.pth"), settings)
@@ -346,7 +346,7 @@ def test_a_key_without_the_prefix_of_all_others_is_named(tmp_path: Path) -> None
     torch.save({"n_averaged": torch.ones(())} | state | {"other": torch.ones(1)}, tmp_path / "vgg.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "vgg.pth"))
     assert "the key 'other' does not begin with 'module.', as those of its VGG do" in message
-    assert message.endswith("or leave out what does not belong to the network (ignore_unexpected=True)")
+    assert message.endswith("or ignore tensors that do not belong to the network (ignore_unexpected=True)")
 
 
 def test_a_tensor_beside_the_prefixed_ones_of_an_architecture_is_the_only_mismatch(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_the_format_is_told_by_the_content_and_nothing_is_warned_of(
 
 def test_safetensors_under_another_name_and_without_our_header_is_read(tmp_path: Path) -> None:
     safetensors.torch.save_file(plain_state(), tmp_path / "vgg.pth")
-    assert read_settings(tmp_path / "vgg.pth") is None
+    assert read_checkpoint(tmp_path / "vgg.pth").settings is None
     assert load_checkpoint(str(tmp_path / "vgg.pth")).features[1].eps == 1e-5
 
 
@@ -583,7 +583,7 @@ def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], 
     assert message.startswith(f"{path}: the settings in the file's metadata are damaged: ")
     assert fragment in message
     assert "; save it again, or drop the settings: torch.save(dict(torch.load(path)), other_path)" in message
-    assert refusal_of(lambda: read_settings(path)) == message
+    assert refusal_of(lambda: read_checkpoint(path).settings) == message
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ def test_settings_that_are_no_text_are_told(value: object, tmp_path: Path) -> No
     path = pth_with_settings(tmp_path)
     store(path, value)
     if value is None:
-        assert read_settings(path) is None
+        assert read_checkpoint(path).settings is None
         return
     message = refusal_of(lambda: load_checkpoint(path))
     assert (
@@ -642,7 +642,7 @@ def test_attributes_that_a_stranger_gave_a_state_dict_change_nothing(
 ) -> None:
     state = StateWith(**attributes)
     torch.save({"state_dict": state} if wrapped else state, tmp_path / "vgg.pth")
-    assert read_settings(tmp_path / "vgg.pth") is None
+    assert read_checkpoint(tmp_path / "vgg.pth").settings is None
     assert list(load_checkpoint(tmp_path / "vgg.pth").state_dict()) == list(plain_state())
 
 
@@ -656,7 +656,7 @@ def test_a_state_dict_in_a_wrapper_keeps_its_settings(tmp_path: Path) -> None:
 def test_a_plain_dict_that_a_program_saves_over_the_file_has_no_settings(tmp_path: Path) -> None:
     save_checkpoint(vgg_of(SPEC), tmp_path / "vgg.pth")
     torch.save(dict(torch.load(tmp_path / "vgg.pth")), tmp_path / "vgg.pth")
-    assert read_settings(tmp_path / "vgg.pth") is None
+    assert read_checkpoint(tmp_path / "vgg.pth").settings is None
     assert load_checkpoint(tmp_path / "vgg.pth").features[1].eps == 1e-5
 
 
@@ -719,7 +719,7 @@ def test_a_json_file_beside_a_checkpoint_is_never_written_or_removed(name: str, 
 def test_pt_and_pth_of_one_name_have_each_its_own_settings(tmp_path: Path) -> None:
     for eps, name in enumerate(("vgg.pth", "vgg.pt", "vgg.safetensors"), start=1):
         save_checkpoint(nn.Sequential(nn.BatchNorm1d(2, eps=eps)), tmp_path / name)
-    found = [read_settings(tmp_path / name) for name in ("vgg.pth", "vgg.pt", "vgg.safetensors")]
+    found = [read_checkpoint(tmp_path / name).settings for name in ("vgg.pth", "vgg.pt", "vgg.safetensors")]
     assert [settings.batchnorm["0"].eps for settings in found if settings] == [1, 2, 3]
 
 
@@ -808,8 +808,8 @@ def test_a_file_without_settings_is_replaced_too(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "fragment"),
     [
-        ("network.onnx", "the name of a checkpoint must end in .pth, .pt or .safetensors"),
-        ("network", "the name of a checkpoint must end in .pth, .pt or .safetensors"),
+        ("network.onnx", "the file name must end in .pth, .pt or .safetensors"),
+        ("network", "the file name must end in .pth, .pt or .safetensors"),
         ("missing/network.pth", "missing does not exist; create it first"),
         ("folder.pth", "folder.pth: it is a folder; name a file inside it"),
         ("file/network.pth", "Not a directory"),

@@ -29,7 +29,7 @@ REFUSED = {
     "prefix student. and prefix teacher., under state_dict": "choose one: key='state_dict.student' or "
     "key='state_dict.teacher'",
     "prefix backbone., and another layer": "the key 'head.weight' does not begin with 'backbone.', as those of its VGG "
-    "do; for other architectures pass model, or leave out what does not belong",
+    "do; for other architectures pass model, or ignore tensors that do not belong",
     "two unknown levels: best in trainer": "name its key, as in key='trainer.best'",
     "two unknown levels: best in trainer, with half a key": "name its key, as in key='trainer.best'",
     "under best_model": "name its key, as in key='best_model'; its keys are epoch (int), best_model (dict)",
@@ -41,7 +41,7 @@ REFUSED = {
     "list of tensors": "contains a list, not a state dict",
     "one tensor": "contains a Tensor, not a state dict",
     "total_ops of a profiler": "the key 'total_ops' is not features.N or classifier.N with a tensor of a conv, dense "
-    "or BatchNorm; for other architectures pass model, or leave out what does not belong to the network "
+    "or BatchNorm; for other architectures pass model, or ignore tensors that do not belong to the network "
     "(ignore_unexpected=True)",
     "weights of the loss, with model": "loss_fn.weight is not in the model; pass the architecture that it was saved "
     "from, or leave these tensors out (ignore_unexpected=True)",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bn_insert.checkpoints.load_network import load_checkpoint
-from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.checkpoints.settings import Settings
 from bn_insert.errors import CheckpointError
@@ -71,7 +71,7 @@ def test_settings_in_the_file_come_first_and_the_sidecar_stays(tmp_path: Path) -
     assert load_checkpoint(path).features[1].eps == 0.25
     (tmp_path / "vgg.json").write_bytes(before)
     save_checkpoint(nn.Linear(2, 2), path, overwrite=True)  # without any layer that settings name
-    assert read_settings(path) == Settings()
+    assert read_checkpoint(path).settings == Settings()
     assert (tmp_path / "vgg.json").read_bytes() == before
 
 
@@ -95,7 +95,7 @@ def test_killed_before_the_checkpoint_was_replaced_its_old_settings_hold(tmp_pat
     assert repr(load_checkpoint(path)) == repr(old)
     replaced["settings"] = None  # the old one had none
     (tmp_path / "vgg.json").write_text(json.dumps(document_of(new, replaces=replaced)))
-    assert read_settings(path) is None
+    assert read_checkpoint(path).settings is None
 
 
 @pytest.mark.parametrize("replaced", [{"sha256": "0" * 64, "settings": {"format": "bn-insert"}}, {}])
@@ -131,7 +131,7 @@ def test_damaged_settings_are_told_with_file_and_field(changes: dict[str, Any], 
     assert message.startswith(f"{tmp_path / 'vgg.json'}: ")
     assert fragment in message
     assert "correct the file, or delete it to read vgg.pth with PyTorch's defaults" in message
-    assert refusal_of(lambda: read_settings(path)) == message
+    assert refusal_of(lambda: read_checkpoint(path).settings) == message
 
 
 @pytest.mark.parametrize("text", [b'{"format": "bn-insert",', b"\xff\xfe", b"[" * 100_000, b"", b"9" * 5000])
@@ -151,7 +151,7 @@ def test_settings_of_another_checkpoint_are_told(tmp_path: Path) -> None:
 def test_foreign_json_beside_a_checkpoint_is_passed_over(text: str, tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
     (tmp_path / "vgg.json").write_text(text)
-    assert read_settings(path) is None
+    assert read_checkpoint(path).settings is None
     assert load_checkpoint(path).features[1].eps == 1e-5
 
 
@@ -159,17 +159,17 @@ def test_a_folder_or_a_huge_file_with_the_name_of_the_settings_is_passed_over(tm
     path = old_checkpoint(tmp_path)
     (tmp_path / "vgg.json").unlink()
     (tmp_path / "vgg.json").mkdir()
-    assert read_settings(path) is None
+    assert read_checkpoint(path).settings is None
     (tmp_path / "vgg.json").rmdir()
     (tmp_path / "vgg.json").touch()
     os.truncate(tmp_path / "vgg.json", 1 << 40)
-    assert read_settings(path) is None
+    assert read_checkpoint(path).settings is None
 
 
 def test_settings_by_hand_may_hold_the_transform_alone(tmp_path: Path) -> None:
     path = old_checkpoint(tmp_path)
     (tmp_path / "vgg.json").write_text('{"format": "bn-insert", "version": 1, "transform": {"resize": 32}}')
-    assert read_settings(path) == Settings(transform={"resize": 32})
+    assert read_checkpoint(path).settings == Settings(transform={"resize": 32})
     assert load_checkpoint(path).features[1].eps == 1e-5
 
 

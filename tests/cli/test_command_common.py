@@ -208,12 +208,12 @@ def test_a_mean_or_std_of_pixels_in_0_to_255_is_warned_of(
 def test_options_that_no_images_were_read_with_are_stored_and_the_command_says_so(run: Run) -> None:
     torch.save(torch.rand(4, 3, 32, 32), "x.pt")
     options = ("--resize", 40, "--crop", 32, "--mean", 0.5, "--std", 0.25)
-    wording = "and not used here, where no images were read: resize 40; crop 32; mean 0.5; std 0.25."
+    wording = "for later commands (no image files were read here): resize 40; crop 32; mean 0.5; std 0.25."
     inserted = run("insert", network_path(), "x.pt", "-o", "bn.pth", *options)
-    assert f"Stored in bn.pth, {wording}" in text_of(inserted.stderr)
+    assert f"Stored in bn.pth {wording}" in text_of(inserted.stderr)
     assert wording not in run("insert", network_path(), "x.pt", "-o", "other.pth").stderr
     folded = run("fold", "bn.pth", "-o", "folded.pth", *options)
-    assert f"Stored in folded.pth, {wording}" in text_of(folded.stderr)
+    assert f"Stored in folded.pth {wording}" in text_of(folded.stderr)
     assert wording not in run("fold", "bn.pth", "-o", "second.pth").stderr
 
 

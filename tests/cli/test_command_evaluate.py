@@ -91,7 +91,7 @@ def test_a_part_of_the_classes_is_enough_if_their_names_are_stored(run: Run, dig
     assert (found["images"], found["class_accuracy"][0], len(found["class_accuracy"])) == (6, None, 10)
     # Without names, nothing tells which outputs these folders are.
     refused = run("evaluate", save_plain_network(Path("plain.pth")), digits, *AS_STORED)
-    assert_refused(refused, "VGG has 10 outputs, and there are 3 classes")
+    assert_refused(refused, "VGG has 10 outputs, but there are 3 classes")
     assert (
         "The checkpoint stores no class names: the 3 folders, sorted by name, are assumed to match its outputs"
         in text_of(refused.stderr)
@@ -221,7 +221,7 @@ def test_without_stored_names_classes_are_numbers_and_the_command_says_so(run: R
 def test_what_cannot_be_predicted_is_one_message(run: Run, digits: Path) -> None:
     with pytest.warns(UserWarning, match="9 class names for the 10 outputs of classifier.6"):
         save(DIGITS[:9])
-    assert_refused(run("predict", "net.pth", digits), "has 10 outputs, and there are 9 classes")
+    assert_refused(run("predict", "net.pth", digits), "has 10 outputs, but there are 9 classes")
     assert_refused(run("predict", "net.pth", "none.png"), "none.png does not exist")
     assert_refused(run("predict", "net.pth", digits, "--top", 0), "Invalid value for '--top'")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bn_insert.surgery.insert
 from bn_insert import load_checkpoint
-from bn_insert.checkpoints.read_file import read_checkpoint, read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
 from support.digits import images_of
@@ -49,7 +49,7 @@ def test_preprocessing_is_remembered_beside_the_checkpoint(run: Run, digits: Pat
     run("insert", network_path(), digits, "-o", "first.pth", *AS_STORED)
     result = run("insert", "first.pth", digits, "-o", "second.pth", "--layers", "dense", "--include-output")
     assert result.exit_code == 0, result.output
-    settings = read_settings("second.pth")
+    settings = read_checkpoint("second.pth").settings
     assert settings is not None
     assert settings.transform is not None
     assert settings.transform["mean"] == [0.0]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bn_insert import load_checkpoint, save_checkpoint
-from bn_insert.checkpoints.read_file import read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import images_path, network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
 
@@ -63,7 +63,7 @@ def test_train_mode_is_measured_within_a_time(run: Run, monkeypatch: pytest.Monk
     assert [(each["batch_size"], each["images"]) for each in found["agreements"]] == [(8, 16)]
     message = text_of(result.stderr)
     assert "on up to 64 images, for at most 0 s (but at least 2 batches of 8)." in message
-    assert "Batch sizes left out of train mode: 16, 32 (its time was up)." in message
+    assert "Batch sizes left out of train mode: 16, 32 (the time limit was reached)." in message
     assert "fewer" not in message
 
 
@@ -147,7 +147,7 @@ def test_a_report_with_the_name_of_the_checkpoint_is_written_beside_it(run: Run,
     result = run("insert", network_path(), digits, "-o", "out.pth", "--report", "out.json", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert json.loads(Path("out.json").read_text())["format"] == "bn-insert report"
-    assert read_settings("out.pth") is not None
+    assert read_checkpoint("out.pth").settings is not None
 
 
 def test_a_json_file_beside_the_output_is_never_touched(run: Run, digits: Path) -> None:

@@ -635,15 +635,15 @@ def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes
     )
     inserted = shapes("insert", "Squeezed.pth", "x.pt", "-o", "bn.pth", *of_other_shapes("Squeezed"))
     assert inserted.exit_code == 0
-    assert "on a single image Squeezed with BatchNorm inserted cannot run: expected 2D or 3D" in text_of(
+    assert "with BatchNorm inserted, Squeezed cannot run on a single image: expected 2D or 3D" in text_of(
         inserted.stderr
     )
     compared = shapes("compare", "Squeezed.pth", "bn.pth", "one.pt", *of_other_shapes("Squeezed"))
-    assert_refused(compared, "the candidate (Squeezed) failed on batch 0", "use batches of two images or more")
+    assert_refused(compared, "the candidate (Squeezed) failed on batch 0", "use batches of at least two images")
     for network in ("Squeezed.pth", "bn.pth"):
         predicted = shapes("predict", network, "one.pt", *of_other_shapes("Squeezed"))
         assert predicted.exit_code == 0, predicted.output
     words = ("adapt", "Squeezed.pth", "x.pt", "one.pt", "-o", "out.pth", *of_other_shapes("Squeezed"))
-    assert_refused(shapes(*words), "BatchNorm hidden.1 needs a batch", "use batches of two images or more")
+    assert_refused(shapes(*words), "BatchNorm hidden.1 needs a batch", "use batches of at least two images")
     folded = shapes("fold", "bn.pth", "x.pt", "-o", "folded.pth", *of_other_shapes("Squeezed"))
     assert "2 BatchNorm layers folded" in folded.stdout

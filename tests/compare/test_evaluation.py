@@ -150,9 +150,9 @@ def test_what_cannot_be_evaluated_is_named(batches: list[Any], wording: str) -> 
 
 def test_names_must_be_those_of_all_classes() -> None:
     for run in (evaluate, predict):
-        with pytest.raises(CalibrationError, match="has 3 outputs, and there are 2 classes"):
+        with pytest.raises(CalibrationError, match="has 3 outputs, but there are 2 classes"):
             run(Given(), [(EYE, torch.arange(3))], classes=("ant", "bee"))  # type: ignore[operator]
-    with pytest.raises(CalibrationError, match="has 3 outputs, and there are 4 classes"):
+    with pytest.raises(CalibrationError, match="has 3 outputs, but there are 4 classes"):
         evaluate(Given(), [(EYE, torch.arange(3)), (EYE, torch.tensor([3, 3, 3]))], classes=("a", "b", "c", "d"))
 
 

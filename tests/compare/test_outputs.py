@@ -133,8 +133,8 @@ def test_a_reference_that_is_not_finite_is_refused() -> None:
     with pytest.raises(CalibrationError) as caught:
         compare_outputs(poisoned, passing(), [torch.ones(4, 5), torch.full((4, 5), 3.0)])
     assert str(caught.value) == (
-        "the reference's outputs are not finite on batch 1; compare the part of the model before the layer that makes "
-        "them so"
+        "the reference's outputs are not finite on batch 1; compare a submodule that ends before the layer that "
+        "produces them"
     )
 
 
@@ -197,7 +197,9 @@ def test_models_without_outputs_cannot_be_compared() -> None:
 
 @pytest.mark.parametrize("batches", [(), (images(0, 16),)], ids=["no batch", "an empty batch"])
 def test_comparing_on_nothing_is_refused(batches: Iterable[Tensor]) -> None:
-    with pytest.raises(CalibrationError, match=r"^there are no images to compare the outputs on: no batch arrived$"):
+    with pytest.raises(
+        CalibrationError, match=r"^there are no images to compare the outputs on: the iterable yielded no batches$"
+    ):
         compare_outputs(small_vgg(), small_vgg(), batches)
 
 

@@ -118,7 +118,7 @@ def test_a_large_image_that_overflows_in_float16_is_named_with_its_layer() -> No
     model = plain().half()
     batch = Batch(images(4, 12), tuple(Path(f"{name}.png") for name in "abcd"))
     batch.images[2] *= 60_000
-    with pytest.raises(CalibrationError, match=r"activations of 0 are not finite in torch\.float16, first for c\.png"):
+    with pytest.raises(CalibrationError, match=r"activations of 0 are not finite in torch\.float16, first in c\.png"):
         insert_batchnorm(model, [batch])
 
 
@@ -130,7 +130,7 @@ def test_activations_that_overflow_in_a_deep_layer_name_that_layer_and_the_image
     batch = Batch(images(4, 12), tuple(Path(f"{name}.png") for name in "abcd"))
     batch.images[:1] = 0
     with pytest.raises(
-        CalibrationError, match=r"activations of 4 are not finite in torch\.float32, first for [ab]\.png"
+        CalibrationError, match=r"activations of 4 are not finite in torch\.float32, first in [ab]\.png"
     ):
         insert_batchnorm(model, [batch], include_output=True)
 
@@ -149,7 +149,7 @@ def test_through_the_command_line_an_overflow_names_layer_and_image_file(
     for name, value in (("bright", 255), ("dark", 0), ("dim", 1)):
         Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(f"pictures/{name}.png")
     result = run("insert", "half.pth", "pictures", "-o", "out.pth", *AS_STORED)
-    wording = "the activations of features.3 are not finite in torch.float16, first for pictures/bright.png"
+    wording = "the activations of features.3 are not finite in torch.float16, first in pictures/bright.png"
     assert_refused(result, wording)
     assert not Path("out.pth").exists()
 
@@ -171,7 +171,7 @@ def test_the_command_line_takes_a_float16_checkpoint_there_and_back(
 def test_a_path_is_not_taken_for_batches_and_the_message_says_how_to_read_it(
     batches: Any, unchecked: Callable[..., Any]
 ) -> None:
-    with pytest.raises(CalibrationError, match=r"^batches is the path 'photographs'.* DataLoader.*open_batches\("):
+    with pytest.raises(CalibrationError, match=r"^batches is a path, 'photographs'.* DataLoader.*open_batches\("):
         unchecked(checked)(batches)
 
 

@@ -116,11 +116,17 @@ def by_text(_: nn.Module, x: Tensor) -> Tensor:
     [
         (
             lambda: Network(by_an_if),
-            r"reads values of .* \(.*test_recording.py:\d+: return x if x.sum\(\) > 0 else x \* 2",
+            r"depends on tensor values, .* \(.*test_recording.py:\d+: return x if x.sum\(\) > 0 else x \* 2",
         ),
-        (lambda: Network(by_an_index), r"reads values of .* have \(.*: return x \* x.flatten\(\)\[: int\(x.argmax"),
-        (lambda: Network(by_numpy), r"reads values of .* have \(.*: return x \* float\(x.detach\(\).numpy"),
-        (lambda: Network(by_text), r"reads values of .* have \(.*: return x \* float\(f"),
+        (
+            lambda: Network(by_an_index),
+            r"depends on tensor values, .*: return x \* x.flatten\(\)\[: int\(x.argmax",
+        ),
+        (
+            lambda: Network(by_numpy),
+            r"depends on tensor values, .*: return x \* float\(x.detach\(\).numpy",
+        ),
+        (lambda: Network(by_text), r"depends on tensor values, .*: return x \* float\(f"),
         (
             lambda: Network(None, Outputs),
             r"returns an object of the class Outputs\. Let it .* torch.export.register_dataclass$",
@@ -255,7 +261,7 @@ def test_a_layer_whose_values_leave_pytorch_may_be_an_output_layer() -> None:
             return self.head(F.relu(x)).numpy()
 
     model, x = randomised(Leaves()), images(2, 8)
-    unknown = "perhaps an output layer: what reads its values is not known"
+    unknown = "possibly an output layer: its consumers could not be traced"
     assert {layer.name: layer.reason for layer in survey(model, x)} == {"stem": "", "conv": unknown, "head": unknown}
     assert len(find_sites(model, x, include_output=True)) == 3
 

@@ -340,14 +340,14 @@ def test_an_input_that_is_not_finite_is_named_by_its_path() -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrated(small_vgg(), images(4, 16), batch)
     assert str(caught.value) == (
-        "the activations of features.0 are not finite in torch.float32, first for c.png; check that input"
+        "the activations of features.0 are not finite in torch.float32, first in c.png; check that input"
     )
 
 
 def test_an_input_that_is_not_finite_is_named_by_its_number_where_it_has_no_path() -> None:
     batch = images(4, 16)
     batch[1:, 1, 4, 4] = torch.inf
-    with pytest.raises(CalibrationError, match=r"not finite in torch\.float32, first for image 1 of batch 0;"):
+    with pytest.raises(CalibrationError, match=r"not finite in torch\.float32, first in image 1 of batch 0;"):
         calibrated(small_vgg(), batch)
 
 
@@ -399,7 +399,7 @@ def test_a_model_that_fails_on_a_later_batch_names_it_and_keeps_the_cause() -> N
 
 @pytest.mark.parametrize("batches", [(), (images(0, 16),)], ids=["no batch", "an empty batch"])
 def test_an_empty_calibration_set_is_refused(batches: tuple[Tensor, ...]) -> None:
-    with pytest.raises(CalibrationError, match=r"^the calibration set is empty: no batch arrived$"):
+    with pytest.raises(CalibrationError, match=r"^the calibration set is empty: the iterable yielded no batches$"):
         calibrated(small_vgg(), *batches)
 
 

@@ -71,7 +71,7 @@ def test_an_image_that_is_not_finite_is_named_in_a_batch_that_runs_in_parts(monk
     monkeypatch.setattr("bn_insert.statistics.passes._BYTES_AT_A_TIME", 32 * 3 * 64 * 8)
     images = images_of(240)
     images[160 + 50] = torch.nan
-    with pytest.raises(CalibrationError, match="first for image 50 of batch 2"):
+    with pytest.raises(CalibrationError, match="first in image 50 of batch 2"):
         Calibrated(network_of(), images.split(80))
 
 
@@ -120,7 +120,7 @@ def test_a_forward_that_takes_one_batch_size_alone_works() -> None:
 def test_an_image_that_is_not_finite_is_named_by_its_own_batch() -> None:
     images = images_of()
     images[171] = torch.nan
-    with pytest.raises(CalibrationError, match="first for image 1 of batch 85"):
+    with pytest.raises(CalibrationError, match="first in image 1 of batch 85"):
         Calibrated(network_of(), images.split(SIZE))
 
 

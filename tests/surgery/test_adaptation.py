@@ -61,7 +61,7 @@ def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them()
     for count, least in ((len(x), 0.94), (32, 0.88), (8, 0.78)):
         adapted = adapt_statistics(model, x[order].split(32), dark[order[:count]].split(32))
         assert accuracy(adapted, dark, y) > least, count
-    with pytest.warns(UserWarning, match="nothing was adapted: the statistics of 8 target images differ"):
+    with pytest.warns(UserWarning, match="nothing was adapted: with 8 target images, the difference"):
         unchanged = adapt_statistics(model, x[order].split(32), x[order[:8]].split(8))
     assert accuracy(unchanged, x, y) > accuracy(model, x, y) - 0.01
 
@@ -164,15 +164,15 @@ def test_a_network_with_batchnorm_needs_no_source_and_keeps_its_layers() -> None
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"layers": "conv"}, "layers, which chooses"),
-        ({"skip": ["features.*"], "include_output": True}, "include_output and skip, which choose"),
-        ({"placement": "after_activation"}, "placement, which chooses"),
-        ({"eps": 0.1, "momentum": None}, "eps and momentum, which choose"),
+        ({"layers": "conv"}, "layers"),
+        ({"skip": ["features.*"], "include_output": True}, "include_output and skip"),
+        ({"placement": "after_activation"}, "placement"),
+        ({"eps": 0.1, "momentum": None}, "eps and momentum"),
     ],
 )
 def test_layers_cannot_be_chosen_where_none_gets_a_batchnorm(options: dict[str, Any], names: str) -> None:
     model = insert_batchnorm(small_vgg(), [source()])
-    with pytest.raises(GraphError, match=f"^leave out {names} how BatchNorm is inserted: without a source none is"):
+    with pytest.raises(GraphError, match=f"^leave out {names}: without a source, no BatchNorm is inserted"):
         adapt_statistics(model, None, shifted(source()).split(32), **options)
     with pytest.raises(CalibrationError, match=r"^VGG has no BatchNorm: pass images"):
         adapt_statistics(small_vgg(), None, shifted(source()).split(32), **options)
@@ -231,8 +231,8 @@ def test_progress_counts_the_images_of_both_passes() -> None:
     ("arguments", "error", "message"),
     [
         ((None, [torch.rand(4, 3, 16, 16)]), CalibrationError, "VGG has no BatchNorm: pass images of the kind that"),
-        (([torch.rand(4, 3, 16, 16)], []), CalibrationError, "empty: no batch arrived"),
-        (([], [torch.rand(4, 3, 16, 16)]), CalibrationError, "empty: no batch arrived"),
+        (([torch.rand(4, 3, 16, 16)], []), CalibrationError, "empty: the iterable yielded no batches"),
+        (([], [torch.rand(4, 3, 16, 16)]), CalibrationError, "empty: the iterable yielded no batches"),
         (([torch.rand(4, 3, 16, 16)], [torch.rand(4, 5, 16, 16)]), (GraphError, CalibrationError), "5"),
         (([torch.rand(4, 3, 16, 16)], [torch.full((4, 3, 16, 16), torch.nan)]), CalibrationError, "not finite"),
     ],
@@ -243,7 +243,7 @@ def test_an_error_names_the_fact(arguments: Any, error: Any, message: str) -> No
 
 
 def test_a_network_without_a_place_for_batchnorm_is_refused() -> None:
-    message = r"^nothing to adapt in Sequential, in which no layer can get a BatchNorm: 1 \(output layer\)$"
+    message = r"^nothing to adapt: no BatchNorm can be inserted into Sequential: 1 \(output layer\)$"
     with pytest.raises(GraphError, match=message):
         adapt_statistics(sequential(nn.Flatten(), nn.Linear(12, 3)), [torch.rand(4, 3, 2, 2)], [torch.rand(4, 3, 2, 2)])
 

@@ -606,7 +606,7 @@ def test_a_weight_that_another_layer_takes_as_its_input_is_refused() -> None:
     assert "the weight of dense first is also used elsewhere" in refusal(model, features(4, 6))
 
 
-@pytest.mark.filterwarnings("ignore:0, 3 shared a parameter")
+@pytest.mark.filterwarnings("ignore:0, 3 no longer share a parameter")
 def test_layers_that_share_a_bias_are_folded_each_for_itself() -> None:
     model = sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
     model[3].bias = model[0].bias
@@ -662,7 +662,9 @@ def test_a_forward_that_depends_on_a_folded_batchnorm_is_refused_with_the_way_ou
 ) -> None:
     model, x = fine_tuned(randomised(ReadsModules(read))), images(4, 12)
     message = refusal(model, x)
-    assert message.startswith(f"ReadsModules without the folded BatchNorms {words}. Its forward depends on")
+    assert message.startswith(
+        f"ReadsModules without the folded BatchNorms {words}. Its forward accesses BatchNorms or layers"
+    )
     assert message.endswith("let it only call them, or leave in place the BatchNorms that it refers to (names)")
     inserted = insert_batchnorm(model, [x], include_output=True)
     with messages_name_options():
@@ -955,7 +957,7 @@ def fine_tuned_in_place(model: AnyModule) -> AnyModule:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:0, 3 shared a parameter")
+@pytest.mark.filterwarnings("ignore:0, 3 no longer share a parameter")
 def test_layers_that_share_a_weight_are_folded_each_for_itself() -> None:
     model = sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6))
     model[3].weight = model[0].weight
@@ -1015,9 +1017,9 @@ def test_layers_that_share_a_weight_no_more_are_loaded_as_they_were_folded(tmp_p
     torch.save(folded.model.state_dict(), tmp_path / "state.pth")
     with pytest.raises(CheckpointError, match=r"first.weight and second.weight are one parameter of Tied, and differ"):
         load_checkpoint(tmp_path / "state.pth", model=Tied)
-    with pytest.warns(UserWarning, match=r"first\.0, second\.0 shared a parameter, and now have one each: load_c"):
+    with pytest.warns(UserWarning, match=r"first\.0, second\.0 no longer share a parameter: load_c"):
         fold_batchnorm(model, x)
-    with pytest.warns(UserWarning, match=r"first.*, second.* shared a parameter, and now have one each"):
+    with pytest.warns(UserWarning, match=r"first.*, second.* no longer share a parameter"):
         adapt_statistics(Tied().eval(), [x], [20 * x + 9])
     unchanged: Any = fold(insert_batchnorm(Tied().eval(), [x]), x)
     assert not unchanged.untied

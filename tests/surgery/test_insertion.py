@@ -639,7 +639,7 @@ def test_progress_is_told_the_number_of_images_so_far() -> None:
 
 
 def test_an_empty_calibration_set_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"^the calibration set is empty: no batch arrived$"):
+    with pytest.raises(CalibrationError, match=r"^the calibration set is empty: the iterable yielded no batches$"):
         insert_batchnorm(small_vgg(), [])
 
 
@@ -814,7 +814,7 @@ class Squeezed(nn.Module):
 
 
 def test_a_network_that_cannot_run_on_one_image_any_more_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="on a single image Squeezed with BatchNorm inserted cannot run.*flatten"):
+    with pytest.warns(UserWarning, match="with BatchNorm inserted, Squeezed cannot run on a single image.*flatten"):
         insert_batchnorm(Squeezed().eval(), [torch.rand(4, 4, 8, 1)])
 
 

@@ -34,7 +34,7 @@ from bn_insert import (
 )
 from bn_insert.batchnorm.modes import set_batchnorm_mode
 from bn_insert.checkpoints.load_network import load_checkpoint
-from bn_insert.checkpoints.read_file import read_settings
+from bn_insert.checkpoints.read_file import read_checkpoint
 from bn_insert.demo import network_path
 from bn_insert.errors import CheckpointError, DivergenceError, ImageError, TrainingError
 from bn_insert.graph.sites import Placement
@@ -119,7 +119,7 @@ def test_checkpoints_load_with_their_transform_and_give_the_accuracy_that_was_me
 ) -> None:
     result = finetune(network, digits, tmp_path, BRIEF)
     model = load_checkpoint(tmp_path / "last.pth")
-    settings = read_settings(tmp_path / "last.pth")
+    settings = read_checkpoint(tmp_path / "last.pth").settings
     assert settings is not None
     assert settings.transform == IDENTITY_TRANSFORM.to_dict()
     assert settings.classes == digits.classes
@@ -700,7 +700,7 @@ def test_half_precision_is_trained_in_float32(digits: ClassFolders, tmp_path: Pa
 
 def test_dropout_is_set_and_stored(network: nn.Module, digits: ClassFolders, tmp_path: Path) -> None:
     finetune(network, digits, tmp_path, replace(BRIEF, epochs=1, dropout=0.125))
-    settings = read_settings(tmp_path / "last.pth")
+    settings = read_checkpoint(tmp_path / "last.pth").settings
     assert settings is not None
     assert set(settings.dropout.values()) == {0.125}
 
@@ -709,7 +709,7 @@ def test_dropout_is_off_by_default_with_batchnorm_and_the_report_says_so(
     network: nn.Module, digits: ClassFolders, tmp_path: Path
 ) -> None:
     finetune(network, digits, tmp_path, replace(BRIEF, epochs=1))
-    settings = read_settings(tmp_path / "last.pth")
+    settings = read_checkpoint(tmp_path / "last.pth").settings
     assert settings is not None
     assert settings.dropout == {"classifier.3": 0.0, "classifier.7": 0.0}
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
@@ -755,13 +755,13 @@ class DropsLast(FunctionalDropout):
 
 
 def test_dropout_that_is_called_as_a_function_after_the_last_batchnorm_is_not_said_to_spoil_its_statistics() -> None:
-    with pytest.warns(UserWarning, match=r"stays on, although dropout is to be off, .* after it, if there are any\."):
+    with pytest.warns(UserWarning, match=r"stays on although dropout is to be off, .* of any BatchNorm after it\."):
         set_dropout(DropsLast(), None, torch.rand(2, 3, 32, 32))
 
 
 def test_dropout_that_is_called_as_a_function_is_named() -> None:
     network, example = FunctionalDropout(), torch.rand(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match=r"FunctionalDropout calls dropout as a function, .* 0\.5 \(F\.dropout\)"):
+    with pytest.warns(UserWarning, match=r"FunctionalDropout calls F\.dropout \(p = .*0\.5 \(F\.dropout\)"):
         dropout = set_dropout(network, None, example)
     assert str(dropout) == "0.5 (F.dropout) (switched off: 0.25 (dropout))"
     assert network.norm.num_batches_tracked == 0

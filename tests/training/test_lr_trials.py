@@ -142,7 +142,7 @@ def test_a_lower_rate_needs_a_loss_that_is_lower_by_ten_percent_and_a_higher_one
 
 def test_the_margins_are_those_that_are_printed() -> None:
     higher, lower = (f"{lr_trials._MARGINS[direction]:.0%}" for direction in (1, -1))
-    assert f"a higher one needs a loss that is {higher} lower, a lower one {lower}" == SMALL_DIFFERENCE
+    assert f"a higher learning rate must lower the loss by {higher}, a lower one by {lower}" == SMALL_DIFFERENCE
 
 
 def test_adamw_starts_at_a_lower_rate(

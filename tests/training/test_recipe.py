@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_insert import RunSummary, StepMetrics, TrainingSettings, finetune, fold_batchnorm, insert_batchnorm
 from bn_insert.checkpoints.load_network import load_checkpoint
 from bn_insert.errors import CalibrationError, DivergenceError, TrainingError
-from bn_insert.images import ClassFolders, Unreadable
+from bn_insert.images import ClassFolders
 from bn_insert.images.augmentation import augmented
 from bn_insert.statistics.passes import NotFiniteError
 from bn_insert.support.processes import Ranks
@@ -30,7 +30,6 @@ from bn_insert.training.preparation import prepared_network
 from bn_insert.training.reestimation import reestimate_statistics
 from bn_insert.training.remaining_time import RemainingTime
 from bn_insert.training.stopping import StopCheck
-from bn_insert.training.validation import validate
 from support.digits import copy_labelled_digits, open_digits
 from support.networks import small_vgg
 
@@ -106,7 +105,7 @@ def test_the_head_alone_is_trained_while_statistics_stay(
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"train": "head", "freeze_features": True}, "freeze_features and train='head' both say"),
+        ({"train": "head", "freeze_features": True}, "freeze_features and train='head' both select"),
         ({"train": "batchnorm", "batchnorm": "freeze"}, "use train='head'"),
         ({"head": 0}, "head is 0; use 1 or more"),
         ({"head": 1 << 17}, "head is 131072; use at most 65536"),
@@ -247,7 +246,7 @@ def test_a_run_stops_when_it_has_not_improved_for_its_patience_and_is_complete(
     summaries: list[RunSummary] = []
     again = finetune(dense_network(), digits, tmp_path, settings, resume=True, on_start=summaries.append)
     assert again.epochs == result.epochs
-    assert summaries[0].resumed.endswith("its patience is exhausted; to continue it, use a larger one (patience)")
+    assert summaries[0].resumed.endswith("(patience); to continue, use a larger value (patience)")
     assert len(finetune(dense_network(), digits, tmp_path, replace(settings, patience=3), resume=True).epochs) == 4
 
 
@@ -413,13 +412,3 @@ def test_only_statistics_that_are_not_finite_are_divergence_also_on_another_rank
     with pytest.raises(raised, match="rank 1 failed: its reason") as failure:
         reestimate_statistics(classifier, [torch.rand(8, 3)], StopCheck(None, Ranks(0, 1)))  # type: ignore[arg-type]
     assert type(failure.value) is raised
-
-
-def test_a_rank_without_a_share_names_an_unreadable_image_of_another_rank() -> None:
-    classifier = SimpleNamespace(network=nn.Linear(2, 2), amp=False, inputs=None)
-    unreadable = Unreadable(Path("val/1/a.png"), "the file is empty")
-    ranks = SimpleNamespace(share=lambda *_, **__: (), gathered=lambda mine: [mine, unreadable])
-    images = SimpleNamespace(val=(), unreadable=())
-    stop = StopCheck(None, Ranks(0, 1))
-    with pytest.raises(TrainingError, match=r"one of them is val.1.a.png: the file is empty"):
-        validate(classifier, images, 4, ranks, stop)  # type: ignore[arg-type]
