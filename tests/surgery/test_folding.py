@@ -665,7 +665,7 @@ def test_a_forward_that_depends_on_a_folded_batchnorm_is_refused_with_the_way_ou
     assert message.startswith(
         f"ReadsModules without the folded BatchNorms {words}. Its forward accesses BatchNorms or layers"
     )
-    assert message.endswith("let it only call them, or leave in place the BatchNorms that it refers to (names)")
+    assert message.endswith("change it to only call them, or leave in place the BatchNorms that it refers to (names)")
     inserted = insert_batchnorm(model, [x], include_output=True)
     with messages_name_options():
         assert refusal(inserted, x).endswith("that it refers to (--inserted-only)")
