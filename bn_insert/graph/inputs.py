@@ -18,6 +18,7 @@ from .compiled import uncompiled
 from .copies import check_module, protected_parameters
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_KEYWORD = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b")
 _SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence)(\[.*\])?( \| None)?")
 _CONTAINERS = (tuple, list, Mapping)
@@ -155,6 +156,8 @@ class ForwardInputs:
         takes_dict: Whether there is only one such parameter, and it is annotated as a dict.
         sequence: If there is only one such parameter, and it is annotated as a list, tuple or sequence: list or tuple.
         optional: Whether there are parameters with a default, or variadic ones.
+        by_name_if_given: Names of the parameters with a default that a dict is passed to by name, where there are no
+            others; None for any name (only `**kwargs`).
     """
 
     model: str
@@ -164,11 +167,16 @@ class ForwardInputs:
     takes_dict: bool
     sequence: type[list[Any]] | type[tuple[Any, ...]] | None = None
     optional: bool = False
+    by_name_if_given: frozenset[str] | None = frozenset()
 
     @property
     def several(self) -> bool:
         """Whether the forward takes more than one input."""
         return len(self.names) > 1
+
+    def takes_if_given(self, name: str) -> bool:
+        """Return whether the forward takes an optional value of this name."""
+        return self.by_name_if_given is None or name in self.by_name_if_given
 
     def named(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments and keyword arguments for values by name; others than those of `names` are left out."""
@@ -198,6 +206,8 @@ def forward_inputs(model: nn.Module) -> ForwardInputs:
     parameters = _parameters(model)
     required = [each for each in parameters if each.kind not in _VARIADIC and each.default is each.empty]
     kinds = [each.kind for each in required]
+    optional = [each for each in parameters if each.kind in _KEYWORD and each not in required]
+    takes_any = [each.kind for each in parameters] == [inspect.Parameter.VAR_KEYWORD]
     return ForwardInputs(
         type(model).__name__,
         tuple(each.name for each in required),
@@ -206,6 +216,7 @@ def forward_inputs(model: nn.Module) -> ForwardInputs:
         takes_dict=len(required) == 1 and _MAPPING.match(_text(required[0].annotation)) is not None,
         sequence=_sequence(required[0].annotation) if len(required) == 1 else None,
         optional=len(parameters) > len(required),
+        by_name_if_given=None if takes_any else frozenset(each.name for each in optional),
     )
 
 
@@ -238,6 +249,9 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
             return _checked(*forward.ordered([dict(value)]), batch, number, forward)
         if forward.names and set(forward.names) <= value.keys():
             return _checked(*forward.named(value), batch, number, forward)
+        given = {name: each for name, each in value.items() if forward.takes_if_given(name)}
+        if not forward.names and given:
+            return _checked((), given, batch, number, forward)
         if not forward.several:
             return _read(next(iter(value.values())), batch, number, forward)
     if isinstance(value, (tuple, list)) and value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, List, Literal, Optional  # noqa: UP035 - TorchScript
 
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ class NormalizedConvTranspose(NormalizedLayer):
         return self[1](self[0](input, output_size))
 
 
+class NormalizedOwnLayer(NormalizedLayer):
+    """A layer whose class takes more than one input, and the norm after it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the outputs of the layer, normalized."""
+        return self[1](self[0](*args, **kwargs))
+
+
+def takes_more_than_input(layer: nn.Module) -> bool:
+    """Return whether the class of a layer has a forward with other parameters than those of PyTorch's layers."""
+    kinds = {name: each.kind for name, each in inspect.signature(layer.forward).parameters.items()}
+    return len(kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds.values()
+
+
 def is_sequence(module: nn.Module) -> bool:
     """Return whether a module runs its children one after the other: an nn.Sequential with its own forward."""
-    return type(module).forward in (nn.Sequential.forward, NormalizedConvTranspose.forward)
+    pairs = (NormalizedConvTranspose.forward, NormalizedOwnLayer.forward)
+    return type(module).forward in (nn.Sequential.forward, *pairs)

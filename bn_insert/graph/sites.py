@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphError, as_passed
@@ -23,12 +23,13 @@ from ..support.text import listed
 from .copies import unwrapped
 from .inputs import MAKING_BATCHES
 from .layers import Kind, layer_kind
-from .operator_rules import Role, argument, has_role, is_layer
+from .operator_rules import Role, argument, has_role, is_layer, operation
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]
 
 _NAMES_SHOWN = 20
+_MOVING_AXES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "numpy_T", "mT"}
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,26 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
     if wrong is not None:
         described = " x ".join(map(str, ("batch", *wrong[1:]))) if len(wrong) > 1 else str(wrong)
         return f"the output, {described}, is not batch x channels: BatchNorm1d would normalize the wrong axis"
+    if any(_rearranges(trace, name, call) for call in calls):
+        return "its class changes the shape, or the order of the axes, of what its operation returns"
     return ""
+
+
+def _rearranges(trace: Trace, name: str, call: fx.Node) -> bool:
+    """Return whether a layer of a class of its own returns other axes, or other channels, than its operation."""
+
+    def inside(node: fx.Node) -> bool:
+        return name in trace.module_names(node)
+
+    shape = call.meta["val"].shape
+    for node in filter(inside, trace.downstream(call, inside)):
+        value = node.meta.get("val")
+        returned = node in trace.outputs or not all(map(inside, node.users))
+        if operation(node) in _MOVING_AXES:
+            return True
+        if returned and isinstance(value, Tensor) and (value.ndim, value.shape[1:2]) != (len(shape), shape[1:2]):
+            return True
+    return False
 
 
 def _why_not_in_graph(trace: Trace, name: str) -> str:

@@ -37,7 +37,8 @@ _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's
 # Input of a pass, and its largest activations: these stay in a CPU's last-level cache. In a network with more
 # parameters, which each pass reads from memory, activations may be as large as all of them.
 _BYTES_AT_A_TIME = 8 << 20
-# Images are tested for depending on each other: this many, after this many others.
+# Images are tested for depending on each other: up to this many and one more, after this many others. Together, these
+# are an odd number, which a network cannot take that compares images in pairs.
 _IMAGES_TESTED = 2
 _IMAGES_BEFORE_TEST = 128
 # The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass is
@@ -209,8 +210,8 @@ class JoinedBatches:
     def _tested(self, images: Tensor) -> int:
         """Return how many bytes the input of a pass may have, 0 if images depend on each other."""
         images = images[:_IMAGES_TESTED]
-        others = images.amax() + images.amin() - images  # the negatives, in the same range of values
         try:
+            others = _very_different(torch.cat([images, images[:1]]))
             first, second, together = (
                 self._rehearse(Inputs((each,))) for each in (images, others, torch.cat([images, others]))
             )
@@ -224,6 +225,12 @@ class JoinedBatches:
         if self._parameter_bytes <= _BYTES_AT_A_TIME and images.device.type == "cpu":
             self._split(max(1, min(largest, _BYTES_AT_A_TIME)))
         return min(largest, _BYTES_AT_A_TIME)
+
+
+def _very_different(images: Tensor) -> Tensor:
+    """Return negatives of images, in half of their range: of another mean, minimum and maximum."""
+    lowest, highest = (each.double() for each in images.aminmax())
+    return (lowest + 0.6 * (highest - lowest) - 0.5 * (images - lowest)).to(images.dtype)
 
 
 def _images_of(batch: Batch) -> Tensor | None:

@@ -19,7 +19,6 @@ from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, check_values, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement, SiteOptions
-from ..graph.trace import Trace
 from ..statistics.moments import Moments
 from ..statistics.passes import Progress, preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
@@ -409,7 +408,7 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
     """Return the batches, after checking that BatchNorms in this model can be folded: not after both passes."""
     with preserved_random_state():
         peek = peeked(model, source, "adapt_statistics")
-    if obstacle := Trace.of(model, peek.example).obstacle:
+    if obstacle := peek.trace_of(model).obstacle:
         raise _unless_kept(obstacle)
     return peek.batches
 

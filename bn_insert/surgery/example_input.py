@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..errors import GraphError
 from ..graph.copies import check_module
 from ..graph.inputs import Inputs, reference_tensor
+from ..graph.trace import Trace
 from ..statistics.passes import checked, no_batches
 from ..support.processes import Ranks, on_every_rank
 
@@ -40,6 +42,26 @@ class Peek:
     first: Inputs | None
     batches: Iterator[Any]
     read: int
+
+    def trace_of(self, model: nn.Module) -> Trace:
+        """Return the trace of a model for zeros or, if its forward depends on values, for the first batch of all ranks.
+
+        Raises:
+            GraphError: If it can be traced for neither.
+        """
+        try:
+            trace = Trace.of(model, self.example)
+        except GraphError:  # as where a forward takes lengths, or checks values
+            pass
+        else:
+            if not trace.obstacle:
+                return trace
+        on_cpu = (
+            None if self.first is None else self.first.mapped(lambda tensor: tensor.cpu())
+        )  # ranks have own devices
+        batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
+        device = reference_tensor(model).device
+        return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))
 
 
 def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1) -> Peek:

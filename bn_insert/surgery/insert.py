@@ -16,7 +16,6 @@ from ..batchnorm.dropout_calls import dropout_calls
 from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
-from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
 from ..graph.sites import (
     Layer,
@@ -28,7 +27,6 @@ from ..graph.sites import (
     layers_of_other_classes,
     reasons_without_sites,
 )
-from ..graph.trace import Trace
 from ..statistics.calibrate import calibrate
 from ..statistics.moments import Moments
 from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
@@ -36,7 +34,7 @@ from ..support.arguments import check_flags, check_progress
 from ..support.processes import Ranks
 from .equalize import Edge, check_moments, edges_in
 from .equalize import equalize as equalize_channels
-from .example_input import Peek, peeked
+from .example_input import peeked
 from .history import History, InsertedBatchNorms
 from .report_data import layer_statistics
 from .splice import splice_after
@@ -135,7 +133,7 @@ def insert(
 
     with preserved_random_state():
         peek = peeked(model, batches, "insert_batchnorm")
-        trace = _trace(model, peek)
+        trace = peek.trace_of(model)
         found = layers_in(trace, options)
         sites = [layer.site for layer in found if layer.site is not None]
         moments = calibrate(
@@ -210,17 +208,6 @@ def _dropout_functions_text(model: nn.Module, callers: Mapping[str, float], exam
         "training it distorts the statistics of the BatchNorm, and finetune cannot switch it off. Use nn.Dropout "
         "modules instead"
     )
-
-
-def _trace(model: nn.Module, peek: Peek) -> Trace:
-    """Return the trace of a model; if its forward depends on values, with those of the first batch of all ranks."""
-    trace = Trace.of(model, peek.example)
-    if not trace.obstacle:
-        return trace
-    on_cpu = None if peek.first is None else peek.first.mapped(lambda tensor: tensor.cpu())  # ranks have own devices
-    batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
-    device = reference_tensor(model).device
-    return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))
 
 
 def insert_batchnorm(

@@ -14,7 +14,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..graph.closures import modules_held_elsewhere
 from ..graph.copies import AnyModule, unwrapped
-from ..graph.layers import NormalizedConvTranspose, NormalizedLayer
+from ..graph.layers import (
+    NormalizedConvTranspose,
+    NormalizedLayer,
+    NormalizedOwnLayer,
+    layer_kind,
+    takes_more_than_input,
+)
 from ..graph.sites import Site
 
 _MARK = "_bn_insert_inserted"
@@ -163,8 +169,12 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _pair(anchor: nn.Module, norm: nn.Module) -> NormalizedLayer:
-    transposed = isinstance(anchor, _ConvTransposeNd)
-    pair = NormalizedConvTranspose(anchor, norm) if transposed else NormalizedLayer(anchor, norm)
+    cls = NormalizedLayer
+    if isinstance(anchor, _ConvTransposeNd):
+        cls = NormalizedConvTranspose
+    elif layer_kind(anchor) and takes_more_than_input(anchor):
+        cls = NormalizedOwnLayer
+    pair = cls(anchor, norm)
     pair.training = anchor.training  # only the new container's own flag: the children keep theirs
     return pair
 

@@ -581,7 +581,9 @@ class OnlyTrains(nn.Module):
 
 
 def test_a_module_that_only_trains_a_network_is_refused_with_the_name_of_that_network() -> None:
-    with pytest.raises(GraphError, match=r"OnlyTrains has no forward, .*pass that network: model.net \(Sequential\)"):
+    with pytest.raises(
+        GraphError, match=r"OnlyTrains has no forward .*pass the wrapped network: model.net \(Sequential\)"
+    ):
         insert_batchnorm(OnlyTrains(), [images(2, 8)])
 
 
@@ -629,3 +631,199 @@ def test_images_without_a_batch_axis_are_refused_with_the_way_out() -> None:
     dataset = list(torch.utils.data.TensorDataset(images(4, 8), torch.zeros(4)))
     with pytest.raises(GraphError, match=r"one image without a batch axis; .* DataLoader\(dataset, batch_size=32\)"):
         insert_batchnorm(sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), dataset)
+
+
+# What 300 further networks showed
+
+
+class Plain(nn.Module):
+    """Two convs and an output layer."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
+
+
+def statistics_of(layer: nn.Module, model: nn.Module, batches: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a layer's outputs in float64."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda *call: seen.append(call[2].double().transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    handle.remove()
+    values = torch.cat(seen, 1)
+    return values.mean(1), values.var(1)
+
+
+def assert_true_statistics(model: Any, batches: list[Any]) -> None:
+    inserted = insert_batchnorm(model, batches)
+    mean, var = statistics_of(model.b, model, batches)
+    torch.testing.assert_close(inserted.b[1].running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inserted.b[1].running_var.double(), var, rtol=1e-4, atol=1e-6)
+
+
+class Padded(Plain):
+    """Runs its convs by a loop that looks for their class, and returns something else than its logits."""
+
+    def __init__(self, returned: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in (self.a, self.b):
+            padded = F.pad(x, (1, 1, 1, 1), mode="reflect") if isinstance(layer, nn.Conv2d) else x
+            x = F.relu(layer(padded))
+        return self.returned(self.out(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda logits: logits.masked_fill(torch.tensor([True, False, False, False, False]), -torch.inf),
+        lambda logits: (logits * 1000).long(),
+        torch.fft.fft,
+        lambda logits: logits.to_sparse(),
+    ],
+)
+def test_other_outputs_are_noticed_with_infinities_as_integers_as_complex_and_as_sparse_numbers(
+    returned: Callable[[Tensor], Tensor],
+) -> None:
+    with pytest.raises(GraphError, match="Padded with BatchNorm inserted returns different outputs than without"):
+        insert_batchnorm(randomised(Padded(returned)), [images(4, 12)])
+
+
+def test_networks_with_infinities_among_their_outputs_are_inserted_into() -> None:
+    class Masked(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).masked_fill(torch.tensor([True, False, False, False, False]), -torch.inf)
+
+    assert len(inserted_batchnorms(insert_batchnorm(randomised(Masked()), [images(4, 12)]))) == 2
+
+
+def by_its_largest_value(x: Tensor) -> Tensor:
+    return x / x.max()
+
+
+def by_its_smallest_value(x: Tensor) -> Tensor:
+    return x - x.min()
+
+
+def by_its_mean(x: Tensor) -> Tensor:
+    return x - x.mean()
+
+
+@pytest.mark.parametrize("scaled", [by_its_largest_value, by_its_smallest_value, by_its_mean])
+def test_small_batches_run_by_themselves_where_a_forward_scales_them(scaled: Callable[[Tensor], Tensor]) -> None:
+    class Scaled(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(scaled(x))
+
+    torch.manual_seed(0)
+    assert_true_statistics(
+        randomised(Scaled()), [torch.rand(8, 3, 12, 12) * (0.2 + number % 7) for number in range(60)]
+    )
+
+
+def test_batches_of_pairs_are_not_divided_into_odd_parts() -> None:
+    class Pairs(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x[0::2] - x[1::2])
+
+    torch.manual_seed(0)
+    assert_true_statistics(randomised(Pairs(64)), [torch.rand(200, 3, 32, 32) for _ in range(2)])
+
+
+class ChannelsLastConv(nn.Conv1d):
+    """Takes N x L x C."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Shuffled(nn.Conv2d):
+    """Ends in a pixel shuffle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().forward(x), 2)
+
+
+class Cropped(nn.Conv1d):
+    """Leaves out the last positions, as a causal conv does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :-2]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "fits"),
+    [
+        (ChannelsLastConv(16, 16, 3, padding=1), (4, 16, 16), False),
+        (Shuffled(3, 16, 3), (4, 3, 8, 8), False),
+        (Cropped(16, 16, 3, padding=2), (4, 16, 9), True),
+    ],
+)
+def test_layers_of_a_class_that_rearranges_their_outputs_get_no_batchnorm(
+    layer: nn.Module, shape: tuple[int, ...], fits: bool
+) -> None:
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).eval()
+    model(torch.rand(shape))
+    (first, _) = survey(model, torch.rand(shape))
+    reason = "its class changes the shape, or the order of the axes, of what its operation returns"
+    assert (first.site is not None, first.reason) == (fits, "" if fits else reason)
+
+
+def test_a_dict_is_passed_by_name_to_a_forward_without_required_parameters() -> None:
+    class Optional(Plain):
+        def forward(self, low: Tensor | None = None, high: Tensor | None = None) -> Any:
+            return super().forward(low / 10 if high is None else high)
+
+    class AnyName(Plain):
+        def forward(self, **batch: Tensor) -> Any:
+            return super().forward(batch["pixels"])
+
+    x = images(4, 12)
+    assert_true_statistics(randomised(Optional()), [{"high": x}])
+    assert_true_statistics(randomised(Optional()), [{"low": x}])
+    assert_true_statistics(randomised(AnyName()), [{"pixels": x, "mask": x}])
+    assert len(inserted_batchnorms(insert_batchnorm(randomised(Optional()), [{"image": x, "label": 0}]))) == 2
+
+
+def test_a_network_that_takes_lengths_is_traced_with_those_of_the_first_batch() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lstm, self.out = nn.Conv1d(8, 12, 3, padding=1), nn.LSTM(12, 10), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            values = F.relu(self.conv(x)).permute(2, 0, 1)
+            packed = nn.utils.rnn.pack_padded_sequence(values, lengths, enforce_sorted=False)
+            return self.out(self.lstm(packed)[1][0][-1])
+
+    batch = (torch.rand(4, 8, 16), torch.tensor([16, 9, 12, 3]))
+    assert inserted_batchnorms(insert_batchnorm(Recurrent().eval(), [batch])) == ["conv.1"]
+
+
+def test_a_layer_whose_class_takes_further_arguments_gets_them() -> None:
+    class Scaling(nn.Conv2d):
+        def forward(self, x: Tensor, scale: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x if mask is None else x * mask) * scale
+
+    class Passing(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = Scaling(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = F.relu(self.a(x))
+            return self.out(F.relu(self.b(x, 0.5, mask=x > 1)).mean((2, 3)))
+
+    model, x = randomised(Passing()), images(4, 12)
+    inserted = insert_batchnorm(model, [x])
+    assert compare_outputs(model, inserted, [x]).bit_identical
+    assert inserted_batchnorms(inserted) == ["a.1", "b.1"]
+    assert compare_outputs(inserted, fold_batchnorm(inserted, x), [x]).within(rtol=1e-5)
+    assert type(fold_batchnorm(inserted, x).b) is Scaling
