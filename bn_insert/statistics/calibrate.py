@@ -71,7 +71,40 @@ def calibrate(
             parameter or image), or if the model cannot run on a batch.
         GraphError: If `sites` are not sites of the model, or the model is not a module.
     """
-    sites = checked_sites(model, sites)
+    return calibrate_sites(
+        model,
+        checked_sites(model, sites),
+        batches,
+        device=device,
+        autocast=autocast,
+        tolerance=tolerance,
+        progress=progress,
+    )
+
+
+def calibrate_sites(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    *,
+    device: torch.device | str | None,
+    autocast: torch.dtype | None,
+    tolerance: float | None,
+    progress: Progress | None,
+    join_batches: bool = True,
+) -> dict[str, Moments]:
+    """Do what `calibrate` does.
+
+    Args:
+        model: As for `calibrate`.
+        sites: Sites of the model.
+        batches: As for `calibrate`.
+        device: As for `calibrate`.
+        autocast: As for `calibrate`.
+        tolerance: As for `calibrate`.
+        progress: As for `calibrate`.
+        join_batches: Whether small batches may run as one.
+    """
     if not sites:
         return {}
     check_tolerance(tolerance)
@@ -83,7 +116,8 @@ def calibrate(
             images = recorder.run(
                 network,
                 batches,
-                gather=all(site.calls for site in sites),  # else the path of a batch depends on its values
+                # A site without a number of calls is one whose path depends on the values of a batch.
+                gather=join_batches and all(site.calls for site in sites),
                 autocast=autocast,
                 tolerance=tolerance,
                 progress=progress,

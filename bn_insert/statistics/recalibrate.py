@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
@@ -15,6 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
 from ..graph.copies import AnyModule, deep_copy, working_copy
+from ..graph.inputs import InputReader
+from ..support.processes import Ranks
+from .in_step import in_step
 from .moments import Moments
 from .passes import NotFiniteError, Progress
 from .pooled_statistics import Statistics, pooled_over_ranks
@@ -147,8 +150,14 @@ def reestimate(
 
     def measure() -> tuple[int, Statistics]:
         few = inf if single_batch else _FEW_IMAGES
-        with _recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few):
-            images = recorder.run(network, batches, autocast=autocast, tolerance=tolerance, progress=progress)
+        with ExitStack() as stack:
+            shares = batches
+            if Ranks.current().count > 1 and priors and not single_batch and tolerance is None:
+                reader = InputReader(network)
+                in_turn = in_step(batches, recorder, lambda batch: len(reader.inputs(batch, 0)), _FEW_IMAGES)
+                shares = stack.enter_context(closing(in_turn))
+            stack.enter_context(_recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few))
+            images = recorder.run(network, shares, autocast=autocast, tolerance=tolerance, progress=progress)
         return images, recorder.statistics()
 
     images, statistics = pooled_over_ranks(function, measure)
@@ -208,7 +217,7 @@ def _recording_inputs(
             if by_batch and moments.count:
                 prior = priors.get(name) if len(values) < few else None
                 if prior is not None or moments.count == 1:
-                    moments, images = recorder.pooled(name), recorder.images + len(values)
+                    moments, images = recorder.pooled(name), recorder.images_everywhere + len(values)
                 _set_statistics(norm, name, moments, prior, images, unbiased=False)
 
         return record

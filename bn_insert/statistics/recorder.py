@@ -49,8 +49,15 @@ class Recorder:
         self._spreads: dict[str, Moments] = {}
         self._passes: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
+        self._elsewhere: dict[str, Moments] = {}
+        self._images_elsewhere = 0
         self.batches = 0
         self.images = 0
+
+    @property
+    def images_everywhere(self) -> int:
+        """Number of images so far, including those that `set_elsewhere` added."""
+        return self.images + self._images_elsewhere
 
     def record(self, name: str, values: Tensor, *, by_image: bool = False) -> Moments:
         """Record and return the moments of values at a place.
@@ -98,10 +105,28 @@ class Recorder:
         self._uncommitted.clear()
 
     def pooled(self, name: str) -> Moments:
-        """Return the moments of all values recorded at a place, including those of the current pass."""
+        """Return the moments of all values at a place so far: here, in the current pass, and elsewhere."""
         self._merge_passes(name)
-        earlier = [self._moments[name]] if name in self._moments else []
-        return merge([*earlier, *self._uncommitted[name]])
+        here = [self._moments[name]] if name in self._moments else []
+        here += self._uncommitted[name]
+        if name not in self._elsewhere:
+            return merge(here)
+        return merge([*(moments.cpu() for moments in here), self._elsewhere[name]])
+
+    def recorded(self) -> dict[str, Moments]:
+        """Return the moments of all values that were recorded here and kept, in host memory, by their places."""
+        for name in list(self._of_passes):
+            self._merge_passes(name)
+        return {name: moments.cpu() for name, moments in self._moments.items()}
+
+    def set_elsewhere(self, parts: Iterable[tuple[int, Mapping[str, Moments]]]) -> None:
+        """Take what other ranks have recorded so far into account in `pooled`: numbers of images, and moments."""
+        numbers, lists = 0, defaultdict[str, list[Moments]](list)
+        for images, recorded in parts:
+            numbers += images
+            for name, moments in recorded.items():
+                lists[name].append(moments)
+        self._images_elsewhere, self._elsewhere = numbers, merged_moments(lists)
 
     def run(
         self,
@@ -160,10 +185,8 @@ class Recorder:
 
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""
-        for name in list(self._of_passes):
-            self._merge_passes(name)
         return Statistics(
-            {name: moments.cpu() for name, moments in self._moments.items()},
+            self.recorded(),
             {name: spread.cpu() for name, spread in self._spreads.items()},
             Counter(self._passes),
             Counter(self._calls),

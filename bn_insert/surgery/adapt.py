@@ -27,7 +27,7 @@ from ..support.arguments import check_flags, check_progress
 from ..support.text import counted
 from .example_input import peeked
 from .fold import fold, warn_of_untied
-from .insert import Insertion, insert
+from .insert import Insertion, insert_with
 
 _EPS, _MOMENTUM = 1e-5, 0.1  # the defaults of the arguments
 
@@ -176,19 +176,17 @@ def adapt(
         if not keep_batchnorm:
             _check_no_momentum(momentum)
             source = _checked_to_fold(model, source)
-        insertion = insert(
+        insertion = insert_with(
             model,
             source,
-            layers=layers,
-            include_output=include_output,
-            skip=skip,
-            placement=placement,
+            SiteOptions.checked(layers, include_output, skip, placement),
             eps=eps,
             momentum=momentum,
             device=device,
             autocast=autocast,
             tolerance=tolerance,
             progress=count_source,
+            join_batches=False,
         )
     return adapt_inserted(
         model,

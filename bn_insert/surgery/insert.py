@@ -27,7 +27,7 @@ from ..graph.sites import (
     layers_of_other_classes,
     reasons_without_sites,
 )
-from ..statistics.calibrate import calibrate
+from ..statistics.calibrate import calibrate_sites
 from ..statistics.moments import Moments
 from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
 from ..support.arguments import check_flags, check_progress
@@ -118,11 +118,57 @@ def insert(
         >>> insertion.moments["0"].std.shape
         torch.Size([8])
     """
+    return insert_with(
+        model,
+        batches,
+        SiteOptions.checked(layers, include_output, skip, placement),
+        equalize=equalize,
+        eps=eps,
+        momentum=momentum,
+        dropout_before_batchnorm=dropout_before_batchnorm,
+        device=device,
+        autocast=autocast,
+        tolerance=tolerance,
+        progress=progress,
+    )
+
+
+def insert_with(
+    model: AnyModule,
+    batches: Iterable[Any],
+    options: SiteOptions,
+    *,
+    equalize: bool = False,
+    eps: float,
+    momentum: float | None,
+    dropout_before_batchnorm: bool = True,
+    device: torch.device | str | None,
+    autocast: torch.dtype | None,
+    tolerance: float | None,
+    progress: Progress | None,
+    join_batches: bool = True,
+) -> Insertion[AnyModule]:
+    """Do what `insert` does.
+
+    Args:
+        model: As for `insert_batchnorm`.
+        batches: As for `insert_batchnorm`.
+        options: Which layers get a BatchNorm, and where.
+        equalize: As for `insert_batchnorm`.
+        eps: As for `insert_batchnorm`.
+        momentum: As for `insert_batchnorm`.
+        dropout_before_batchnorm: As for `insert_batchnorm`.
+        device: As for `insert_batchnorm`.
+        autocast: As for `insert_batchnorm`.
+        tolerance: As for `insert_batchnorm`.
+        progress: As for `insert_batchnorm`.
+        join_batches: Whether small batches may run as one. The sampling error is estimated from the spread between
+            passes: if each batch is one, the estimate does not depend on how the batches are shared among processes.
+    """
     check_eps(eps)
     check_momentum(momentum)
     check_progress(progress)
     check_flags(GraphError, equalize=equalize, dropout_before_batchnorm=dropout_before_batchnorm)
-    options = SiteOptions.checked(layers, include_output, skip, placement)
     images = 0
 
     def count(done: int) -> None:
@@ -136,8 +182,15 @@ def insert(
         trace = peek.trace_of(model)
         found = layers_in(trace, options)
         sites = [layer.site for layer in found if layer.site is not None]
-        moments = calibrate(
-            model, sites, peek.batches, device=device, autocast=autocast, tolerance=tolerance, progress=count
+        moments = calibrate_sites(
+            model,
+            sites,
+            peek.batches,
+            device=device,
+            autocast=autocast,
+            tolerance=tolerance,
+            progress=count,
+            join_batches=join_batches,
         )
     edges = edges_in(trace, sites) if equalize else []
     anchors = {site.anchor for site in sites}

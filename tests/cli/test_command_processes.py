@@ -59,6 +59,50 @@ def test_adapt_writes_the_file_of_one_process_within_a_float_step(tmp_path: Path
     assert_within_a_float_step(*(torch.load(tmp_path / name) for name in ("shared.pth", "alone.pth")))
 
 
+IN_STEP = """
+import torch, torch.distributed as dist
+from bn_insert import CalibrationError, adapt_statistics, load_checkpoint
+from bn_insert.demo import images_path, network_path
+from bn_insert.images import Transform, open_batches
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = load_checkpoint(network_path())
+batches = open_batches(images_path(), Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,)), batch_size=32)
+digits = torch.cat([batch.images for batch in batches])[torch.randperm(360, generator=torch.Generator().manual_seed(0))]
+source, faded = digits.split(16), 0.24 + 0.2 * digits[:45]
+for name, sizes in {"small": [5] * 9, "mixed": [16, 16, 8, 5], "single": [1] * 5}.items():
+    target = faded[: sum(sizes)].split(sizes)
+    adapted = adapt_statistics(model, source[rank::2], target[rank::2], keep_batchnorm=True)
+    torch.save(adapted.state_dict(), f"{name}{rank}.pth")
+broken = [each.clone() for each in faded.split(5)]
+broken[3][:] = torch.nan  # on the second rank
+try:
+    adapt_statistics(model, source[rank::2], broken[rank::2])
+except CalibrationError as error:
+    print(f"rank {rank}: {error}")
+dist.destroy_process_group()
+if rank == 0:
+    for name, sizes in {"small": [5] * 9, "mixed": [16, 16, 8, 5], "single": [1] * 5}.items():
+        adapted = adapt_statistics(model, source, faded[: sum(sizes)].split(sizes), keep_batchnorm=True)
+        torch.save(adapted.state_dict(), f"{name}.pth")
+"""
+
+
+def test_small_batches_are_adapted_to_in_the_order_of_one_process_and_an_error_on_one_rank_ends_all(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "script.py").write_text(IN_STEP)
+    done = forked_ranks(2, "script.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("small", "mixed", "single"):
+        alone, *shared = (torch.load(tmp_path / f"{name}{rank}.pth") for rank in ("", 0, 1))
+        for each in shared:
+            assert_within_a_float_step(each, alone)
+    assert "rank 0: rank 1 failed: the activations of features.1 are not finite" in done.stdout
+    assert "rank 1: the activations of features.1 are not finite" in done.stdout
+
+
 ALONE = """
 import time, torch, torch.distributed as dist
 from datetime import timedelta
