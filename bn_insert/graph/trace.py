@@ -64,7 +64,7 @@ class Trace:
     def of(cls, model: nn.Module, example: Any) -> Trace:
         """Trace the model in eval mode, without changing it.
 
-        It may also run on two of the images, see `_real_values_in_caches`.
+        It may also run on the example, see `_real_values_in_caches`.
 
         Args:
             model: The model to trace.
@@ -268,22 +268,22 @@ def _keeps_outputs(node: fx.Node) -> bool:
 
 @contextmanager
 def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Run a network on two real images before a trace and, if it has hooks, after it.
+    """Run a network on real images before a trace and, if it has hooks, after it.
 
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
     `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
-    modules of PyTorch and torchvision do neither.
+    modules of PyTorch and torchvision do neither. Caches may have an entry for each number of images, so it takes all.
     """
     modules = list(model.modules())
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     if not hooked and all(type(module).__module__.partition(".")[0] in _KEEP_NOTHING for module in modules):
         yield
         return
-    network, images = working_copy(model, to_trace=True), inputs.rows(0, 2)
+    network = working_copy(model, to_trace=True)
 
     def run() -> None:
         with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words
-            images.run(network)
+            inputs.run(network)
 
     run()
     try:
