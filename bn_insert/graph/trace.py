@@ -15,16 +15,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, out_of_memory
 from ..support.text import with_article
+from .aliases import InPlaceWrites
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
-from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
+from .operator_rules import Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
 from .quiet_export import no_stack_traces, quiet_export
 from .recording import recorded
 from .trace_errors import why_not_traced
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
+
+# These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
+_MOVES = {"copy", "permute", "transpose", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"}
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
 
@@ -42,12 +46,13 @@ class Trace:
         modules: Its modules by qualified name; of several names of one module, the first.
         aliases: Every qualified name of every module, with the name of that module in `modules`.
         nodes: The operations, in the order in which they run.
-        outputs: The nodes whose values the model returns.
+        outputs: The nodes whose values the model returns, and those that write to what it returns.
         obstacle: Why torch.export cannot trace the model. The graph then shows what it did with the values of the
             example, as far as PyTorch computed it; empty if the graph shows all that the model does with any values.
         owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
         parameters: Qualified names of the parameters and buffers that the nodes read, by the node that stands for each.
         called: Names of the layers that the forward calls, also of those that none of the nodes belongs to.
+        rereads: By node of an operation in place, the later operations that read what it wrote under any name.
     """
 
     model: nn.Module
@@ -59,6 +64,7 @@ class Trace:
     owners: Mapping[fx.Node, str] = field(default_factory=dict)
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     called: frozenset[str] = frozenset()
+    rereads: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> Trace:
@@ -120,16 +126,18 @@ class Trace:
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
         called = {aliases[name] for name in called}
+        writes = InPlaceWrites.among(nodes, output.all_input_nodes)
         return cls(
             model,
             dict(model.named_modules()),
             aliases,
             nodes,
-            frozenset(output.all_input_nodes),
+            writes.returned.union(output.all_input_nodes),
             obstacle,
             {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called),
             parameters,
             frozenset(called),
+            writes.readers,
         )
 
     def module_names(self, node: fx.Node) -> list[str]:
@@ -187,9 +195,10 @@ class Trace:
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
 
-        A normalization that is not a module has the name of its operation.
+        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. A normalization that is not a
+        module has the name of its operation.
         """
-        for node in self.downstream(start, lambda node: has_role(node, *_TRANSPARENT)):
+        for node in self.downstream(start, _leaves_to_normalization):
             if has_role(node, Role.NORMALIZATION):
                 return self.owner(node) or operation(node)
         return None
@@ -216,7 +225,10 @@ class Trace:
         return has_one_position(start) and any(map(multiplies_others, reached))
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-        """Yield start and every node that its values reach, continuing past a node only if `passes` allows it."""
+        """Yield start and every node that its values reach, continuing past a node only if `passes` allows it.
+
+        Values written into a part of a tensor, as in `x[:, :8] = y`, reach what reads that tensor afterwards.
+        """
         seen: set[fx.Node] = set()
         queue = [start]
         while queue:
@@ -227,6 +239,7 @@ class Trace:
             yield node
             if node is start or passes(node):
                 queue.extend(user for user in node.users if user.op == "call_function")
+                queue.extend(self.rereads.get(node, ()))
 
     def activation_module(self, start: fx.Node) -> str | None:
         """Return the name of the activation module that is the only reader of this node's values, if there is one."""
@@ -264,6 +277,14 @@ class Trace:
 def _keeps_outputs(node: fx.Node) -> bool:
     """Return whether a layer before this operation may still be an output layer."""
     return not is_layer(node) and not has_role(node, Role.ACTIVATION, Role.GATING)
+
+
+def _leaves_to_normalization(node: fx.Node) -> bool:
+    """Return whether a normalization after this operation still belongs to the layer before it."""
+    if operation(node) == "flatten":  # of positions, or of channels and positions, but not of images
+        source = node.args[0].meta.get("val")  # type: ignore[union-attr]
+        return isinstance(source, Tensor) and argument(node, "start_dim") not in (0, -source.ndim)
+    return has_role(node, *_TRANSPARENT) or operation(node) in _MOVES
 
 
 @contextmanager
