@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, out_of_memory
-from ..support.text import with_article
+from ..support.text import listed, with_article
 from .aliases import InPlaceWrites
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
@@ -29,6 +29,8 @@ _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role
 
 # These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
 _MOVES = {"copy", "permute", "transpose", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"}
+
+_NAMES_SHOWN = 5
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
 
@@ -109,8 +111,10 @@ class Trace:
             unchanged_attributes(model),
             _real_values_in_caches(model, inputs),
         ):
+            network = working_copy(model, to_trace=True)
+            _check_modules_of_eval_mode(model, network)
             try:
-                graph, parameters = _flat_graph(_exported(working_copy(model, to_trace=True), inputs, called))
+                graph, parameters = _flat_graph(_exported(network, inputs, called))
             except Exception as error:  # the user's forward and torch.export may raise anything
                 if out_of_memory(error):
                     raise
@@ -185,7 +189,7 @@ class Trace:
     def reads_weights_of(self, name: str) -> bool:
         """Return whether an operation other than a layer call reads the weight of a module."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
-        own = {id(each) for each in self.modules[name].parameters(recurse=False) if each.ndim > 1}
+        own = {id(each) for _, each in self.modules[name].named_parameters(recurse=False) if each.ndim > 1}
         layers = {node for _, node in self.layer_nodes()}
         return any(
             id(named.get(parameter)) in own and not layers.issuperset(node.users)
@@ -314,6 +318,16 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             run()
 
 
+def _check_modules_of_eval_mode(model: nn.Module, network: nn.Module) -> None:
+    """Raise GraphError if a copy of the model in eval mode has layers that the model does not have."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if added := [name for name, _ in network.named_modules(remove_duplicate=False) if name not in known]:
+        raise GraphError(
+            f"{type(model).__name__} builds modules when it is switched to eval mode ({listed(added, _NAMES_SHOWN)}), "
+            "as networks do that merge their branches; call model.eval() first"
+        )
+
+
 def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
     """Return the program of a network, and add the names of the layers and BatchNorms that its forward calls."""
     with ExitStack() as hooks, ExitStack() as attributes:
@@ -399,7 +413,7 @@ def _owners_by_weight(
         if by_stack is not None:
             named = model.get_submodule(by_stack)
             tensor = getattr(model.get_submodule(by_weight), parameters[weight].rpartition(".")[2])
-            several = any(own is tensor for own in named.parameters(recurse=False))  # layers with the same weight
+            several = any(own is tensor for _, own in named.named_parameters(recurse=False))  # with the same weight
             # torch.fx does not name the children of a Sequential. Any other module may call a function by itself.
             if several or not (_has_weights(named) or is_sequence(named)):
                 continue
