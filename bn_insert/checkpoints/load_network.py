@@ -319,11 +319,16 @@ def _misfits(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
 def _give_memory(network: nn.Module, device: torch.device) -> None:
     """Move modules from the meta device to a device, in place, with zeros as values."""
     for module in network.modules():
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(tensor.is_meta for tensor in tensors):
+        if any(tensor.is_meta for tensor in _own_tensors(module)):
             module.to_empty(device=device, recurse=False)
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for tensor in _own_tensors(module):
                 tensor.detach().zero_()
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module, whose class may have a method `parameters` of its own."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _check_fit(described: str, mismatches: Sequence[str], advice: str = "") -> None:

@@ -1,30 +1,31 @@
 """Functions among the attributes of a model that refer to its modules, such as a wrapped forward or a hook.
 
-`copy.deepcopy` takes functions as they are, so that a copy of the model would run layers of the original, and its hooks
-would store what they see there.
+`copy.deepcopy` takes functions and weak references as they are, so that a copy of the model would run layers of the
+original, and its hooks would store what they see there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from itertools import chain
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
-_CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
+_CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict, deque)
 _MOST_ITEMS = 1000  # a longer container holds data, not modules
 _DEEPEST = 20  # of containers in containers
 
 
 def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy of a model in which functions refer to the modules of the copy.
+    """Return a deep copy of a model in which functions and weak references refer to the modules of the copy.
 
     Tensors that `copy.deepcopy` refuses are copied without their history: the weight that old-style weight_norm
     computes, outputs that a forward keeps.
@@ -35,11 +36,14 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
     """
     modules = {id(module) for module in model.modules()}
     functions: list[FunctionType] = []
+    has_weak_references = False
     for value in _reachable(chain.from_iterable(vars(module).values() for module in model.modules())):
         if _is_about(value, modules):
             functions.append(value)
         elif isinstance(value, Tensor) and value.grad_fn:
             memo.setdefault(id(value), value.detach().clone())
+        elif type(value) is ref:
+            has_weak_references |= id(value()) in modules
     cells: dict[int, CellType] = {}  # functions may share a variable
     copies = {id(each): _with_empty_cells(each, cells) for each in functions}
     memo.update(copies)
@@ -55,14 +59,18 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
                 cells[id(cell)].cell_contents = translation.of(value)
     if functions:
         _bind_copies(result, copies)
+    if has_weak_references:
+        for module in result.modules():
+            others = vars(module).keys() - set(_TENSORS_AND_CHILDREN)
+            vars(module).update({name: translation.of(vars(module)[name]) for name in others})
     return result
 
 
 def modules_held_elsewhere(model: nn.Module) -> set[int]:
     """Return the ids of the modules that a forward may reach in other ways than by the name of a child.
 
-    These are in a list, a dict, a partial or a closure, also as children of modules outside the model, such
-    as a slice of an nn.Sequential. Hooks do not count, nor does what a module knows of itself.
+    These are in a list, a dict, a dataclass, a partial, a weak reference or a closure, also as children of modules
+    outside the model, such as a slice of an nn.Sequential. Hooks do not count, nor does what a module knows of itself.
     """
     modules = {id(module) for module in model.modules()}
     found: set[int] = set()
@@ -114,7 +122,16 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):
         captured = [each for cell in value.__closure__ or () for each in _contents(cell)]
         return [*captured, value.__defaults__, value.__kwdefaults__, vars(value)]
-    return ()
+    if type(value) is ref:
+        return (value(),)
+    return vars(value).values() if _is_record(value) else ()
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether a value is an object that only holds others: a dataclass or a SimpleNamespace."""
+    if isinstance(value, nn.Module | type):
+        return False
+    return isinstance(value, SimpleNamespace) or (is_dataclass(value) and hasattr(value, "__dict__"))
 
 
 def _contents(cell: CellType) -> Iterator[Any]:
@@ -129,7 +146,8 @@ def _contents(cell: CellType) -> Iterator[Any]:
 class _Translation:
     """Maps objects that the model's functions refer to, to their counterparts in the copy.
 
-    Modules and functions of the model become those of the copy; containers of them, methods and partials are made anew.
+    Modules and functions of the model become those of the copy; containers of them, dataclasses, methods, partials and
+    weak references are made anew.
     Anything else, such as an optimizer, a lock or a list of outputs, stays the same object.
 
     Args:
@@ -153,17 +171,30 @@ class _Translation:
             parts = {id(module) for module in value.modules()}
             made_of_the_model = self.model not in parts and any(part in self.memo for part in parts)
             return copy.deepcopy(value, self.memo) if made_of_the_model else value
-        if type(value) not in (*_CONTAINERS, MethodType, partial):
+        if type(value) not in (*_CONTAINERS, MethodType, partial, ref) and not _is_record(value):
             return value
         old: list[Any] = [value.__self__, value.__func__] if isinstance(value, MethodType) else [*_parts(value)]
         new = [self.of(each, depth) for each in old]
         if all(first is second for first, second in zip(old, new, strict=True)):
             return value
-        if isinstance(value, MethodType):
-            return MethodType(new[1], new[0])
-        if isinstance(value, partial):
-            return partial(new[0], *new[1], **new[2])
-        return type(value)(zip(value, new, strict=True) if isinstance(value, dict) else new)
+        return _like(value, new)
+
+
+def _like(value: Any, parts: list[Any]) -> Any:
+    """Return a value of the same kind with other parts."""
+    if isinstance(value, MethodType):
+        return MethodType(parts[1], parts[0])
+    if isinstance(value, partial):
+        return partial(parts[0], *parts[1], **parts[2])
+    if isinstance(value, ref):
+        return ref(parts[0], value.__callback__)
+    if isinstance(value, deque):
+        return deque(parts, value.maxlen)
+    if isinstance(value, _CONTAINERS):
+        return type(value)(zip(value, parts, strict=True) if isinstance(value, dict) else parts)
+    made = copy.copy(value)
+    vars(made).update(zip(vars(value), parts, strict=True))
+    return made
 
 
 def _with_empty_cells(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ..errors import GraphError, out_of_memory
 from ..support.arguments import usable_device
@@ -174,6 +174,7 @@ def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
         ) from error
     # torch.fx builds the containers of a GraphModule, and the module itself, anew and in train mode.
     modules = dict(model.named_modules())
+    _check_independent(model, modules, result)
     for name, module in result.named_modules():
         module.training = modules[name].training
         if isinstance(module, torch.jit.ScriptModule):
@@ -181,6 +182,18 @@ def _copied(model: AnyModule, memo: dict[int, Any]) -> AnyModule:
                 if not parameter.is_leaf:
                     parameter.detach_().requires_grad_()  # PyTorch computes it from the original's
     return result
+
+
+def _check_independent(model: nn.Module, modules: Mapping[str, nn.Module], result: nn.Module) -> None:
+    """Raise GraphError if a copy shares a module with the model, as some frozen networks are written to do."""
+    originals = {id(module) for module in modules.values()}
+    for name, module in result.named_modules():
+        if id(module) in originals:
+            raise GraphError(
+                f"{type(model).__name__} cannot be copied: a copy shares {name or 'itself'} "
+                f"({type(module).__name__}) with it, whose __deepcopy__ returns the module itself, so that changing "
+                "the copy would change the model; let it return a new module, or remove that method"
+            )
 
 
 def _uncopyable(model: nn.Module) -> str:
@@ -231,9 +244,12 @@ def _same_items(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> bool:
 def _on_device(parameter: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
     """Return a new parameter with the same memory, or a copy on another device.
 
-    Not the parameter itself: a forward may assign to `weight.data`.
+    Not the parameter itself: a forward may assign to `weight.data`. A parameter made in inference mode can take no
+    gradient outside of it; its copy can.
     """
     moved = parameter.detach() if device is None else parameter.detach().to(device)
+    if moved.is_inference() and not torch.is_inference_mode_enabled():
+        moved = moved.clone()
     return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
@@ -251,6 +267,7 @@ class protected_parameters(TorchDispatchMode):  # noqa: N801 - a context manager
         super().__init__()
         self._model = type(network).__name__
         self._names = {_memory(parameter): name for name, parameter in network.named_parameters()}
+        self._names.pop(None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the tensors that an operation writes to, and run it."""
@@ -280,7 +297,7 @@ def protected_passes(network: nn.Module) -> Iterator[Callable[[], AbstractContex
         GraphError: The forward changes parameters in place.
     """
     checked = protected_parameters(network)
-    comparable = all(parameter.layout == torch.strided for parameter in network.parameters())
+    comparable = all(map(_is_one_array, network.parameters()))
     if not comparable or parameter_bytes(network) > _BYTES_TO_COPY:
         yield lambda: checked
         return
@@ -314,6 +331,11 @@ def _changed(model: str, parameter: str, operation: str = "") -> GraphError:
 
 def _memory(tensor: Tensor) -> int | None:
     """Return the address of the memory of a tensor, or None if it has none."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
+    if not _is_one_array(tensor) or tensor.device.type == "meta":
         return None
     return tensor.untyped_storage().data_ptr() or None
+
+
+def _is_one_array(tensor: Tensor) -> bool:
+    """Return whether a tensor is not made of several, as a sparse one is, or a quantized one of torchao."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)

@@ -14,17 +14,23 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError, GraphError, out_of_memory
-from ..support.text import with_article
+from ..support.text import listed, with_article
+from .aliases import InPlaceWrites
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
-from .operator_rules import Role, has_role, is_activation, is_layer, multiplies_values, operation
+from .operator_rules import Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
 from .quiet_export import no_stack_traces, quiet_export
 from .recording import recorded
 from .trace_errors import why_not_traced
 
 # What may be between a layer and the normalization that already belongs to it.
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
+
+# These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
+_MOVES = {"copy", "permute", "transpose", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"}
+
+_NAMES_SHOWN = 5
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
 
@@ -42,12 +48,13 @@ class Trace:
         modules: Its modules by qualified name; of several names of one module, the first.
         aliases: Every qualified name of every module, with the name of that module in `modules`.
         nodes: The operations, in the order in which they run.
-        outputs: The nodes whose values the model returns.
+        outputs: The nodes whose values the model returns, and those that write to what it returns.
         obstacle: Why torch.export cannot trace the model. The graph then shows what it did with the values of the
             example, as far as PyTorch computed it; empty if the graph shows all that the model does with any values.
         owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
         parameters: Qualified names of the parameters and buffers that the nodes read, by the node that stands for each.
         called: Names of the layers that the forward calls, also of those that none of the nodes belongs to.
+        rereads: By node of an operation in place, the later operations that read what it wrote under any name.
     """
 
     model: nn.Module
@@ -59,12 +66,13 @@ class Trace:
     owners: Mapping[fx.Node, str] = field(default_factory=dict)
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     called: frozenset[str] = frozenset()
+    rereads: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> Trace:
         """Trace the model in eval mode, without changing it.
 
-        It may also run on two of the images, see `_real_values_in_caches`.
+        It may also run on the example, see `_real_values_in_caches`.
 
         Args:
             model: The model to trace.
@@ -103,8 +111,10 @@ class Trace:
             unchanged_attributes(model),
             _real_values_in_caches(model, inputs),
         ):
+            network = working_copy(model, to_trace=True)
+            _check_modules_of_eval_mode(model, network)
             try:
-                graph, parameters = _flat_graph(_exported(working_copy(model, to_trace=True), inputs, called))
+                graph, parameters = _flat_graph(_exported(network, inputs, called))
             except Exception as error:  # the user's forward and torch.export may raise anything
                 if out_of_memory(error):
                     raise
@@ -120,16 +130,18 @@ class Trace:
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
         called = {aliases[name] for name in called}
+        writes = InPlaceWrites.among(nodes, output.all_input_nodes)
         return cls(
             model,
             dict(model.named_modules()),
             aliases,
             nodes,
-            frozenset(output.all_input_nodes),
+            writes.returned.union(output.all_input_nodes),
             obstacle,
             {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called),
             parameters,
             frozenset(called),
+            writes.readers,
         )
 
     def module_names(self, node: fx.Node) -> list[str]:
@@ -177,7 +189,7 @@ class Trace:
     def reads_weights_of(self, name: str) -> bool:
         """Return whether an operation other than a layer call reads the weight of a module."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
-        own = {id(each) for each in self.modules[name].parameters(recurse=False) if each.ndim > 1}
+        own = {id(each) for _, each in self.modules[name].named_parameters(recurse=False) if each.ndim > 1}
         layers = {node for _, node in self.layer_nodes()}
         return any(
             id(named.get(parameter)) in own and not layers.issuperset(node.users)
@@ -187,9 +199,10 @@ class Trace:
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
 
-        A normalization that is not a module has the name of its operation.
+        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. A normalization that is not a
+        module has the name of its operation.
         """
-        for node in self.downstream(start, lambda node: has_role(node, *_TRANSPARENT)):
+        for node in self.downstream(start, _leaves_to_normalization):
             if has_role(node, Role.NORMALIZATION):
                 return self.owner(node) or operation(node)
         return None
@@ -216,7 +229,10 @@ class Trace:
         return has_one_position(start) and any(map(multiplies_others, reached))
 
     def downstream(self, start: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-        """Yield start and every node that its values reach, continuing past a node only if `passes` allows it."""
+        """Yield start and every node that its values reach, continuing past a node only if `passes` allows it.
+
+        Values written into a part of a tensor, as in `x[:, :8] = y`, reach what reads that tensor afterwards.
+        """
         seen: set[fx.Node] = set()
         queue = [start]
         while queue:
@@ -227,6 +243,7 @@ class Trace:
             yield node
             if node is start or passes(node):
                 queue.extend(user for user in node.users if user.op == "call_function")
+                queue.extend(self.rereads.get(node, ()))
 
     def activation_module(self, start: fx.Node) -> str | None:
         """Return the name of the activation module that is the only reader of this node's values, if there is one."""
@@ -266,24 +283,32 @@ def _keeps_outputs(node: fx.Node) -> bool:
     return not is_layer(node) and not has_role(node, Role.ACTIVATION, Role.GATING)
 
 
+def _leaves_to_normalization(node: fx.Node) -> bool:
+    """Return whether a normalization after this operation still belongs to the layer before it."""
+    if operation(node) == "flatten":  # of positions, or of channels and positions, but not of images
+        source = node.args[0].meta.get("val")  # type: ignore[union-attr]
+        return isinstance(source, Tensor) and argument(node, "start_dim") not in (0, -source.ndim)
+    return has_role(node, *_TRANSPARENT) or operation(node) in _MOVES
+
+
 @contextmanager
 def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Run a network on two real images before a trace and, if it has hooks, after it.
+    """Run a network on real images before a trace and, if it has hooks, after it.
 
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
     `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
-    modules of PyTorch and torchvision do neither.
+    modules of PyTorch and torchvision do neither. Caches may have an entry for each number of images, so it takes all.
     """
     modules = list(model.modules())
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     if not hooked and all(type(module).__module__.partition(".")[0] in _KEEP_NOTHING for module in modules):
         yield
         return
-    network, images = working_copy(model, to_trace=True), inputs.rows(0, 2)
+    network = working_copy(model, to_trace=True)
 
     def run() -> None:
         with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words
-            images.run(network)
+            inputs.run(network)
 
     run()
     try:
@@ -291,6 +316,16 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     finally:
         if hooked:
             run()
+
+
+def _check_modules_of_eval_mode(model: nn.Module, network: nn.Module) -> None:
+    """Raise GraphError if a copy of the model in eval mode has layers that the model does not have."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if added := [name for name, _ in network.named_modules(remove_duplicate=False) if name not in known]:
+        raise GraphError(
+            f"{type(model).__name__} builds modules when it is switched to eval mode ({listed(added, _NAMES_SHOWN)}), "
+            "as networks do that merge their branches; call model.eval() first"
+        )
 
 
 def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
@@ -378,7 +413,7 @@ def _owners_by_weight(
         if by_stack is not None:
             named = model.get_submodule(by_stack)
             tensor = getattr(model.get_submodule(by_weight), parameters[weight].rpartition(".")[2])
-            several = any(own is tensor for own in named.parameters(recurse=False))  # layers with the same weight
+            several = any(own is tensor for _, own in named.named_parameters(recurse=False))  # with the same weight
             # torch.fx does not name the children of a Sequential. Any other module may call a function by itself.
             if several or not (_has_weights(named) or is_sequence(named)):
                 continue

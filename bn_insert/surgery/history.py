@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..batchnorm.identity_parameters import BATCHNORMS
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
+from ..graph.inputs import reference_tensor
 from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.schema import Extent, SchemaError, checked
@@ -56,10 +57,9 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
         for site in self.sites:
             layer = _submodule(network, site.name)
             _submodule(network, site.anchor)
-            weight = next(layer.parameters(), None)
-            if weight is None or layer_kind(layer) is None:
+            if layer_kind(layer) is None:
                 raise CheckpointError(f"{site.name} is {with_article(layer)}, not a conv or dense layer")
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = torch.float64 if reference_tensor(layer).dtype == torch.float64 else torch.float32
             norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
         return splice_after(network, norms)
 

@@ -414,7 +414,7 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
 
 
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
-    weight = next(layer.parameters())
+    weight = reference_tensor(layer)  # not always a parameter: it may be a buffer
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     try:
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)

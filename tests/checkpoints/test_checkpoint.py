@@ -444,6 +444,17 @@ def test_another_architecture_is_filled_and_the_given_module_stays(prefix: str, 
     assert all(torch.equal(given.state_dict()[key], before[key]) for key in before)
 
 
+def test_an_architecture_may_have_a_method_parameters_of_its_own(tmp_path: Path) -> None:
+    class TrainsSome(SmallResidual):
+        def parameters(self) -> list[nn.Parameter]:  # type: ignore[override]
+            return [parameter for parameter in super().parameters() if parameter.requires_grad]
+
+    original = TrainsSome()
+    save_checkpoint(original, tmp_path / "some.pth")
+    result = load_checkpoint(tmp_path / "some.pth", model=TrainsSome)
+    assert torch.equal(result.model["conv"].weight, original.model["conv"].weight)
+
+
 def test_mismatches_with_an_architecture_are_listed_up_to_eight(tmp_path: Path) -> None:
     torch.save({f"layer{number}.weight": torch.ones(1) for number in range(7)}, tmp_path / "other.pth")
     message = refusal_of(lambda: load_checkpoint(tmp_path / "other.pth", model=nn.BatchNorm1d(2)))

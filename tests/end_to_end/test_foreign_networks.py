@@ -349,6 +349,21 @@ def test_what_a_forward_caches_outside_of_its_modules_has_values_after_a_trace()
     result.train()(x).sum().backward()  # nor do they belong to inference mode
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_a_forward_caches_for_each_shape_of_a_batch_has_values_after_a_trace(batch: int) -> None:
+    masks: dict[str, Tensor] = {}
+
+    class CachesByShape(CachesOutsideItsModules):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = masks.setdefault(str(x.shape), torch.ones(x.shape))
+            return self.output(self.conv(x * mask).relu())  # type: ignore[no-any-return]
+
+    model, x = randomised(CachesByShape()), images(batch, 12)
+    assert [site.name for site in find_sites(model, x)] == ["conv"]
+    assert type(model(x)) is Tensor
+    assert compare_outputs(model, insert_batchnorm(model, [x]), [x]).bit_identical
+
+
 def test_what_a_hook_stores_in_another_object_has_values_after_a_trace() -> None:
     model, x, store = small_vgg(), images(4, 16), SimpleNamespace()
     model.features[0].register_forward_hook(lambda _module, _inputs, output: setattr(store, "output", output))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -28,6 +31,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(F.relu(self.first(x))))
+
+
+@dataclass(frozen=True)
+class Step:
+    layer: nn.Module
 
 
 class Net(nn.Module):
@@ -82,6 +90,21 @@ def through_partial(block: Block) -> None:
     )  # type: ignore[method-assign]
 
 
+def of_objects(block: Block) -> None:
+    first, others = SimpleNamespace(layer=block.first), deque([Step(block.second)], maxlen=1)
+    block.forward = lambda x: others[0].layer(first.layer(x).relu()).relu()  # type: ignore[method-assign]
+
+
+def of_weak_references(block: Block) -> None:
+    itself, layers = ref(block), [ref(block.first), ref(block.second)]
+
+    def forward(x: Tensor) -> Tensor:
+        assert itself().second is layers[1]()  # type: ignore[union-attr]
+        return layers[1]()(layers[0]()(x).relu()).relu()  # type: ignore[misc, no-any-return]
+
+    block.forward = forward  # type: ignore[method-assign, assignment]
+
+
 def recursive(block: Block) -> None:
     layers = [block.first, block.second]
 
@@ -91,7 +114,17 @@ def recursive(block: Block) -> None:
     block.forward = apply  # type: ignore[method-assign]
 
 
-FORWARDS = (wrapped, closing_over_itself, as_a_default, of_a_list, bound, through_partial, recursive)
+FORWARDS = (
+    wrapped,
+    closing_over_itself,
+    as_a_default,
+    of_a_list,
+    bound,
+    through_partial,
+    of_objects,
+    of_weak_references,
+    recursive,
+)
 
 
 def changed(change: Callable[[Block], None]) -> Net:
@@ -191,6 +224,47 @@ def test_objects_that_a_function_refers_to_beside_modules_stay_the_same(tmp_path
         assert copied[name] is state[name]
     result(images(2, 9))
     assert copied["calls"] == 1 and "calls" not in state
+
+
+class Child(nn.Module):
+    """Calls a layer of its parent, which it only has a weak reference to."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent, self.outside = ref(parent), ref(nn.ReLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parent().second(x).relu()  # type: ignore[no-any-return, union-attr]
+
+
+class Parent(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("copied", [deep_copy, shared_copy])
+def test_a_weak_reference_of_a_child_refers_to_its_parent_in_the_copy(copied: Callable[[nn.Module], Any]) -> None:
+    model = randomised(Parent())
+    result = copied(model)
+    assert result.child.parent() is result and model.child.parent() is model
+    assert result.child.outside is model.child.outside
+    result(images(2, 9)).sum().backward()
+    assert result.second.weight.grad is not None and model.second.weight.grad is None
+
+
+def test_a_layer_that_a_child_calls_by_a_weak_reference_gets_a_batchnorm() -> None:
+    model, x = randomised(Parent()), images(6, 9)
+    result = insert_batchnorm(model, [x])
+    assert inserted_batchnorms(result) == ["first.1", "second.1"]
+    with torch.no_grad():
+        before = result(x)
+        assert torch.equal(before, model(x))
+        model.second.weight.zero_()
+        assert torch.equal(before, result(x))
 
 
 def test_a_copied_forward_keeps_its_annotations() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bn_insert import (
     BNInsertError,
@@ -24,7 +26,9 @@ from bn_insert import (
     fold_batchnorm,
     insert,
     insert_batchnorm,
+    load_checkpoint,
     recalibrate,
+    save_checkpoint,
     train_mode_agreement,
 )
 from bn_insert.graph.copies import protected_passes, working_copy
@@ -190,6 +194,37 @@ def test_a_model_that_merges_weights_for_evaluation_is_left_alone(training: bool
     torch.testing.assert_close(result.eval()(x), expected)
 
 
+class BuildsForEvaluation(nn.Module):
+    """A RepVGG block: in eval mode one conv stands for the sum of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.merged = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), None
+
+    def train(self, mode: bool = True) -> BuildsForEvaluation:
+        super().train(mode)
+        self.merged = None if mode else nn.Conv2d(3, 8, 1).requires_grad_(False)
+        if self.merged is not None:
+            self.merged.weight.copy_((self.first.weight + self.second.weight).detach())
+            self.merged.bias.copy_((self.first.bias + self.second.bias).detach())
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x) if self.merged is None else self.merged(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_builds_layers_for_evaluation_is_inserted_into_once_it_has_them() -> None:
+    model, x = nn.Sequential(BuildsForEvaluation(), nn.ReLU(), nn.Conv2d(8, 3, 1)), torch.rand(4, 3, 6, 6)
+    message = (
+        r"^Sequential builds modules when it is switched to eval mode \(0\.merged\), .* call model\.eval\(\) first$"
+    )
+    for call in (lambda: insert_batchnorm(model, [x]), lambda: find_sites(model, x)):
+        with pytest.raises(GraphError, match=message):
+            call()
+    assert model.training and model[0].merged is None
+    assert [site.name for site in find_sites(model.eval(), x)] == ["0.merged"]
+
+
 def test_a_train_method_that_returns_nothing_does_not_matter() -> None:
     class Frozen(nn.Sequential):
         def train(self, mode: bool = True) -> None:  # type: ignore[override]
@@ -231,6 +266,70 @@ def test_what_cannot_be_copied_is_named() -> None:
     for call in (lambda: insert_batchnorm(model, [torch.rand(2, 3, 6, 6)]), lambda: compare_outputs(model, model, [])):
         with pytest.raises(GraphError, match=message):
             call()
+
+
+class FrozenTeacher(nn.Module):
+    """Is never copied, as some networks with a frozen part are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()  # type: ignore[no-any-return]
+
+
+def test_a_module_that_copies_share_is_named_and_unchanged() -> None:
+    model = nn.Sequential(FrozenTeacher(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    before = list(model.state_dict())
+    message = r"^Sequential cannot be copied: a copy shares 0 \(FrozenTeacher\) with it, .* let it return a new module"
+    for call in (lambda: insert_batchnorm(model, [torch.rand(2, 3, 8, 8)]), lambda: compare_outputs(model, model, [])):
+        with pytest.raises(GraphError, match=message):
+            call()
+    assert list(model.state_dict()) == before
+    assert model[0].training
+
+
+def test_a_model_made_in_inference_mode_is_inserted_into_outside_of_it() -> None:
+    x = torch.rand(4, 3, 10, 10)
+    with torch.inference_mode():
+        model = small()
+    result = insert_batchnorm(model, [x], include_output=True)
+    assert not any(value.is_inference() for value in result.state_dict().values())
+    assert compare_outputs(model, result, [x]).bit_identical
+    recalibrate(result, [x]).train()(x).sum().backward()
+    assert [type(module) for module in fold_batchnorm(result, x)] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU]
+
+
+def test_a_layer_whose_weight_and_bias_are_buffers_gets_a_batchnorm(tmp_path: Path) -> None:
+    model, x = small().double(), torch.rand(4, 3, 10, 10, dtype=torch.float64)
+
+    def frozen() -> nn.Module:
+        copied = copy.deepcopy(model)
+        for name in ("weight", "bias"):
+            tensor = getattr(copied[0], name).detach()
+            delattr(copied[0], name)
+            copied[0].register_buffer(name, tensor)
+        return copied
+
+    result = insert_batchnorm(frozen(), [x])
+    assert isinstance(result[1], nn.BatchNorm2d) and result[1].weight.dtype == torch.float64
+    assert compare_outputs(model, result, [x]).bit_identical
+    save_checkpoint(result, tmp_path / "frozen.pth")
+    assert compare_outputs(load_checkpoint(tmp_path / "frozen.pth", model=frozen), result, [x]).bit_identical
+
+
+def test_a_parameter_made_of_several_tensors_is_no_obstacle() -> None:
+    model, x = small(), torch.rand(4, 3, 10, 10)
+    expected = insert_batchnorm(model, [x], include_output=True)
+    weight = model[2].weight.detach()
+    model[2].weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    result = insert_batchnorm(model, [x], include_output=True)
+    assert type(result[3].weight) is TwoTensor
+    assert result.state_dict().keys() == expected.state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning", "ignore:.*is deprecated")

@@ -198,6 +198,50 @@ def test_in_torchvisions_batchnorm_vggs_the_dense_layers_alone_are_sites() -> No
     assert names(found) == ["classifier.0", "classifier.3"]
 
 
+class Normalized(nn.Module):
+    """A conv whose output is normalized once `moved` has put its channels on the last axis."""
+
+    def __init__(self, moved: Callable[[Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.LayerNorm(features), nn.Linear(features, 4)
+        self.moved = moved
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.moved(self.conv(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("moved", "features"),
+    [
+        (lambda x: x.permute(0, 2, 3, 1), 8),
+        (lambda x: x.relu().movedim(1, -1), 8),
+        (lambda x: x.moveaxis(1, -1).contiguous(), 8),
+        (lambda x: x.flatten(2).transpose(1, 2), 8),
+        (lambda x: x.flatten(-2).mT, 8),
+        (lambda x: x.swapaxes(1, 3), 8),
+        (lambda x: x.swapdims(1, 3), 8),
+        (lambda x: x.permute(0, 3, 1, 2), 6),
+        (lambda x: x.flatten(1), 288),
+    ],
+)
+def test_a_normalization_counts_after_the_axes_have_moved(moved: Callable[[Tensor], Tensor], features: int) -> None:
+    found = reasons(survey(Normalized(moved, features), images(2, 8)))
+    assert found["conv"] == "already followed by a normalization: norm"
+
+
+def test_a_normalization_of_all_images_together_does_not_count() -> None:
+    model = Normalized(lambda x: x.flatten(0).view(2, -1), 288)
+    assert names(find_sites(model, images(2, 8))) == ["conv"]
+
+
+def test_layers_around_moved_axes_have_sites_without_a_normalization() -> None:
+    hidden = sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 8), nn.ReLU(), nn.Linear(8, 4))
+    assert names(find_sites(hidden, images(2, 8))) == ["0", "2"]
+    model = Normalized(lambda x: x.permute(0, 2, 3, 1), 8)
+    model.norm = nn.ReLU()
+    assert names(find_sites(model, images(2, 8))) == ["conv"]
+
+
 def test_a_normalization_after_another_layer_does_not_count() -> None:
     model = sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
     assert names(find_sites(model, images(2, 8))) == ["0"]
@@ -235,6 +279,75 @@ def test_every_head_of_a_model_with_several_outputs_is_an_output_layer() -> None
         "classes": "output layer",
         "mask": "output layer",
     }
+
+
+class WritesParts(nn.Module):
+    """Heads whose outputs are written into parts of one tensor."""
+
+    def __init__(self, begun: Callable[[Tensor], Tensor], finished: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(12, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+        self.begun, self.finished = begun, finished
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x.flatten(1)).relu()
+        result = self.begun(features)
+        for number, head in enumerate(self.heads):
+            result[:, number] = head(features)[:, 0]
+        return self.finished(result)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        lambda features: features.new_zeros(len(features), 3),
+        lambda features: features.new_zeros(len(features), 3).fill_(2),
+        lambda features: features[:, :3].relu(),
+        lambda features: torch.zeros(3, len(features)).t(),
+    ],
+)
+@pytest.mark.parametrize("finished", [lambda result: result, lambda result: result.softmax(1).clone()])
+def test_a_layer_whose_values_are_written_into_a_part_of_the_output_is_an_output_layer(
+    begun: Callable[[Tensor], Tensor], finished: Callable[[Tensor], Tensor]
+) -> None:
+    found = reasons(survey(WritesParts(begun, finished), images(2, 2)))
+    assert found == {"body": ""} | dict.fromkeys(["heads.0", "heads.1", "heads.2"], "output layer")
+
+
+def test_a_layer_whose_values_are_written_into_a_part_of_a_hidden_tensor_is_no_output_layer() -> None:
+    model = WritesParts(lambda features: features.new_zeros(len(features), 3), torch.relu)
+    assert names(find_sites(model, images(2, 2))) == ["body", "heads.0", "heads.1", "heads.2"]
+
+
+def test_a_part_that_was_read_before_it_is_written_to_is_not_read_from() -> None:
+    class ReadsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = x.clone()
+            result = self.other(kept)
+            kept[:, 1:] = self.conv(x)[:, 1:]
+            return result  # type: ignore[no-any-return]
+
+    assert reasons(survey(ReadsFirst(), images(2, 8))) == {"conv": "", "other": "output layer"}
+
+
+def test_a_layer_whose_values_are_written_into_a_part_of_what_is_normalized_has_no_site() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            halves = x.new_empty(len(x), 16, *x.shape[2:])
+            halves[:, :8] = self.first(x)
+            halves.narrow(1, 8, 8).copy_(self.second(x).relu())
+            return self.norm(halves)  # type: ignore[no-any-return]
+
+    reason = "already followed by a normalization: norm"
+    assert reasons(survey(Halves(), images(2, 8))) == {"first": reason, "second": reason}
 
 
 def test_a_layer_whose_values_are_also_returned_is_an_output_layer() -> None:

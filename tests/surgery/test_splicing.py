@@ -1,9 +1,12 @@
 import copy
 import warnings
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +113,11 @@ def test_children_of_a_sequential_that_is_sliced_or_looped_over_keep_their_numbe
     assert types(result.features) == ["NormalizedLayer", "ReLU", "NormalizedLayer", "ReLU", "Conv2d"]
 
 
+@dataclass(frozen=True)
+class Step:
+    layer: nn.Module
+
+
 class ReachedElsewhere(nn.Module):
     """Calls its layers by what holds them besides its children."""
 
@@ -125,7 +133,7 @@ class ReachedElsewhere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.held.values() if isinstance(self.held, dict) else self.held:
-            x = layer(x)
+            x = (layer() if isinstance(layer, weakref.ref) else getattr(layer, "layer", layer))(x)
         return self.output(x)  # type: ignore[no-any-return]
 
 
@@ -138,8 +146,12 @@ class ReachedElsewhere(nn.Module):
         lambda layers: dict(enumerate(layers)),
         lambda layers: [nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])],
         lambda layers: [partial(layer) for layer in layers],
+        lambda layers: deque(layers, 4),
+        lambda layers: [Step(layer) for layer in layers],
+        lambda layers: [SimpleNamespace(layer=layer) for layer in layers],
+        lambda layers: [*map(weakref.ref, layers[::2])],
     ],
-    ids=["list", "tuple", "dict", "slices", "partial"],
+    ids=["list", "tuple", "dict", "slices", "partial", "deque", "dataclass", "namespace", "weak reference"],
 )
 def test_layers_that_a_forward_reaches_in_a_plain_container_are_followed_by_their_batchnorm(
     among_features: bool, hold: Callable[[list[nn.Module]], Any], tmp_path: Path
