@@ -28,6 +28,7 @@ from bn_insert import (
 from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.graph.inputs import Inputs
+from bn_insert.statistics.calibrate import calibrate_sites
 from bn_insert.surgery.verification import fault_of
 from support.idioms import DecidesByValues
 from support.networks import (
@@ -769,9 +770,9 @@ def test_a_forward_that_depends_on_values_is_calibrated_where_the_caller_says(mo
 
     def calibrate_on(*arguments: Any, device: object, **options: Any) -> Any:
         devices.append(device)
-        return calibrate(*arguments, device=device, **options)
+        return calibrate_sites(*arguments, device=device, **options)
 
-    monkeypatch.setattr("bn_insert.surgery.insert.calibrate", calibrate_on)
+    monkeypatch.setattr("bn_insert.surgery.insert.calibrate_sites", calibrate_on)
     insert(DecidesByValues(), [torch.rand(4, 3, 12, 12)])
     assert devices == [None]
 
