@@ -25,7 +25,7 @@ from .progress import Progress
 from .schedule import learning_rate
 from .settings import TrainingSettings
 
-_FORMAT = f"{TRAINING_STATE} 6"
+_FORMAT = f"{TRAINING_STATE} 7"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
@@ -78,10 +78,13 @@ class TrainingState:
             if self.data.get(name) != data.get(name):
                 if name == "layers":
                     advice = f"{started_from or 'the network'}, which it started from, and {advice}"
-                what = "image files (some were added, removed or renamed)" if name == "images" else name
-                raise TrainingError(
-                    f"{path} belongs to another run: its {what} differ from this run's; resume with {advice}"
-                )
+                what = {
+                    "images": "image files (some were added, removed or renamed) differ",
+                    "classes": "classes, or their order, differ",
+                    "preprocessing": "preprocessing differs",
+                    "processes": "number of processes differs",
+                }.get(name, f"{name} differ")
+                raise TrainingError(f"{path} belongs to another run: its {what} from this run's; resume with {advice}")
 
     @property
     def _lr(self) -> float | None:
@@ -178,6 +181,7 @@ def run_data(network: nn.Module, images: ClassFolders, ranks: Ranks) -> dict[str
     """Return what, apart from the settings, has to be the same for a run to continue."""
     return {
         "images": images.digest,
+        "classes": list(images.classes),
         "processes": ranks.count,
         "preprocessing": images.transform.to_dict(),
         "layers": [f"{key} {tuple(tensor.shape)}" for key, tensor in network.state_dict().items()],

@@ -23,6 +23,7 @@ from .inputs import (
     ImageOptions,
     check_checkpoint,
     check_one_input,
+    in_order_of_outputs,
     note_unreadable,
     open_checkpoint,
     open_device,
@@ -318,7 +319,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
     channels = image_shape(network, side_of(transform))[0]
-    images = open_class_folders(data, transform, strict=strict, channels=channels, workers=workers)
+    folders = open_class_folders(data, transform, strict=strict, channels=channels, workers=workers)
+    images = in_order_of_outputs(folders, opened.classes)
     signals.keep(lambda: _kept(output_dir))
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with bn_insert.process_group(chosen) as target:
