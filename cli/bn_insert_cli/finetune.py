@@ -17,7 +17,7 @@ from bn_insert.support.text import listed
 
 from . import shared_options as opt
 from .console import print_error, print_note, print_warning
-from .finetune_display import FinetuneDisplay
+from .finetune_display import FinetuneDisplay, warn_of_classes_not_validated
 from .input_shapes import image_shape
 from .inputs import (
     ImageOptions,
@@ -382,15 +382,19 @@ def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> Non
     """Warn of files that could not be read and of classes without others; correct the numbers of images."""
     note_unreadable(unreadable)
     if skipped := {file.path for file in unreadable}:
-        labels = {image.label for image in images.train if image.path not in skipped}
-        unknown = [name for label, name in enumerate(images.classes) if label not in labels]
+        left = [[image for image in part if image.path not in skipped] for part in (images.train, images.val)]
+        train, val = ({image.label for image in part} for part in left)
+        unknown = [name for label, name in enumerate(images.classes) if label not in train]
         if unknown:
             print_warning(
                 f"No training image of {listed(unknown, _CLASSES_SHOWN)} can be read, so the network has not learned "
                 f"{'these classes' if len(unknown) > 1 else 'this class'}."
             )
-        train, val = (sum(image.path not in skipped for image in part) for part in (images.train, images.val))
-        print_note(f"Images without them: {train:,} for training and {val:,} for validation.")
+        untested = [images.classes[label] for label in sorted({image.label for image in images.val} - val)]
+        if untested:
+            text = f"No validation image of {listed(untested, _CLASSES_SHOWN)} can be read"
+            warn_of_classes_not_validated(text, len(untested))
+        print_note(f"Images without them: {len(left[0]):,} for training and {len(left[1]):,} for validation.")
 
 
 def _remove_unfinished(output_dir: Path, created: Sequence[Path]) -> None:
