@@ -242,6 +242,12 @@ def _check_arguments(
         raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
     if is_same_file(folder, images.folder):
         raise TrainingError(f"{folder} is the folder with the images; choose another output folder")
+    for part in ("train", "val"):
+        if folder.resolve().is_relative_to((images.folder / part).resolve()):
+            raise TrainingError(
+                f"{folder} is in {images.folder / part}, where folders are classes of images; choose another output "
+                "folder"
+            )
     check_functions(TrainingError, callbacks)
     check_flags(TrainingError, **flags)
     if tensorboard:

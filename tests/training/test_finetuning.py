@@ -341,6 +341,9 @@ def test_the_folder_with_the_images_is_no_output_folder(digits: ClassFolders) ->
     before = sorted(digits.folder.rglob("*"))
     with pytest.raises(TrainingError, match="is the folder with the images; choose another output folder"):
         finetune(load_checkpoint(network_path()), digits, digits.folder, BRIEF)
+    for inside in ("train", "val/run", "run/../train/3/run"):
+        with pytest.raises(TrainingError, match=r"is in .*(train|val), where folders are classes of images; choose"):
+            finetune(load_checkpoint(network_path()), digits, digits.folder / inside, BRIEF)
     assert sorted(digits.folder.rglob("*")) == before
 
 
