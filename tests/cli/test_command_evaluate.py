@@ -179,6 +179,9 @@ def test_outputs_that_are_not_finite_fail_both_commands(run: Run, digits: Path) 
     predicted = run("predict", "net.pth", digits)
     assert predicted.exit_code == 1
     assert "the outputs for 20 images are not finite" in predicted.stderr
+    (first, *_) = sorted((digits / "3").iterdir())
+    assert "the outputs for 1 image are not finite, which makes" in text_of(run("predict", "net.pth", first).stderr)
+    assert " on 1 image, loss" in text_of(run("evaluate", "net.pth", digits, "--images", 1).stdout)
 
 
 # The confusion matrix as a picture
