@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import as_passed
+from ..support.text import counted
 from .verdict import Verdict
+
+EARLY_STOP = "Early stop"  # subject of the verdict on a run that ended because of its patience
 
 # Times the loss of guessing, at which an output layer of zeros starts: above this, training has failed, and a
 # falling loss does not mean that more epochs would help.
@@ -42,7 +45,7 @@ def run_health(
     """
     if not epochs:
         return [Verdict("check", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
-    found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
+    found = [*_end(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
     needed = data.get("epochs_for_trials")
@@ -69,7 +72,9 @@ def run_health(
         if any(given in verdict.text for verdict in found for given in (more_epochs, lower_rate)):
             advice = ("", "", "")  # another might contradict it
         found += _accuracies(epochs, output_fit, *advice)
-    return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
+    if worst(found) == "good":
+        found.append(Verdict("good", "Training", "No sign of trouble in losses and accuracies."))
+    return found
 
 
 def lower_rate_advice(
@@ -100,10 +105,18 @@ def worst(verdicts: Sequence[Verdict]) -> Literal["good", "check", "bad"]:
     return "bad" if "bad" in states else "check" if "check" in states else "good"
 
 
-def _incomplete(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
+def _end(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
+    """Return why a run did not complete all of its epochs."""
     planned = settings.get("epochs", len(epochs))
-    if len(epochs) >= planned or _out_of_patience(epochs, settings):
+    if len(epochs) >= planned:
         return []
+    if _out_of_patience(epochs, settings):
+        best = _best(epochs)["epoch"]
+        text = (
+            f"Stopped early, after {len(epochs)} of {planned} epochs: {counted(len(epochs) - best, 'epoch')} without a "
+            f"higher validation accuracy than in epoch {best} ({as_passed('patience', settings['patience'])})."
+        )
+        return [Verdict("good", EARLY_STOP, text)]
     text = f"{len(epochs)} of {planned} epochs were completed: the run is in progress, was stopped, or diverged."
     return [Verdict("check", "Epochs", text)]
 

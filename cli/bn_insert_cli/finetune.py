@@ -45,6 +45,12 @@ _CLASSES_SHOWN = 5
 _VALIDATION = "Validation"
 
 
+def _output_dir(text: str) -> Path:
+    if not text:  # as Path, it would be the current folder
+        raise typer.BadParameter("the path is empty; pass a folder, or . for the current one")
+    return Path(text)
+
+
 def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     data: Annotated[
@@ -54,7 +60,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     output_dir: Annotated[
         Path,
         typer.Option(
-            "-o", "--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False
+            "-o",
+            "--output-dir",
+            metavar="DIR",
+            help="Output directory; created if missing.",
+            show_default=False,
+            parser=_output_dir,
         ),
     ],
     model: opt.Model = None,

@@ -141,7 +141,7 @@ class FinetuneDisplay:
             resume: Whether the command had --resume.
             force: Whether it had --force.
         """
-        from bn_insert.report import worst  # noqa: PLC0415 - only at the end of a run
+        from bn_insert.report import EARLY_STOP, worst  # noqa: PLC0415 - only at the end of a run
 
         if result.interrupted:
             option = "" if resume else " with --resume" + " instead of --force" * force
@@ -154,7 +154,7 @@ class FinetuneDisplay:
             for verdict in result.health:
                 if verdict.state == "bad":
                     print_warning(verdict.text)
-                elif verdict.state == "check":
+                elif verdict.state == "check" or verdict.subject == EARLY_STOP:
                     print_note(verdict.text)
             if not (output_dir / "best.pth").exists():
                 print_warning(

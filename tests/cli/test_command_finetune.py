@@ -308,6 +308,22 @@ def test_resuming_a_complete_run_writes_its_results_again_but_cannot_restore_the
     assert "Next: " not in stderr
 
 
+def test_an_empty_output_directory_is_not_the_current_folder(run: Run, digits: Path) -> None:
+    before = sorted(Path().iterdir())
+    refused = run("finetune", network_path(), digits, "-o", "", *BRIEF)
+    assert_refused(refused, "the path is empty; pass a folder, or . for the current one")
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_run_that_stopped_early_says_so_and_why(run: Run, digits: Path) -> None:
+    command = ("finetune", network_path(), digits, "-o", "run", *BRIEF, "--lr", 1e-30, "--no-fit-output")
+    trained = run(*command, "--epochs", 9, "--patience", 1)
+    text = "after 2 of 9 epochs: 1 epoch without a higher validation accuracy than in epoch 1 (--patience 1)."
+    assert f"Stopped early, {text}" in text_of(trained.stderr)
+    assert f"Stopped early, {text}" in [verdict["text"] for verdict in read_run(Path("run/report.json"))["health"]]
+
+
 @pytest.mark.usefixtures("no_charts")
 def test_resuming_is_offered_where_there_is_a_state_to_resume_from(run: Run, digits: Path) -> None:
     Path("run").mkdir()

@@ -701,6 +701,16 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     found = epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8))
     assert run_health(found, {"epochs": 9, "patience": 1}, {})[0].state == "good"
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
+    assert run_health(found, {"epochs": 3, "patience": 1}, {})[0].text.startswith("No sign of trouble")
+
+
+def test_the_page_says_that_a_run_stopped_early_and_why() -> None:
+    report = run_report("a", {"epochs": 9, "patience": 1}, epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8)), {"batchnorms": 0})
+    text = Page(page(report)).text
+    assert (
+        "Stopped early, after 3 of 9 epochs: 1 epoch without a higher validation accuracy than in epoch 2 (patience=1)."
+    ) in text
+    assert "No sign of trouble" in text
 
 
 def test_a_loss_a_little_above_guessing_is_not_called_above_an_equal_number() -> None:
