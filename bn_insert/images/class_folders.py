@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +46,10 @@ class ClassFolders:
 
     Args:
         folder: The folder that contains `train/` and `val/`.
-        classes: Names of the folders in `train/`, sorted: the outputs of a network trained on them, in this order.
-        train: Training images, sorted by class.
-        val: Validation images, sorted by class.
+        classes: Names of the folders in `train/`: the outputs of a network trained on them, in this order. They are
+            sorted, unless another order was asked for with `in_order`.
+        train: Training images, sorted by path.
+        val: Validation images, sorted by path.
         reader: How the files are decoded.
     """
 
@@ -74,6 +75,28 @@ class ClassFolders:
         """SHA-256 of the names of all images: runs with the same seed and digest see the same batches."""
         names = sorted(str(image.path.relative_to(self.folder)) for image in (*self.train, *self.val))
         return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+
+    def in_order(self, classes: Sequence[str]) -> ClassFolders:
+        """Return the same images with labels for another order of the classes.
+
+        A network that was trained on these classes may have its outputs in another order than the sorted folders.
+
+        Args:
+            classes: The names in `classes`, in the order of the outputs.
+
+        Raises:
+            ImageError: When these are not the names in `classes`, each once.
+        """
+        if sorted(classes) != sorted(self.classes):
+            raise ImageError(
+                f"the classes are {listed(classes, NAMES_SHOWN)}, and the folders in {self.folder / 'train'} are "
+                f"{listed(self.classes, NAMES_SHOWN)}; pass the names of all folders, each once"
+            )
+        labels = [[*classes].index(name) for name in self.classes]
+        train, val = (
+            tuple(LabelledImage(path, labels[label]) for path, label in part) for part in (self.train, self.val)
+        )
+        return replace(self, classes=tuple(classes), train=train, val=val)
 
     def batches(self, images: Sequence[LabelledImage], size: int, *, full: bool = False) -> Iterator[LabelledBatch]:
         """Yield images in batches, in their order.

@@ -7,11 +7,12 @@ from .output import check_report, write_report
 from .preprocessing import preprocessing_text
 from .provenance import file_facts, versions
 from .run_beginning import SMALL_DIFFERENCE, choice_text, output_fit_text
-from .run_verdicts import run_health, worst
+from .run_verdicts import EARLY_STOP, run_health, worst
 from .runs import read_run, run_report, runs_report
 from .verdict import Verdict
 
 __all__ = [
+    "EARLY_STOP",
     "SMALL_DIFFERENCE",
     "Verdict",
     "adaptation_report",

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import as_passed
+from ..support.text import counted
 from .verdict import Verdict
+
+EARLY_STOP = "Early stop"  # subject of the verdict on a run that ended because of its patience
 
 # Times the loss of guessing, at which an output layer of zeros starts: above this, training has failed, and a
 # falling loss does not mean that more epochs would help.
@@ -16,6 +19,10 @@ _NEARLY_ALL = 0.98  # of the validation images: nothing is left to improve on
 _LITTLE = 0.75  # of the loss of guessing: at this fraction two classes are told apart in three of four images
 _EPOCHS_AFTER_BEST = 2  # after which the first epoch is said to be the best
 _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to it, and to that of guessing
+_FLAT = 1.01  # times the lowest loss: a last loss up to this has not risen
+_FAR_BELOW = 0.1 + 1e-9  # how far the accuracy may fall from the best epoch to the last
+_FAR_LOWER = 0.2  # of the usual learning rate
+FIRST_TRIED = {"adamw": 0.0003, "sgd": 0.003}  # learning rates at which trials start
 
 
 def run_health(
@@ -38,13 +45,17 @@ def run_health(
     """
     if not epochs:
         return [Verdict("check", "Epochs", "No epoch has been completed: the run is in progress, or was stopped.")]
-    found = [*_incomplete(epochs, settings), *_accuracy(epochs, data)]
+    found = [*_end(epochs, settings), *_accuracy(epochs, data)]
     classes = data.get("classes", 0)
     new_output = bool(data.get("output_replaced") or (output_fit and output_fit["fitted"]))
     needed = data.get("epochs_for_trials")
     new_head = new_output and data.get("output_kind") != "conv"
     lower_rate = lower_rate_advice(settings, new_head=new_head, epochs_for_trials=needed)
-    other_rate = lower_rate  # after a run that may have learned too little at its rate, rather than lost what it had
+    new_run = f"in a new run with {as_passed('epochs', needed)} or more" if needed else ""
+    more_epochs = new_run or _more_epochs(epochs, settings)
+    # After a run that may have learned too little at its rate, rather than lost what it had.
+    slow = _too_slow(epochs, settings)
+    other_rate = f"Train for more epochs ({more_epochs})." if slow else lower_rate
     if needed:
         other_rate = (
             f"Train for longer, in a new run with {as_passed('epochs', needed)} or more: trials then choose the "
@@ -55,11 +66,15 @@ def run_health(
         leave_out = f" If the checkpoint was trained on other classes, leave out {fit}."
         lower_rate, other_rate = lower_rate + leave_out, other_rate + leave_out
     if classes > 1:
-        new_run = f"in a new run with {as_passed('epochs', needed)} or more" if needed else ""
-        found += _loss(epochs, classes, new_run or _more_epochs(epochs, settings), lower_rate, other_rate)
+        found += _loss(epochs, classes, more_epochs, lower_rate, other_rate)
     if worst(found) != "bad":
-        found += _not_better(epochs, output_fit, other_rate) or _best_at_first(epochs, lower_rate)
-    return found or [Verdict("good", "Training", "No sign of trouble in losses and accuracies.")]
+        advice = (lower_rate, other_rate, other_rate if slow else lower_rate)
+        if any(given in verdict.text for verdict in found for given in (more_epochs, lower_rate)):
+            advice = ("", "", "")  # another might contradict it
+        found += _accuracies(epochs, output_fit, *advice)
+    if worst(found) == "good":
+        found.append(Verdict("good", "Training", "No sign of trouble in losses and accuracies."))
+    return found
 
 
 def lower_rate_advice(
@@ -90,10 +105,18 @@ def worst(verdicts: Sequence[Verdict]) -> Literal["good", "check", "bad"]:
     return "bad" if "bad" in states else "check" if "check" in states else "good"
 
 
-def _incomplete(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
+def _end(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Verdict]:
+    """Return why a run did not complete all of its epochs."""
     planned = settings.get("epochs", len(epochs))
-    if len(epochs) >= planned or _out_of_patience(epochs, settings):
+    if len(epochs) >= planned:
         return []
+    if _out_of_patience(epochs, settings):
+        best = _best(epochs)["epoch"]
+        text = (
+            f"Stopped early, after {len(epochs)} of {planned} epochs: {counted(len(epochs) - best, 'epoch')} without a "
+            f"higher validation accuracy than in epoch {best} ({as_passed('patience', settings['patience'])})."
+        )
+        return [Verdict("good", EARLY_STOP, text)]
     text = f"{len(epochs)} of {planned} epochs were completed: the run is in progress, was stopped, or diverged."
     return [Verdict("check", "Epochs", text)]
 
@@ -114,22 +137,57 @@ def _accuracy(epochs: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> l
     return [Verdict("bad", "Accuracy", text)]
 
 
-def _not_better(
-    epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None, other_rate: str
+def _accuracies(
+    epochs: Sequence[Mapping[str, Any]],
+    output_fit: Mapping[str, Any] | None,
+    lower_rate: str,
+    not_better: str,
+    best_at_first: str,
 ) -> list[Verdict]:
-    best, before = _best(epochs)["val_accuracy"], output_fit["accuracy"] if output_fit else None
-    if before is None or best > before or best >= _NEARLY_ALL:
+    """Return what is wrong with how the validation accuracy changed; the first verdict says what to do about it."""
+    best, last = _best(epochs), epochs[-1]["val_accuracy"]
+    highest, before = best["val_accuracy"], output_fit["accuracy"] if output_fit else None
+    fell_far, below = highest - last > _FAR_BELOW, before is not None and last < before
+    nothing_left = highest >= max(_NEARLY_ALL, before or 0)
+    found = []
+    if before is not None and highest <= before and not nothing_left:
+        text = f"The best validation accuracy, {highest:.1%}, is not above that before training, {before:.1%}."
+        found.append(("Accuracy", text, not_better))
+    elif best["epoch"] == 1 and len(epochs) > _EPOCHS_AFTER_BEST and not nothing_left:
+        lower = best_at_first and best_at_first == lower_rate
+        why = ": a lower learning rate may preserve more of the pretrained network" if lower else ""
+        found.append(("Epochs", f"No epoch was better than the first{why}.", best_at_first))
+    if fell_far or (before is not None and last < before < highest):
+        text = f"The validation accuracy fell from {highest:.1%} in epoch {best['epoch']} to {last:.1%} in the last one"
+        text += f", below that before training, {before:.1%}" if below else ""
+        found.append(("Accuracy", f"{text}; best.pth is from epoch {best['epoch']}.", lower_rate))
+    if not found:
         return []
-    text = f"The best validation accuracy, {best:.1%}, is not above that before training, {before:.1%}."
-    return [Verdict("check", "Accuracy", f"{text} {other_rate}")]
+    (subject, text, advice), *others = found
+    first = Verdict("check", subject, f"{text} {lower_rate if fell_far else advice}".strip())
+    return [first, *(Verdict("check", subject, text) for subject, text, _ in others)]
 
 
-def _best_at_first(epochs: Sequence[Mapping[str, Any]], lower_rate: str) -> list[Verdict]:
-    best = _best(epochs)
-    if best["epoch"] > 1 or len(epochs) - 1 < _EPOCHS_AFTER_BEST or best["val_accuracy"] >= _NEARLY_ALL:
-        return []
-    text = "No epoch was better than the first: a lower learning rate may preserve more of the pretrained network."
-    return [Verdict("check", "Epochs", f"{text} {lower_rate}")]
+def _too_slow(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> bool:
+    """Return whether a learning rate may be too low: far below the usual one, or not above it and the loss never rose.
+
+    At a higher one, a loss that stays where it is may also be that of a network that was destroyed.
+    """
+    rate = settings.get("lr")
+    return _far_too_low(settings) or (rate is not None and rate <= _first_tried(settings) and not _rose(epochs))
+
+
+def _far_too_low(settings: Mapping[str, Any]) -> bool:
+    rate = settings.get("lr")
+    return rate is not None and rate <= _FAR_LOWER * _first_tried(settings)
+
+
+def _first_tried(settings: Mapping[str, Any]) -> float:
+    return FIRST_TRIED["sgd" if settings.get("opt") == "sgd" else "adamw"]
+
+
+def _rose(epochs: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(epochs[-1]["val_loss"] > _FLAT * min(epoch["val_loss"] for epoch in epochs))
 
 
 def _loss(
@@ -151,11 +209,9 @@ def _loss(
         )
         found.append(Verdict("bad", "Loss", text))
     elif lowest > _LITTLE * guessing:
-        text = (
-            f"The validation loss, {lowest:.3f} at its lowest, is only {1 - lowest / guessing:.1%} below {guess}: "
-            f"train for longer ({more_epochs}), or on more images."
-        )
-        found.append(Verdict("check", "Loss", text))
+        text = f"The validation loss, {lowest:.3f} at its lowest, is only {1 - lowest / guessing:.1%} below {guess}"
+        way_out = f": train for longer ({more_epochs}), or on more images."
+        found.append(Verdict("check", "Loss", text + (f". {lower_rate}" if _rose(epochs) else way_out)))
     if falling:
         text = (
             f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "
@@ -166,14 +222,19 @@ def _loss(
 
 
 def _more_epochs(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Return the options that make a run longer."""
+    """Return the options that make a run longer, or learn more in the same time if its learning rate is very low."""
     larger = [as_passed("epochs")] if len(epochs) >= settings.get("epochs", 0) else []
     larger += [as_passed("patience")] if _out_of_patience(epochs, settings) else []
-    return as_passed("resume", True) + (f" with a larger {' and '.join(larger)}" if larger else "")
+    options = as_passed("resume", True) + (f" with a larger {' and '.join(larger)}" if larger else "")
+    if _far_too_low(settings):
+        options += f"; or, in a new run, a higher learning rate: {as_passed('lr', _first_tried(settings))}"
+    return options
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], lowest: float, guessing: float) -> bool:
     if len(epochs) < 2 or epochs[-1]["val_loss"] != lowest or lowest > _TOO_HIGH * guessing:
+        return False
+    if epochs[-1]["val_accuracy"] == 1:  # more epochs cannot raise it
         return False
     return bool(epochs[-2]["val_loss"] - lowest > max(_FALLING[0] * lowest, _FALLING[1] * guessing))
 

@@ -102,7 +102,8 @@ def read_run(path: StrPath) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder} contains {counted(found, 'run')}; pass {printable(folder / '*')} to compare them"
             ) from error
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}{did_you_mean(path)}; {_ADVICE}") from error
+        advice = _rewriting() if (folder / "state.pth").exists() else _ADVICE
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}{did_you_mean(path)}; {advice}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; {_rewriting()}") from error
     runs = data.get("runs") if isinstance(data, dict) and data.get("format") == FORMAT else None

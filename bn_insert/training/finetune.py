@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
@@ -30,7 +30,7 @@ from .lr_trials import choose_learning_rate
 from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
 from .preparation import batchnorm_mode, make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
-from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts
+from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
 from .settings import TrainingSettings
 from .starting_output import fit_starting_output
 from .state import TrainingState, load_state, random_state, run_data
@@ -113,7 +113,8 @@ def finetune(
             `overwrite`.
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
-            an uninterrupted run. A run is started if the folder has no results.
+            an uninterrupted run. Of a complete run, all results are written once more that follow from state.pth: not
+            best.pth, unless the last epoch is the best. A run is started if the folder has no results.
         resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
@@ -170,12 +171,12 @@ def finetune(
         classifier = Classifier.of(network, output, classes, device, ranks, amp=settings.amp, example=example)
         training_set = TrainingSet.of(images, classifier, settings, ranks)
         state, data, progress = None, run_data(network, images, ranks), Progress()
+        skipped: Sequence[str] = ()
         if resume and existing:
             state = load_state(folder / STATE)
             settings = state.with_lr(settings)
             state.check_continues(settings, data, folder / STATE, started_from=checkpoint_of(folder))
-            if resume_epochs:
-                settings = state.with_epochs(settings)
+            settings = state.with_epochs(settings, own=resume_epochs)
         summary = summarize(
             model,
             given_output,
@@ -204,10 +205,11 @@ def finetune(
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
+            skipped = state.skipped if progress.complete(settings) else ()  # which reads all images again otherwise
             summary = replace(summary, resumed=state.resumed(settings, training_set.steps))
             del state  # it has a second copy of the weights
         results = RunFolder(folder, images, facts, dropout=str(dropout), replaced=() if resume else existing)
-        run = _Run(step, training_set, images, data, results, new_output, on_fit, on_trial, on_step)
+        run = _Run(step, training_set, images, data, results, new_output, skipped, on_fit, on_trial, on_step)
         ranks.wait()  # no rank looks into the folder after the first rank changes it
         closing.enter_context(renorm_scheduler or nullcontext())
         _on_first_rank(lambda: results.restore_checkpoints(network, progress), ranks)
@@ -217,14 +219,7 @@ def finetune(
             on_epoch = writer.after_epoch(on_epoch)
         if on_start:
             on_start(summary)
-        progress, settings = run.train(progress, on_epoch)
-    health = run_health(
-        [asdict(epoch) for epoch in progress.history],
-        asdict(settings),
-        facts["data"],
-        output_fit=asdict(progress.fit) if progress.fit else None,
-    )
-    return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
+        return run.train(progress, on_epoch)
 
 
 def _check_arguments(
@@ -247,6 +242,12 @@ def _check_arguments(
         raise TrainingError(f"settings is {settings!r:.80}; pass TrainingSettings(epochs=10), for example")
     if is_same_file(folder, images.folder):
         raise TrainingError(f"{folder} is the folder with the images; choose another output folder")
+    for part in ("train", "val"):
+        if folder.resolve().is_relative_to((images.folder / part).resolve()):
+            raise TrainingError(
+                f"{folder} is in {images.folder / part}, where folders are classes of images; choose another output "
+                "folder"
+            )
     check_functions(TrainingError, callbacks)
     check_flags(TrainingError, **flags)
     if tensorboard:
@@ -269,11 +270,28 @@ class _Run:
     data: Mapping[str, Any]
     results: RunFolder
     new_output: bool
+    skipped_before: Collection[str]
     on_fit: Callable[[OutputFit], None] | None
     on_trial: Callable[[LearningRateTrial], None] | None
     on_step: Callable[[StepMetrics], None] | None
 
-    def train(
+    def train(self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None) -> FineTuning:
+        """Train, and return the outcome; a complete run only gets its reports once more."""
+        settings = self.step.settings
+        if progress.complete(settings):
+            skipped = self.skipped()
+            _on_first_rank(lambda: self.results.rewrite(progress, asdict(settings), skipped), self.step.ranks)
+        else:
+            progress, settings = self._train(progress, on_epoch)
+        health = run_health(
+            [asdict(epoch) for epoch in progress.history],
+            asdict(settings),
+            with_image_counts(self.results.facts, self.images, self.skipped())["data"],
+            output_fit=asdict(progress.fit) if progress.fit else None,
+        )
+        return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
+
+    def _train(
         self, progress: Progress, on_epoch: Callable[[EpochMetrics], None] | None
     ) -> tuple[Progress, TrainingSettings]:
         """Train, after the fit of the output layer and the choice of the learning rate, if they are not done yet.
@@ -313,6 +331,12 @@ class _Run:
             advice = _advice(settings, self.results.facts, progress)
             raise DivergenceError(f"{error}: training diverged; {self.results.kept}. {advice}") from error
 
+    def skipped(self) -> list[str]:
+        """Return the files that no process could read, relative to the folder of the images; all ranks call this."""
+        paths = [str(each.path.relative_to(self.images.folder)) for each in self.images.unreadable]
+        gathered = self.step.ranks.gathered(paths)
+        return sorted({*self.skipped_before, *(path for paths in gathered for path in paths)})
+
     def _save(self, progress: Progress, settings: TrainingSettings) -> None:
         classifier, renorm_scheduler, ranks = self.step.classifier, self.step.renorm_scheduler, self.step.ranks
         random = ranks.gathered(random_state(classifier.device))
@@ -324,6 +348,7 @@ class _Run:
             optimizer=self.step.optimizer.state_dict(),
             renorm=renorm_scheduler.state_dict() if renorm_scheduler else {},
             random=random,
+            skipped=self.skipped(),
         )
         _on_first_rank(lambda: self.results.write(classifier.network, state), ranks)
 

@@ -61,9 +61,9 @@ class TrainingLoop:
             if stopped:
                 self.save(progress, self.step.settings)
                 return progress
-            self._clock.after_evaluation()
             progress = progress.after_epoch(metrics)
             self.save(progress, self.step.settings)
+            self._clock.after_evaluation()
             if self.on_epoch:
                 self.on_epoch(metrics)
         return progress

@@ -54,7 +54,7 @@ class RemainingTime:
     _evaluation: float | None = field(default=None, init=False)
 
     def begin(self) -> None:
-        """Begin to time steps, or what comes after the last step of an epoch."""
+        """Begin to time steps."""
         self._begun = time.monotonic()
 
     def after_step(self, epoch: int, step: int) -> float | None:
@@ -76,5 +76,5 @@ class RemainingTime:
         return per_step * (self.steps - step + self.steps * epochs_left) + evaluation * (epochs_left + 1)
 
     def after_evaluation(self) -> None:
-        """Note that an epoch has been re-estimated and validated."""
+        """Note that an epoch has been re-estimated, validated and saved."""
         self._evaluation = time.monotonic() - self._begun

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from ..images.class_folders import ClassFolders
 from ..report import choice_text, output_fit_text, preprocessing_text, read_run, run_report, write_report
 from ..support.files import stage_file, staging_folder
 from ..support.processes import Ranks
-from ..support.text import printable
+from ..support.text import counted, printable
 from .lr_trials import epochs_for_trials
 from .metrics import write_curves, write_metrics
 from .progress import Progress
 from .state import TrainingState, write_state
-from .summary import RunSummary
+from .summary import RunSummary, images_text
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
@@ -105,9 +105,6 @@ def run_facts(
         "data": {
             "folder": str(images.folder),
             "classes": len(images.classes),
-            "training_images": len(images.train),
-            "validation_images": len(images.val),
-            "largest_class": max(Counter(image.label for image in images.val).values()) / len(images.val),
             "preprocessing": images.transform.to_dict(),
             "output_replaced": output_replaced,
             "output_kind": output_kind,
@@ -121,6 +118,22 @@ def run_facts(
         "processes": ranks.count,
         "overview": summary.texts | {"Preprocessing": preprocessing_text(summary.preprocessing)},
     }
+
+
+def with_image_counts(facts: Mapping[str, Any], images: ClassFolders, skipped: Collection[str]) -> dict[str, Any]:
+    """Return the facts of a run with the numbers of its images, apart from those that could not be read."""
+    paths = {images.folder / each for each in skipped}
+    train, val = ([image for image in part if image.path not in paths] for part in (images.train, images.val))
+    counts = {
+        "training_images": len(train),
+        "validation_images": len(val),
+        "skipped_files": len(paths),
+        "largest_class": max(Counter(image.label for image in val).values()) / len(val),
+    }
+    text = images_text(len(train), len(val), len(images.classes))
+    if paths:
+        text += f"; {counted(len(paths), 'unreadable file')} skipped"
+    return {**facts, "data": facts["data"] | counts, "overview": facts["overview"] | {"Images": text}}
 
 
 class RunFolder:
@@ -173,11 +186,22 @@ class RunFolder:
             publish = self._staged(network, state, staging)
             for name in filter(publish.__contains__, order):
                 publish[name]()
-        written = {*publish, *self._write_reports(state)}
+        written = {*publish, *self._write_reports(state.progress, state.settings, state.skipped)}
         for name in self._replaced:
             if name not in written:
                 (self._folder / name).unlink(missing_ok=True)
         self._replaced = ()
+
+    def rewrite(self, progress: Progress, settings: Mapping[str, Any], skipped: Collection[str]) -> None:
+        """Write what follows from the progress of a complete run once more: it may have been damaged or deleted.
+
+        Raises:
+            CheckpointError: With the path and the reason.
+        """
+        with staging_folder(self._folder / STATE) as staging:
+            for name, write in self._writers(progress).items():
+                stage_file(self._folder / name, write, staging, overwrite=True)()
+        self._write_reports(progress, settings, skipped)
 
     def restore_checkpoints(self, network: nn.Module, progress: Progress) -> None:
         """Write the checkpoints of a run that is resumed at the end of an epoch: a kill may have come before them."""
@@ -188,16 +212,20 @@ class RunFolder:
     def _staged(self, network: nn.Module, state: TrainingState, staging: Path) -> dict[str, Callable[[], None]]:
         """Write the files, apart from the reports, into a staging folder; return functions that name them."""
         checkpoints = _checkpoints_at(state.progress)
-        writers: dict[str, Callable[[Path], object]] = {}
-        if history := state.progress.history:
-            writers[METRICS] = partial(write_metrics, history)
-            writers[CURVES] = partial(write_curves, history)
-        classes = "".join(f"{name}\n" for name in self._images.classes)
-        writers[CLASSES] = lambda path: path.write_text(classes, encoding="utf-8")
-        writers[STATE] = partial(write_state, state)
+        writers = self._writers(state.progress) | {STATE: partial(write_state, state)}
         return {name: self._staged_checkpoint(network, name, staging) for name in checkpoints} | {
             name: stage_file(self._folder / name, write, staging, overwrite=True) for name, write in writers.items()
         }
+
+    def _writers(self, progress: Progress) -> dict[str, Callable[[Path], object]]:
+        """Return what writes the classes, and the metrics and curves if there are any."""
+        classes = "".join(f"{name}\n" for name in self._images.classes)
+        writers: dict[str, Callable[[Path], object]] = {
+            CLASSES: lambda path: path.write_text(classes, encoding="utf-8")
+        }
+        if history := progress.history:
+            writers |= {METRICS: partial(write_metrics, history), CURVES: partial(write_curves, history)}
+        return writers
 
     def _staged_checkpoint(self, network: nn.Module, name: str, staging: Path) -> Callable[[], None]:
         transform, classes = self._images.transform.to_dict(), self._images.classes
@@ -205,18 +233,18 @@ class RunFolder:
             network, self._folder / name, staging, transform=transform, classes=classes, overwrite=True
         )
 
-    def _write_reports(self, state: TrainingState) -> list[str]:
+    def _write_reports(self, progress: Progress, settings: Mapping[str, Any], skipped: Collection[str]) -> list[str]:
         """Write the reports, and return the names of those that could be written."""
-        epochs = [asdict(epoch) for epoch in state.progress.history]
+        epochs = [asdict(epoch) for epoch in progress.history]
         # A limit of Batch Renormalization may be infinite, which JSON has no number for.
-        settings = {
+        shown = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in (*state.settings.items(), ("dropout", self._dropout))
+            for name, value in (*settings.items(), ("dropout", self._dropout))
         }
-        beginning, texts = _beginning(state.progress, state.settings["lr"])
-        overview = self.facts["overview"] | texts
-        facts = {**self.facts, **beginning, "overview": overview}
-        data = run_report(self._folder.resolve().name, settings, epochs, facts)
+        beginning, texts = _beginning(progress, settings["lr"])
+        facts = with_image_counts(self.facts, self._images, skipped)
+        facts |= {**beginning, "overview": facts["overview"] | texts}
+        data = run_report(self._folder.resolve().name, shown, epochs, facts)
         written = []
         try:
             for name in REPORTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from .progress import Progress
 from .schedule import learning_rate
 from .settings import TrainingSettings
 
-_FORMAT = f"{TRAINING_STATE} 6"
+_FORMAT = f"{TRAINING_STATE} 7"
 _MAY_CHANGE = {"epochs", "patience"}  # a run may be made longer
 
 
@@ -41,6 +41,7 @@ class TrainingState:
         optimizer: State dict of the optimizer.
         renorm: State dict of the RenormScheduler; empty without one.
         random: For each rank, the states of its generators.
+        skipped: Image files that could not be read, relative to the folder of the images.
     """
 
     settings: Mapping[str, Any]
@@ -50,6 +51,7 @@ class TrainingState:
     optimizer: dict[str, Any]
     renorm: dict[str, float]
     random: list[dict[str, Tensor]]
+    skipped: Sequence[str] = ()
 
     def check_continues(
         self, settings: TrainingSettings, data: Mapping[str, Any], path: Path, *, started_from: str = ""
@@ -78,10 +80,13 @@ class TrainingState:
             if self.data.get(name) != data.get(name):
                 if name == "layers":
                     advice = f"{started_from or 'the network'}, which it started from, and {advice}"
-                what = "image files (some were added, removed or renamed)" if name == "images" else name
-                raise TrainingError(
-                    f"{path} belongs to another run: its {what} differ from this run's; resume with {advice}"
-                )
+                what = {
+                    "images": "image files (some were added, removed or renamed) differ",
+                    "classes": "classes, or their order, differ",
+                    "preprocessing": "preprocessing differs",
+                    "processes": "number of processes differs",
+                }.get(name, f"{name} differ")
+                raise TrainingError(f"{path} belongs to another run: its {what} from this run's; resume with {advice}")
 
     @property
     def _lr(self) -> float | None:
@@ -92,9 +97,9 @@ class TrainingState:
         """Return settings with the learning rate of this state's run, if they have none."""
         return replace(settings, lr=self._lr) if settings.lr is None else settings
 
-    def with_epochs(self, settings: TrainingSettings) -> TrainingSettings:
-        """Return settings with the number of epochs of this state's run."""
-        return replace(settings, epochs=self.settings["epochs"])
+    def with_epochs(self, settings: TrainingSettings, *, own: bool) -> TrainingSettings:
+        """Return settings with at least as many epochs as are complete, or with the number of this state's run."""
+        return replace(settings, epochs=self.settings["epochs"] if own else max(settings.epochs, self.progress.epoch))
 
     def resumed(self, settings: TrainingSettings, steps: int) -> str:
         """Return in words where a run with these settings continues, and what another number of epochs changes.
@@ -178,6 +183,7 @@ def run_data(network: nn.Module, images: ClassFolders, ranks: Ranks) -> dict[str
     """Return what, apart from the settings, has to be the same for a run to continue."""
     return {
         "images": images.digest,
+        "classes": list(images.classes),
         "processes": ranks.count,
         "preprocessing": images.transform.to_dict(),
         "layers": [f"{key} {tuple(tensor.shape)}" for key, tensor in network.state_dict().items()],
@@ -200,6 +206,7 @@ def write_state(state: TrainingState, path: Path) -> None:
         "optimizer": state.optimizer,
         "renorm": state.renorm,
         "random": state.random,
+        "skipped": list(state.skipped),
     }
     with path.open("wb") as file:
         torch.save(content, file)
@@ -224,6 +231,7 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     optimizer: dict[str, Any]
     renorm: dict[Literal["distance", "expected"], NotNegative]
     random: list[dict[str, Any]]
+    skipped: list[str]
 
 
 def load_state(path: Path) -> TrainingState:
@@ -272,6 +280,7 @@ def load_state(path: Path) -> TrainingState:
         optimizer,
         {str(name): value for name, value in content.renorm.items()},
         content.random,
+        content.skipped,
     )
 
 

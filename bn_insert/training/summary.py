@@ -64,7 +64,6 @@ class RunSummary:
     def texts(self) -> dict[str, str]:
         """What a screen or a page shows of most runs, by its title."""
         train, val = (sum(counts[part] for counts in self.classes.values()) for part in (0, 1))
-        classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
         trained = f"{self.trained_parameters:,} of {self.parameters:,} parameters"
         norms = counted(self.batchnorms, "BatchNorm layer")
         if self.renorm and self.trained_batchnorms:
@@ -74,13 +73,18 @@ class RunSummary:
         elif self.trained_batchnorms < self.batchnorms:
             norms = f"gamma and beta of {self.trained_batchnorms} of {norms}"
         return {
-            "Images": f"{train:,} for training and {val:,} for validation, {classes}",
+            "Images": images_text(train, val, len(self.classes)),
             "Output layer": self.output,
             "Trained": f"{trained}; {norms}",
             "Dropout": self.dropout,
             "Steps": f"{self.epochs * self.steps:,} ({counted(self.epochs, 'epoch')} of {self.steps:,})",
             "Device": self.device,
         }
+
+
+def images_text(train: int, val: int, classes: int) -> str:
+    """Return the numbers of images and classes as a phrase."""
+    return f"{train:,} for training and {val:,} for validation, {classes} {'class' if classes == 1 else 'classes'}"
 
 
 def summarize(

@@ -123,7 +123,8 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         print_json(facts | {"classes_stored": bool(classes)} | asdict(evaluation))
         raise typer.Exit(0 if finite else CHECK_FAILED)
     print_table(class_table(evaluation))
-    found = f"Accuracy {evaluation.accuracy:.2%} on {evaluation.images:,} images, loss {evaluation.loss:.4f}."
+    noun = "image" if evaluation.images == 1 else "images"
+    found = f"Accuracy {evaluation.accuracy:.2%} on {evaluation.images:,} {noun}, loss {evaluation.loss:.4f}."
     if not finite:
         print_result(f"{found} Outputs are not finite, so neither figure is meaningful.", good=False)
         raise typer.Exit(CHECK_FAILED)

@@ -17,12 +17,13 @@ from bn_insert.support.text import listed
 
 from . import shared_options as opt
 from .console import print_error, print_note, print_warning
-from .finetune_display import FinetuneDisplay
+from .finetune_display import FinetuneDisplay, warn_of_classes_not_validated
 from .input_shapes import image_shape
 from .inputs import (
     ImageOptions,
     check_checkpoint,
     check_one_input,
+    in_order_of_outputs,
     note_unreadable,
     open_checkpoint,
     open_device,
@@ -44,6 +45,12 @@ _CLASSES_SHOWN = 5
 _VALIDATION = "Validation"
 
 
+def _output_dir(text: str) -> Path:
+    if not text:  # as Path, it would be the current folder
+        raise typer.BadParameter("the path is empty; pass a folder, or . for the current one")
+    return Path(text)
+
+
 def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     checkpoint: opt.Checkpoint,
     data: Annotated[
@@ -53,7 +60,12 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     output_dir: Annotated[
         Path,
         typer.Option(
-            "-o", "--output-dir", metavar="DIR", help="Output directory; created if missing.", show_default=False
+            "-o",
+            "--output-dir",
+            metavar="DIR",
+            help="Output directory; created if missing.",
+            show_default=False,
+            parser=_output_dir,
         ),
     ],
     model: opt.Model = None,
@@ -318,7 +330,8 @@ def finetune(  # noqa: PLR0917 - options are keyword-only on the command line
     if not resume:  # its weights come from state.pth
         warn_of_other_normalization(opened, checkpoint)
     channels = image_shape(network, side_of(transform))[0]
-    images = open_class_folders(data, transform, strict=strict, channels=channels, workers=workers)
+    folders = open_class_folders(data, transform, strict=strict, channels=channels, workers=workers)
+    images = in_order_of_outputs(folders, opened.classes)
     signals.keep(lambda: _kept(output_dir))
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with bn_insert.process_group(chosen) as target:
@@ -380,15 +393,19 @@ def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> Non
     """Warn of files that could not be read and of classes without others; correct the numbers of images."""
     note_unreadable(unreadable)
     if skipped := {file.path for file in unreadable}:
-        labels = {image.label for image in images.train if image.path not in skipped}
-        unknown = [name for label, name in enumerate(images.classes) if label not in labels]
+        left = [[image for image in part if image.path not in skipped] for part in (images.train, images.val)]
+        train, val = ({image.label for image in part} for part in left)
+        unknown = [name for label, name in enumerate(images.classes) if label not in train]
         if unknown:
             print_warning(
                 f"No training image of {listed(unknown, _CLASSES_SHOWN)} can be read, so the network has not learned "
                 f"{'these classes' if len(unknown) > 1 else 'this class'}."
             )
-        train, val = (sum(image.path not in skipped for image in part) for part in (images.train, images.val))
-        print_note(f"Images without them: {train:,} for training and {val:,} for validation.")
+        untested = [images.classes[label] for label in sorted({image.label for image in images.val} - val)]
+        if untested:
+            text = f"No validation image of {listed(untested, _CLASSES_SHOWN)} can be read"
+            warn_of_classes_not_validated(text, len(untested))
+        print_note(f"Images without them: {len(left[0]):,} for training and {len(left[1]):,} for validation.")
 
 
 def _remove_unfinished(output_dir: Path, created: Sequence[Path]) -> None:

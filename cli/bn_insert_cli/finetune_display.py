@@ -141,7 +141,7 @@ class FinetuneDisplay:
             resume: Whether the command had --resume.
             force: Whether it had --force.
         """
-        from bn_insert.report import worst  # noqa: PLC0415 - only at the end of a run
+        from bn_insert.report import EARLY_STOP, worst  # noqa: PLC0415 - only at the end of a run
 
         if result.interrupted:
             option = "" if resume else " with --resume" + " instead of --force" * force
@@ -154,9 +154,14 @@ class FinetuneDisplay:
             for verdict in result.health:
                 if verdict.state == "bad":
                     print_warning(verdict.text)
-                elif verdict.state == "check":
+                elif verdict.state == "check" or verdict.subject == EARLY_STOP:
                     print_note(verdict.text)
-            if not failed:
+            if not (output_dir / "best.pth").exists():
+                print_warning(
+                    f"{output_dir / 'best.pth'} is missing, and state.pth has only the network after the last epoch, "
+                    "which is in last.pth. To get the best network again, repeat the run in another folder."
+                )
+            elif not failed:
                 file = shlex.quote(str(output_dir / "best.pth"))
                 option = f" --model {shlex.quote(model)}" if model else ""
                 print_note(
@@ -173,10 +178,7 @@ def _print_summary(summary: RunSummary) -> None:
     names = [f"{name} {counts[0]:,}/{counts[1]:,}" for name, counts in summary.classes.items()]
     print_note(f"Classes (training/validation): {listed(names, _CLASSES_SHOWN)}.")
     if missing := [name for name, counts in summary.classes.items() if not counts[1]]:
-        print_warning(
-            f"No validation images of {listed(missing, _CLASSES_SHOWN)}: the validation accuracy says nothing about "
-            f"{'this class' if len(missing) == 1 else 'these classes'}."
-        )
+        warn_of_classes_not_validated(f"No validation images of {listed(missing, _CLASSES_SHOWN)}", len(missing))
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
     untried = " (the run is too short for trials; --lr sets it)" if summary.lr_untried else ""
     print_note(f"Learning rate: {lr}{untried}.")
@@ -184,6 +186,12 @@ def _print_summary(summary: RunSummary) -> None:
         print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
     if summary.resumed:
         print_note(f"Resumed {summary.resumed}.")
+
+
+def warn_of_classes_not_validated(text: str, count: int) -> None:
+    """Warn of classes without validation images, given what is the matter with them and how many they are."""
+    these = "this class" if count == 1 else "these classes"
+    print_warning(f"{text}: the validation accuracy says nothing about {these}.")
 
 
 def _duration(seconds: float) -> str:

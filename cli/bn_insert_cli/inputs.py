@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import typer
 
 from bn_insert.errors import CheckpointError, UnneededKeyError
-from bn_insert.support.text import counted, figures, first_line, usable_devices
+from bn_insert.support.text import counted, figures, first_line, listed, usable_devices
 
 from .console import print_note, print_warning
 from .input_shapes import image_shape, input_shape, runs_on
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bn_insert import Checkpoint, Ranks, Settings
-    from bn_insert.images import Batches, Transform, Unreadable
+    from bn_insert.images import Batches, ClassFolders, Transform, Unreadable
 
 LayerKind = Literal["conv", "dense"]
 TORCHVISION_NAMES = ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -32,6 +32,7 @@ IMAGENET_DEFAULT = "ImageNet's, the default: the checkpoint stores none"
 _REST_BY_DEFAULT = "the rest by default"
 _CHECKPOINT_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
 _FILES_SHOWN = 5
+_NAMES_SHOWN = 5
 _FILES_LOOKED_AT = 1000  # in a folder that was passed as a checkpoint: a listing of all may take long
 
 
@@ -335,6 +336,19 @@ def warn_of_other_normalization(opened: Opened, checkpoint: str) -> None:
         "no longer computes its original function. If the original network was trained with the new values, insert "
         "BatchNorm into it again, with these options."
     )
+
+
+def in_order_of_outputs(images: ClassFolders, stored: Sequence[str]) -> ClassFolders:
+    """Return class folders in the order of a checkpoint's outputs if it stores their names; else say how they match."""
+    if sorted(stored) == sorted(images.classes):
+        return images.in_order(stored)
+    if len(stored) == len(images.classes) and _is_first_rank():
+        print_note(
+            f"The checkpoint stores other class names ({listed(stored, _NAMES_SHOWN)}) than those of the folders "
+            f"({listed(images.classes, _NAMES_SHOWN)}): its outputs are taken for the folders, sorted by name, in that "
+            "order."
+        )
+    return images
 
 
 def _stored_transform(checkpoint: Checkpoint, options: ImageOptions) -> Transform:

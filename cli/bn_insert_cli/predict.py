@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from bn_insert.support.text import counted
+
 from . import shared_options as opt
 from .console import image_progress, print_error, print_json, print_line, print_note
 from .inputs import (
@@ -89,5 +91,6 @@ def predict(  # noqa: PLR0917 - options are keyword-only on the command line
             ranked = zip(each.classes, each.probabilities, strict=True)
             print_line(f"{each.path}: {', '.join(f'{name} {probability:.2%}' for name, probability in ranked)}")
     if wrong := [each.path for each in predictions if not isfinite(each.probabilities[0])]:
-        print_error(f"the outputs for {len(wrong)} images are not finite, so their classes are meaningless: {wrong[0]}")
+        images = counted(len(wrong), "image")
+        print_error(f"the outputs for {images} are not finite, which makes the classes meaningless: {wrong[0]}")
         raise typer.Exit(CHECK_FAILED)

@@ -14,7 +14,7 @@ from torchvision.models import VGG
 from bn_insert import load_checkpoint, read_checkpoint, save_checkpoint
 from bn_insert.demo import network_path
 from support.commands import AS_STORED, Run, assert_refused, text_of
-from support.digits import IDENTITY_TRANSFORM, save_plain_network
+from support.digits import IDENTITY_TRANSFORM, copy_labelled_digits, save_plain_network
 
 DIGITS = tuple("0123456789")
 
@@ -59,6 +59,25 @@ def test_class_names_survive_insert_and_fold_and_inspect_prints_them(run: Run, d
         assert result.exit_code == 0, result.output
     assert classes_in("bn.safetensors") == classes_in("plain.pth") == names
     assert "10: zero, [red], ?[2Jtwo, three" in text_of(run("inspect", "plain.pth").stdout)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_finetune_keeps_outputs_in_the_order_of_their_stored_names(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "data", train=1, val=2)
+    order = [0, 1, 2, 3, 4, 5, 6, 8, 7, 9]
+    names = [str(digit) for digit in order]
+    save(names, network=shuffled_network(order))
+    command = ("finetune", "net.pth", data, "--epochs", 1, "--lr", 1e-7, "-b", 10, "-j", 0, "--device", "cpu", "-o")
+    trained = run(*command, "run")
+    assert trained.exit_code == 0, trained.output
+    assert "Output layer kept: validation accuracy 100.00% before training." in text_of(trained.stderr)
+    assert list(classes_in("run/best.pth")) == names == Path("run/classes.txt").read_text().split()
+    assert json.loads(run("evaluate", "run/best.pth", data, "--json").stdout)["accuracy"] == 1
+    Path("net.pth").unlink()
+    save([f"kind {name}" for name in names], network=shuffled_network(order))
+    note = "The checkpoint stores other class names (kind 0, kind 1, kind 2, kind 3, kind 4 and 5 more) than those of"
+    assert note in text_of(run(*command, "other").stderr)
+    assert classes_in("other/best.pth") == DIGITS
 
 
 # Evaluate
@@ -160,6 +179,9 @@ def test_outputs_that_are_not_finite_fail_both_commands(run: Run, digits: Path) 
     predicted = run("predict", "net.pth", digits)
     assert predicted.exit_code == 1
     assert "the outputs for 20 images are not finite" in predicted.stderr
+    (first, *_) = sorted((digits / "3").iterdir())
+    assert "the outputs for 1 image are not finite, which makes" in text_of(run("predict", "net.pth", first).stderr)
+    assert " on 1 image, loss" in text_of(run("evaluate", "net.pth", digits, "--images", 1).stdout)
 
 
 # The confusion matrix as a picture

@@ -245,6 +245,8 @@ def test_unreadable_images_are_not_counted_in_the_end_and_refused_with_strict(
     assert "Skipped 2 unreadable files: " in text_of(trained.stderr)
     assert "Images without them: 39 for training and 19 for validation." in text_of(trained.stderr)
     assert "No training image" not in trained.stderr
+    overview = read_run(Path("run/report.json"))["overview"]
+    assert overview["Images"] == "39 for training and 19 for validation, 10 classes; 2 unreadable files skipped"
     assert_refused(run(*command, "-o", "strict", "--strict"), "error: cannot read", "leave out --strict")
 
 
@@ -262,6 +264,64 @@ def test_classes_without_a_training_image_that_can_be_read_are_named(run: Run, t
     stderr = text_of(run(*command, "-o", "again").stderr)
     assert "the file is empty; and 3 more" in stderr
     assert "No training image of 3, 7 can be read, so the network has not learned these classes." in stderr
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_unreadable_validation_images_count_neither_in_verdicts_nor_for_their_class(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "digits", train=1, val=2, classes=3)
+    for name in "12":
+        for path in list((data / "val" / name).glob("*.png"))[int(name) - 1 :]:
+            path.write_bytes(b"no image")
+    command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF, "--no-fit-output", "-o", "run")
+    trained = run(*command)
+    assert trained.exit_code == 0, trained.output
+    warning = "No validation image of 1 can be read: the validation accuracy says nothing about this class."
+    assert warning in text_of(trained.stderr)
+    found = read_run(Path("run/report.json"))
+    assert found["data"]["largest_class"] == pytest.approx(2 / 3)
+    assert (found["data"]["validation_images"], found["data"]["skipped_files"]) == (3, 3)
+    assert (found["epochs"][0]["val_accuracy"] > 2 / 3) != ("the share of the largest class" in text_of(trained.stderr))
+    assert run(*command, "--resume").exit_code == 0
+    assert read_run(Path("run/report.json")) == found
+
+
+def test_resuming_a_complete_run_writes_its_results_again_but_cannot_restore_the_best_network(
+    run: Run, digits: Path
+) -> None:
+    command = ("finetune", network_path(), digits, "-o", "run", "--epochs", 2, *BRIEF, "--lr", 1)
+    assert "bn-insert evaluate run/best.pth" not in run(*command).stderr, "an epoch after the best, which is the first"
+    before = read_run(Path("run/report.json"))
+    Path("run/report.json").write_text("damaged")
+    advice = "run finetune again, with --resume to rewrite the reports"
+    assert_refused(run("report", "run", "-o", "page.html"), advice)
+    metrics = Path("run/metrics.csv").read_text()
+    for name in FILES - {"state.pth"}:
+        Path("run", name).unlink()
+    assert_refused(run("report", "run", "-o", "page.html"), advice)
+    again = run(*command, "--resume", "--epochs", 1)
+    assert again.exit_code == 0, again.output
+    assert {path.name for path in Path("run").iterdir()} == FILES - {"best.pth"}
+    assert read_run(Path("run/report.json")) == before
+    assert Path("run/metrics.csv").read_text() == metrics
+    stderr = text_of(again.stderr)
+    assert "run/best.pth is missing, and state.pth has only the network after the last epoch" in stderr
+    assert "Next: " not in stderr
+
+
+def test_an_empty_output_directory_is_not_the_current_folder(run: Run, digits: Path) -> None:
+    before = sorted(Path().iterdir())
+    refused = run("finetune", network_path(), digits, "-o", "", *BRIEF)
+    assert_refused(refused, "the path is empty; pass a folder, or . for the current one")
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_run_that_stopped_early_says_so_and_why(run: Run, digits: Path) -> None:
+    command = ("finetune", network_path(), digits, "-o", "run", *BRIEF, "--lr", 1e-30, "--no-fit-output")
+    trained = run(*command, "--epochs", 9, "--patience", 1)
+    text = "after 2 of 9 epochs: 1 epoch without a higher validation accuracy than in epoch 1 (--patience 1)."
+    assert f"Stopped early, {text}" in text_of(trained.stderr)
+    assert f"Stopped early, {text}" in [verdict["text"] for verdict in read_run(Path("run/report.json"))["health"]]
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bn_insert import ImageError
-from bn_insert.images import LabelledBatches, Transform, open_batches, open_labelled_batches
+from bn_insert.images import LabelledBatches, Transform, open_batches, open_class_folders, open_labelled_batches
 
 PLAIN = Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,))
 
@@ -41,6 +41,18 @@ def test_folders_are_matched_with_classes_by_name_in_any_order_and_may_be_fewer(
     found = open_labelled_batches(class_folders(tmp_path, "bee ant"), PLAIN, classes=("dog", "bee", "cat", "ant"))
     assert found.classes == ("dog", "bee", "cat", "ant")
     assert labels_by_brightness(found) == {0: {1}, 1: {3}}
+
+
+def test_images_for_training_get_the_labels_of_another_order_of_the_same_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        class_folders(tmp_path / part, "ant bee cat")
+    sorted_by_name = open_class_folders(tmp_path, PLAIN)
+    found = sorted_by_name.in_order(["cat", "ant", "bee"])
+    assert (found.classes, found.digest) == (("cat", "ant", "bee"), sorted_by_name.digest)
+    assert [image.path for image in found.train] == [image.path for image in sorted_by_name.train]
+    assert all(found.classes[label] == path.parent.name for path, label in (*found.train, *found.val))
+    with pytest.raises(ImageError, match=r"the classes are ant, bee, and the folders in .*train are cat, ant, bee"):
+        found.in_order(["ant", "bee"])
 
 
 def test_val_is_used_unless_it_is_a_class(tmp_path: Path) -> None:

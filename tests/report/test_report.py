@@ -563,6 +563,73 @@ def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(befor
     assert wording in verdict.text
 
 
+def test_a_run_that_ruined_an_accurate_network_is_not_called_healthy() -> None:
+    found = epochs((0.031, 0.3, 0.5, 0.7, 0.812), (0.99, 0.88, 0.77, 0.81, 0.78))
+    settings, data = {"epochs": 5, "lr": 0.01}, {"classes": 10, "largest_class": 0.1}
+    texts = [verdict.text for verdict in run_health(found, settings, data, output_fit={"fitted": False, "accuracy": 1})]
+    assert texts == [
+        "The best validation accuracy, 99.0%, is not above that before training, 100.0%. Try a third of this learning "
+        "rate (lr=0.0033).",
+        "The validation accuracy fell from 99.0% in epoch 1 to 78.0% in the last one, below that before training, "
+        "100.0%; best.pth is from epoch 1.",
+    ]
+    (fell,) = run_health(found, settings, data)
+    assert fell.text.startswith("The validation accuracy fell from 99.0% in epoch 1 to 78.0% in the last one; best.pth")
+    assert fell.text.endswith("Try a third of this learning rate (lr=0.0033).")
+
+
+@pytest.mark.parametrize(("last", "wording"), [(0.69, "to 69.0% in the last one, below that before"), (0.7, "No sign")])
+def test_a_last_epoch_below_the_accuracy_before_training_is_named(last: float, wording: str) -> None:
+    found, fit = epochs((0.5, 0.5, 0.5), (0.6, 0.75, last)), {"fitted": False, "accuracy": 0.7}
+    (verdict,) = run_health(found, {"epochs": 3}, {"classes": 4}, output_fit=fit)
+    assert wording in verdict.text
+
+
+@pytest.mark.parametrize("before", [0.985, 1.0])
+def test_an_accuracy_of_nearly_all_images_is_enough_unless_it_was_higher_before(before: float) -> None:
+    fit = {"fitted": False, "accuracy": before}
+    (verdict,) = run_health(epochs((0.1, 0.1, 0.1), (0.985,) * 3), {"epochs": 3}, {"classes": 4}, output_fit=fit)
+    assert ("is not above that before training" in verdict.text) == (before == 1)
+
+
+def test_nothing_is_said_of_a_loss_that_still_falls_where_all_images_are_right() -> None:
+    (verdict,) = run_health(epochs((0.06, 0.03), (1.0, 1.0)), {"epochs": 2}, {"classes": 10})
+    assert verdict.state == "good"
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "advice"),
+    [
+        (
+            (1.40, 1.399, 1.398),
+            {"lr": 1e-7},
+            "Train for more epochs (--resume with a larger --epochs; or, in a new run",
+        ),
+        ((1.40, 1.39, 1.389), {"lr": 0.0003}, "Train for more epochs (--resume with a larger --epochs)."),
+        ((1.38, 1.379, 1.378), {"lr": 1e-4, "opt": "sgd"}, "in a new run, a higher learning rate: --lr 0.003), or on"),
+        ((0.5, 0.49, 0.48), {"lr": 1e-5}, "Train for more epochs (--resume with a larger --epochs; or, in a new run"),
+        ((1.3, 1.2, 1.0), {"lr": 0.01}, "more epochs (--resume with a larger --epochs) may help."),
+    ],
+)
+def test_a_run_that_learned_too_little_is_not_advised_of_a_lower_learning_rate(
+    losses: tuple[float, ...], settings: dict[str, Any], advice: str
+) -> None:
+    fit = {"fitted": False, "accuracy": 0.6}
+    with messages_name_options():
+        found = run_health(epochs(losses, (0.6,) * 3), settings | {"epochs": 3}, {"classes": 4}, output_fit=fit)
+    text = " ".join(verdict.text for verdict in found)
+    assert advice in text
+    assert "third" not in text
+    assert "a lower learning rate" not in text
+
+
+def test_more_training_is_not_advised_where_the_loss_rose() -> None:
+    found = run_health(epochs((1.2, 1.3, 1.3), (0.6, 0.5, 0.4)), {"epochs": 3, "lr": 0.01}, {"classes": 4})
+    text = " ".join(verdict.text for verdict in found)
+    assert text.count("Try a third of this learning rate") == 1
+    assert "longer" not in text
+
+
 def test_settings_without_effect_are_not_on_the_page() -> None:
     settings = asdict(TrainingSettings(opt="adamw"))
     text = Page(page(run_report("a", settings, [], {"batchnorms": 3}))).text
@@ -634,6 +701,16 @@ def test_a_run_that_stopped_early_is_complete() -> None:
     found = epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8))
     assert run_health(found, {"epochs": 9, "patience": 1}, {})[0].state == "good"
     assert run_health(found, {"epochs": 9, "patience": 2}, {})[0].state == "check"
+    assert run_health(found, {"epochs": 3, "patience": 1}, {})[0].text.startswith("No sign of trouble")
+
+
+def test_the_page_says_that_a_run_stopped_early_and_why() -> None:
+    report = run_report("a", {"epochs": 9, "patience": 1}, epochs((0.9, 0.3, 0.4), (0.6, 0.9, 0.8)), {"batchnorms": 0})
+    text = Page(page(report)).text
+    assert (
+        "Stopped early, after 3 of 9 epochs: 1 epoch without a higher validation accuracy than in epoch 2 (patience=1)."
+    ) in text
+    assert "No sign of trouble" in text
 
 
 def test_a_loss_a_little_above_guessing_is_not_called_above_an_equal_number() -> None:

@@ -232,6 +232,12 @@ def test_resuming_with_other_settings_or_images_names_what_differs(
     other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     with pytest.raises(TrainingError, match=r"its layers differ .* resume with net.pth, which it started from, and"):
         finetune(other, digits, tmp_path / "run", BRIEF, resume=True)
+    reversed_classes = digits.in_order(digits.classes[::-1])
+    with pytest.raises(TrainingError, match="its classes, or their order, differ from this run's"):
+        finetune(dense_network(), reversed_classes, tmp_path / "run", BRIEF, resume=True)
+    other_transform = open_class_folders(folder, replace(IDENTITY_TRANSFORM, mean=(0.5,)))
+    with pytest.raises(TrainingError, match="its preprocessing differs from this run's"):
+        finetune(dense_network(), other_transform, tmp_path / "run", BRIEF, resume=True)
     (tmp_path / "run" / "report.json").write_text("damaged")
     with pytest.raises(TrainingError, match="resume with the network, which it started from, and"):
         finetune(other, digits, tmp_path / "run", BRIEF, resume=True)
@@ -335,6 +341,9 @@ def test_the_folder_with_the_images_is_no_output_folder(digits: ClassFolders) ->
     before = sorted(digits.folder.rglob("*"))
     with pytest.raises(TrainingError, match="is the folder with the images; choose another output folder"):
         finetune(load_checkpoint(network_path()), digits, digits.folder, BRIEF)
+    for inside in ("train", "val/run", "run/../train/3/run"):
+        with pytest.raises(TrainingError, match=r"is in .*(train|val), where folders are classes of images; choose"):
+            finetune(load_checkpoint(network_path()), digits, digits.folder / inside, BRIEF)
     assert sorted(digits.folder.rglob("*")) == before
 
 

@@ -26,6 +26,7 @@ from bn_insert import (
 )
 from bn_insert.images import ClassFolders
 from bn_insert.report import SMALL_DIFFERENCE
+from bn_insert.report.run_verdicts import FIRST_TRIED
 from bn_insert.support.processes import Ranks
 from bn_insert.training import lr_trials
 from bn_insert.training.classifier import Classifier
@@ -373,3 +374,9 @@ def test_a_resumed_run_keeps_its_rate_without_further_trials(
     assert trials == []
     assert run.lr == rate
     assert load_state(tmp_path / "run" / "state.pth").settings["lr"] == rate
+
+
+def test_verdicts_know_the_learning_rates_at_which_trials_start() -> None:
+    assert {
+        opt: lr_trials.untried_learning_rate(TrainingSettings(opt=opt, epochs=1), steps=1) for opt in FIRST_TRIED
+    } == FIRST_TRIED

@@ -29,6 +29,7 @@ from bn_insert.surgery.replace_output import output_layer
 from bn_insert.training.preparation import prepared_network
 from bn_insert.training.reestimation import reestimate_statistics
 from bn_insert.training.remaining_time import RemainingTime
+from bn_insert.training.results import RunFolder
 from bn_insert.training.stopping import StopCheck
 from support.digits import copy_labelled_digits, open_digits
 from support.networks import small_vgg
@@ -303,6 +304,19 @@ def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPa
     clock.begin()
     now += 2
     assert clock.after_step(2, 1) == 3 * 2 + 10
+
+
+def test_the_time_left_counts_the_saving_of_each_epoch(
+    digits: ClassFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    write, after_evaluation = RunFolder.write, RemainingTime.after_evaluation
+    monkeypatch.setattr(RunFolder, "write", lambda *args: (write(*args), order.append("saved")))
+    monkeypatch.setattr(
+        RemainingTime, "after_evaluation", lambda self: (after_evaluation(self), order.append("measured"))
+    )
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    assert order == ["saved", "measured"]
 
 
 def test_steps_tell_the_time_left_once_some_are_timed(digits: ClassFolders, tmp_path: Path) -> None:
