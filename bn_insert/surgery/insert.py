@@ -16,6 +16,7 @@ from ..batchnorm.dropout_calls import dropout_calls
 from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
+from ..graph.inputs import reference_tensor
 from ..graph.layers import Kind
 from ..graph.sites import (
     Layer,
