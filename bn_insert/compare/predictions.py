@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class PredictionComparison:
         agreement: Fraction of images (for dense prediction: of positions) for which both predict the same class; NaN
             without classes.
         per_class: Accuracy for each class that has labeled images; empty without labels.
+        classes_before: Effective number of classes that the original predicts: the exponential of the entropy of the
+            class probabilities averaged over the images; NaN without classes.
+        classes_after: The same for the changed network.
     """
 
     images: int
@@ -53,6 +57,8 @@ class PredictionComparison:
     entropy_after: float
     agreement: float
     per_class: tuple[ClassAccuracy, ...] = ()
+    classes_before: float = nan
+    classes_after: float = nan
 
     @property
     def labelled(self) -> int:
@@ -126,6 +132,7 @@ class _Totals:
     classes: int = 0
     predictions: int = 0
     entropy: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    probabilities: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0])  # of each class
     agreeing: int = 0
     labels: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
@@ -137,6 +144,7 @@ class _Totals:
         for number, logits in enumerate((before, after)):
             log_probabilities = logits.log_softmax(1)
             self.entropy[number] -= (log_probabilities.exp() * log_probabilities).nan_to_num().sum()
+            self.probabilities[number] += log_probabilities.exp().nan_to_num().transpose(0, 1).flatten(1).sum(1)
         predicted = torch.stack([before.argmax(1), after.argmax(1)])
         self.agreeing += int((predicted[0] == predicted[1]).sum())
         self.predictions += predicted[0].numel()
@@ -149,7 +157,17 @@ class _Totals:
             return PredictionComparison(images, 0, float("nan"), float("nan"), float("nan"))
         before, after = (self.entropy / self.predictions).tolist()
         agreement = self.agreeing / self.predictions
-        return PredictionComparison(images, self.classes, before, after, agreement, tuple(self._per_class()))
+        shares = (torch.as_tensor(sums) / self.predictions for sums in self.probabilities)
+        predicted = (-(share * share.log()).nan_to_num().sum() for share in shares)
+        return PredictionComparison(
+            images,
+            self.classes,
+            before,
+            after,
+            agreement,
+            tuple(self._per_class()),
+            *(float(entropy.exp()) for entropy in predicted),
+        )
 
     def _per_class(self) -> list[ClassAccuracy]:
         if not self.labels:

@@ -169,7 +169,7 @@ def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
         trained = {trace.parameters.get(argument(node, "weight")) for node in operations} & weights
         if (
             operations
-            and (trained or any(weight.ndim > 1 for weight in module._parameters.values()))
+            and (trained or any(weight is not None and weight.ndim > 1 for weight in module._parameters.values()))
             and not any(map(trace.normalization_downstream, nodes))
             and (options.include_output or not any(map(trace.reaches_output, nodes)))
             and not any(fnmatchcase(name, pattern) for pattern in options.skip)

@@ -17,6 +17,7 @@ _HARDLY = 0.1  # standard deviations, and relative difference of standard deviat
 _MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on source images
 _LITTLE = 0.01  # of the entropy of a guess: the entropies of two sets of certain predictions differ by less
 _FEW_IMAGES = 8  # whose predictions say nothing about others
+_MORE_CLASSES = 1.5  # times as many as before
 _MOSTLY = 0.9  # of the predictions
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
@@ -59,6 +60,7 @@ def adaptation_report(
         "shifts": [dict(shift) for shift in shifts],
         "predictions": {**predictions, "per_class": per_class},
         "comparisons": dict(comparisons),
+        "changed": changed,
         "versions": versions(),
     }
     return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data, target_images, changed=changed)]}
@@ -76,7 +78,7 @@ def _verdicts(data: Mapping[str, Any], target_images: int, *, changed: bool) -> 
         found.append(_certainty(predictions, target_images))
         found += _swapped(predictions)
         if predictions["per_class"]:
-            found.append(_accuracy(predictions["per_class"], predictions["classes"]))
+            found.append(_accuracy(predictions["per_class"], predictions["classes"], changed=changed))
         elif changed:
             found.append(_unmeasured(shifts, predictions))
     return found
@@ -87,11 +89,11 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     smallest, largest = _factors(shifts)
     factor = f"between {smallest:.2f} and {largest:.2f}" if smallest < largest else f"of {largest:.2f}"
     text = (
-        f"The means of a layer moved by up to {farthest['mean_size']:.2g} standard deviations ({farthest['layer']}), "
-        f"and the standard deviation of the median channel of a layer by a factor {factor}."
+        f"The means of a layer differ from those on the source by up to {farthest['mean_size']:.2g} standard deviations "
+        f"({farthest['layer']}), and the standard deviation of the median channel of a layer by a factor {factor}."
     )
     if _hardly_moved(shifts):
-        return Verdict("check", "Statistics", f"{text} They hardly moved: there is little to gain from adapting.")
+        return Verdict("check", "Statistics", f"{text} They hardly differ: there is little to gain from adapting.")
     return Verdict("good", "Statistics", text)
 
 
@@ -153,8 +155,11 @@ def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
 def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
     """Return a doubt about source and target if the original is much more certain on target images."""
     source, before = predictions["entropy_source"], predictions["entropy_before"]
+    _, accuracy_before, accuracy_after = total(predictions["per_class"]).values()
     if source is None or before > source - _MORE_CERTAIN * math.log(predictions["classes"]):
         return []
+    if _spreads(predictions) or accuracy_after > accuracy_before:
+        return []  # under noise, for example, many networks predict few classes with certainty
     text = (
         f"The original is more certain on target images than on source images (mean entropy {before:.2g} and "
         f"{source:.2g} nats). The source should be images of the kind that it was trained on, the target images of the "
@@ -170,6 +175,12 @@ def _undecided(predictions: Mapping[str, Any]) -> bool:
     return bool(predictions["entropy_after"] > limit)
 
 
+def _spreads(predictions: Mapping[str, Any]) -> bool:
+    """Return whether the adapted network predicts clearly more classes than the original."""
+    before, after = predictions.get("classes_before"), predictions.get("classes_after")
+    return before is not None and after is not None and after > _MORE_CLASSES * before
+
+
 def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:
     """Return whether the adapted network is probably better, as far as that can be known without labels."""
     before, after = predictions["entropy_before"], predictions["entropy_after"]
@@ -182,6 +193,13 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess = "probably as before, because the statistics hardly moved"
     elif _undecided(predictions):
         guess = "probably low, because the network is rarely certain of a class"
+    elif _spreads(predictions):
+        guess = (
+            f"better than before if the target shows many of the classes, because the predictions of the original are "
+            f"of {predictions['classes_before']:.2g} classes (effectively) and those of the adapted network of "
+            f"{predictions['classes_after']:.2g}; worse if it shows only a few"
+        )
+        good = True
     elif after < before - hardly:
         unless = "unless the target lacks some of the classes or shows something else"
         guess, good = f"probably better than before, {because}, {unless}", True
@@ -216,9 +234,9 @@ def total(per_class: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": images, **accuracies}
 
 
-def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
+def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int, *, changed: bool) -> Verdict:
     images, before, after = total(per_class).values()
-    text = f"{before:.1%} before and {after:.1%} after, on {images:,} labeled target images."
+    text = f"{before:.1%} before and {after:.1%} after, on {counted(images, 'labeled target image')}."
     guess = 1 / classes
     if max(before, after) < _HARDLY_ABOVE_GUESSING * guess:
         text += (
@@ -232,6 +250,10 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int) -> Verdict:
             f" They are of {len(per_class)} of the {classes} classes. Adapting assumes that the target has all of "
             "them, as the source has."
         )
+    if not changed:
+        return Verdict("check", "Accuracy", text)
+    if images < _FEW_IMAGES:
+        return Verdict("check", "Accuracy", f"{text} So few cannot show whether it is better than before.")
     advice = "use images of all classes" if lacking else "use more target images"
     if after < before - 0.01:
         text += f" Adapting made it worse: keep the original, or {advice}."

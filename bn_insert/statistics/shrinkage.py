@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .moments import GroupMoments
 
-# Between two variances of one channel: a channel that is constant on the few images need not be so on others.
-_LARGEST_RATIO = 1e6
+# Of two variances of one channel: a channel that is constant on the few images need not be so on others.
+_SMALLEST_RATIO = 1e-6
 # How steeply the part of a shift that is taken grows where the shift exceeds chance.
 POWER = 4
 
@@ -96,7 +96,7 @@ class Prior:
             shown = others.counts_of_each[:, None] > 2
             variances = torch.cat([variances, torch.where(shown, others.variances, known_var)])
         of_mean = _factor(((means - known_mean) / known_var.sqrt())[:, varying], by_chance)
-        ratios = (variances / known_var)[:, varying].clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+        ratios = (variances / known_var)[:, varying].clamp(min=_SMALLEST_RATIO)
         of_std = _factor(ratios.log() / 2, by_chance)
         new_var = var.clone()
         new_var[varying] = known_var[varying] * ratios[0] ** of_std

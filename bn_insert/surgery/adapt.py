@@ -301,8 +301,8 @@ def adapt_statistics(
         source: Batches, as for `insert_batchnorm`; None for a model with BatchNorm, whose running statistics are those
             of the source.
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
-            batch (of all images so far, if the batch has fewer than 16) while those of deeper layers are measured, so
-            pass shuffled batches. A single image is enough if it differs clearly; a warning is issued if nothing was
+            batch (of all images so far, if the batch has fewer than 16, unless `shrink` is False) while those of deeper
+            layers are measured, so pass shuffled batches. A single image is enough if it differs clearly; a warning is issued if nothing was
             changed.
         layers: Kinds of layers to insert BatchNorm after: `"conv"`, `"dense"` or both.
         include_output: Whether to insert BatchNorm after the output layer too.

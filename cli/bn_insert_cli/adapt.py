@@ -184,7 +184,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     with saying_what_is_written(output if accepted else None):
         predictions = _predictions(network, adaptation.model, target, target_folder, place, stored=classes)
         entropy = _entropy(network, source, place, predictions[0])
-        findings = _findings(adaptation, comparisons, *predictions, entropy, stored=bool(classes))
+        findings = _findings(adaptation, comparisons, *predictions, entropy, stored=bool(classes), shrunk=shrink)
     if report:
         counts = ((source_folder, adaptation.source_images), (target_folder, adaptation.target_images))
         facts: dict[str, Any] = {
@@ -195,6 +195,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
             "preprocessing": {"origin": origin, "tensors": is_tensor_file(pictures)} | transform.to_dict(),
             "options": {"model": model, "layers": kinds, "include_output": include_output, "skip": skip or []}
             | {"placement": opt.placement(placement), "keep_batchnorm": keep_batchnorm, "shrink": shrink}
+            | {"tolerance": tolerance, "images": images}
             | {"eps": eps, "momentum": momentum, "seed": seed, "batch_size": batch_size}
             | {"amp": amp, "device": str(place), "transform": transform.to_dict()},
             "seconds": time.monotonic() - started,
@@ -240,11 +241,12 @@ def _findings(
     source_entropy: float | None,
     *,
     stored: bool,
+    shrunk: bool,
 ) -> dict[str, Any]:
     """Print what adapting changed, and return the data of the report."""
     from bn_insert.report import adaptation_report  # noqa: PLC0415
 
-    print_table(shift_table(adaptation.shifts))
+    print_table(shift_table(adaptation.shifts, shrunk=shrunk))
     if predictions.per_class:
         print_table(accuracy_table(predictions, classes, stored=stored))
     findings = adaptation_report(

@@ -111,9 +111,14 @@ def class_table(evaluation: Evaluation) -> Table:
     return result
 
 
-def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
-    """Return one row per layer: how far its statistics moved from source to target."""
-    numbers = ("channels", "means moved by", "std factor (range)")
+def shift_table(shifts: Sequence[StatisticsShift], *, shrunk: bool) -> Table:
+    """Return one row per layer: how far its statistics on the target are from those on the source.
+
+    Args:
+        shifts: Those of the layers.
+        shrunk: Whether the statistics moved by less than these differences.
+    """
+    numbers = ("channels", "means differ by", "std factor (range)")
     result = table("Statistics, from source to target", "layer", *numbers, right=numbers)
     keep_whole(result, (shift.layer for shift in shifts))
     for shift in shifts:
@@ -121,10 +126,11 @@ def shift_table(shifts: Sequence[StatisticsShift]) -> Table:
         factor = f"{shift.std_median:.2f} ({_range(ratios)})" if ratios else "-"
         result.add_row(shift.layer, str(len(shift.mean)), f"{shift.size:.2g}", factor)
     result.caption = (
-        "means moved by: root mean square over the channels, in standard deviations on the source; std factor: std on "
-        "the target / std on the source, of the median channel (smallest .. largest channel); both as measured; "
-        "with few images, only part of it is applied"
+        "means differ by: root mean square over the channels, in standard deviations on the source; std factor: std on "
+        "the target / std on the source, of the median channel (smallest .. largest channel)"
     )
+    if shrunk:
+        result.caption += "; both as measured: with few images, only part of the difference is applied"
     return result
 
 

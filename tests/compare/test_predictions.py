@@ -50,6 +50,8 @@ def test_entropy_and_agreement_need_no_labels() -> None:
     assert found.entropy_before == pytest.approx(float(expected), rel=1e-6)
     assert (found.images, found.classes, found.agreement, found.per_class) == (4, 3, 0.0, ())
     assert math.isnan(found.accuracy_before)
+    shares = SCORES.double().softmax(1).mean(0)
+    assert found.classes_before == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=1e-6)
 
 
 def test_labels_give_the_accuracy_of_each_class_and_of_all() -> None:

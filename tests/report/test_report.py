@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,42 @@ def test_uncertain_predictions_are_doubtful_unless_they_are_as_uncertain_on_sour
     assert ("On source images, the mean entropy of the original's predictions is 1.8." in certainty["text"]) is (
         source == 1.8
     )
+
+
+def collapsed(**changes: Any) -> dict[str, Any]:
+    """Return predictions as under noise: the original is certain of one class or two."""
+    found = PredictionComparison(256, 10, 1.0, 1.8, 0.1, classes_before=1.2, classes_after=9.6)
+    return asdict(replace(found, **changes))
+
+
+def test_a_network_that_predicts_few_classes_with_certainty_may_be_better_once_it_predicts_more() -> None:
+    verdicts = adaptation_report(shifts(0.2, 1.0), collapsed(), {}, source_entropy=1.7)["verdicts"]
+    assert [verdict["subject"] for verdict in verdicts] == ["Statistics", "Predictions", "Accuracy"]
+    assert verdicts[2]["state"] == "open"
+    assert (
+        "better than before if the target shows many of the classes, because the predictions of the original are of 1.2 "
+        "classes (effectively) and those of the adapted network of 9.6; worse if it shows only a few"
+    ) in verdicts[2]["text"]
+    verdicts = adaptation_report(shifts(0.2, 1.0), collapsed(classes_after=1.7), {}, source_entropy=1.7)["verdicts"]
+    assert "are not swapped" in verdicts[2]["text"] and "perhaps worse than before" in verdicts[3]["text"]
+
+
+def test_source_and_target_are_not_doubted_where_labels_show_that_adapting_helps() -> None:
+    for after, doubted in ((0.34, False), (0.15, True)):
+        per_class = (ClassAccuracy(0, 128, 0.15, after), ClassAccuracy(1, 128, 0.15, after))
+        predictions = collapsed(classes_after=1.2, per_class=per_class)
+        found = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=1.7, classes=["a", "b"])
+        assert any("are not swapped" in verdict["text"] for verdict in found["verdicts"]) is doubted
+
+
+@pytest.mark.parametrize(("images", "changed"), [(7, True), (280, False)])
+def test_few_labels_or_an_unchanged_network_lead_to_no_advice_on_the_accuracy(images: int, changed: bool) -> None:
+    predictions = PredictionComparison(images, 2, 0.5, 0.5, 1.0, (ClassAccuracy(0, images, 0.7, 0.7),))
+    found = adaptation_report(shifts(0.2, 1.0), asdict(predictions), {}, classes=["a", "b"], changed=changed)
+    text = f"70.0% before and 70.0% after, on {images} labeled target images." + (
+        " So few cannot show whether it is better than before." if changed else ""
+    )
+    assert found["verdicts"][-1] == {"state": "check", "subject": "Accuracy", "text": text}
 
 
 @pytest.mark.parametrize(("before", "swapped"), [(0.45, True), (0.5, False)])

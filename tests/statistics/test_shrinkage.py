@@ -82,6 +82,12 @@ def test_a_channel_that_the_prior_has_as_constant_takes_what_was_measured() -> N
     assert (float(mean[1]), float(var[1])) == (2.0, 1.0)
 
 
+def test_a_variance_that_is_millions_of_times_larger_is_taken_as_it_is() -> None:
+    known = prior()
+    _, var = known.shrunk(known.mean, known.var * 65535.0**2, 128)
+    torch.testing.assert_close(var, known.var * 65535.0**2, rtol=1e-6, atol=0)
+
+
 def test_channels_that_are_constant_on_the_target_keep_a_variance_above_zero() -> None:
     mean, var = prior().shrunk(torch.zeros(CHANNELS).double(), torch.zeros(CHANNELS).double(), 1000)
     assert mean.isfinite().all()
