@@ -302,8 +302,8 @@ def adapt_statistics(
             of the source.
         target: Batches, as for `insert_batchnorm`; no labels are used. Each layer normalizes by the statistics of the
             batch (of all images so far, if the batch has fewer than 16, unless `shrink` is False) while those of deeper
-            layers are measured, so pass shuffled batches. A single image is enough if it differs clearly; a warning is issued if nothing was
-            changed.
+            layers are measured, so pass shuffled batches. A single image is enough if it differs clearly; a warning is
+            issued if nothing was changed.
         layers: Kinds of layers to insert BatchNorm after: `"conv"`, `"dense"` or both.
         include_output: Whether to insert BatchNorm after the output layer too.
         skip: Glob patterns on qualified names of layers to insert none after.
