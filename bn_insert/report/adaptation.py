@@ -90,7 +90,8 @@ def _moved(shifts: Sequence[Mapping[str, Any]]) -> Verdict:
     factor = f"between {smallest:.2f} and {largest:.2f}" if smallest < largest else f"of {largest:.2f}"
     text = (
         f"The means of a layer differ from those on the source by up to {farthest['mean_size']:.2g} standard "
-        f"deviations ({farthest['layer']}), and the standard deviation of the median channel of a layer by a factor {factor}."
+        f"deviations ({farthest['layer']}), and the standard deviation of the median channel of a layer by a factor "
+        f"{factor}."
     )
     if _hardly_moved(shifts):
         return Verdict("check", "Statistics", f"{text} They hardly differ: there is little to gain from adapting.")
