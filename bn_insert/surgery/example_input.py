@@ -18,6 +18,9 @@ from ..graph.trace import Trace
 from ..statistics.passes import checked, no_batches
 from ..support.processes import Ranks, on_every_rank
 
+# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
+MOST_TRACED = 7
+
 
 @dataclass(frozen=True)
 class _TensorSpec:
@@ -32,7 +35,7 @@ class Peek:
     """What the first batches of every rank show.
 
     Attributes:
-        example: An example input of zeros; a rank without batches gets the shapes from the others.
+        example: An example input of a few zeros; a rank without batches gets the shapes from the others.
         first: The first batch of this rank; None without batches.
         batches: All batches of this rank.
         read: How many batches were read on all ranks together.
@@ -95,7 +98,7 @@ def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int
     device = reference_tensor(model).device
     zeros = tree_map_only(
         _TensorSpec,
-        lambda spec: torch.zeros(spec.shape, dtype=spec.dtype, device=device),
+        lambda spec: torch.zeros(min(spec.shape[0], MOST_TRACED), *spec.shape[1:], dtype=spec.dtype, device=device),
         (specs.args, dict(specs.kwargs)),
     )
     return Peek(Inputs(*zeros), inputs[0] if inputs else None, chain(first, iterator), sum(count for _, count in found))
