@@ -26,8 +26,8 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the bias or
-    a constant such as the stride sets that of the layer. Pruning and parametrizations, which replace a parameter, apply
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the stride or
+    any other attribute of the layer sets that of the layer. Pruning and parametrizations, which replace a parameter, apply
     to the layer itself, `pair[0]`.
 
     Examples:
@@ -47,11 +47,10 @@ class NormalizedLayer(nn.Sequential):
             return getattr(layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a parameter, buffer or constant of the layer instead of an attribute of the Sequential."""
+        """Set an attribute of the layer, if it has one of this name that the Sequential does not have."""
         layer = self.__dict__.get("_modules", {}).get("0")
         own = {*self.__dict__, *self.__dict__.get("_parameters", ()), *self.__dict__.get("_buffers", ())}
-        of_layer = () if layer is None else (*layer._parameters, *layer._buffers, *getattr(layer, "__constants__", ()))
-        if name in of_layer and name not in own:
+        if layer is not None and name not in own and not hasattr(type(self), name) and hasattr(layer, name):
             setattr(layer, name, value)
         else:
             super().__setattr__(name, value)

@@ -822,6 +822,27 @@ def test_a_network_that_takes_lengths_is_traced_with_those_of_the_first_batch() 
     assert inserted_batchnorms(insert_batchnorm(Recurrent().eval(), [batch])) == ["conv.1"]
 
 
+def test_an_attribute_of_a_layer_s_own_class_is_set_in_the_layer() -> None:
+    class Tempered(nn.Conv2d):
+        temperature = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / self.temperature
+
+    class Outer(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = Tempered(8, 8, 3)
+
+    model, x = randomised(Outer()), images(4, 12)
+    inserted = insert_batchnorm(model, [x])
+    for each in (model, inserted):
+        each.b.temperature = 30.0
+    assert torch.equal(model(x), inserted(x)) and inserted.b.temperature == 30.0
+    inserted.b.note = "of the pair"
+    assert not hasattr(inserted.b[0], "note")
+
+
 def test_a_layer_whose_class_takes_further_arguments_gets_them() -> None:
     class Scaling(nn.Conv2d):
         def forward(self, x: Tensor, scale: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
