@@ -26,9 +26,9 @@ def outputs_of(layer: nn.Linear | _ConvNd) -> int:
 class NormalizedLayer(nn.Sequential):
     """A layer and the norm after it, in place of the layer: attributes of the layer are also its own.
 
-    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the stride or
-    any other attribute of the layer sets that of the layer. Pruning and parametrizations, which replace a parameter, apply
-    to the layer itself, `pair[0]`.
+    A forward may read them, as in `self.conv1.weight.dtype` or `self.conv.kernel_size`. Setting the weight, the stride
+    or any other attribute of the layer sets that of the layer. Pruning and parametrizations, which replace a parameter,
+    apply to the layer itself, `pair[0]`.
 
     Examples:
         >>> pair = NormalizedLayer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -48,8 +48,9 @@ class NormalizedLayer(nn.Sequential):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the layer, if it has one of this name that the Sequential does not have."""
-        layer = self.__dict__.get("_modules", {}).get("0")
-        own = {*self.__dict__, *self.__dict__.get("_parameters", ()), *self.__dict__.get("_buffers", ())}
+        modules = self.__dict__.get("_modules", {})
+        layer = modules.get("0")
+        own = {*self.__dict__, *modules, *self.__dict__.get("_parameters", ()), *self.__dict__.get("_buffers", ())}
         if layer is not None and name not in own and not hasattr(type(self), name) and hasattr(layer, name):
             setattr(layer, name, value)
         else:
