@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan, nan
 from statistics import median
@@ -240,7 +241,8 @@ def adapt_inserted(
     layer_of = _layers_of(norms, insertion)
     priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
     with preserved_random_state():
-        peek = peeked(inserted, target, "adapt_statistics", most=2)
+        with _naming("target"):
+            peek = peeked(inserted, target, "adapt_statistics", most=2)
         found = reestimate(
             inserted,
             peek.batches,
@@ -405,11 +407,20 @@ def _check_no_momentum(momentum: float | None) -> None:
 
 def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
     """Return the batches, after checking that BatchNorms in this model can be folded: not after both passes."""
-    with preserved_random_state():
+    with preserved_random_state(), _naming("source"):
         peek = peeked(model, source, "adapt_statistics")
     if obstacle := peek.trace_of(model).obstacle:
         raise _unless_kept(obstacle)
     return peek.batches
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Let the error for batches that cannot be read say which batches."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"{as_passed(argument, option=argument.upper())}: {error}") from error
 
 
 def _unless_kept(obstacle: object) -> GraphError:

@@ -231,8 +231,16 @@ def test_progress_counts_the_images_of_both_passes() -> None:
     ("arguments", "error", "message"),
     [
         ((None, [torch.rand(4, 3, 16, 16)]), CalibrationError, "VGG has no BatchNorm: pass images of the kind that"),
-        (([torch.rand(4, 3, 16, 16)], []), CalibrationError, "empty: the iterable yielded no batches"),
-        (([], [torch.rand(4, 3, 16, 16)]), CalibrationError, "empty: the iterable yielded no batches"),
+        (
+            ([torch.rand(4, 3, 16, 16)], []),
+            CalibrationError,
+            "^target: the calibration set is empty: the iterable",
+        ),
+        (
+            ([], [torch.rand(4, 3, 16, 16)]),
+            CalibrationError,
+            "^source: the calibration set is empty: the iterable",
+        ),
         (([torch.rand(4, 3, 16, 16)], [torch.rand(4, 5, 16, 16)]), (GraphError, CalibrationError), "5"),
         (([torch.rand(4, 3, 16, 16)], [torch.full((4, 3, 16, 16), torch.nan)]), CalibrationError, "not finite"),
     ],
