@@ -149,7 +149,7 @@ def _certainty(predictions: Mapping[str, Any], target_images: int) -> Verdict:
             f"network's classes, and check {_preprocessing()}."
         )
         return Verdict("check", "Predictions", text)
-    doubtful = not predictions["per_class"] and after > (1 + _HARDLY) * before
+    doubtful = not predictions["per_class"] and after > (1 + _HARDLY) * before and not _spreads(predictions)
     return Verdict("check" if doubtful else "good", "Predictions", text)
 
 
@@ -159,7 +159,7 @@ def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
     _, accuracy_before, accuracy_after = total(predictions["per_class"]).values()
     if source is None or before > source - _MORE_CERTAIN * math.log(predictions["classes"]):
         return []
-    if _spreads(predictions) or accuracy_after > accuracy_before:
+    if predictions["images"] < _FEW_IMAGES or _spreads(predictions) or accuracy_after > accuracy_before:
         return []  # under noise, for example, many networks predict few classes with certainty
     text = (
         f"The original is more certain on target images than on source images (mean entropy {before:.2g} and "
@@ -196,8 +196,8 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         guess = "probably low, because the network is rarely certain of a class"
     elif _spreads(predictions):
         guess = (
-            f"better than before if the target shows many of the classes, because the predictions of the original are "
-            f"of {predictions['classes_before']:.2g} classes (effectively) and those of the adapted network of "
+            f"better than before if the target shows many of the classes, because the original effectively predicts "
+            f"{predictions['classes_before']:.2g} classes, and the adapted network "
             f"{predictions['classes_after']:.2g}; worse if it shows only a few"
         )
         good = True
@@ -248,13 +248,13 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int, *, changed: 
     lacking = len(per_class) < _fewest_classes(images, classes)
     if lacking:
         text += (
-            f" They are of {len(per_class)} of the {classes} classes. Adapting assumes that the target has all of "
+            f" They cover only {len(per_class)} of the {classes} classes. Adapting assumes that the target has all of "
             "them, as the source has."
         )
     if not changed:
-        return Verdict("check", "Accuracy", text)
+        return Verdict("open", "Accuracy", text)
     if images < _FEW_IMAGES:
-        return Verdict("check", "Accuracy", f"{text} So few cannot show whether it is better than before.")
+        return Verdict("open", "Accuracy", f"{text} So few cannot show whether it is better than before.")
     advice = "use images of all classes" if lacking else "use more target images"
     if after < before - 0.01:
         text += f" Adapting made it worse: keep the original, or {advice}."

@@ -22,6 +22,7 @@ _FALLING = (0.05, 0.01)  # smallest fall of the loss in one epoch: relative to i
 _FLAT = 1.01  # times the lowest loss: a last loss up to this has not risen
 _FAR_BELOW = 0.1 + 1e-9  # how far the accuracy may fall from the best epoch to the last
 _FAR_LOWER = 0.2  # of the usual learning rate
+_FAR_HIGHER = 100  # times the rate that the trials start with
 FIRST_TRIED = {"adamw": 0.0003, "sgd": 0.003}  # learning rates at which trials start
 
 
@@ -92,6 +93,8 @@ def lower_rate_advice(
     rate, lower = settings.get("lr"), f"a lower learning rate ({as_passed('lr')})"
     if isinstance(rate, float):
         lower = f"a third of this learning rate ({as_passed('lr', float(f'{rate / 3:.2g}'))})"
+        if rate > _FAR_HIGHER * _first_tried(settings):
+            lower = f"the usual learning rate ({as_passed('lr', _first_tried(settings))})"
     head = [f"a new head with BatchNorm ({as_passed('head', 512)})"] if new_head else []
     needed = as_passed("epochs", epochs_for_trials)
     longer = [f"a new run that is long enough for learning rate trials ({needed} or more)"] if epochs_for_trials else []
@@ -211,7 +214,8 @@ def _loss(
     elif lowest > _LITTLE * guessing:
         text = f"The validation loss, {lowest:.3f} at its lowest, is only {1 - lowest / guessing:.1%} below {guess}"
         way_out = f": train for longer ({more_epochs}), or on more images."
-        found.append(Verdict("check", "Loss", text + (f". {lower_rate}" if _rose(epochs) else way_out)))
+        spoiled = _rose(epochs) or (other_rate == lower_rate and any(each["val_loss"] > guessing for each in epochs))
+        found.append(Verdict("check", "Loss", text + (f". {lower_rate}" if spoiled else way_out)))
     if falling:
         text = (
             f"The validation loss was still falling, from {epochs[-2]['val_loss']:.3g} to {last['val_loss']:.3g} in "

@@ -27,7 +27,7 @@ from ..statistics.shrinkage import Prior
 from ..support.arguments import check_flags, check_progress
 from ..support.text import counted
 from .example_input import MOST_TRACED, peeked
-from .fold import fold, warn_of_untied
+from .fold import fold, warn_of_left, warn_of_untied
 from .insert import Insertion, insert_with
 
 _EPS, _MOMENTUM = 1e-5, 0.1  # the defaults of the arguments
@@ -365,6 +365,7 @@ def adapt_statistics(
             f"another kind, pass more of them{way_out}",
             stacklevel=2,
         )
+    warn_of_left(adaptation.left, stacklevel=2)
     warn_of_untied(adaptation.untied, stacklevel=2)
     return adaptation.model
 

@@ -98,13 +98,18 @@ def fold_batchnorm(model: AnyModule, example: Any) -> AnyModule:
             "nn.BatchNorm2d with the same values instead of functions and other classes",
             stacklevel=2,
         )
-    if left := sorted(set(result.left) & set(inserted_batchnorms(unwrapped(model)))):
-        warnings.warn(
-            f"inserted BatchNorms that fold into no layer were left in place: {listed(left, _NAMES_SHOWN)}",
-            stacklevel=2,
-        )
+    warn_of_left(sorted(set(result.left) & set(inserted_batchnorms(unwrapped(model)))), stacklevel=2)
     warn_of_untied(result.untied, stacklevel=2)
     return result.model
+
+
+def warn_of_left(norms: Sequence[str], *, stacklevel: int) -> None:
+    """Warn that inserted BatchNorms were not folded, which the original's class cannot load."""
+    if norms:
+        warnings.warn(
+            f"inserted BatchNorms that fold into no layer were left in place: {listed(norms, _NAMES_SHOWN)}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def warn_of_untied(layers: Sequence[str], *, stacklevel: int) -> None:

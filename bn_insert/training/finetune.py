@@ -245,8 +245,7 @@ def _check_arguments(
     for part in ("train", "val"):
         if folder.resolve().is_relative_to((images.folder / part).resolve()):
             raise TrainingError(
-                f"{folder} is in {images.folder / part}, where folders are classes of images; choose another output "
-                "folder"
+                f"{folder} is in the folder with the images of each class; choose another output folder"
             )
     check_functions(TrainingError, callbacks)
     check_flags(TrainingError, **flags)

@@ -78,7 +78,7 @@ class TrainingState:
                 )
         for name in sorted(self.data.keys() | data.keys()):
             if self.data.get(name) != data.get(name):
-                if name == "layers":
+                if name in {"layers", "classes"}:
                     advice = f"{started_from or 'the network'}, which it started from, and {advice}"
                 what = {
                     "images": "image files (some were added, removed or renamed) differ",

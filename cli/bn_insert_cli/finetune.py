@@ -398,8 +398,8 @@ def _note_skipped(images: ClassFolders, unreadable: Sequence[Unreadable]) -> Non
         unknown = [name for label, name in enumerate(images.classes) if label not in train]
         if unknown:
             print_warning(
-                f"No training image of {listed(unknown, _CLASSES_SHOWN)} can be read, so the network has not learned "
-                f"{'these classes' if len(unknown) > 1 else 'this class'}."
+                f"No training image of {listed(unknown, _CLASSES_SHOWN)} can be read, so the network was not trained "
+                f"on {'these classes' if len(unknown) > 1 else 'this class'}."
             )
         untested = [images.classes[label] for label in sorted({image.label for image in images.val} - val)]
         if untested:

@@ -258,12 +258,12 @@ def test_classes_without_a_training_image_that_can_be_read_are_named(run: Run, t
     command = ("finetune", network_path(), data, "--epochs", 1, *BRIEF)
     stderr = text_of(run(*command, "-o", "run").stderr)
     assert "Skipped 4 unreadable files: " in stderr and stderr.count("the file is empty; ") == 3
-    assert "No training image of 3 can be read, so the network has not learned this class." in stderr
+    assert "No training image of 3 can be read, so the network was not trained on this class." in stderr
     for path in (data / "train" / "7").glob("*.png"):
         path.write_bytes(b"")
     stderr = text_of(run(*command, "-o", "again").stderr)
     assert "the file is empty; and 3 more" in stderr
-    assert "No training image of 3, 7 can be read, so the network has not learned these classes." in stderr
+    assert "No training image of 3, 7 can be read, so the network was not trained on these classes." in stderr
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -40,6 +40,17 @@ def test_an_output_without_values_is_equal_to_another(empty: tuple[int, ...]) ->
     assert not compare_outputs(model, passing(lambda x: (torch.zeros(empty), x + 1)), [torch.rand(4, 3)]).bit_identical
 
 
+def test_masked_classes_are_equal_where_both_networks_mask_them() -> None:
+    mask = torch.tensor([True, False, False])
+    masked = passing(lambda x: x.masked_fill(mask, -torch.inf))
+    other = passing(lambda x: (x * 1.5).masked_fill(mask, -torch.inf))
+    x = torch.tensor([[1.0, 2.0, 4.0]])
+    assert compare_outputs(masked, masked, [x]).bit_identical
+    found = compare_outputs(masked, other, [x])
+    assert (found.max_abs, found.max_rel, found.bit_identical) == (2.0, 0.5, False)
+    assert compare_outputs(masked, passing(), [x]).max_abs == math.inf
+
+
 def test_complex_outputs_are_compared_by_absolute_value() -> None:
     model, other = passing(lambda x: torch.complex(x, x)), passing(lambda x: torch.complex(x + 3, x + 4))
     x = torch.zeros(4, 3)

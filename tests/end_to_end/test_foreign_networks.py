@@ -863,3 +863,10 @@ def test_a_layer_whose_class_takes_further_arguments_gets_them() -> None:
     assert inserted_batchnorms(inserted) == ["a.1", "b.1"]
     assert compare_outputs(inserted, fold_batchnorm(inserted, x), [x]).within(rtol=1e-5)
     assert type(fold_batchnorm(inserted, x).b) is Scaling
+
+    class Folded(Passing):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + self.b.weight.sum()  # reads a weight that a fold would change
+
+    with pytest.warns(UserWarning, match="inserted BatchNorms that fold into no layer were left in place: b.1"):
+        adapt_statistics(randomised(Folded()), [x, x + 1], [x / 4, x / 5])
