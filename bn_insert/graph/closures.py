@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from itertools import chain
 from types import CellType, FunctionType, MethodType, SimpleNamespace
@@ -157,12 +157,17 @@ class _Translation:
 
     model: int
     memo: dict[int, Any]
+    same: dict[int, Any] = field(default_factory=dict)  # what stays as it is, and what is being looked at
 
     def of(self, value: Any, depth: int = 0) -> Any:
         if id(value) in self.memo:
             return self.memo[id(value)]
-        new = value if depth > _DEEPEST else self._made_anew(value, depth + 1)
+        if id(value) in self.same or depth > _DEEPEST:
+            return value
+        self.same[id(value)] = value
+        new = self._made_anew(value, depth + 1)
         if new is not value:
+            del self.same[id(value)]
             self.memo[id(value)] = new  # other functions may share it
         return new
 

@@ -23,6 +23,7 @@ _MAPPING = re.compile(r"(\w+\.)*(dict|Dict|Mapping|MutableMapping|OrderedDict)\b
 _SEQUENCE = re.compile(r"(\w+\.)*(list|List|tuple|Tuple|Sequence)(\[.*\])?( \| None)?")
 _CONTAINERS = (tuple, list, Mapping)
 _KINDS_SHOWN = 4
+_LABELS = {"label", "labels", "target", "targets"}  # with these, a forward may return its loss
 
 MAKING_BATCHES = (
     "to make batches, use DataLoader(dataset, batch_size=32) for a dataset, torch.stack for a list of tensors, "
@@ -249,8 +250,8 @@ def _read(value: Any, batch: Any, number: int, forward: ForwardInputs) -> Inputs
             return _checked(*forward.ordered([dict(value)]), batch, number, forward)
         if forward.names and set(forward.names) <= value.keys():
             return _checked(*forward.named(value), batch, number, forward)
-        given = {name: each for name, each in value.items() if forward.takes_if_given(name)}
-        if not forward.names and given:
+        if not forward.names and forward.takes_if_given(next(iter(value))):  # else, the first value is the input
+            given = {name: each for name, each in value.items() if forward.takes_if_given(name) and name not in _LABELS}
             return _checked((), given, batch, number, forward)
         if not forward.several:
             return _read(next(iter(value.values())), batch, number, forward)

@@ -6,10 +6,10 @@ running the network on an example, or else takes the last dense layer or, withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 import torch
@@ -29,7 +29,7 @@ from .trace import Trace
 Placement = Literal["before_activation", "after_activation"]
 
 _NAMES_SHOWN = 20
-_MOVING_AXES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "numpy_T", "mT"}
+_SWAPS = {"transpose": (), "swapaxes": (), "swapdims": (), "t": (0, 1), "numpy_T": (0, 1), "mT": (-2, -1)}
 
 
 @dataclass(frozen=True)
@@ -325,20 +325,30 @@ def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to
 
 
 def _rearranges(trace: Trace, name: str, call: fx.Node) -> bool:
-    """Return whether a layer of a class of its own returns other axes, or other channels, than its operation."""
-
-    def inside(node: fx.Node) -> bool:
-        return name in trace.module_names(node)
-
+    """Return whether a layer of a class of its own returns other channels than its operation, or on another axis."""
     shape = call.meta["val"].shape
-    for node in filter(inside, trace.downstream(call, inside)):
-        value = node.meta.get("val")
-        returned = node in trace.outputs or not all(map(inside, node.users))
-        if operation(node) in _MOVING_AXES:
-            return True
-        if returned and isinstance(value, Tensor) and (value.ndim, value.shape[1:2]) != (len(shape), shape[1:2]):
+    axes = {call: 1}  # of the channels in what the layer computes from them
+    for node in trace.nodes:
+        value, sources = node.meta.get("val"), [each for each in node.all_input_nodes if each in axes]
+        if node is call or not sources or name not in trace.module_names(node) or not isinstance(value, Tensor):
+            continue
+        axes[node] = _moved(node, axes[sources[0]], value.ndim)
+        returned = node in trace.outputs or any(name not in trace.module_names(user) for user in node.users)
+        if returned and (axes[node], value.ndim, value.shape[1:2]) != (1, len(shape), shape[1:2]):
             return True
     return False
+
+
+def _moved(node: fx.Node, axis: int, ndim: int) -> int:
+    """Return the axis on which an operation puts what was on an axis of its input."""
+    name, (_, *arguments) = operation(node), node.args
+    order = list(range(ndim))
+    if name == "permute":
+        order = [dim % ndim for dim in cast(Sequence[int], arguments[0])]
+    elif name in _SWAPS:
+        first, second = (dim % ndim for dim in (cast(list[int], arguments) or _SWAPS[name]))
+        order[first], order[second] = second, first
+    return order.index(axis) if axis in order else axis
 
 
 def _why_not_in_graph(trace: Trace, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ..errors import ImageError
-from ..support.arguments import check_flags
+from ..support.arguments import check_flags, is_list
 from ..support.near_names import missing_folder
 from ..support.text import counted, listed, printable
 from .batch_interface import Unreadable
@@ -87,9 +88,9 @@ class ClassFolders:
         Raises:
             ImageError: When these are not the names in `classes`, each once.
         """
-        if sorted(classes) != sorted(self.classes):
+        if not is_list(classes) or Counter(classes) != Counter(self.classes):
             raise ImageError(
-                f"the classes are {listed(classes, NAMES_SHOWN)}, and the folders in {self.folder / 'train'} are "
+                f"the classes are {classes!r:.80}, and the folders in {self.folder / 'train'} are "
                 f"{listed(self.classes, NAMES_SHOWN)}; pass the names of all folders, each once"
             )
         labels = [[*classes].index(name) for name in self.classes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from itertools import count
 from typing import Any
 
 from ..support.processes import Ranks
@@ -10,9 +11,12 @@ from .passes import checked
 from .recorder import Recorder
 
 _STOPPED = "stopped"
+_END = object()
 
 
-def in_step(batches: Iterable[Any], recorder: Recorder, images_in: Callable[[Any], int], few: int) -> Generator[Any]:
+def in_step(
+    batches: Iterable[Any], recorder: Recorder, images_in: Callable[[Any, int], int], few: int
+) -> Generator[Any]:
     """Yield the batches of this rank; where there are small ones, each in its turn.
 
     The order is that of one process that takes a batch of each rank in turn. Before a small batch, the recorder of its
@@ -24,7 +28,7 @@ def in_step(batches: Iterable[Any], recorder: Recorder, images_in: Callable[[Any
     Args:
         batches: Those of this rank.
         recorder: The recorder of this rank, which records the batches.
-        images_in: Returns the number of images in a batch.
+        images_in: Returns the number of images in a batch; the second argument is its number.
         few: Batches with fewer images are small.
     """
     ranks, iterator = Ranks.current(), iter(checked(batches))
@@ -38,9 +42,9 @@ def in_step(batches: Iterable[Any], recorder: Recorder, images_in: Callable[[Any
         return values if waited_for else []
 
     try:
-        while True:
-            batch = next(iterator, None)
-            sizes = exchanged(None if batch is None else images_in(batch))
+        for number in count():
+            batch = next(iterator, _END)
+            sizes = exchanged(None if batch is _END else images_in(batch, number))
             if all(size is None for size in sizes):
                 waited_for = False
                 return
@@ -50,7 +54,7 @@ def in_step(batches: Iterable[Any], recorder: Recorder, images_in: Callable[[Any
                     if not parts:
                         return
                     recorder.set_elsewhere(part for other, part in enumerate(parts) if other != ranks.rank)
-                if batch is not None and rank == ranks.rank:
+                if batch is not _END and rank == ranks.rank:
                     yield batch
     finally:
         if waited_for:

@@ -154,7 +154,9 @@ def reestimate(
             shares = batches
             if Ranks.current().count > 1 and priors and not single_batch and tolerance is None:
                 reader = InputReader(network)
-                in_turn = in_step(batches, recorder, lambda batch: len(reader.inputs(batch, 0)), _FEW_IMAGES)
+                in_turn = in_step(
+                    batches, recorder, lambda batch, number: len(reader.inputs(batch, number)), _FEW_IMAGES
+                )
                 shares = stack.enter_context(closing(in_turn))
             stack.enter_context(_recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few))
             images = recorder.run(network, shares, autocast=autocast, tolerance=tolerance, progress=progress)

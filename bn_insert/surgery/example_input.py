@@ -59,9 +59,8 @@ class Peek:
         else:
             if not trace.obstacle:
                 return trace
-        on_cpu = (
-            None if self.first is None else self.first.mapped(lambda tensor: tensor.cpu())
-        )  # ranks have own devices
+        # Ranks have devices of their own.
+        on_cpu = None if self.first is None else self.first.mapped(lambda tensor: tensor.cpu())
         batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
         device = reference_tensor(model).device
         return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))

@@ -170,8 +170,8 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _pair(anchor: nn.Module, norm: nn.Module) -> NormalizedLayer:
     cls = NormalizedLayer
-    if isinstance(anchor, _ConvTransposeNd):
-        cls = NormalizedConvTranspose
+    if type(anchor).forward.__module__.startswith("torch."):
+        cls = NormalizedConvTranspose if isinstance(anchor, _ConvTransposeNd) else NormalizedLayer
     elif layer_kind(anchor) and takes_more_than_input(anchor):
         cls = NormalizedOwnLayer
     pair = cls(anchor, norm)

@@ -69,9 +69,9 @@ def set_dropout(network: nn.Module, probability: float | None, example: Tensor |
     called = {} if example is None else dropout_calls(network, example)
     if called and by_batch and not probability:
         warnings.warn(
-            f"the forward of {type(network).__name__} calls F.dropout (p = {_listed(called)}), which stays on although "
-            "dropout is to be off, and distorts the statistics of any BatchNorm after it. Use nn.Dropout modules "
-            "instead",
+            f"the forward of {type(network).__name__} calls dropout as a function (p = {_listed(called)}), which stays "
+            "on although dropout is to be off, and distorts the statistics of any BatchNorm after it. Use nn.Dropout "
+            "modules instead",
             stacklevel=3,
         )
     return Dropout({name: layer.p for name, layer in layers.items() if layer.p > 0}, switched_off, called)

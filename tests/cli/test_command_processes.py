@@ -77,10 +77,11 @@ for name, sizes in {"small": [5] * 9, "mixed": [16, 16, 8, 5], "single": [1] * 5
     torch.save(adapted.state_dict(), f"{name}{rank}.pth")
 broken = [each.clone() for each in faded.split(5)]
 broken[3][:] = torch.nan  # on the second rank
-try:
-    adapt_statistics(model, source[rank::2], broken[rank::2])
-except CalibrationError as error:
-    print(f"rank {rank}: {error}")
+for wrong in (broken, [*faded.split(5)[:7], None]):
+    try:
+        adapt_statistics(model, source[rank::2], wrong[rank::2])
+    except CalibrationError as error:
+        print(f"rank {rank}: {error}")
 dist.destroy_process_group()
 if rank == 0:
     for name, sizes in {"small": [5] * 9, "mixed": [16, 16, 8, 5], "single": [1] * 5}.items():
@@ -101,6 +102,7 @@ def test_small_batches_are_adapted_to_in_the_order_of_one_process_and_an_error_o
             assert_within_a_float_step(each, alone)
     assert "rank 0: rank 1 failed: the activations of features.1 are not finite" in done.stdout
     assert "rank 1: the activations of features.1 are not finite" in done.stdout
+    assert "rank 0: rank 1 failed: batch 3 is None;" in done.stdout and "rank 1: batch 3 is None;" in done.stdout
 
 
 ALONE = """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -62,7 +63,8 @@ from bn_insert import (
 )
 from bn_insert.batchnorm.renorm_limits import set_renorm_limits
 from bn_insert.demo import network_path
-from bn_insert.graph.copies import check_module
+from bn_insert.graph.closures import _Translation
+from bn_insert.graph.copies import check_module, deep_copy
 from bn_insert.graph.trace import Trace
 from bn_insert.images import open_class_folders, tensor_batches
 from bn_insert.statistics.moments import moments_of
@@ -773,9 +775,36 @@ class Cropped(nn.Conv1d):
         return super().forward(x)[..., :-2]
 
 
+class ScaledInLast(nn.Conv2d):
+    """Scales its channels on the last axis, and moves them back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x).permute(0, 2, 3, 1) * 0.5).permute(0, 3, 1, 2)
+
+
+class WithAttention(nn.Conv2d):
+    """Adds what its positions see of each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        return x + seen.transpose(1, 2).reshape(x.shape)
+
+
+class TransposedTwice(nn.Linear):
+    """Transposes its outputs there and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).t().contiguous().t()
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "fits"),
     [
+        (ScaledInLast(3, 16, 3), (4, 3, 8, 8), True),
+        (WithAttention(3, 16, 3), (4, 3, 8, 8), True),
+        (TransposedTwice(8, 16), (4, 8), True),
         (ChannelsLastConv(16, 16, 3, padding=1), (4, 16, 16), False),
         (Shuffled(3, 16, 3), (4, 3, 8, 8), False),
         (Cropped(16, 16, 3, padding=2), (4, 16, 9), True),
@@ -805,6 +834,19 @@ def test_a_dict_is_passed_by_name_to_a_forward_without_required_parameters() -> 
     assert_true_statistics(randomised(Optional()), [{"low": x}])
     assert_true_statistics(randomised(AnyName()), [{"pixels": x, "mask": x}])
     assert len(inserted_batchnorms(insert_batchnorm(randomised(Optional()), [{"image": x, "label": 0}]))) == 2
+
+
+def test_labels_in_a_dict_are_not_passed_to_a_forward_that_would_return_its_loss() -> None:
+    class WithLoss(Plain):
+        def forward(self, pixels: Tensor | None = None, mask: Tensor | None = None, labels: Any = None) -> Any:
+            logits = super().forward(pixels if mask is None else pixels * mask)
+            return logits if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model, x = randomised(WithLoss()), images(4, 12)
+    expected = evaluate(model, [(x, torch.arange(4))]).confusion
+    assert evaluate(model, [{"pixels": x, "labels": torch.arange(4)}]).confusion == expected
+    # The first value is the input, although a later one has the name of a parameter.
+    assert evaluate(model, [{"image": x, "labels": torch.arange(4), "mask": x}]).confusion == expected
 
 
 def test_a_network_that_takes_lengths_is_traced_with_those_of_the_first_batch() -> None:
@@ -870,3 +912,43 @@ def test_a_layer_whose_class_takes_further_arguments_gets_them() -> None:
 
     with pytest.warns(UserWarning, match="inserted BatchNorms that fold into no layer were left in place: b.1"):
         adapt_statistics(randomised(Folded()), [x, x + 1], [x / 4, x / 5])
+
+
+def test_a_transposed_conv_whose_class_takes_further_arguments_gets_them() -> None:
+    class Gained(nn.ConvTranspose2d):
+        def forward(self, x: Tensor, output_size: Any = None, gain: float = 1.0) -> Tensor:
+            return super().forward(x, output_size) * gain
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.out = Gained(3, 8, 2, stride=2), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.up(x, gain=2.0)))
+
+    model, x = randomised(Decoder()), images(4, 6)
+    assert compare_outputs(model, insert_batchnorm(model, [x]), [x]).bit_identical
+
+
+@dataclass
+class Node:
+    """A node of a tree whose nodes know their parent."""
+
+    name: str
+    parent: Any = None
+    children: list[Any] = field(default_factory=list)
+
+
+def test_a_tree_among_the_attributes_is_looked_at_once() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    model.tree = Node("root")
+    model.tree.children = [Node(str(number), model.tree) for number in range(30)]
+    vars(model[0])["owner"] = weakref.ref(model)
+    visits: list[str] = []
+    of = _Translation.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Translation, "of", lambda self, value, depth=0: visits.append("") or of(self, value, depth))
+        copied = deep_copy(model)
+    assert copied[0].owner() is copied
+    assert len(visits) < 1000

@@ -770,7 +770,7 @@ def test_dropout_that_is_called_as_a_function_after_the_last_batchnorm_is_not_sa
 
 def test_dropout_that_is_called_as_a_function_is_named() -> None:
     network, example = FunctionalDropout(), torch.rand(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match=r"FunctionalDropout calls F\.dropout \(p = .*0\.5 \(F\.dropout\)"):
+    with pytest.warns(UserWarning, match=r"FunctionalDropout calls dropout as a function \(p = .*0\.5 \(F\.dropout\)"):
         dropout = set_dropout(network, None, example)
     assert str(dropout) == "0.5 (F.dropout) (switched off: 0.25 (dropout))"
     assert network.norm.num_batches_tracked == 0
