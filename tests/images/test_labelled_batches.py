@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,13 @@ def test_images_for_training_get_the_labels_of_another_order_of_the_same_classes
     assert (found.classes, found.digest) == (("cat", "ant", "bee"), sorted_by_name.digest)
     assert [image.path for image in found.train] == [image.path for image in sorted_by_name.train]
     assert all(found.classes[label] == path.parent.name for path, label in (*found.train, *found.val))
-    with pytest.raises(ImageError, match=r"the classes are ant, bee, and the folders in .*train are cat, ant, bee"):
+    others = r"and the folders in .*train are cat, ant, bee; pass the names of all folders, each once"
+    with pytest.raises(ImageError, match=rf"the classes are \['ant', 'bee'\], {others}"):
         found.in_order(["ant", "bee"])
+    wrong: Any  # a set has no order
+    for wrong in ({"cat", "ant", "bee"}, ["cat", "ant", 1]):
+        with pytest.raises(ImageError, match=others):
+            found.in_order(wrong)
 
 
 def test_val_is_used_unless_it_is_a_class(tmp_path: Path) -> None:
