@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from PIL import Image
 
 from bn_insert import ImageError
-from bn_insert.images import LabelledBatches, Transform, open_batches, open_class_folders, open_labelled_batches
+from bn_insert.images import (
+    ClassFolders,
+    LabelledBatches,
+    Transform,
+    open_batches,
+    open_class_folders,
+    open_labelled_batches,
+)
 
 PLAIN = Transform(resize=None, crop=None, mean=(0.0,), std=(1.0,))
 
@@ -44,7 +52,9 @@ def test_folders_are_matched_with_classes_by_name_in_any_order_and_may_be_fewer(
     assert labels_by_brightness(found) == {0: {1}, 1: {3}}
 
 
-def test_images_for_training_get_the_labels_of_another_order_of_the_same_classes(tmp_path: Path) -> None:
+def test_images_for_training_get_the_labels_of_another_order_of_the_same_classes(
+    tmp_path: Path, unchecked: Callable[[Any], Any]
+) -> None:
     for part in ("train", "val"):
         class_folders(tmp_path / part, "ant bee cat")
     sorted_by_name = open_class_folders(tmp_path, PLAIN)
@@ -58,7 +68,7 @@ def test_images_for_training_get_the_labels_of_another_order_of_the_same_classes
     wrong: Any  # a set has no order
     for wrong in ({"cat", "ant", "bee"}, ["cat", "ant", 1]):
         with pytest.raises(ImageError, match=others):
-            found.in_order(wrong)
+            unchecked(ClassFolders.in_order)(found, wrong)
 
 
 def test_val_is_used_unless_it_is_a_class(tmp_path: Path) -> None:
