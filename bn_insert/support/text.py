@@ -15,7 +15,7 @@ def printable(text: object) -> str:
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which takes an s unless the number is one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def listed(names: Sequence[str], most: int) -> str:
