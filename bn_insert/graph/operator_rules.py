@@ -43,6 +43,10 @@ _ACTIVATIONS = {Role.ACTIVATION, Role.SQUASHING, Role.GATING}
 _ELEMENTWISE = {Role.ACTIVATION, Role.SQUASHING, Role.DROPOUT, Role.COPY}
 
 
+# Operations that give the axes of a tensor another order.
+MOVING_AXES = {"permute", "transpose", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"}
+
+
 def operation(node: fx.Node) -> str:
     """Return an operation's plain name: "conv2d", "relu" (also for the in-place form), ..."""
     schema = getattr(node.target, "_schema", None)

@@ -6,7 +6,7 @@ running the network on an example, or else takes the last dense layer or, withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, cast, get_args
@@ -23,13 +23,13 @@ from ..support.text import listed
 from .copies import unwrapped
 from .inputs import MAKING_BATCHES
 from .layers import Kind, layer_kind
-from .operator_rules import Role, argument, has_role, is_layer, operation
+from .operator_rules import MOVING_AXES, Role, argument, has_role, is_layer, operation
 from .trace import Trace
 
 Placement = Literal["before_activation", "after_activation"]
 
 _NAMES_SHOWN = 20
-_SWAPS = {"transpose": (), "swapaxes": (), "swapdims": (), "t": (0, 1), "numpy_T": (0, 1), "mT": (-2, -1)}
+_MOVES = {*MOVING_AXES, "t", "numpy_T"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def layers_of_other_classes(trace: Trace, options: SiteOptions) -> str:
         trained = {trace.parameters.get(argument(node, "weight")) for node in operations} & weights
         if (
             operations
-            and (trained or any(weight is not None and weight.ndim > 1 for weight in module._parameters.values()))
+            and (trained or any(weight.ndim > 1 for _, weight in module.named_parameters(recurse=False)))
             and not any(map(trace.normalization_downstream, nodes))
             and (options.include_output or not any(map(trace.reaches_output, nodes)))
             and not any(fnmatchcase(name, pattern) for pattern in options.skip)
@@ -341,14 +341,11 @@ def _rearranges(trace: Trace, name: str, call: fx.Node) -> bool:
 
 def _moved(node: fx.Node, axis: int, ndim: int) -> int:
     """Return the axis on which an operation puts what was on an axis of its input."""
-    name, (_, *arguments) = operation(node), node.args
-    order = list(range(ndim))
-    if name == "permute":
-        order = [dim % ndim for dim in cast(Sequence[int], arguments[0])]
-    elif name in _SWAPS:
-        first, second = (dim % ndim for dim in (cast(list[int], arguments) or _SWAPS[name]))
-        order[first], order[second] = second, first
-    return order.index(axis) if axis in order else axis
+    if operation(node) not in _MOVES:
+        return axis
+    numbered = torch.empty(*range(1, ndim + 1), device="meta")  # each axis is told by its extent
+    moved = cast(Callable[..., Tensor], node.target)(numbered, *node.args[1:], **node.kwargs)
+    return list(moved.shape).index(axis + 1)
 
 
 def _why_not_in_graph(trace: Trace, name: str) -> str:

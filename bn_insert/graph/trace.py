@@ -19,7 +19,7 @@ from .aliases import InPlaceWrites
 from .copies import unchanged_attributes, unwrapped, working_copy
 from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
-from .operator_rules import Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
+from .operator_rules import MOVING_AXES, Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
 from .quiet_export import no_stack_traces, quiet_export
 from .recording import recorded
 from .trace_errors import why_not_traced
@@ -28,7 +28,7 @@ from .trace_errors import why_not_traced
 _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role.COPY, Role.POOLING)
 
 # These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
-_MOVES = {"copy", "permute", "transpose", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"}
+_MOVES = {"copy", *MOVING_AXES}
 
 _NAMES_SHOWN = 5
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from bn_insert.support.text import counted
+
 from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
 from .input_shapes import image_shape
@@ -123,8 +125,7 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
         print_json(facts | {"classes_stored": bool(classes)} | asdict(evaluation))
         raise typer.Exit(0 if finite else CHECK_FAILED)
     print_table(class_table(evaluation))
-    noun = "image" if evaluation.images == 1 else "images"
-    found = f"Accuracy {evaluation.accuracy:.2%} on {evaluation.images:,} {noun}, loss {evaluation.loss:.4f}."
+    found = f"Accuracy {evaluation.accuracy:.2%} on {counted(evaluation.images, 'image')}, loss {evaluation.loss:.4f}."
     if not finite:
         print_result(f"{found} Outputs are not finite, so neither figure is meaningful.", good=False)
         raise typer.Exit(CHECK_FAILED)

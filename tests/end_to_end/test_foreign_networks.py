@@ -761,6 +761,13 @@ class ChannelsLastConv(nn.Conv1d):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
+class MovedConv(nn.Conv1d):
+    """Takes N x L x C, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(2, 1)).movedim(1, 2)
+
+
 class Shuffled(nn.Conv2d):
     """Ends in a pixel shuffle."""
 
@@ -806,6 +813,7 @@ class TransposedTwice(nn.Linear):
         (WithAttention(3, 16, 3), (4, 3, 8, 8), True),
         (TransposedTwice(8, 16), (4, 8), True),
         (ChannelsLastConv(16, 16, 3, padding=1), (4, 16, 16), False),
+        (MovedConv(16, 16, 3, padding=1), (4, 16, 16), False),
         (Shuffled(3, 16, 3), (4, 3, 8, 8), False),
         (Cropped(16, 16, 3, padding=2), (4, 16, 9), True),
     ],
