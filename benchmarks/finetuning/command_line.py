@@ -107,6 +107,10 @@ def _photographs(count: int, side: int) -> Callable[[argparse.Namespace], Split]
     return images
 
 
+def _all_photographs(places: argparse.Namespace) -> Split:
+    return clothing(places.clothing, 32)
+
+
 def _noisy(places: argparse.Namespace) -> Split:
     split = cifar(places.cifar)
     parts = (per_class(split.train, 40, 0), split.validation, split.test)
@@ -144,6 +148,7 @@ _NOISE = Task(
     source=_clean,
 )
 _SMALL_BATCHES = replace(_NOISE, title="the same with batches of 4, 100 steps", epochs=1, options=("-b", "4"))
+_AGAIN = "another CIFAR-10 network, trained by the same program"
 _FOLDED = "CIFAR-10 network whose own BatchNorm is folded, {}"
 _DEEP = "CIFAR-10 network of thirteen convs, its own BatchNorm folded, 400 CIFAR-10 images with noise (sigma 0.2), {}"
 TASKS = {
@@ -200,6 +205,16 @@ TASKS = {
         _FIFTY_A_CLASS,
         title=_FOLDED.format("50 photographs of each kind of clothing, 10 epochs"),
         checkpoint="cifar_folded",
+    ),
+    "all photographs": Task(
+        f"{_AGAIN}, 2,848 photographs of clothing, 32 px", "cifar_vgg", _all_photographs, _CIFAR, epochs=3
+    ),
+    "own images": Task(
+        f"{_AGAIN}, 5,000 of the CIFAR-10 images that it was trained on",
+        "cifar_vgg",
+        lambda places: cifar(places.cifar),
+        _CIFAR,
+        epochs=1,
     ),
     "noise": _NOISE,
     "noise, small batches": _SMALL_BATCHES,
