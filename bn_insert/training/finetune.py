@@ -287,6 +287,7 @@ class _Run:
             asdict(settings),
             with_image_counts(self.results.facts, self.images, self.skipped())["data"],
             output_fit=asdict(progress.fit) if progress.fit else None,
+            trials=progress.trial_losses,
         )
         return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
@@ -353,7 +354,7 @@ class _Run:
 
 
 def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Progress) -> str:
-    """Return what to try after a run has diverged."""
+    """Return what to try after a run has diverged: also a rate whose trial had a higher, but finite loss."""
     if settings.lr is None:  # all trials diverged
         return "Check the preprocessing and the weights of the network."
     others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)

@@ -66,7 +66,7 @@ def checkpoint_of(folder: Path) -> str:
 def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what came before training, as values and as texts: the fit of the output layer, the learning rate."""
     facts: dict[str, Any] = {}
-    losses = {trial.lr: trial.loss for trial in progress.trials if trial.loss is not None}
+    losses = progress.trial_losses
     texts = {"Learning rate": choice_text(lr, losses)}
     if progress.fit:
         names = ("new", "fitted", "accuracy", "own_accuracy", "reason")

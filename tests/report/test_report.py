@@ -661,6 +661,51 @@ def test_a_run_that_learned_too_little_is_not_advised_of_a_lower_learning_rate(
     assert "a lower learning rate" not in text
 
 
+def test_a_learning_rate_that_the_run_has_tried_and_found_worse_is_not_advised() -> None:
+    settings, data = {"epochs": 5, "lr": 0.0003}, {"classes": 4, "output_replaced": True}
+    found = epochs((0.5, 0.6, 0.6, 0.6, 0.7), (0.9, 0.8, 0.8, 0.8, 0.7))
+    for loss, advice in (
+        (0.9, "better than the first. Try a new head with BatchNorm (head=512) or fewer epochs (epochs=2)."),
+        (0.79, "pretrained network. Try a third of this learning rate (lr=0.0001) or a new head"),
+        (math.inf, "Try a new head with BatchNorm (head=512) or fewer epochs (epochs=2)."),
+    ):
+        trials = {0.0003: 0.8, 0.001: 0.9, 0.0001: loss}
+        texts = " ".join(verdict.text for verdict in run_health(found, settings, data, trials=trials))
+        assert advice in texts
+        assert ("a third" in texts) == ("a lower learning rate" in texts) == (loss == 0.79)
+    rising = epochs((0.9, 2.0), (0.6, 0.6))
+    trials = {0.003: 0.8, 0.001: 0.9, 0.01: 0.9}
+    (verdict,) = run_health(rising, {"epochs": 2, "lr": 0.003}, {"classes": 4}, trials=trials)
+    assert verdict.text.endswith("the loss of guessing: training diverged.")
+    failed = epochs((1.9, 1.9), (0.6, 0.6))
+    (verdict,) = run_health(failed, {"epochs": 2, "lr": 0.003}, {"classes": 4}, trials=trials)
+    assert verdict.text.endswith("the loss of guessing. Check the labels and the preprocessing.")
+
+
+def test_the_usual_learning_rate_is_not_advised_where_trials_moved_away_from_it() -> None:
+    found, settings = epochs((1.38, 1.379, 1.378), (0.6, 0.6, 0.6)), {"epochs": 3, "lr": 3e-5}
+    for trials, advised in (({0.0003: 2.0, 0.0001: 1.8, 3e-5: 1.5}, False), ({}, True)):
+        texts = " ".join(verdict.text for verdict in run_health(found, settings, {"classes": 4}, trials=trials))
+        assert ("a higher learning rate: lr=0.0003" in texts) == advised
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies"), [((0.7,) * 3, (0.6,) * 3), ((1.5,) * 3, (0.6,) * 3), ((0.9, 1.2, 1.6), (0.6, 0.62, 0.61))]
+)
+def test_more_images_are_advised_instead_of_more_training_where_the_training_accuracy_is_far_higher(
+    losses: tuple[float, ...], accuracies: tuple[float, ...]
+) -> None:
+    found = [epoch | {"train_accuracy": 0.99} for epoch in epochs(losses, accuracies)]
+    settings, fit = {"epochs": 3, "lr": 0.0003}, {"fitted": False, "accuracy": 0.65}
+    text = " ".join(verdict.text for verdict in run_health(found, settings, {"classes": 4}, output_fit=fit))
+    assert "more epochs" not in text
+    assert "diverged" not in text
+    assert text.count("The training accuracy, 99.0%, is far above that in validation, ") == 1
+    assert ": train on more images, or with random crops (crop_scale=0.35)." in text
+    cropped = run_health(found, settings | {"crop_scale": 0.5}, {"classes": 4}, output_fit=fit)
+    assert ": train on more images." in " ".join(verdict.text for verdict in cropped)
+
+
 def test_more_training_is_not_advised_where_the_loss_rose() -> None:
     found = run_health(epochs((1.2, 1.3, 1.3), (0.6, 0.5, 0.4)), {"epochs": 3, "lr": 0.01}, {"classes": 4})
     text = " ".join(verdict.text for verdict in found)
