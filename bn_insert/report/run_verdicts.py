@@ -188,7 +188,7 @@ def _overfitting(epochs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
         return ""
     augmentation = f", or with random crops ({as_passed('crop_scale', 0.35)})" * (settings.get("crop_scale", 1.0) == 1)
     return (
-        f"The training accuracy, {train:.1%}, is far above that in validation, {val:.1%}: train on more images"
+        f"The training accuracy, {train:.1%}, is above that in validation, {val:.1%}: train on more images"
         f"{augmentation}."
     )
 
@@ -372,10 +372,16 @@ def runs_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def on_different_images(runs: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether runs were validated on different images, by the numbers of images and classes."""
+    """Return whether runs were validated on different images, by their names and the numbers of images and classes.
+
+    Args:
+        runs: The single run of each `run_report`. One whose report has no `validation_digest`, because an earlier
+            version wrote it, is compared by the numbers alone.
+    """
     kept = ("validation_images", "classes", "largest_class")
     data = [run["data"] for run in runs if isinstance(run.get("data"), Mapping)]
-    return len({repr([each.get(name) for name in kept]) for each in data}) > 1
+    digests = {repr(each["validation_digest"]) for each in data if "validation_digest" in each}
+    return len({repr([each.get(name) for name in kept]) for each in data}) > 1 or len(digests) > 1
 
 
 def identical_runs(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -129,6 +129,7 @@ def with_image_counts(facts: Mapping[str, Any], images: ClassFolders, skipped: C
         "validation_images": len(val),
         "skipped_files": len(paths),
         "largest_class": max(Counter(image.label for image in val).values()) / len(val),
+        "validation_digest": images.digest_of(val),
     }
     text = images_text(len(train), len(val), len(images.classes))
     if paths:
