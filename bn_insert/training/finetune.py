@@ -30,7 +30,7 @@ from .lr_trials import choose_learning_rate
 from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
 from .preparation import batchnorm_mode, make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
-from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
+from .results import BEST, LAST, STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
 from .settings import TrainingSettings
 from .starting_output import fit_starting_output
 from .state import TrainingState, load_state, random_state, run_data
@@ -114,6 +114,7 @@ def finetune(
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
             an uninterrupted run. Of a complete run, all results are written once more that follow from state.pth: not
+            best.pth, unless the last epoch is the best. A run that is not complete needs its
             best.pth, unless the last epoch is the best. A run is started if the folder has no results.
         resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
@@ -203,6 +204,7 @@ def finetune(
         }
         if state:
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
+            _check_best(state.progress, settings, folder, existing)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
             skipped = state.skipped if progress.complete(settings) else ()  # which reads all images again otherwise
@@ -422,6 +424,19 @@ def check_output_dir(
     if resume and existing and STATE not in existing:
         raise TrainingError(
             f"{folder} has no {STATE} to resume from; start again with {as_passed('overwrite', True, '--force')}"
+        )
+
+
+def _check_best(progress: Progress, settings: TrainingSettings, folder: Path, existing: Sequence[str]) -> None:
+    """Raise TrainingError if a run would train on without the best.pth that later epochs are compared with."""
+    best = None if BEST in existing else progress.best
+    last = LAST in existing or progress.step == 0
+    if best and not progress.complete(settings) and not (progress.last_is_best and last):
+        raise TrainingError(
+            f"{folder / BEST} is missing: it was the network after epoch {best.epoch}, with the best validation "
+            f"accuracy so far, {best.val_accuracy:.2%}, and only a later epoch that is better would write it again. "
+            f"Put it back, copy {LAST} to it to continue without that network, or start again with "
+            f"{as_passed('overwrite', True, '--force')}"
         )
 
 

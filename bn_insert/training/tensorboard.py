@@ -14,6 +14,8 @@ from typing import Any
 from ..errors import TrainingError, as_passed
 from .metrics import EpochMetrics
 
+_EVENTS = "events.out.tfevents.*"
+
 
 def check_tensorboard(folder: Path) -> None:
     """Raise TrainingError unless the package tensorboard is installed and can write into a folder."""
@@ -30,6 +32,22 @@ def check_tensorboard(folder: Path) -> None:
         raise TrainingError(
             f"cannot write {folder}: it is not a folder; move it away, or leave out {as_passed('tensorboard')}"
         )
+
+
+def remove_events(folder: Path) -> None:
+    """Remove the files of events of a run that is replaced, and the folder if there is nothing else in it.
+
+    A link to a folder is left alone: other runs may write there too.
+    """
+    events = [] if folder.is_symlink() else list(folder.glob(_EVENTS))
+    try:
+        for each in events:
+            each.unlink()
+    except OSError as error:  # the run that replaces it is saved, and worth more
+        warnings.warn(f"cannot remove {each}, which is of the run that was replaced: {error.strerror}", stacklevel=2)
+    if events:
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 @dataclass
@@ -68,7 +86,7 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - imports tensorboard
 
-            for earlier in self.folder.glob("events.out.tfevents.*"):
+            for earlier in self.folder.glob(_EVENTS):
                 earlier.unlink()
             self._writer = SummaryWriter(str(self.folder))
             for past in self.history:

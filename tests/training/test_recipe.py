@@ -365,6 +365,25 @@ def test_tensorboard_gets_each_epoch_once_also_when_a_run_is_resumed(
     assert losses == [(epoch.val_loss, epoch.epoch) for epoch in result.epochs]
 
 
+@pytest.mark.parametrize("kept", [None, "notes.txt"])
+def test_events_of_a_run_that_is_replaced_go_with_it_and_nothing_else(
+    digits: ClassFolders, tmp_path: Path, kept: str | None
+) -> None:
+    events = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    events.parent.mkdir()
+    events.touch()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    assert events.exists(), "of nothing that was replaced"
+    if kept:
+        (events.parent / kept).touch()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), resume=True)
+    assert events.exists()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), overwrite=True)
+    assert not events.exists()
+    assert [path.name for path in tmp_path.glob("tensorboard/*")] == ([kept] if kept else [])
+    assert events.parent.exists() == bool(kept)
+
+
 class FailingWriter:
     """A writer of events on a full disk."""
 
