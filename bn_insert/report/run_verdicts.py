@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import as_passed
 from ..support.text import counted
+from .run_beginning import keep_statistics, lowered_by_reestimation
 from .verdict import Verdict
 
 EARLY_STOP = "Early stop"  # subject of the verdict on a run that ended because of its patience
@@ -46,7 +47,7 @@ def run_health(
             `output_replaced`, whether the run began with a new output layer; `output_kind`, "dense" or "conv";
             `epochs_for_trials`, how many epochs learning rate trials need if the run was too short for them. What
             depends on a missing one is not checked.
-        output_fit: `fitted` and `accuracy`, as in `OutputFit`; None if there was no fit.
+        output_fit: `fitted`, `accuracy` and `reestimated_accuracy`, as in `OutputFit`; None if there was no fit.
         trials: The loss of each learning rate that the run has tried, infinite for one that diverged; None if it has
             tried none.
     """
@@ -109,6 +110,7 @@ def _advice(
     spoiled = lower_rate_advice(
         settings, new_head=new_head, others=shorter, epochs_for_trials=needed, lower_rate=not tried
     )
+    spoiling = _spoiled_by_reestimation(epochs, output_fit)
     slow, overfitting = _too_slow(epochs, settings, trials), _overfitting(epochs, settings)
     longer = f"in a new run with {as_passed('epochs', needed)} or more" if needed else ""
     longer = longer or _more_epochs(epochs, settings, trials)
@@ -126,7 +128,23 @@ def _advice(
         fit = as_passed("fit_output", False, "--no-fit-output")
         leave_out = f" If the checkpoint was trained on other classes, leave out {fit}."
         spoiled, too_little = spoiled + leave_out, too_little + leave_out
+    if spoiling:
+        return _Advice(spoiling, spoiling, longer)
     return _Advice(spoiled.strip(), too_little, longer, overfitting, too_slow=slow, lower_rate=not tried)
+
+
+def _spoiled_by_reestimation(epochs: Sequence[Mapping[str, Any]], output_fit: Mapping[str, Any] | None) -> str:
+    """Return what to do where re-estimated statistics spoiled a network and training did not make up for it."""
+    if not output_fit or not lowered_by_reestimation(output_fit):
+        return ""
+    if _best(epochs)["val_accuracy"] > output_fit["accuracy"]:
+        return ""
+    before, after = output_fit["accuracy"], output_fit["reestimated_accuracy"]
+    return (
+        f"Re-estimating BatchNorm's running statistics on the training images alone lowered the validation accuracy "
+        f"from {before:.1%} to {after:.1%}: keep the statistics as they are ({keep_statistics()}), or train on more "
+        "images."
+    )
 
 
 def lower_rate_advice(

@@ -32,7 +32,7 @@ from .preparation import batchnorm_mode, make_optimizer, make_renorm_scheduler, 
 from .progress import Progress
 from .results import BEST, LAST, STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
 from .settings import TrainingSettings
-from .starting_output import fit_starting_output
+from .starting_output import accuracy_after_reestimation, fit_starting_output
 from .state import TrainingState, load_state, random_state, run_data
 from .step import TrainingStep
 from .stopping import StopCheck, StoppedError
@@ -318,6 +318,12 @@ class _Run:
                     step.classifier, self.training_set, self.images, step.stop, self.on_fit, new=self.new_output
                 )
                 progress = replace(progress, fit=fit)
+                if fit.accuracy is not None:
+                    accuracy = accuracy_after_reestimation(step.classifier, self.training_set, self.images, step.stop)
+                    fit = replace(fit, reestimated_accuracy=accuracy)
+                    progress = replace(progress, fit=fit)
+                if self.on_fit:
+                    self.on_fit(fit)
             if settings.lr is None:
                 lr = choose_learning_rate(step, self.training_set, self.images, on_trial, complete=progress.trials)
                 settings = replace(settings, lr=lr)

@@ -71,7 +71,7 @@ def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], di
     losses = progress.trial_losses
     texts = {"Learning rate": choice_text(lr, losses)}
     if progress.fit:
-        names = ("new", "fitted", "accuracy", "own_accuracy", "reason")
+        names = ("new", "fitted", "accuracy", "own_accuracy", "reason", "reestimated_accuracy")
         fit = {name: getattr(progress.fit, name) for name in names}
         facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
     if losses:

@@ -601,6 +601,17 @@ def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(befor
     assert wording in verdict.text
 
 
+@pytest.mark.parametrize(("reestimated", "best", "named"), [(0.76, 0.8, True), (0.9, 0.8, False), (0.76, 0.95, False)])
+def test_statistics_that_spoiled_the_network_are_to_be_kept_unless_training_made_up_for_them(
+    reestimated: float, best: float, named: bool
+) -> None:
+    fit = {"fitted": True, "accuracy": 0.93, "reestimated_accuracy": reestimated}
+    with messages_name_options():
+        found = run_health(epochs((0.5, 0.5), (best, best)), {"epochs": 2}, {"classes": 4}, output_fit=fit)
+    keep = "from 93.0% to 76.0%: keep the statistics as they are (--batchnorm freeze-statistics), or train on more"
+    assert (keep in " ".join(verdict.text for verdict in found)) == named
+
+
 def test_a_run_that_ruined_an_accurate_network_is_not_called_healthy() -> None:
     found = epochs((0.031, 0.3, 0.5, 0.7, 0.812), (0.99, 0.88, 0.77, 0.81, 0.78))
     settings, data = {"epochs": 5, "lr": 0.01}, {"classes": 10, "largest_class": 0.1}
