@@ -219,6 +219,20 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(run: Run, d
     assert Path("old.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_classes_that_the_picture_shows_by_number_are_named(
+    run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bn_insert.report.confusion._families", lambda _: (["DejaVu Sans"], {"\u732b"}))
+    (digits / "3").rename(digits / "\u732b")
+    save((*DIGITS[:3], "\u732b", *DIGITS[4:]))
+    result = run("evaluate", "net.pth", digits, "--confusion", "m.png")
+    assert result.exit_code == 0, result.output
+    assert "no installed font has all characters of their names: #3 \u732b. --json has the names" in text_of(
+        result.stderr
+    )
+
+
 # Predict
 
 
