@@ -39,6 +39,7 @@ from .stopping import StopCheck, StoppedError
 from .summary import RunSummary, summarize
 from .tensorboard import TensorBoard, check_tensorboard
 from .training_set import TrainingSet
+from .unused_settings import unused_settings
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def finetune(
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         model, classes, example = unwrapped(model), len(images.classes), _example(images)
-        settings = replace(settings, batchnorm=batchnorm_mode(model, settings))
+        given_mode, settings = settings.batchnorm, replace(settings, batchnorm=batchnorm_mode(model, settings))
         given_output = output_layer(model, example)
         network, output = prepared_network(model, given_output, settings, classes, device=device, ranks=ranks)
         dropout = set_dropout(network, settings.dropout, example)
@@ -187,6 +188,7 @@ def finetune(
             device=device,
             dropout=str(dropout),
             steps=training_set.steps,
+            unused=unused_settings(network, replace(training_set, settings=settings), given_mode),
         )
         settings = replace(settings, lr=summary.lr)
         optimizer, renorm_scheduler = make_optimizer(network, settings), make_renorm_scheduler(network, settings)
@@ -216,7 +218,7 @@ def finetune(
         closing.enter_context(renorm_scheduler or nullcontext())
         _on_first_rank(lambda: results.restore_checkpoints(network, progress), ranks)
         if tensorboard and ranks.first:
-            writer = TensorBoard(folder / TENSORBOARD, progress.history)
+            writer = TensorBoard(folder / TENSORBOARD, progress.history, progress.complete(settings))
             closing.callback(writer.close)
             on_epoch = writer.after_epoch(on_epoch)
         if on_start:

@@ -59,19 +59,29 @@ class TensorBoard:
     Args:
         folder: Receives a file of events, in place of those of a run that is replaced or resumed.
         history: Epochs of a resumed run, which are written again.
+        complete: Whether there are no more, so that they are written at once.
     """
 
     folder: Path
     history: Sequence[EpochMetrics]
+    complete: bool = False
     _writer: Any = field(default=None, init=False)
     _failed: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        """Write the epochs of a run that is complete."""
+        if self.complete:
+            self._try(())
+
     def write(self, metrics: EpochMetrics) -> None:
         """Write the metrics of an epoch."""
+        self._try((metrics,))
+
+    def _try(self, epochs: Sequence[EpochMetrics]) -> None:
         if self._failed:
             return
         try:
-            self._write(metrics)
+            self._write(epochs)
         except OSError as error:  # the run itself is saved, and worth more
             self._fail(error)
 
@@ -82,16 +92,16 @@ class TensorBoard:
             stacklevel=2,
         )
 
-    def _write(self, metrics: EpochMetrics) -> None:
+    def _write(self, epochs: Sequence[EpochMetrics]) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - imports tensorboard
 
             for earlier in self.folder.glob(_EVENTS):
                 earlier.unlink()
             self._writer = SummaryWriter(str(self.folder))
-            for past in self.history:
-                self._add(past)
-        self._add(metrics)
+            epochs = (*self.history, *epochs)
+        for metrics in epochs:
+            self._add(metrics)
         self._writer.flush()
 
     def close(self) -> None:

@@ -365,6 +365,8 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     )
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output
+    unused = ("--patience 3 has no effect: the run has 1 epoch.", "before its first step (--lr-step-size 30).")
+    assert all(text in text_of(result.stderr) for text in unused)
     settings = load_state(Path("run/state.pth")).settings
     assert (settings["opt"], settings["weight_decay"], settings["dropout"]) == ("adamw", 0.1, 0.25)
     assert (settings["recalibrate"], settings["batchnorm"], settings["seed"]) == (False, "freeze", 3)
