@@ -86,7 +86,8 @@ def finetune(
     (`settings.fit_output`, see `fit_output`) if it is new, or if it is little better than guessing on the validation
     images, for example because the checkpoint was trained on the same number of other classes. In the latter case, the
     original layer is kept if the fit does not raise the validation accuracy. The output layer of a new head
-    (`settings.head`) is not fitted.
+    (`settings.head`) is not fitted. The network is then validated once more with the running statistics of the training
+    images, which those of a few images may spoil.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, starting at 0.0003 (0.003 for SGD) and moving in the direction in which the loss is clearly

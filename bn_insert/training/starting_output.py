@@ -94,6 +94,9 @@ def accuracy_after_reestimation(
             return validate(classifier, images, settings.batch_size, training_set.ranks, stop).accuracy
     except DivergenceError:
         return None
+    except ImageError:
+        stop.check()  # a signal to the entire process group has ended the processes that decode
+        raise
     finally:
         with torch.no_grad():
             for name, buffer in network.named_buffers():

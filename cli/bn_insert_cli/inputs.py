@@ -344,9 +344,9 @@ def in_order_of_outputs(images: ClassFolders, stored: Sequence[str]) -> ClassFol
     Folders with other names get the outputs that are left, both sorted by name.
     """
     renamed, left = sorted({*images.classes} - {*stored}), sorted({*stored} - {*images.classes})
-    if len(stored) != len(images.classes) or len(renamed) != len(left):
+    if len(stored) != len(images.classes):
         return images
-    if len(left) < len(stored):
+    if len(renamed) == len(left) < len(stored):
         folder_of = dict(zip(left, renamed, strict=True))
         if folder_of and _is_first_rank():
             pairs = [f"{folder} that for {name}" for name, folder in folder_of.items()]
