@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,7 +74,15 @@ class ClassFolders:
     @property
     def digest(self) -> str:
         """SHA-256 of the names of all images: runs with the same seed and digest see the same batches."""
-        names = sorted(str(image.path.relative_to(self.folder)) for image in (*self.train, *self.val))
+        return self.digest_of((*self.train, *self.val))
+
+    def digest_of(self, images: Iterable[LabelledImage]) -> str:
+        """Return the SHA-256 of the names of images, relative to the folder, in any order.
+
+        Args:
+            images: Some or all of `train` and `val`.
+        """
+        names = sorted(str(image.path.relative_to(self.folder)) for image in images)
         return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
     def in_order(self, classes: Sequence[str]) -> ClassFolders:

@@ -7,7 +7,7 @@ from .output import check_report, write_report
 from .preprocessing import preprocessing_text
 from .provenance import file_facts, versions
 from .run_beginning import SMALL_DIFFERENCE, choice_text, output_fit_text
-from .run_verdicts import EARLY_STOP, run_health, worst
+from .run_verdicts import EARLY_STOP, on_different_images, run_health, worst
 from .runs import read_run, run_report, runs_report
 from .verdict import Verdict
 
@@ -21,6 +21,7 @@ __all__ = [
     "choice_text",
     "file_facts",
     "insertion_report",
+    "on_different_images",
     "output_fit_text",
     "preprocessing_text",
     "read_run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_NUMBERS = 25  # classes up to which each cell has its number
 _MOST_NAMES = 80  # classes up to which each row has its name
 _LONGEST_NAME = 24
+_BOXES = re.compile("last ?resort|blank", re.IGNORECASE)  # fonts that have a box, or nothing, for every character
 _CELL = 0.34  # inches
 _SMALLEST, _LARGEST = 2.4, 14.0
 
@@ -30,10 +31,11 @@ def check_confusion_matrix(path: StrPath, *, overwrite: bool = False) -> None:
 
 def write_confusion_matrix(
     path: StrPath, classes: Sequence[str], confusion: Sequence[Sequence[int]], *, overwrite: bool = False
-) -> None:
+) -> dict[int, str]:
     """Write a confusion matrix as a picture, atomically; its suffix determines the format.
 
-    A row is colored by the fraction of its images, so that classes with few images can be compared with large ones.
+    A row is colored by the fraction of its images, so that classes with few images can be compared with large ones. A
+    class whose name has a character that no installed font has is shown by its number, such as #3, counted from 0.
 
     Args:
         path: The output file, `.png`, `.svg` or `.pdf`.
@@ -41,39 +43,77 @@ def write_confusion_matrix(
         confusion: Number of images by class (rows) and predicted class (columns).
         overwrite: Replace an existing file.
 
+    Returns:
+        The names of the classes that are shown by their numbers, by number.
+
     Raises:
         CheckpointError: The suffix is none of these, the file exists and `overwrite` is false, or writing failed. An
             existing file is left unchanged.
     """
     check_confusion_matrix(path, overwrite=overwrite)
 
+    labels, families = _labels(classes) if len(classes) <= _MOST_NAMES else ([], [])
+
     def write(staged: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as an empty box
-            _figure(classes, confusion).savefig(staged, format=Path(path).suffix.lower()[1:], dpi=120)
+        figure = _figure(labels, families, confusion)
+        figure.savefig(staged, format=Path(path).suffix.lower()[1:], dpi=120)
 
     write_atomically(path, write, overwrite=overwrite)
+    return {number: classes[number] for number, label in enumerate(labels) if label == _numbered(number)}
 
 
-def _figure(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> Any:
+def _labels(classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what the picture shows of each class, and the families of fonts that have all of its characters."""
+    labels = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..." for name in classes]
+    families, missing = _families({*"".join(labels)})
+    return [
+        _numbered(number) if missing.intersection(label) else label for number, label in enumerate(labels)
+    ], families
+
+
+def _numbered(number: int) -> str:
+    return f"#{number}"
+
+
+def _families(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Return the families of installed fonts that have characters, the usual one first, and those that none has."""
+    from matplotlib import font_manager, rcParams  # noqa: PLC0415 - with matplotlib, half a second
+
+    families, missing = list(rcParams["font.family"]), set(characters)
+    installed = sorted({font.name for font in font_manager.fontManager.ttflist if not _BOXES.search(font.name)})
+    for family in [*families, *installed]:
+        if not missing:
+            break
+        path = font_manager.findfont(font_manager.FontProperties(family=[family]))
+        glyphs = font_manager.get_font(path).get_charmap()
+        if found := {character for character in missing if ord(character) in glyphs}:
+            families.append(family)
+            missing -= found
+    return list(dict.fromkeys(families)), missing
+
+
+def _figure(labels: Sequence[str], families: Sequence[str], confusion: Sequence[Sequence[int]]) -> Any:
     import numpy as np  # noqa: PLC0415 - with matplotlib, half a second that only this function needs
     from matplotlib.figure import Figure  # noqa: PLC0415 - without pyplot, which would look for a display
 
     counts = np.array(confusion)
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(max(_CELL * len(classes), _SMALLEST), _LARGEST)
+    size = min(max(_CELL * len(counts), _SMALLEST), _LARGEST)
     figure = Figure(figsize=(size + 2.5, size + 1.8), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="fraction of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
-    if len(classes) <= _MOST_NAMES:
-        # A dollar sign in the name of a class starts no formula.
-        names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..." for name in classes]
-        fontsize = min(9.0, 50 * size / len(classes))  # points: 72 to an inch
-        axes.set_xticks(range(len(classes)), names, rotation=90, parse_math=False, fontsize=fontsize)
-        axes.set_yticks(range(len(classes)), names, parse_math=False, fontsize=fontsize)
-    if len(classes) <= _MOST_NUMBERS:
+    if labels:
+        # A dollar sign in the name of a class starts no formula. There are 72 points to an inch.
+        style: dict[str, Any] = {
+            "parse_math": False,
+            "fontsize": min(9.0, 50 * size / len(labels)),
+            "fontfamily": families,
+        }
+        axes.set_xticks(range(len(labels)), labels, rotation=90, **style)
+        axes.set_yticks(range(len(labels)), labels, **style)
+    if len(counts) <= _MOST_NUMBERS:
         for row, column in zip(*counts.nonzero(), strict=True):
             color = "white" if fractions[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=8)

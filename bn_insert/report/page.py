@@ -142,7 +142,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     shown_elsewhere = ("name", "settings", "epochs", "best_epoch", "health", "overview", "lr_trials")
     facts = {name: value for name, value in run.items() if name not in shown_elsewhere}
     if isinstance(data := facts.get("data"), Mapping):
-        facts["data"] = {name: value for name, value in data.items() if name != "epochs_for_trials"}
+        hidden = ("epochs_for_trials", "validation_digest")
+        facts["data"] = {name: value for name, value in data.items() if name not in hidden}
     return facts
 
 

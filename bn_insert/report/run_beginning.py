@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import as_passed
+
+_CLEARLY_LOWER = 0.05  # accuracy
 # By the margins of the learning rate trials.
 SMALL_DIFFERENCE = "a higher learning rate must lower the loss by 3%, a lower one by 10%"
 
@@ -14,8 +17,33 @@ def output_fit_text(fit: Mapping[str, Any]) -> str:
     """Return the outcome of the fit of the output layer, as a sentence.
 
     Args:
-        fit: `new`, `fitted`, `accuracy`, `own_accuracy` and `reason`, as in `OutputFit`.
+        fit: `new`, `fitted`, `accuracy`, `own_accuracy` and `reason`, as in `OutputFit`; `reestimated_accuracy` too, if
+            it was measured.
     """
+    lowered = ""
+    if lowered_by_reestimation(fit):
+        lowered = (
+            " Re-estimating BatchNorm's running statistics on the training images alone lowers it to "
+            f"{fit['reestimated_accuracy']:.2%}; {keep_statistics()} keeps them as they are."
+        )
+    return _fit_text(fit) + lowered
+
+
+def lowered_by_reestimation(fit: Mapping[str, Any]) -> bool:
+    """Return whether the re-estimation of running statistics on the training images spoils a network that was good."""
+    before, after = fit.get("accuracy"), fit.get("reestimated_accuracy")
+    return before is not None and after is not None and before - after > _CLEARLY_LOWER
+
+
+def keep_statistics() -> str:
+    """Return the argument that keeps the running statistics of BatchNorm.
+
+    Without re-estimation, training would still move them to those of its images, only more slowly.
+    """
+    return as_passed("batchnorm", "freeze-statistics")
+
+
+def _fit_text(fit: Mapping[str, Any]) -> str:
     before = ""
     if fit["accuracy"] is not None:
         before = f"validation accuracy {fit['accuracy']:.2%} before training"

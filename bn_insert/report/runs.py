@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -32,11 +33,13 @@ def run_report(
         settings: The training settings.
         epochs: The metrics of each completed epoch, with the fields of `EpochMetrics`.
         facts: Further values, which the page lists as they are. `batchnorms`, the number of BatchNorm layers, is
-            required; the verdicts on the run need `data` and `output_fit`, as for `run_health`; `overview` is a
-            dictionary of texts that the page of a single run shows first.
+            required; the verdicts on the run need `data` and `output_fit`, as for `run_health`, and `lr_trials`, a list
+            of dictionaries with `lr` and `loss`, None if it diverged; `overview` is a dictionary of texts that the page
+            of a single run shows first.
     """
     best = max(epochs, key=lambda epoch: epoch["val_accuracy"], default=None)
-    found = run_health(epochs, settings, facts.get("data", {}), output_fit=facts.get("output_fit"))
+    trials = {trial["lr"]: math.inf if trial["loss"] is None else trial["loss"] for trial in facts.get("lr_trials", ())}
+    found = run_health(epochs, settings, facts.get("data", {}), output_fit=facts.get("output_fit"), trials=trials)
     health = [verdict._asdict() for verdict in found]
     run = {"name": name, "settings": dict(settings), "best_epoch": best and best["epoch"], "health": health}
     return runs_report([run | dict(facts) | {"versions": versions(), "epochs": list(epochs)}])

@@ -30,15 +30,16 @@ from .lr_trials import choose_learning_rate
 from .metrics import EpochMetrics, LearningRateTrial, OutputFit, StepMetrics
 from .preparation import batchnorm_mode, make_optimizer, make_renorm_scheduler, prepared_network, replaces_output
 from .progress import Progress
-from .results import STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
+from .results import BEST, LAST, STATE, TENSORBOARD, RunFolder, checkpoint_of, results_in, run_facts, with_image_counts
 from .settings import TrainingSettings
-from .starting_output import fit_starting_output
+from .starting_output import accuracy_after_reestimation, fit_starting_output
 from .state import TrainingState, load_state, random_state, run_data
 from .step import TrainingStep
 from .stopping import StopCheck, StoppedError
 from .summary import RunSummary, summarize
 from .tensorboard import TensorBoard, check_tensorboard
 from .training_set import TrainingSet
+from .unused_settings import unused_settings
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def finetune(
     (`settings.fit_output`, see `fit_output`) if it is new, or if it is little better than guessing on the validation
     images, for example because the checkpoint was trained on the same number of other classes. In the latter case, the
     original layer is kept if the fit does not raise the validation accuracy. The output layer of a new head
-    (`settings.head`) is not fitted.
+    (`settings.head`) is not fitted. The network is then validated once more with the running statistics of the training
+    images, which those of a few images may spoil.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, starting at 0.0003 (0.003 for SGD) and moving in the direction in which the loss is clearly
@@ -114,6 +116,7 @@ def finetune(
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
             an uninterrupted run. Of a complete run, all results are written once more that follow from state.pth: not
+            best.pth, unless the last epoch is the best. A run that is not complete needs its
             best.pth, unless the last epoch is the best. A run is started if the folder has no results.
         resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
@@ -164,7 +167,7 @@ def finetune(
         # Each process has its own random sequence, for dropout.
         torch.manual_seed(settings.seed * 1000 + ranks.rank)
         model, classes, example = unwrapped(model), len(images.classes), _example(images)
-        settings = replace(settings, batchnorm=batchnorm_mode(model, settings))
+        given_mode, settings = settings.batchnorm, replace(settings, batchnorm=batchnorm_mode(model, settings))
         given_output = output_layer(model, example)
         network, output = prepared_network(model, given_output, settings, classes, device=device, ranks=ranks)
         dropout = set_dropout(network, settings.dropout, example)
@@ -186,6 +189,7 @@ def finetune(
             device=device,
             dropout=str(dropout),
             steps=training_set.steps,
+            unused=unused_settings(network, replace(training_set, settings=settings), given_mode),
         )
         settings = replace(settings, lr=summary.lr)
         optimizer, renorm_scheduler = make_optimizer(network, settings), make_renorm_scheduler(network, settings)
@@ -203,6 +207,7 @@ def finetune(
         }
         if state:
             state.check_fits(network, optimizer, training_set.steps, folder / STATE)
+            _check_best(state.progress, settings, folder, existing)
             state.restore(network, optimizer, renorm_scheduler, ranks, device)
             progress = state.progress
             skipped = state.skipped if progress.complete(settings) else ()  # which reads all images again otherwise
@@ -214,7 +219,7 @@ def finetune(
         closing.enter_context(renorm_scheduler or nullcontext())
         _on_first_rank(lambda: results.restore_checkpoints(network, progress), ranks)
         if tensorboard and ranks.first:
-            writer = TensorBoard(folder / TENSORBOARD, progress.history)
+            writer = TensorBoard(folder / TENSORBOARD, progress.history, progress.complete(settings))
             closing.callback(writer.close)
             on_epoch = writer.after_epoch(on_epoch)
         if on_start:
@@ -287,6 +292,7 @@ class _Run:
             asdict(settings),
             with_image_counts(self.results.facts, self.images, self.skipped())["data"],
             output_fit=asdict(progress.fit) if progress.fit else None,
+            trials=progress.trial_losses,
         )
         return FineTuning(progress.history, progress.best, not progress.complete(settings), tuple(health), settings.lr)
 
@@ -315,6 +321,12 @@ class _Run:
                     step.classifier, self.training_set, self.images, step.stop, self.on_fit, new=self.new_output
                 )
                 progress = replace(progress, fit=fit)
+                if fit.accuracy is not None:
+                    accuracy = accuracy_after_reestimation(step.classifier, self.training_set, self.images, step.stop)
+                    fit = replace(fit, reestimated_accuracy=accuracy)
+                    progress = replace(progress, fit=fit)
+                if self.on_fit:
+                    self.on_fit(fit)
             if settings.lr is None:
                 lr = choose_learning_rate(step, self.training_set, self.images, on_trial, complete=progress.trials)
                 settings = replace(settings, lr=lr)
@@ -353,7 +365,7 @@ class _Run:
 
 
 def _advice(settings: TrainingSettings, facts: Mapping[str, Any], progress: Progress) -> str:
-    """Return what to try after a run has diverged."""
+    """Return what to try after a run has diverged: also a rate whose trial had a higher, but finite loss."""
     if settings.lr is None:  # all trials diverged
         return "Check the preprocessing and the weights of the network."
     others = [f"a longer warm-up ({as_passed('lr_warmup_epochs', 1)})"] * (settings.lr_warmup_epochs < 1)
@@ -421,6 +433,19 @@ def check_output_dir(
     if resume and existing and STATE not in existing:
         raise TrainingError(
             f"{folder} has no {STATE} to resume from; start again with {as_passed('overwrite', True, '--force')}"
+        )
+
+
+def _check_best(progress: Progress, settings: TrainingSettings, folder: Path, existing: Sequence[str]) -> None:
+    """Raise TrainingError if a run would train on without the best.pth that later epochs are compared with."""
+    best = None if BEST in existing else progress.best
+    last = LAST in existing or progress.step == 0
+    if best and not progress.complete(settings) and not (progress.last_is_best and last):
+        raise TrainingError(
+            f"{folder / BEST} is missing: it was the network after epoch {best.epoch}, with the best validation "
+            f"accuracy so far, {best.val_accuracy:.2%}, and only a later epoch that is better would write it again. "
+            f"Put it back, copy {LAST} to it to continue without that network, or start again with "
+            f"{as_passed('overwrite', True, '--force')}"
         )
 
 

@@ -27,6 +27,8 @@ class OutputFit:
         own_accuracy: Accuracy of the model's own output layer on them; None before it has been checked, and if
             it cannot be.
         reason: Why the layer was kept although it is new or little better than guessing, as a clause; otherwise empty.
+        reestimated_accuracy: `accuracy` after the running statistics have been re-estimated on the training images, and
+            nothing trained; None if they are not re-estimated, or if that was not measured.
     """
 
     seen: int
@@ -37,6 +39,7 @@ class OutputFit:
     new: bool = False
     own_accuracy: float | None = None
     reason: str = ""
+    reestimated_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,17 @@ class Progress:
     @property
     def just_improved(self) -> bool:
         """Whether the last step ended an epoch that is the best so far."""
-        return self.step == 0 and bool(self.history) and self.best is self.history[-1]
+        return self.step == 0 and self.last_is_best
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last complete epoch is the best so far."""
+        return bool(self.history) and self.best is self.history[-1]
+
+    @property
+    def trial_losses(self) -> dict[float, float]:
+        """The loss of each learning rate that was tried, infinite if it diverged."""
+        return {trial.lr: trial.loss for trial in self.trials if trial.loss is not None}
 
     def complete(self, settings: TrainingSettings) -> bool:
         """Return whether all epochs are complete, or the patience with epochs that are not the best is exhausted."""

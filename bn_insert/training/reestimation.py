@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import DivergenceError
@@ -13,6 +14,15 @@ from ..statistics.passes import NotFiniteError
 from ..statistics.recalibrate import reestimate
 from .classifier import Classifier
 from .stopping import StopCheck
+
+
+def reestimated_layers(network: nn.Module) -> set[str]:
+    """Return the names of the BatchNorms whose running statistics training changes, and re-estimation replaces."""
+    return {
+        name
+        for name, module in network.named_modules()
+        if uses_batch_statistics(module) and next(module.buffers(), None) is not None
+    }
 
 
 def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatch], stop: StopCheck) -> None:
@@ -32,11 +42,7 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
         StoppedError: When the run was asked to stop.
     """
     network = classifier.network
-    names = {
-        name
-        for name, module in network.named_modules()
-        if uses_batch_statistics(module) and next(module.buffers(), None) is not None
-    }
+    names = reestimated_layers(network)
     if not names:
         return
     inputs = (images for images, _ in classifier.each_input(batches))

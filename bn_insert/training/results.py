@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from ..errors import CheckpointError, TrainingError
 from ..graph.layers import Kind
 from ..images.class_folders import ClassFolders
 from ..report import choice_text, output_fit_text, preprocessing_text, read_run, run_report, write_report
-from ..support.files import stage_file, staging_folder
+from ..support.files import stage_file, staging_folder, write_atomically
 from ..support.processes import Ranks
 from ..support.text import counted, printable
 from .lr_trials import epochs_for_trials
@@ -26,6 +27,7 @@ from .metrics import write_curves, write_metrics
 from .progress import Progress
 from .state import TrainingState, write_state
 from .summary import RunSummary, images_text
+from .tensorboard import remove_events
 
 STATE, METRICS, CURVES, CLASSES = "state.pth", "metrics.csv", "curves.png", "classes.txt"
 BEST, LAST = "best.pth", "last.pth"
@@ -66,10 +68,10 @@ def checkpoint_of(folder: Path) -> str:
 def _beginning(progress: Progress, lr: float | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what came before training, as values and as texts: the fit of the output layer, the learning rate."""
     facts: dict[str, Any] = {}
-    losses = {trial.lr: trial.loss for trial in progress.trials if trial.loss is not None}
+    losses = progress.trial_losses
     texts = {"Learning rate": choice_text(lr, losses)}
     if progress.fit:
-        names = ("new", "fitted", "accuracy", "own_accuracy", "reason")
+        names = ("new", "fitted", "accuracy", "own_accuracy", "reason", "reestimated_accuracy")
         fit = {name: getattr(progress.fit, name) for name in names}
         facts["output_fit"], texts["Before training"] = fit, output_fit_text(fit)
     if losses:
@@ -129,6 +131,7 @@ def with_image_counts(facts: Mapping[str, Any], images: ClassFolders, skipped: C
         "validation_images": len(val),
         "skipped_files": len(paths),
         "largest_class": max(Counter(image.label for image in val).values()) / len(val),
+        "validation_digest": images.digest_of(val),
     }
     text = images_text(len(train), len(val), len(images.classes))
     if paths:
@@ -190,6 +193,8 @@ class RunFolder:
         for name in self._replaced:
             if name not in written:
                 (self._folder / name).unlink(missing_ok=True)
+        if self._replaced:  # this run has written no events yet
+            remove_events(self._folder / TENSORBOARD)
         self._replaced = ()
 
     def rewrite(self, progress: Progress, settings: Mapping[str, Any], skipped: Collection[str]) -> None:
@@ -204,10 +209,16 @@ class RunFolder:
         self._write_reports(progress, settings, skipped)
 
     def restore_checkpoints(self, network: nn.Module, progress: Progress) -> None:
-        """Write the checkpoints of a run that is resumed at the end of an epoch: a kill may have come before them."""
+        """Write the checkpoints of a run that is resumed at the end of an epoch: a kill may have come before them.
+
+        Within the next epoch, a best.pth that is missing is the same as last.pth where the last epoch is the best.
+        """
         for name in _checkpoints_at(progress):
             with staging_folder(self._folder / name) as staging:
                 self._staged_checkpoint(network, name, staging)()
+        best, last = self._folder / BEST, self._folder / LAST
+        if progress.last_is_best and not best.exists() and last.exists():
+            write_atomically(best, partial(shutil.copyfile, last))
 
     def _staged(self, network: nn.Module, state: TrainingState, staging: Path) -> dict[str, Callable[[], None]]:
         """Write the files, apart from the reports, into a staging folder; return functions that name them."""

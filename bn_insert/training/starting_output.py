@@ -12,11 +12,13 @@ from torch import nn
 
 from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import Outcomes
-from ..errors import CalibrationError, ImageError
+from ..errors import CalibrationError, DivergenceError, ImageError
 from ..images.class_folders import ClassFolders, LabelledBatch, LabelledImage
+from ..statistics.passes import preserved_random_state
 from .classifier import Classifier
 from .metrics import OutputFit
 from .output_fit import can_be_fitted, fit_layer, not_fittable
+from .reestimation import reestimate_statistics, reestimated_layers
 from .stopping import StopCheck, StoppedError
 from .training_set import TrainingSet
 from .validation import validate, with_sampled_validation
@@ -44,7 +46,7 @@ def fit_starting_output(
         training_set: Where training images are taken from.
         images: Class folders with the validation images.
         stop: Checked after each batch and before each fit, if this is the only process.
-        on_fit: Called after each batch, and with the result.
+        on_fit: Called after each batch.
         new: Whether the output layer has just been replaced.
 
     Raises:
@@ -53,16 +55,52 @@ def fit_starting_output(
     """
     fit = _Fit(classifier, training_set, images, stop, on_fit or (lambda _fit: None), new)
     try:
-        result = fit.run()
+        return fit.run()
     except ImageError:
         stop.check()  # a signal to the entire process group has ended the processes that decode
         raise
     except CalibrationError as error:  # what cannot run on these images fails once more, later in the run
         if training_set.ranks.count > 1:
             raise
-        result = OutputFit(0, 0, True, new=new, reason=str(error))
-    fit.report(result)
-    return result
+        return OutputFit(0, 0, True, new=new, reason=str(error))
+
+
+def accuracy_after_reestimation(
+    classifier: Classifier, training_set: TrainingSet, images: ClassFolders, stop: StopCheck
+) -> float | None:
+    """Return the validation accuracy of a network with running statistics of the training images, which it then loses.
+
+    A few images may have others than those that the network was trained with, and so spoil it before any training.
+
+    Args:
+        classifier: The network.
+        training_set: Where training images are taken from.
+        images: Class folders with the validation images.
+        stop: Checked after each batch.
+
+    Returns:
+        The accuracy; None if the run re-estimates no statistics, or if they would not be finite.
+
+    Raises:
+        StoppedError: When the run was asked to stop.
+    """
+    settings, network = training_set.settings, classifier.network
+    if not settings.recalibrate or not reestimated_layers(network):
+        return None
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        with preserved_random_state():
+            reestimate_statistics(classifier, training_set.sample(0, settings.recalibration_images), stop)
+            return validate(classifier, images, settings.batch_size, training_set.ranks, stop).accuracy
+    except DivergenceError:
+        return None
+    except ImageError:
+        stop.check()  # a signal to the entire process group has ended the processes that decode
+        raise
+    finally:
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(before[name])
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,7 @@ def _check_beginning(content: _Content) -> None:
     if lr is not None and content.trials and sum(trial.lr == lr for trial in content.trials) < 2:
         raise SchemaError("the field trials does not have the learning rate that was chosen")
     if fit := content.fit:
-        for name in ("accuracy", "own_accuracy"):
+        for name in ("accuracy", "own_accuracy", "reestimated_accuracy"):
             checked(getattr(fit, name), Fraction | None, f"fit.{name}")
         measured = fit.fitted or fit.own_accuracy is not None or not (fit.new or fit.reason)
         if not fit.done or (measured and fit.accuracy is None) or (fit.new and not (fit.fitted or fit.reason)):

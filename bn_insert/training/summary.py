@@ -42,6 +42,7 @@ class RunSummary:
         lr_untried: Whether `lr` is neither given nor chosen, because the run is too short for trials.
         renorm: Whether BatchNorms are trained with Batch Renormalization.
         trained_batchnorms: Number of BatchNorm layers whose gamma or beta is trained.
+        unused: Which settings have no effect, and why, each as a sentence without its period.
     """
 
     classes: Mapping[str, tuple[int, int]]
@@ -59,6 +60,7 @@ class RunSummary:
     lr_untried: bool = False
     renorm: bool = False
     trained_batchnorms: int = 0
+    unused: tuple[str, ...] = ()
 
     @property
     def texts(self) -> dict[str, str]:
@@ -97,6 +99,7 @@ def summarize(
     device: torch.device,
     dropout: str,
     steps: int,
+    unused: tuple[str, ...],
 ) -> RunSummary:
     """Return the summary of a run.
 
@@ -109,6 +112,7 @@ def summarize(
         device: Where the network is.
         dropout: The dropout in effect, in words.
         steps: Steps per epoch.
+        unused: Which settings have no effect.
     """
     counts = [Counter(image.label for image in part) for part in (images.train, images.val)]
     parameters = list(network.parameters())
@@ -131,6 +135,7 @@ def summarize(
             isinstance(module, _BatchNorm) and any(each.requires_grad for each in module.parameters())
             for module in network.modules()
         ),
+        unused=unused,
     )
 
 

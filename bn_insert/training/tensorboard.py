@@ -14,6 +14,8 @@ from typing import Any
 from ..errors import TrainingError, as_passed
 from .metrics import EpochMetrics
 
+_EVENTS = "events.out.tfevents.*"
+
 
 def check_tensorboard(folder: Path) -> None:
     """Raise TrainingError unless the package tensorboard is installed and can write into a folder."""
@@ -32,6 +34,22 @@ def check_tensorboard(folder: Path) -> None:
         )
 
 
+def remove_events(folder: Path) -> None:
+    """Remove the files of events of a run that is replaced, and the folder if there is nothing else in it.
+
+    A link to a folder is left alone: other runs may write there too.
+    """
+    events = [] if folder.is_symlink() else list(folder.glob(_EVENTS))
+    try:
+        for each in events:
+            each.unlink()
+    except OSError as error:  # the run that replaces it is saved, and worth more
+        warnings.warn(f"cannot remove {each}, which is of the run that was replaced: {error.strerror}", stacklevel=2)
+    if events:
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
+
+
 @dataclass
 class TensorBoard:
     """Writes the metrics of each epoch as scalars; nothing before the first epoch is complete.
@@ -41,19 +59,29 @@ class TensorBoard:
     Args:
         folder: Receives a file of events, in place of those of a run that is replaced or resumed.
         history: Epochs of a resumed run, which are written again.
+        complete: Whether there are no more, so that they are written at once.
     """
 
     folder: Path
     history: Sequence[EpochMetrics]
+    complete: bool = False
     _writer: Any = field(default=None, init=False)
     _failed: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        """Write the epochs of a run that is complete."""
+        if self.complete:
+            self._try(())
+
     def write(self, metrics: EpochMetrics) -> None:
         """Write the metrics of an epoch."""
+        self._try((metrics,))
+
+    def _try(self, epochs: Sequence[EpochMetrics]) -> None:
         if self._failed:
             return
         try:
-            self._write(metrics)
+            self._write(epochs)
         except OSError as error:  # the run itself is saved, and worth more
             self._fail(error)
 
@@ -64,16 +92,16 @@ class TensorBoard:
             stacklevel=2,
         )
 
-    def _write(self, metrics: EpochMetrics) -> None:
+    def _write(self, epochs: Sequence[EpochMetrics]) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - imports tensorboard
 
-            for earlier in self.folder.glob("events.out.tfevents.*"):
+            for earlier in self.folder.glob(_EVENTS):
                 earlier.unlink()
             self._writer = SummaryWriter(str(self.folder))
-            for past in self.history:
-                self._add(past)
-        self._add(metrics)
+            epochs = (*self.history, *epochs)
+        for metrics in epochs:
+            self._add(metrics)
         self._writer.flush()
 
     def close(self) -> None:

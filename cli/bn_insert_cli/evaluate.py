@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bn_insert.support.text import counted
+from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
@@ -26,6 +26,8 @@ from .inputs import (
 from .interruption import signals
 from .output_checks import CHECK_FAILED
 from .tables import class_table
+
+_NAMES_SHOWN = 20
 
 
 def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
@@ -118,7 +120,13 @@ def evaluate(  # noqa: PLR0917 - options are keyword-only on the command line
     note_unreadable(batches.unreadable)
     if confusion:
         with signals.saving(picture):
-            write_confusion_matrix(confusion, evaluation.classes, evaluation.confusion, overwrite=force)
+            numbered = write_confusion_matrix(confusion, evaluation.classes, evaluation.confusion, overwrite=force)
+        if numbered:
+            names = listed([f"#{number} {name}" for number, name in numbered.items()], _NAMES_SHOWN)
+            print_note(
+                f"{confusion} shows some classes by number, because no installed font has all characters of their "
+                f"names: {names}. --json has the names of all, in the order of the numbers."
+            )
     finite = isfinite(evaluation.loss)
     if as_json:
         facts = {"device": str(target), "folder": str(batches.folder), "skipped": len(batches.unreadable)}

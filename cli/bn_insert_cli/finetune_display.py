@@ -182,6 +182,8 @@ def _print_summary(summary: RunSummary) -> None:
     lr = "to be chosen in short trials (--lr sets it)" if summary.lr is None else f"{summary.lr:g}"
     untried = " (the run is too short for trials; --lr sets it)" if summary.lr_untried else ""
     print_note(f"Learning rate: {lr}{untried}.")
+    for text in summary.unused:
+        print_note(f"{text}.")
     if not summary.batchnorms:
         print_note("The network has no BatchNorm; bn-insert insert adds it without changing the outputs.")
     if summary.resumed:

@@ -339,10 +339,23 @@ def warn_of_other_normalization(opened: Opened, checkpoint: str) -> None:
 
 
 def in_order_of_outputs(images: ClassFolders, stored: Sequence[str]) -> ClassFolders:
-    """Return class folders in the order of a checkpoint's outputs if it stores their names; else say how they match."""
-    if sorted(stored) == sorted(images.classes):
-        return images.in_order(stored)
-    if len(stored) == len(images.classes) and _is_first_rank():
+    """Return class folders in the order of a checkpoint's outputs if it stores names of them; else say how they match.
+
+    Folders with other names get the outputs that are left, both sorted by name.
+    """
+    renamed, left = sorted({*images.classes} - {*stored}), sorted({*stored} - {*images.classes})
+    if len(stored) != len(images.classes):
+        return images
+    if len(renamed) == len(left) < len(stored):
+        folder_of = dict(zip(left, renamed, strict=True))
+        if folder_of and _is_first_rank():
+            pairs = [f"{folder} that for {name}" for name, folder in folder_of.items()]
+            print_note(
+                "The folders are matched with the checkpoint's outputs by name. Those without an output of their name "
+                f"get one that is left: {listed(pairs, _NAMES_SHOWN)}."
+            )
+        return images.in_order([folder_of.get(name, name) for name in stored])
+    if _is_first_rank():
         print_note(
             f"The checkpoint stores other class names ({listed(stored, _NAMES_SHOWN)}) than those of the folders "
             f"({listed(images.classes, _NAMES_SHOWN)}): its outputs are taken for the folders, sorted by name, in that "

@@ -10,7 +10,7 @@ import typer
 from bn_insert.support.text import counted
 
 from . import shared_options as opt
-from .console import print_result
+from .console import print_result, print_warning
 from .interruption import signals
 
 
@@ -27,7 +27,13 @@ def report(
 
     Example: `bn-insert report runs/plain runs/batchnorm -o comparison.html`
     """
-    from bn_insert.report import check_report, read_run, runs_report, write_report  # noqa: PLC0415 - imports torch
+    from bn_insert.report import (  # noqa: PLC0415 - imports torch
+        check_report,
+        on_different_images,
+        read_run,
+        runs_report,
+        write_report,
+    )
 
     signals.begin(str(output))
     if len({run.resolve() for run in runs}) < len(runs):
@@ -38,3 +44,5 @@ def report(
     with signals.saving(str(output)):
         write_report(output, runs_report(found), overwrite=force)
     print_result(f"Wrote {output}: {counted(len(found), 'run')}.")
+    if on_different_images(found):
+        print_warning("These runs were validated on different images: their accuracies cannot be compared.")

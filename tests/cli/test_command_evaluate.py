@@ -80,6 +80,24 @@ def test_finetune_keeps_outputs_in_the_order_of_their_stored_names(run: Run, tmp
     assert classes_in("other/best.pth") == DIGITS
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_finetune_matches_a_renamed_folder_with_the_output_that_the_others_leave(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "data", train=1, val=2)
+    for part in ("train", "val"):
+        (data / part / "0").rename(data / part / "zero")  # sorted last
+    save(DIGITS)
+    command = ("finetune", "net.pth", data, "--epochs", 1, "--lr", 1e-7, "-b", 10, "-j", 0, "--device", "cpu", "-o")
+    trained = text_of(run(*command, "run").stderr)
+    assert "Those without an output of their name get one that is left: zero that for 0." in trained
+    assert "Output layer kept: validation accuracy 100.00% before training." in trained
+    assert classes_in("run/best.pth") == ("zero", *DIGITS[1:])
+    assert run(*command, "run", "--resume").exit_code == 0
+    for part in ("train", "val"):
+        (data / part / "9").rename(data / part / "nine")
+    trained = text_of(run(*command, "second").stderr)
+    assert "get one that is left: nine that for 0, zero that for 9." in trained, "as they are sorted"
+
+
 # Evaluate
 
 
@@ -199,6 +217,20 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(run: Run, d
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith(" Wrote old.png.\n")
     assert Path("old.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_classes_that_the_picture_shows_by_number_are_named(
+    run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bn_insert.report.confusion._families", lambda _: (["DejaVu Sans"], {"\u732b"}))
+    (digits / "3").rename(digits / "\u732b")
+    save((*DIGITS[:3], "\u732b", *DIGITS[4:]))
+    result = run("evaluate", "net.pth", digits, "--confusion", "m.png")
+    assert result.exit_code == 0, result.output
+    assert "no installed font has all characters of their names: #3 \u732b. --json has the names" in text_of(
+        result.stderr
+    )
 
 
 # Predict

@@ -365,6 +365,8 @@ def test_results_are_kept_unless_force_is_given_and_options_reach_the_run(run: R
     )
     result = run(*command, "--force", *options, "--lr-scheduler", "step", "--label-smoothing", 0.1, "--seed", 3)
     assert result.exit_code == 0, result.output
+    unused = ("--patience 3 has no effect: the run has 1 epoch.", "before its first step (--lr-step-size 30).")
+    assert all(text in text_of(result.stderr) for text in unused)
     settings = load_state(Path("run/state.pth")).settings
     assert (settings["opt"], settings["weight_decay"], settings["dropout"]) == ("adamw", 0.1, 0.25)
     assert (settings["recalibrate"], settings["batchnorm"], settings["seed"]) == (False, "freeze", 3)
@@ -426,6 +428,21 @@ def test_a_child_process_takes_no_notice_of_signals_that_are_the_parent_s() -> N
     assert not stop()
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_report_warns_of_runs_that_were_validated_on_different_images(run: Run, tmp_path: Path) -> None:
+    data = copy_labelled_digits(tmp_path / "digits", train=2, val=2)
+    for name in ("one", "other"):
+        trained = run("finetune", network_path(), data, "-o", name, "--epochs", 1, *BRIEF, "--lr", 0.003)
+        assert trained.exit_code == 0, trained.output
+        image = next((data / "val" / "3").iterdir())
+        image.rename(image.with_name("another.png"))
+    result = run("report", "one", "other", "-o", "both.html")
+    assert result.exit_code == 0, result.output
+    assert "warning: These runs were validated on different images: their accuracies cannot be compared." in text_of(
+        result.stderr
+    )
+
+
 def test_report_holds_runs_together(run: Run, digits: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         leave_out_charts(patch)
@@ -436,6 +453,7 @@ def test_report_holds_runs_together(run: Run, digits: Path) -> None:
     result = run("report", "plain", "higher <b>", "-o", "both.html")
     assert result.exit_code == 0, result.output
     assert "Wrote both.html: 2 runs." in result.stdout
+    assert "different images" not in result.stderr
     text = Path("both.html").read_text()
     assert text.count("<figure") == 5
     assert "higher &lt;b&gt;" in text

@@ -32,7 +32,7 @@ from bn_insert.report.adaptation import adaptation_report
 from bn_insert.report.charts import run_charts
 from bn_insert.report.insertion_verdicts import next_command, verdicts
 from bn_insert.report.page import page
-from bn_insert.report.run_verdicts import run_health, runs_verdict
+from bn_insert.report.run_verdicts import on_different_images, run_health, runs_verdict
 from bn_insert.training.metrics import EpochMetrics
 from bn_insert.training.settings import TrainingSettings
 from support.networks import images, randomised, small_vgg
@@ -601,6 +601,17 @@ def test_a_run_without_an_epoch_above_the_accuracy_before_training_says_so(befor
     assert wording in verdict.text
 
 
+@pytest.mark.parametrize(("reestimated", "best", "named"), [(0.76, 0.8, True), (0.9, 0.8, False), (0.76, 0.95, False)])
+def test_statistics_that_spoiled_the_network_are_to_be_kept_unless_training_made_up_for_them(
+    reestimated: float, best: float, named: bool
+) -> None:
+    fit = {"fitted": True, "accuracy": 0.93, "reestimated_accuracy": reestimated}
+    with messages_name_options():
+        found = run_health(epochs((0.5, 0.5), (best, best)), {"epochs": 2}, {"classes": 4}, output_fit=fit)
+    keep = "from 93.0% to 76.0%: keep the statistics as they are (--batchnorm freeze-statistics), or train on more"
+    assert (keep in " ".join(verdict.text for verdict in found)) == named
+
+
 def test_a_run_that_ruined_an_accurate_network_is_not_called_healthy() -> None:
     found = epochs((0.031, 0.3, 0.5, 0.7, 0.812), (0.99, 0.88, 0.77, 0.81, 0.78))
     settings, data = {"epochs": 5, "lr": 0.01}, {"classes": 10, "largest_class": 0.1}
@@ -659,6 +670,51 @@ def test_a_run_that_learned_too_little_is_not_advised_of_a_lower_learning_rate(
     assert advice in text
     assert "third" not in text
     assert "a lower learning rate" not in text
+
+
+def test_a_learning_rate_that_the_run_has_tried_and_found_worse_is_not_advised() -> None:
+    settings, data = {"epochs": 5, "lr": 0.0003}, {"classes": 4, "output_replaced": True}
+    found = epochs((0.5, 0.6, 0.6, 0.6, 0.7), (0.9, 0.8, 0.8, 0.8, 0.7))
+    for loss, advice in (
+        (0.9, "better than the first. Try a new head with BatchNorm (head=512) or fewer epochs (epochs=2)."),
+        (0.79, "pretrained network. Try a third of this learning rate (lr=0.0001) or a new head"),
+        (math.inf, "Try a new head with BatchNorm (head=512) or fewer epochs (epochs=2)."),
+    ):
+        trials = {0.0003: 0.8, 0.001: 0.9, 0.0001: loss}
+        texts = " ".join(verdict.text for verdict in run_health(found, settings, data, trials=trials))
+        assert advice in texts
+        assert ("a third" in texts) == ("a lower learning rate" in texts) == (loss == 0.79)
+    rising = epochs((0.9, 2.0), (0.6, 0.6))
+    trials = {0.003: 0.8, 0.001: 0.9, 0.01: 0.9}
+    (verdict,) = run_health(rising, {"epochs": 2, "lr": 0.003}, {"classes": 4}, trials=trials)
+    assert verdict.text.endswith("the loss of guessing: training diverged.")
+    failed = epochs((1.9, 1.9), (0.6, 0.6))
+    (verdict,) = run_health(failed, {"epochs": 2, "lr": 0.003}, {"classes": 4}, trials=trials)
+    assert verdict.text.endswith("the loss of guessing. Check the labels and the preprocessing.")
+
+
+def test_the_usual_learning_rate_is_not_advised_where_trials_moved_away_from_it() -> None:
+    found, settings = epochs((1.38, 1.379, 1.378), (0.6, 0.6, 0.6)), {"epochs": 3, "lr": 3e-5}
+    for trials, advised in (({0.0003: 2.0, 0.0001: 1.8, 3e-5: 1.5}, False), ({}, True)):
+        texts = " ".join(verdict.text for verdict in run_health(found, settings, {"classes": 4}, trials=trials))
+        assert ("a higher learning rate: lr=0.0003" in texts) == advised
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies"), [((0.7,) * 3, (0.6,) * 3), ((1.5,) * 3, (0.6,) * 3), ((0.9, 1.2, 1.6), (0.6, 0.62, 0.61))]
+)
+def test_more_images_are_advised_instead_of_more_training_where_the_training_accuracy_is_far_higher(
+    losses: tuple[float, ...], accuracies: tuple[float, ...]
+) -> None:
+    found = [epoch | {"train_accuracy": 0.99} for epoch in epochs(losses, accuracies)]
+    settings, fit = {"epochs": 3, "lr": 0.0003}, {"fitted": False, "accuracy": 0.65}
+    text = " ".join(verdict.text for verdict in run_health(found, settings, {"classes": 4}, output_fit=fit))
+    assert "more epochs" not in text
+    assert "diverged" not in text
+    assert text.count("The training accuracy, 99.0%, is above that in validation, ") == 1
+    assert ": train on more images, or with random crops (crop_scale=0.35)." in text
+    cropped = run_health(found, settings | {"crop_scale": 0.5}, {"classes": 4}, output_fit=fit)
+    assert ": train on more images." in " ".join(verdict.text for verdict in cropped)
 
 
 def test_more_training_is_not_advised_where_the_loss_rose() -> None:
@@ -735,8 +791,13 @@ def test_a_run_that_failed_is_never_shown_as_good_among_others() -> None:
 
 def test_runs_on_different_images_are_not_compared() -> None:
     runs = [run("a"), run("b", (0.5, 0.9))]
-    for each, count in zip(runs, (100, 200), strict=True):
-        each["data"] = {"validation_images": count, "classes": 4, "largest_class": 0.5}
+    assert not on_different_images(runs)
+    for each, digest in zip(runs, "ab", strict=True):
+        each["data"] = {"validation_images": 100, "classes": 4, "largest_class": 0.5, "validation_digest": digest}
+    assert on_different_images(runs)
+    del runs[0]["data"]["validation_digest"]
+    assert not on_different_images(runs), "the numbers are all that an older report has"
+    runs[0]["data"]["validation_images"] = 200
     text = Page(page(runs_report(runs))).text
     assert "These runs were validated on different images: their accuracies cannot be compared." in text
     assert "has the best validation accuracy" not in text

@@ -219,6 +219,23 @@ def test_a_resumed_run_tells_where_it_continues(changes: dict[str, Any], expecte
     assert state.resumed(replace(BRIEF, **changes), 5) == expected
 
 
+def test_a_run_without_its_best_network_is_not_trained_on_unless_that_is_the_last_one(
+    network: nn.Module, digits: ClassFolders, tmp_path: Path
+) -> None:
+    done: list[EpochMetrics] = []
+    finetune(network, digits, tmp_path, BRIEF, on_epoch=done.append, stop=lambda: bool(done))
+    state = load_state(tmp_path / "state.pth")
+    assert (state.progress.epoch, state.progress.step > 0) == (1, True)
+    best = weights_in(tmp_path, "best.pth")
+    (tmp_path / "best.pth").unlink()
+    finetune(network, digits, tmp_path, BRIEF, resume=True, stop=lambda: True)
+    assert all(torch.equal(value, best[key]) for key, value in weights_in(tmp_path, "best.pth").items())
+    (tmp_path / "best.pth").unlink()
+    (tmp_path / "last.pth").unlink()
+    with pytest.raises(TrainingError, match=r"best.pth is missing: it was the network after epoch 1, .* Put it back"):
+        finetune(network, digits, tmp_path, BRIEF, resume=True, on_step=lambda _: pytest.fail("it trains"))
+
+
 def test_resuming_in_an_empty_folder_begins(digits: ClassFolders, tmp_path: Path) -> None:
     assert len(finetune(dense_network(), digits, tmp_path, BRIEF, resume=True).epochs) == 2
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from bn_insert import (
@@ -288,6 +289,30 @@ def test_an_output_layer_that_knows_the_classes_is_kept(digits: ClassFolders, tm
     assert fits[-1] == OutputFit(0, 0, True, accuracy, own_accuracy=accuracy)
     sentence = f"Output layer kept: validation accuracy {accuracy:.2%} before training."
     assert run_in(tmp_path)["overview"]["Before training"] == sentence
+
+
+def test_a_network_that_re_estimation_alone_spoils_says_so_and_how_to_keep_its_statistics(
+    train: Batches, tmp_path: Path
+) -> None:
+    data = copy_labelled_digits(tmp_path / "data", train=2, val=6, classes=3)
+    for path in data.glob("train/*/*.png"):  # few images that differ little
+        Image.open(path).point(lambda value: 96 + value // 16).save(path)
+    network = insert_batchnorm(load_checkpoint(network_path()), [images for images, _ in train])
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    fits: list[OutputFit] = []
+    run = finetune(network, open_digits(data), tmp_path / "run", SETTINGS, on_fit=fits.append)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    accuracy = run.epochs[0].val_accuracy
+    assert fits[-1].accuracy == 1
+    assert fits[-1].reestimated_accuracy == pytest.approx(accuracy, abs=0.06)  # on as many images in another order
+    keeping = "(batchnorm='freeze-statistics'), or train on more images."
+    assert any(verdict.text.endswith(keeping) for verdict in run.health)
+    told = run_in(tmp_path / "run")["overview"]["Before training"]
+    assert "training images alone lowers it to" in told
+    assert "; batchnorm='freeze-statistics' keeps them as they are." in told
+    settings = replace(SETTINGS, batchnorm="freeze-statistics")
+    run = finetune(network, open_digits(data), tmp_path / "frozen", settings, on_fit=fits.append)
+    assert (run.epochs[0].val_accuracy, fits[-1].reestimated_accuracy) == (1, None)
 
 
 def of_other_classes() -> nn.Module:

@@ -289,6 +289,63 @@ def test_the_summary_says_what_a_run_is_about_to_do(network: nn.Module, digits: 
     assert 0 < summary.trained_parameters < summary.parameters == sum(each.numel() for each in network.parameters())
 
 
+PLAIN = "has no effect: the network has no BatchNorm"
+
+
+@pytest.mark.parametrize(
+    ("plain", "changes", "expected"),
+    [
+        (False, {}, []),
+        (False, {"recalibrate": False, "norm_weight_decay": 0.1, "batchnorm": "train", "fit_output": False}, []),
+        (
+            True,
+            {"recalibrate": False, "norm_weight_decay": 0.1, "batchnorm": "freeze"},
+            [f"batchnorm='freeze' {PLAIN}", f"recalibrate=False {PLAIN}", f"norm_weight_decay=0.1 {PLAIN}"],
+        ),
+        (
+            False,
+            {"train": "head", "batchnorm": "train"},
+            ["batchnorm='train' has no effect: all BatchNorm layers are frozen"],
+        ),
+        (False, {"train": "head", "batchnorm": "freeze"}, []),
+        (False, {"freeze_features": True, "batchnorm": "train"}, []),  # the classifier has BatchNorm too
+        (
+            False,
+            {"batchnorm": "freeze-statistics", "recalibrate": False, "norm_weight_decay": 0.1},
+            ["recalibrate=False has no effect: BatchNorm keeps its statistics"],
+        ),
+        (False, {"batchnorm": "renorm", "sync_bn": True}, ["sync_bn=True has no effect: there is one process"]),
+        (
+            False,
+            {"head": 8, "fit_output": False},
+            ["fit_output=False has no effect: the output layer of a new head is not fitted"],
+        ),
+        (False, {"epochs": 3, "patience": 1}, []),
+        (False, {"epochs": 3, "patience": 2}, ["patience=2 has no effect: the run has 3 epochs"]),
+        (False, {"epochs": 3, "lr_scheduler": "step", "lr_step_size": 2}, []),
+        (
+            False,
+            {"epochs": 2, "lr_scheduler": "step", "lr_step_size": 2},
+            ["lr_scheduler='step' has no effect: the run ends before its first step (lr_step_size=2)"],
+        ),
+        (False, {"batch_size": 40, "accumulate": 2}, ["accumulate=2 has no effect: an epoch has one batch"]),
+    ],
+)
+def test_the_summary_says_which_settings_have_no_effect(
+    network: nn.Module,
+    digits: ClassFolders,
+    tmp_path: Path,
+    *,
+    plain: bool,
+    changes: dict[str, Any],
+    expected: list[str],
+) -> None:
+    seen: list[RunSummary] = []
+    model = dense_network() if plain else network
+    finetune(model, digits, tmp_path, replace(BRIEF, **changes), on_start=seen.append, stop=lambda: True)
+    assert list(seen[0].unused) == expected
+
+
 def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("bn_insert.training.remaining_time.time.monotonic", lambda: now)
@@ -363,6 +420,29 @@ def test_tensorboard_gets_each_epoch_once_also_when_a_run_is_resumed(
     result = finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), resume=True, tensorboard=True)
     losses = [(value, step) for name, value, step in written if name == "loss/val"]
     assert losses == [(epoch.val_loss, epoch.epoch) for epoch in result.epochs]
+    once = written.copy()
+    written.clear()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), resume=True, tensorboard=True)
+    assert written == once, "of a run that was complete"
+
+
+@pytest.mark.parametrize("kept", [None, "notes.txt"])
+def test_events_of_a_run_that_is_replaced_go_with_it_and_nothing_else(
+    digits: ClassFolders, tmp_path: Path, kept: str | None
+) -> None:
+    events = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    events.parent.mkdir()
+    events.touch()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1))
+    assert events.exists(), "of nothing that was replaced"
+    if kept:
+        (events.parent / kept).touch()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=2), resume=True)
+    assert events.exists()
+    finetune(dense_network(), digits, tmp_path, replace(BRIEF, epochs=1), overwrite=True)
+    assert not events.exists()
+    assert [path.name for path in tmp_path.glob("tensorboard/*")] == ([kept] if kept else [])
+    assert events.parent.exists() == bool(kept)
 
 
 class FailingWriter:

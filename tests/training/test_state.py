@@ -103,6 +103,7 @@ WRONG = [
     *(("fit", value) for value in (1, {"seen": 0}, ...)),
     *(("fit/accuracy", value) for value in (None, 2.0, NAN)),
     *(("fit/own_accuracy", value) for value in (-1.0, "x")),
+    ("fit/reestimated_accuracy", 2.0),
     *(("fit/reason", value) for value in (1, "\x1b[2J", "\ud800")),
     *((f"fit/{name}", 1) for name in ("done", "fitted", "new")),
     ("fit/done", False),
@@ -159,6 +160,7 @@ def test_a_state_as_it_was_written_continues(
     opt: Any, states: dict[str, dict[str, Any]], digits: ClassFolders, tmp_path: Path
 ) -> None:
     torch.save(states[opt], tmp_path / "state.pth")
+    (tmp_path / "best.pth").touch()  # of the first epoch
     settings = TrainingSettings(epochs=2, batch_size=8, lr=0.003, opt=opt)
     assert len(finetune(network(), digits, tmp_path, settings, resume=True).epochs) == 2
 
