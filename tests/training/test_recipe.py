@@ -225,7 +225,8 @@ def test_batchnorm_of_a_new_head_is_trained_where_the_others_are_frozen(network:
 def test_accumulated_gradients_are_those_of_the_batches_together(
     digits: ClassFolders, tmp_path: Path, smoothing: float
 ) -> None:
-    settings = replace(BRIEF, batch_size=16, label_smoothing=smoothing)
+    # Without the fit of the output layer, which amplifies the rounding errors of its features.
+    settings = replace(BRIEF, batch_size=16, label_smoothing=smoothing, fit_output=False)
     together = finetune(dense_network(), digits, tmp_path / "together", settings)
     parts = finetune(dense_network(), digits, tmp_path / "parts", replace(settings, batch_size=4, accumulate=4))
     assert parts.epochs[-1].step == together.epochs[-1].step == 3  # the last one has 8 images
