@@ -148,7 +148,7 @@ _NOISE = Task(
     source=_clean,
 )
 _SMALL_BATCHES = replace(_NOISE, title="the same with batches of 4, 100 steps", epochs=1, options=("-b", "4"))
-_AGAIN = "another CIFAR-10 network, trained by the same program"
+_AGAIN = "another CIFAR-10 network, of the same program after 20 of its 30 epochs"
 _FOLDED = "CIFAR-10 network whose own BatchNorm is folded, {}"
 _DEEP = "CIFAR-10 network of thirteen convs, its own BatchNorm folded, 400 CIFAR-10 images with noise (sigma 0.2), {}"
 TASKS = {
