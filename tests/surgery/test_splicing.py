@@ -204,11 +204,17 @@ def test_a_transposed_conv_may_be_called_with_an_output_size() -> None:
     assert set(fold(result, x).folded) == {"down.1", "up.1"}
 
 
-def test_layers_with_their_batchnorm_can_be_scripted() -> None:
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias) * scale
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d, Scaled])
+def test_layers_with_their_batchnorm_can_be_scripted(conv: type[nn.Conv2d]) -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, 2)
+            self.conv, self.up = conv(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.up(self.conv(x).relu()).relu()  # type: ignore[no-any-return]
