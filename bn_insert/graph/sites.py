@@ -63,7 +63,8 @@ class Layer:
         name: Qualified name.
         kind: "conv" or "dense".
         type_name: Name of the module's class.
-        shape: Shape of the output for the example batch, batch axis included; empty if the layer is never called.
+        shape: Shape of the output for a few images of the example, batch axis included; empty if the layer is never
+            called.
         parameters: Number of parameters.
         site: Where the layer's BatchNorm is inserted, or None.
         reason: Why there is no site; empty if there is one.

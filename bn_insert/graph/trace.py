@@ -30,6 +30,9 @@ _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role
 # These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
 _MOVES = {"copy", *MOVING_AXES}
 
+# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
+MOST_TRACED = 7
+
 _NAMES_SHOWN = 5
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
@@ -69,7 +72,7 @@ class Trace:
     rereads: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, example: Any) -> Trace:
+    def of(cls, model: nn.Module, example: Any, *, whole: bool = False) -> Trace:
         """Trace the model in eval mode, without changing it.
 
         It may also run on the example, see `_real_values_in_caches`.
@@ -77,6 +80,7 @@ class Trace:
         Args:
             model: The model to trace.
             example: One batch, as for `insert_batchnorm`; only its shape matters, unless the forward depends on values.
+            whole: Trace it for all images of the example, even where a few would do.
 
         Raises:
             GraphError: The model cannot run on the example, or its operations cannot be recorded. The message states
@@ -90,6 +94,11 @@ class Trace:
                 "next(iter(loader)), or a tensor such as torch.zeros(1, 3, 224, 224)"
             )
         inputs = Inputs.of(example, 0, model)
+        if len(inputs) > MOST_TRACED and not whole:
+            with suppress(GraphError):  # a forward may take only batches of one size
+                trace = cls._of(model, inputs.rows(0, MOST_TRACED))
+                if not trace.obstacle:
+                    return trace
         if len(inputs) == 1:
             # Some networks mistake a batch of one for no batch, as with squeeze(): two images show what happens to
             # many.

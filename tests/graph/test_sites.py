@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -7,7 +7,17 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from bn_insert import GraphError, Layer, Site, find_sites, survey
+from bn_insert import (
+    GraphError,
+    Layer,
+    Site,
+    dropouts_before_batchnorm,
+    find_edges,
+    find_sites,
+    fold,
+    fold_batchnorm,
+    survey,
+)
 from bn_insert.errors import messages_name_options
 from bn_insert.graph.sites import SiteOptions, layers_in
 from bn_insert.graph.trace import Trace
@@ -655,6 +665,37 @@ def test_a_model_in_train_mode_has_the_same_sites_and_stays_in_train_mode() -> N
 @pytest.mark.parametrize("batch", [1, 5])
 def test_sites_do_not_depend_on_the_batch_size(batch: int) -> None:
     assert find_sites(small_vgg(), images(batch, 16)) == find_sites(small_vgg(), images(2, 16))
+
+
+class Measured(nn.Module):
+    """A network that notes how many images it, or a copy of it, runs on."""
+
+    ran_on: ClassVar[set[int]] = set()
+
+    def __init__(self, size: int = -1) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.size = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor:  # else it is being traced
+            self.ran_on.add(len(x))
+        return self.head(self.norm(self.conv(x.view(self.size, 3, 8, 8))).relu())  # type: ignore[no-any-return]
+
+
+def test_of_a_large_example_a_few_images_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measured, "ran_on", set())
+    model, x = randomised(Measured()), images(40, 8)
+    found = survey(model, x)
+    find_edges(model, x, find_sites(model, x, skip="conv", include_output=True))
+    dropouts_before_batchnorm(model, x)
+    fold_batchnorm(model, x)
+    assert found[0].shape == (7, 8, 6, 6) and max(Measured.ran_on) == 7
+
+
+def test_a_large_example_is_traced_as_a_whole_where_a_few_images_cannot_run() -> None:
+    model, x = randomised(Measured(40)), images(40, 8)
+    assert reasons(survey(model, x))["conv"] == "already followed by a normalization: norm"
+    assert fold(model, x).folded == ("norm",)
 
 
 class DenseGate(nn.Module):
