@@ -33,6 +33,9 @@ _MOVES = {"copy", *MOVING_AXES}
 # A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
 MOST_TRACED = 7
 
+# These place channels next to others, or take some of them, by their argument `dim`.
+_SELECTING_CHANNELS = {"cat", "concat", "concatenate", "chunk", "split", "split_with_sizes"}
+
 _NAMES_SHOWN = 5
 
 _REPETITIONS = {"expand", "expand_as", "repeat", "tile"}
@@ -208,13 +211,16 @@ class Trace:
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
 
-        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. A normalization that is not a
-        module has the name of its operation.
+        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. Channels that are concatenated with
+        those of other layers, or divided, belong to the normalizations afterwards if nothing else reads them, as in a
+        DenseNet. A normalization that is not a module has the name of its operation.
         """
-        for node in self.downstream(start, _leaves_to_normalization):
-            if has_role(node, Role.NORMALIZATION):
-                return self.owner(node) or operation(node)
-        return None
+        found = [node for node in self.downstream(start, _leaves_to_normalization) if _normalizes(node)]
+        if not found:
+            reached = [node for node in self.downstream(start, _selects_to_normalization) if node is not start]
+            if all((_selects_to_normalization(node) and node.users) or _normalizes(node) for node in reached):
+                found = [] if self.outputs & {start, *reached} else [*filter(_normalizes, reached)]
+        return self.owner(found[0]) or operation(found[0]) if found else None
 
     def is_gate(self, start: fx.Node) -> bool:
         """Return whether one value per channel of each image, computed from a node, multiplies values at all positions.
@@ -298,6 +304,18 @@ def _leaves_to_normalization(node: fx.Node) -> bool:
         source = node.args[0].meta.get("val")  # type: ignore[union-attr]
         return isinstance(source, Tensor) and argument(node, "start_dim") not in (0, -source.ndim)
     return has_role(node, *_TRANSPARENT) or operation(node) in _MOVES
+
+
+def _selects_to_normalization(node: fx.Node) -> bool:
+    """Return whether a normalization after this operation still has all channels of the layer before it, or some."""
+    if operation(node) in _SELECTING_CHANNELS:
+        ndim = node.all_input_nodes[0].meta["val"].ndim
+        return argument(node, "dim") in (1, 1 - ndim)
+    return _leaves_to_normalization(node) or operation(node) == "getitem"
+
+
+def _normalizes(node: fx.Node) -> bool:
+    return has_role(node, Role.NORMALIZATION)
 
 
 @contextmanager

@@ -244,6 +244,42 @@ def test_a_normalization_of_all_images_together_does_not_count() -> None:
     assert names(find_sites(model, images(2, 8))) == ["conv"]
 
 
+class Joined(nn.Module):
+    """Two convs whose outputs meet before a normalization, as in a DenseNet."""
+
+    def __init__(self, joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.joined(self.first(x), self.second(x)).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("joined", "normalized"),
+    [
+        (lambda x, y: F.instance_norm(torch.cat([x, y.relu()], 1)), ["first", "second"]),
+        (lambda x, y: F.instance_norm(torch.concat([x, y], -3)) * y.mean(), ["first"]),
+        (lambda x, y: torch.cat([*map(F.instance_norm, x.chunk(2, 1)), y], 1), ["first"]),
+        (lambda x, y: torch.cat([F.instance_norm(x.split(2, 1)[0]), *x.split(2, 1)[1:], y], 1), []),
+        (lambda x, y: F.instance_norm(torch.cat([x, y])).view(-1, 8, 6, 6), []),
+    ],
+    ids=["both", "one is read elsewhere", "in halves", "half of it", "along the batch"],
+)
+def test_a_normalization_counts_after_a_concatenation_if_nothing_else_reads_the_channels(
+    joined: Callable[[Tensor, Tensor], Tensor], normalized: list[str]
+) -> None:
+    found = reasons(survey(Joined(joined), images(2, 8)))
+    reason = "already followed by a normalization: instance_norm"
+    assert [name for name in ("first", "second") if found[name] == reason] == normalized
+
+
+def test_in_torchvisions_densenet_every_conv_is_normalized() -> None:
+    model = torchvision.models.DenseNet(8, (2, 2), 8, num_classes=4)
+    assert find_sites(model, images(2, 64)) == []
+
+
 def test_layers_around_moved_axes_have_sites_without_a_normalization() -> None:
     hidden = sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 8), nn.ReLU(), nn.Linear(8, 4))
     assert names(find_sites(hidden, images(2, 8))) == ["0", "2"]
