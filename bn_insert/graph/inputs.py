@@ -43,7 +43,7 @@ class Inputs:
     def of(cls, batch: Any, number: int, model: nn.Module) -> Inputs:
         """Return what the model takes from a batch, on the model's device.
 
-        Floating-point tensors are converted to the dtype of the model's first floating-point parameter.
+        Floating-point tensors are converted to the dtype of the model's first floating-point weight.
 
         Args:
             batch: As for `insert_batchnorm`.
@@ -137,12 +137,12 @@ class InputReader:
 def reference_tensor(model: nn.Module) -> Tensor:
     """Return a tensor with the device and dtype that a model's inputs need.
 
-    This is the model's first floating-point parameter or buffer, or else an empty tensor on the CPU.
+    This is the model's first floating-point parameter with more than one axis, since a temperature or a scale may have
+    a dtype of its own. Without one, it is the first parameter or buffer, or else an empty tensor on the CPU.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor
-    return torch.zeros(())
+    floating = [each for each in (*model.parameters(), *model.buffers()) if each.is_floating_point()]
+    weights = (each for each in floating if isinstance(each, nn.Parameter) and each.ndim > 1)
+    return next(weights, floating[0] if floating else torch.zeros(()))
 
 
 @dataclass(frozen=True)

@@ -213,3 +213,19 @@ def test_containers_with_batches_and_numbers_are_no_samples_and_the_first_one_is
     model, x = small_vgg(), images(4, 16)
     for batch in [[(x, 1), (x, 2)], ((x, "a"), (x, "b")), [{"image": x, "epoch": 3}] * 2]:
         assert insert(model, [batch]).images == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
+def test_inputs_get_the_dtype_of_the_first_weight_whatever_scale_is_before_it(dtype: torch.dtype) -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((1,), 2, dtype=dtype), requires_grad=False)
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(F.relu(self.conv(x))) / self.scale
+
+    model, x = Tempered().eval(), images(4, 8).double()
+    result = insert(model, [x]).model
+    assert torch.equal(result(x.float()), model(x.float()))
