@@ -325,6 +325,9 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
     `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
     modules of PyTorch and torchvision do neither. Caches may have an entry for each number of images, so it takes all.
+
+    Raises:
+        GraphError: The forward builds layers that the model does not have yet.
     """
     modules = list(model.modules())
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
@@ -332,12 +335,14 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         yield
         return
     network = working_copy(model, to_trace=True)
+    before = _names(network)
 
     def run() -> None:
         with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words
             inputs.run(network)
 
     run()
+    _check_layers_of_first_run(network, before)
     try:
         yield
     finally:
@@ -347,12 +352,24 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 def _check_modules_of_eval_mode(model: nn.Module, network: nn.Module) -> None:
     """Raise GraphError if a copy of the model in eval mode has layers that the model does not have."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    if added := [name for name, _ in network.named_modules(remove_duplicate=False) if name not in known]:
+    if added := sorted(_names(network) - _names(model)):
         raise GraphError(
             f"{type(model).__name__} builds modules when it is switched to eval mode ({listed(added, _NAMES_SHOWN)}), "
             "as networks do that merge their branches; call model.eval() first"
         )
+
+
+def _check_layers_of_first_run(network: nn.Module, before: set[str]) -> None:
+    """Raise GraphError if a network has conv or dense layers that it did not have before it ran."""
+    if added := [name for name in sorted(_names(network) - before) if layer_kind(network.get_submodule(name))]:
+        raise GraphError(
+            f"{type(network).__name__} builds layers in its first forward pass ({listed(added, _NAMES_SHOWN)}); call "
+            "it once on a batch first, also before you load its weights"
+        )
+
+
+def _names(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_modules(remove_duplicate=False)}
 
 
 def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
