@@ -2,7 +2,7 @@ import copy
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ class ReachedElsewhere(nn.Module):
         self.held = hold(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.held.values() if isinstance(self.held, dict) else self.held:
+        for layer in self.held.values() if isinstance(self.held, Mapping) else self.held:
             x = (layer() if isinstance(layer, weakref.ref) else getattr(layer, "layer", layer))(x)
         return self.output(x)  # type: ignore[no-any-return]
 
@@ -150,8 +150,9 @@ class ReachedElsewhere(nn.Module):
         lambda layers: [Step(layer) for layer in layers],
         lambda layers: [SimpleNamespace(layer=layer) for layer in layers],
         lambda layers: [*map(weakref.ref, layers[::2])],
+        lambda layers: weakref.WeakValueDictionary(enumerate(layers[::2])),
     ],
-    ids=["list", "tuple", "dict", "slices", "partial", "deque", "dataclass", "namespace", "weak reference"],
+    ids=["list", "tuple", "dict", "slices", "partial", "deque", "dataclass", "namespace", "references", "weak dict"],
 )
 def test_layers_that_a_forward_reaches_in_a_plain_container_are_followed_by_their_batchnorm(
     among_features: bool, hold: Callable[[list[nn.Module]], Any], tmp_path: Path
