@@ -266,7 +266,8 @@ def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> 
         raise TypeError(f"{name} is neither a conv nor a dense layer")
     calls = trace.calls_of(name)
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
-    if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
+    without_batch = isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1
+    if without_batch and name not in trace.vectorized:
         raise GraphError(
             f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W; "
             f"{MAKING_BATCHES}"
@@ -298,6 +299,8 @@ def _anchor(trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: 
 def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to read
     trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions
 ) -> str:
+    if name in trace.vectorized:
+        return "called in torch.vmap, where the values of a batch cannot be measured"
     if not calls:
         return _why_not_in_graph(trace, name)
     if norm := next(filter(None, map(trace.normalization_downstream, calls)), None):

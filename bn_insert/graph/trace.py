@@ -21,7 +21,7 @@ from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import MOVING_AXES, Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
 from .quiet_export import no_stack_traces, quiet_export
-from .recording import recorded
+from .recording import note_call, recorded
 from .trace_errors import why_not_traced
 
 # What may be between a layer and the normalization that already belongs to it.
@@ -60,6 +60,7 @@ class Trace:
         owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
         parameters: Qualified names of the parameters and buffers that the nodes read, by the node that stands for each.
         called: Names of the layers that the forward calls, also of those that none of the nodes belongs to.
+        vectorized: Names of those that it calls in `torch.vmap`.
         rereads: By node of an operation in place, the later operations that read what it wrote under any name.
     """
 
@@ -72,6 +73,7 @@ class Trace:
     owners: Mapping[fx.Node, str] = field(default_factory=dict)
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     called: frozenset[str] = frozenset()
+    vectorized: frozenset[str] = frozenset()
     rereads: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -115,7 +117,7 @@ class Trace:
 
     @classmethod
     def _of(cls, model: nn.Module, inputs: Inputs) -> Trace:
-        obstacle, called = "", set[str]()
+        obstacle, called = "", dict[str, bool]()
         with (
             _EXPORTING,
             quiet_export(),
@@ -141,7 +143,8 @@ class Trace:
         first: dict[int, str] = {}
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
-        called = {aliases[name] for name in called}
+        vectorized = frozenset(aliases[name] for name in called if called[name])
+        called_names = frozenset(aliases[name] for name in called)
         writes = InPlaceWrites.among(nodes, output.all_input_nodes)
         return cls(
             model,
@@ -150,9 +153,10 @@ class Trace:
             nodes,
             writes.returned.union(output.all_input_nodes),
             obstacle,
-            {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called),
+            {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called_names),
             parameters,
-            frozenset(called),
+            called_names,
+            vectorized,
             writes.readers,
         )
 
@@ -372,7 +376,7 @@ def _names(network: nn.Module) -> set[str]:
     return {name for name, _ in network.named_modules(remove_duplicate=False)}
 
 
-def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
+def _exported(network: nn.Module, inputs: Inputs, called: dict[str, bool]) -> Any:
     """Return the program of a network, and add the names of the layers and BatchNorms that its forward calls."""
     with ExitStack() as hooks, ExitStack() as attributes:
         # torch.export refuses a forward that keeps a tensor in an attribute, if it is still there afterwards.
@@ -382,7 +386,7 @@ def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
         hooks.callback(network.register_forward_hook(restore).remove)
         for name, module in network.named_modules():
             if _has_weights(module):
-                note = lambda *_, name=name: called.add(name)  # noqa: E731
+                note = lambda *_, name=name: note_call(called, name)  # noqa: E731
                 hooks.callback(module.register_forward_pre_hook(note).remove)
         return torch.export.export(network, inputs.args, dict(inputs.kwargs), strict=False)
 
@@ -435,7 +439,7 @@ def _owners_by_weight(
     aliases: Mapping[str, str],
     nodes: tuple[fx.Node, ...],
     parameters: Mapping[fx.Node, str],
-    called: set[str],
+    called: frozenset[str],
 ) -> dict[fx.Node, str]:
     """Return the layers and BatchNorms of operations whose module torch.export names wrongly, known by their weight.
 
