@@ -103,6 +103,23 @@ def test_a_dict_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_p
         insert(TakesDict(), [{"image": images(4, 16)}])
 
 
+class TakesPairs(TwoConvs):
+    def forward(self, batch: Any) -> Any:
+        image, labels = batch
+        return super().run(image, image[:, :1]) + labels.view(-1, 1)
+
+
+def test_a_tuple_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_passed() -> None:
+    class Annotated(TakesPairs):
+        def forward(self, batch: tuple[Tensor, Tensor]) -> Any:
+            return super().forward(batch)
+
+    batch = (images(4, 16), torch.zeros(4))
+    with pytest.raises(GraphError, match=r"if its forward takes a tuple, annotate that parameter .* \(batch: tuple\)"):
+        insert(TakesPairs(), [batch])
+    assert insert(Annotated(), [batch]).images == 4
+
+
 class SeveralViews(TwoConvs):
     def forward(self, views: list[Tensor]) -> Any:
         return sum(self.head(F.relu(self.conv(view)).mean((2, 3))) for view in views)
@@ -182,6 +199,21 @@ def test_what_is_no_batch_is_described_with_the_ways_to_make_batches_of_it(batch
         rf"^batch 0 is {described}; a batch is a tensor, .*; to make batches, use DataLoader\(.* torch\.stack .*image$"
     )
     with pytest.raises(CalibrationError, match=message):
+        insert(small_vgg(), [batch])
+
+
+@pytest.mark.parametrize(
+    ("batch", "described"),
+    [
+        ({"path": ["a", "b"], "image": images(2, 16)}, r"a dict \(list, Tensor\)"),
+        ([None, images(2, 16)], r"a list \(NoneType, Tensor\)"),
+        (["a.png", "b.png"], r"a list \(str, str\)"),
+        ([[]], r"a list \(list\)"),
+        (np.array(1), "an ndarray"),
+    ],
+)
+def test_what_does_not_begin_with_a_tensor_is_described(batch: Any, described: str) -> None:
+    with pytest.raises(CalibrationError, match=rf"^batch 0 is {described}; .* whose first value is the input tensor"):
         insert(small_vgg(), [batch])
 
 
