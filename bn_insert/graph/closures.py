@@ -14,12 +14,13 @@ from functools import partial
 from itertools import chain
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 from torch import Tensor, nn
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict, deque)
+_WEAK_CONTAINERS = (WeakSet, WeakValueDictionary, WeakKeyDictionary)
 _MOST_ITEMS = 1000  # a longer container holds data, not modules
 _DEEPEST = 20  # of containers in containers
 
@@ -42,8 +43,8 @@ def deepcopy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module
             functions.append(value)
         elif isinstance(value, Tensor) and value.grad_fn:
             memo.setdefault(id(value), value.detach().clone())
-        elif type(value) is ref:
-            has_weak_references |= id(value()) in modules
+        elif type(value) in (ref, *_WEAK_CONTAINERS):
+            has_weak_references |= any(id(each) in modules for each in _parts(value))
     cells: dict[int, CellType] = {}  # functions may share a variable
     copies = {id(each): _with_empty_cells(each, cells) for each in functions}
     memo.update(copies)
@@ -117,6 +118,8 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, _CONTAINERS):
         values = value.values() if isinstance(value, dict) else value
         return values if len(value) <= _MOST_ITEMS else ()
+    if isinstance(value, _WEAK_CONTAINERS):
+        return [*value, *(() if isinstance(value, WeakSet) else value.values())]
     if isinstance(value, partial):
         return value.func, value.args, value.keywords
     if isinstance(value, FunctionType):
@@ -146,8 +149,8 @@ def _contents(cell: CellType) -> Iterator[Any]:
 class _Translation:
     """Maps objects that the model's functions refer to, to their counterparts in the copy.
 
-    Modules and functions of the model become those of the copy; containers of them, dataclasses, methods, partials and
-    weak references are made anew.
+    Modules and functions of the model become those of the copy; containers of them, weak ones included, dataclasses,
+    methods, partials and weak references are made anew.
     Anything else, such as an optimizer, a lock or a list of outputs, stays the same object.
 
     Args:
@@ -176,7 +179,7 @@ class _Translation:
             parts = {id(module) for module in value.modules()}
             made_of_the_model = self.model not in parts and any(part in self.memo for part in parts)
             return copy.deepcopy(value, self.memo) if made_of_the_model else value
-        if type(value) not in (*_CONTAINERS, MethodType, partial, ref) and not _is_record(value):
+        if type(value) not in (*_CONTAINERS, *_WEAK_CONTAINERS, MethodType, partial, ref) and not _is_record(value):
             return value
         old: list[Any] = [value.__self__, value.__func__] if isinstance(value, MethodType) else [*_parts(value)]
         new = [self.of(each, depth) for each in old]
@@ -195,11 +198,21 @@ def _like(value: Any, parts: list[Any]) -> Any:
         return ref(parts[0], value.__callback__)
     if isinstance(value, deque):
         return deque(parts, value.maxlen)
-    if isinstance(value, _CONTAINERS):
-        return type(value)(zip(value, parts, strict=True) if isinstance(value, dict) else parts)
+    if isinstance(value, (*_CONTAINERS, *_WEAK_CONTAINERS)):
+        return type(value)(_items(value, parts))
     made = copy.copy(value)
     vars(made).update(zip(vars(value), parts, strict=True))
     return made
+
+
+def _items(container: Any, parts: list[Any]) -> Iterable[Any]:
+    """Return what a container with other parts is made of."""
+    if isinstance(container, dict):
+        return zip(container, parts, strict=True)
+    if isinstance(container, WeakKeyDictionary | WeakValueDictionary):
+        half = len(parts) // 2  # keys, and then values
+        return zip(parts[:half], parts[half:], strict=True)
+    return parts
 
 
 def _with_empty_cells(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:

@@ -26,8 +26,8 @@ _KINDS_SHOWN = 4
 _LABELS = {"label", "labels", "target", "targets"}  # with these, a forward may return its loss
 
 MAKING_BATCHES = (
-    "to make batches, use DataLoader(dataset, batch_size=32) for a dataset, torch.stack for a list of tensors, "
-    "torch.from_numpy for an array, or image.unsqueeze(0) for one image"
+    "to make batches, use DataLoader(dataset, batch_size=32) for a dataset, with a transform to tensors for PIL "
+    "images, torch.stack for a list of tensors, torch.from_numpy for an array, or image.unsqueeze(0) for one image"
 )
 """How to make batches of single images, for messages."""
 
@@ -43,7 +43,7 @@ class Inputs:
     def of(cls, batch: Any, number: int, model: nn.Module) -> Inputs:
         """Return what the model takes from a batch, on the model's device.
 
-        Floating-point tensors are converted to the dtype of the model's first floating-point parameter.
+        Floating-point tensors are converted to the dtype of the model's first floating-point weight.
 
         Args:
             batch: As for `insert_batchnorm`.
@@ -137,12 +137,12 @@ class InputReader:
 def reference_tensor(model: nn.Module) -> Tensor:
     """Return a tensor with the device and dtype that a model's inputs need.
 
-    This is the model's first floating-point parameter or buffer, or else an empty tensor on the CPU.
+    This is the model's first floating-point parameter with more than one axis, since a temperature or a scale may have
+    a dtype of its own. Without one, it is the first parameter or buffer, or else an empty tensor on the CPU.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor
-    return torch.zeros(())
+    floating = [each for each in (*model.parameters(), *model.buffers()) if each.is_floating_point()]
+    weights = (each for each in floating if isinstance(each, nn.Parameter) and each.ndim > 1)
+    return next(weights, floating[0] if floating else torch.zeros(()))
 
 
 @dataclass(frozen=True)
@@ -323,11 +323,9 @@ def _checked(args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, number: 
 
 def _not_a_batch(batch: Any, number: int, forward: ForwardInputs) -> CalibrationError:
     """Return the error for a batch in which what the forward takes is not found; it says how to make batches."""
-    described = f"an empty {type(batch).__name__}" if hasattr(batch, "__len__") and not len(batch) else ""
-    advice = ""
-    if _holds_images(batch):
-        described, advice = _with_contents(batch), f"; {MAKING_BATCHES}"
-    described = described or with_article(batch)
+    empty = hasattr(batch, "__len__") and getattr(batch, "shape", None) != () and not len(batch)
+    described = f"an empty {type(batch).__name__}" if empty else _with_contents(batch)
+    advice = f"; {MAKING_BATCHES}" if not empty and _holds_images(batch) else ""
     if forward.several:
         return CalibrationError(
             f"batch {number} is {described}, but {forward.model} takes {', '.join(forward.names)}; pass a tuple of "
@@ -349,7 +347,8 @@ def _holds_images(batch: Any) -> bool:
 def _with_contents(batch: Any) -> str:
     """Return "an ndarray", "a tuple (ndarray, int)", "a list of 2 tuples (ndarray, int)" and the like."""
     described, inner = with_article(batch), batch
-    if isinstance(batch, tuple | list) and isinstance(batch[0], _CONTAINERS):
+    alike = isinstance(batch, tuple | list) and all(isinstance(each, type(batch[0])) for each in batch)
+    if alike and isinstance(batch[0], _CONTAINERS) and batch[0]:
         inner = batch[0]
         described += f" of {counted(len(batch), type(inner).__name__)}"
     if not isinstance(inner, _CONTAINERS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import wraps
 from typing import Any, List, Literal, Optional  # noqa: UP035 - TorchScript
 
 from torch import Tensor, nn
@@ -68,7 +69,9 @@ class NormalizedConvTranspose(NormalizedLayer):
 class NormalizedOwnLayer(NormalizedLayer):
     """A layer whose class takes more than one input, and the norm after it."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    # TorchScript, which has no variable arguments, compiles what a function wraps: here, for an input alone.
+    @wraps(nn.Sequential.forward, assigned=(), updated=())
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the outputs of the layer, normalized."""
         return self[1](self[0](*args, **kwargs))
 

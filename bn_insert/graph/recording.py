@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from .compiled import uncompiled
@@ -17,7 +18,7 @@ from .inputs import Inputs
 from .outputs import tensors_of
 
 
-def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Graph, dict[fx.Node, str]]:
+def recorded(model: nn.Module, inputs: Inputs, called: dict[str, bool]) -> tuple[fx.Graph, dict[fx.Node, str]]:
     """Run a copy of a model in eval mode, and return the graph of its operations and the names of its parameters.
 
     The operations are those of `torch.export`, with their names and shapes and the modules that they run in, but the
@@ -27,7 +28,7 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
     Args:
         model: The model; it is not changed.
         inputs: The batch to run it on.
-        called: The names of the modules that are called are added to it.
+        called: The names of the modules that are called are added to it, see `note_call`.
 
     Returns:
         The graph, and the qualified name of each parameter or buffer by the nodes that stand for it.
@@ -56,7 +57,15 @@ def recorded(model: nn.Module, inputs: Inputs, called: set[str]) -> tuple[fx.Gra
     return program.graph, {node: names[tensor] for node, tensor in read.items() if tensor in names}
 
 
-def _naming_hooks(name: str, module: nn.Module, called: set[str]) -> tuple[Callable[..., None], Callable[..., None]]:
+def note_call(called: dict[str, bool], name: str) -> None:
+    """Note that a module is called, and whether this, or an earlier call, is in `torch.vmap`."""
+    transforms = get_interpreter_stack() or ()
+    called[name] = called.get(name, False) or any(each.key() == TransformType.Vmap for each in transforms)
+
+
+def _naming_hooks(
+    name: str, module: nn.Module, called: dict[str, bool]
+) -> tuple[Callable[..., None], Callable[..., None]]:
     """Return hooks that write the name of a module to each node that is recorded while it runs.
 
     They do it as torch.export does: `nn_module_stack` has the modules around a node, the outermost first.
@@ -64,7 +73,7 @@ def _naming_hooks(name: str, module: nn.Module, called: set[str]) -> tuple[Calla
     last_before: list[fx.Node] = []
 
     def before(*_: object) -> None:
-        called.add(name)
+        note_call(called, name)
         last_before.append(next(iter(reversed(_nodes()))))  # in torch 2.11, no iterator
 
     def after(*_: object) -> None:

@@ -63,7 +63,8 @@ class Layer:
         name: Qualified name.
         kind: "conv" or "dense".
         type_name: Name of the module's class.
-        shape: Shape of the output for the example batch, batch axis included; empty if the layer is never called.
+        shape: Shape of the output for a few images of the example, batch axis included; empty if the layer is never
+            called.
         parameters: Number of parameters.
         site: Where the layer's BatchNorm is inserted, or None.
         reason: Why there is no site; empty if there is one.
@@ -265,7 +266,8 @@ def _layer(trace: Trace, name: str, module: nn.Module, options: SiteOptions) -> 
         raise TypeError(f"{name} is neither a conv nor a dense layer")
     calls = trace.calls_of(name)
     shape = tuple(calls[-1].meta["val"].shape) if calls else ()
-    if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1:
+    without_batch = isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 1
+    if without_batch and name not in trace.vectorized:
         raise GraphError(
             f"the layer {name} received one image without a batch axis; a batch has the shape N x C x H x W; "
             f"{MAKING_BATCHES}"
@@ -297,6 +299,8 @@ def _anchor(trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: 
 def _reason_against(  # noqa: PLR0911 - one return for each reason is easiest to read
     trace: Trace, name: str, kind: Kind, calls: list[fx.Node], options: SiteOptions
 ) -> str:
+    if name in trace.vectorized:
+        return "called in torch.vmap, where the values of a batch cannot be measured"
     if not calls:
         return _why_not_in_graph(trace, name)
     if norm := next(filter(None, map(trace.normalization_downstream, calls)), None):

@@ -21,7 +21,7 @@ from .inputs import Inputs
 from .layers import NormalizedLayer, is_sequence, layer_kind
 from .operator_rules import MOVING_AXES, Role, argument, has_role, is_activation, is_layer, multiplies_values, operation
 from .quiet_export import no_stack_traces, quiet_export
-from .recording import recorded
+from .recording import note_call, recorded
 from .trace_errors import why_not_traced
 
 # What may be between a layer and the normalization that already belongs to it.
@@ -29,6 +29,12 @@ _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role
 
 # These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
 _MOVES = {"copy", *MOVING_AXES}
+
+# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
+MOST_TRACED = 7
+
+# These place channels next to others, or take some of them, by their argument `dim`.
+_SELECTING_CHANNELS = {"cat", "concat", "concatenate", "chunk", "split", "split_with_sizes"}
 
 _NAMES_SHOWN = 5
 
@@ -54,6 +60,7 @@ class Trace:
         owners: Names of the innermost modules of nodes for which torch.export has no name or a wrong one.
         parameters: Qualified names of the parameters and buffers that the nodes read, by the node that stands for each.
         called: Names of the layers that the forward calls, also of those that none of the nodes belongs to.
+        vectorized: Names of those that it calls in `torch.vmap`.
         rereads: By node of an operation in place, the later operations that read what it wrote under any name.
     """
 
@@ -66,10 +73,11 @@ class Trace:
     owners: Mapping[fx.Node, str] = field(default_factory=dict)
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     called: frozenset[str] = frozenset()
+    vectorized: frozenset[str] = frozenset()
     rereads: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, example: Any) -> Trace:
+    def of(cls, model: nn.Module, example: Any, *, whole: bool = False) -> Trace:
         """Trace the model in eval mode, without changing it.
 
         It may also run on the example, see `_real_values_in_caches`.
@@ -77,6 +85,7 @@ class Trace:
         Args:
             model: The model to trace.
             example: One batch, as for `insert_batchnorm`; only its shape matters, unless the forward depends on values.
+            whole: Trace it for all images of the example, even where a few would do.
 
         Raises:
             GraphError: The model cannot run on the example, or its operations cannot be recorded. The message states
@@ -90,6 +99,11 @@ class Trace:
                 "next(iter(loader)), or a tensor such as torch.zeros(1, 3, 224, 224)"
             )
         inputs = Inputs.of(example, 0, model)
+        if len(inputs) > MOST_TRACED and not whole:
+            with suppress(GraphError):  # a forward may take only batches of one size
+                trace = cls._of(model, inputs.rows(0, MOST_TRACED))
+                if not trace.obstacle:
+                    return trace
         if len(inputs) == 1:
             # Some networks mistake a batch of one for no batch, as with squeeze(): two images show what happens to
             # many.
@@ -103,7 +117,7 @@ class Trace:
 
     @classmethod
     def _of(cls, model: nn.Module, inputs: Inputs) -> Trace:
-        obstacle, called = "", set[str]()
+        obstacle, called = "", dict[str, bool]()
         with (
             _EXPORTING,
             quiet_export(),
@@ -129,7 +143,8 @@ class Trace:
         first: dict[int, str] = {}
         named = model.named_modules(remove_duplicate=False)
         aliases = {name: first.setdefault(id(module), name) for name, module in named}
-        called = {aliases[name] for name in called}
+        vectorized = frozenset(aliases[name] for name in called if called[name])
+        called_names = frozenset(aliases[name] for name in called)
         writes = InPlaceWrites.among(nodes, output.all_input_nodes)
         return cls(
             model,
@@ -138,9 +153,10 @@ class Trace:
             nodes,
             writes.returned.union(output.all_input_nodes),
             obstacle,
-            {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called),
+            {} if obstacle else _owners_by_weight(model, aliases, nodes, parameters, called_names),
             parameters,
-            frozenset(called),
+            called_names,
+            vectorized,
             writes.readers,
         )
 
@@ -199,13 +215,16 @@ class Trace:
     def normalization_downstream(self, start: fx.Node) -> str | None:
         """Return the name of the normalization that reads this node's values, directly or after activations and pools.
 
-        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. A normalization that is not a
-        module has the name of its operation.
+        The axes may have another order by then, as for the LayerNorm of a ConvNeXt. Channels that are concatenated with
+        those of other layers, or divided, belong to the normalizations afterwards if nothing else reads them, as in a
+        DenseNet. A normalization that is not a module has the name of its operation.
         """
-        for node in self.downstream(start, _leaves_to_normalization):
-            if has_role(node, Role.NORMALIZATION):
-                return self.owner(node) or operation(node)
-        return None
+        found = [node for node in self.downstream(start, _leaves_to_normalization) if _normalizes(node)]
+        if not found:
+            reached = [node for node in self.downstream(start, _selects_to_normalization) if node is not start]
+            if all((_selects_to_normalization(node) and node.users) or _normalizes(node) for node in reached):
+                found = [] if self.outputs & {start, *reached} else [*filter(_normalizes, reached)]
+        return self.owner(found[0]) or operation(found[0]) if found else None
 
     def is_gate(self, start: fx.Node) -> bool:
         """Return whether one value per channel of each image, computed from a node, multiplies values at all positions.
@@ -291,6 +310,18 @@ def _leaves_to_normalization(node: fx.Node) -> bool:
     return has_role(node, *_TRANSPARENT) or operation(node) in _MOVES
 
 
+def _selects_to_normalization(node: fx.Node) -> bool:
+    """Return whether a normalization after this operation still has all channels of the layer before it, or some."""
+    if operation(node) in _SELECTING_CHANNELS:
+        ndim = node.all_input_nodes[0].meta["val"].ndim
+        return argument(node, "dim") in (1, 1 - ndim)
+    return _leaves_to_normalization(node) or operation(node) == "getitem"
+
+
+def _normalizes(node: fx.Node) -> bool:
+    return has_role(node, Role.NORMALIZATION)
+
+
 @contextmanager
 def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Run a network on real images before a trace and, if it has hooks, after it.
@@ -298,6 +329,9 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     The tensors of a trace have no values. What a forward caches outside of its modules (in its class, in an
     `lru_cache`) is computed before the trace; what hooks store elsewhere than in the model is replaced after it. The
     modules of PyTorch and torchvision do neither. Caches may have an entry for each number of images, so it takes all.
+
+    Raises:
+        GraphError: The forward builds layers that the model does not have yet.
     """
     modules = list(model.modules())
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
@@ -305,12 +339,14 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         yield
         return
     network = working_copy(model, to_trace=True)
+    before = _names(network)
 
     def run() -> None:
         with suppress(Exception), torch.random.fork_rng(devices=()), torch.no_grad():  # a trace fails in clearer words
             inputs.run(network)
 
     run()
+    _check_layers_of_first_run(network, before)
     try:
         yield
     finally:
@@ -320,15 +356,27 @@ def _real_values_in_caches(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 def _check_modules_of_eval_mode(model: nn.Module, network: nn.Module) -> None:
     """Raise GraphError if a copy of the model in eval mode has layers that the model does not have."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    if added := [name for name, _ in network.named_modules(remove_duplicate=False) if name not in known]:
+    if added := sorted(_names(network) - _names(model)):
         raise GraphError(
             f"{type(model).__name__} builds modules when it is switched to eval mode ({listed(added, _NAMES_SHOWN)}), "
             "as networks do that merge their branches; call model.eval() first"
         )
 
 
-def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
+def _check_layers_of_first_run(network: nn.Module, before: set[str]) -> None:
+    """Raise GraphError if a network has conv or dense layers that it did not have before it ran."""
+    if added := [name for name in sorted(_names(network) - before) if layer_kind(network.get_submodule(name))]:
+        raise GraphError(
+            f"{type(network).__name__} builds layers in its first forward pass ({listed(added, _NAMES_SHOWN)}); call "
+            "it once on a batch first, also before you load its weights"
+        )
+
+
+def _names(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_modules(remove_duplicate=False)}
+
+
+def _exported(network: nn.Module, inputs: Inputs, called: dict[str, bool]) -> Any:
     """Return the program of a network, and add the names of the layers and BatchNorms that its forward calls."""
     with ExitStack() as hooks, ExitStack() as attributes:
         # torch.export refuses a forward that keeps a tensor in an attribute, if it is still there afterwards.
@@ -338,7 +386,7 @@ def _exported(network: nn.Module, inputs: Inputs, called: set[str]) -> Any:
         hooks.callback(network.register_forward_hook(restore).remove)
         for name, module in network.named_modules():
             if _has_weights(module):
-                note = lambda *_, name=name: called.add(name)  # noqa: E731
+                note = lambda *_, name=name: note_call(called, name)  # noqa: E731
                 hooks.callback(module.register_forward_pre_hook(note).remove)
         return torch.export.export(network, inputs.args, dict(inputs.kwargs), strict=False)
 
@@ -391,7 +439,7 @@ def _owners_by_weight(
     aliases: Mapping[str, str],
     nodes: tuple[fx.Node, ...],
     parameters: Mapping[fx.Node, str],
-    called: set[str],
+    called: frozenset[str],
 ) -> dict[fx.Node, str]:
     """Return the layers and BatchNorms of operations whose module torch.export names wrongly, known by their weight.
 

@@ -77,9 +77,9 @@ def why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
                 f": {listed(inside, _CHILDREN_SHOWN)}" if inside else ""
             )
         advice = gradients_advice(own) or inputs.conversion or "Pass inputs of the shape that it expects"
-        if "too many indices" in str(own) and inputs.only_tensor is not None:  # as PyTorch says for tensor["image"]
+        if inputs.only_tensor is not None and (kind := _container_expected(own)):
             advice += (
-                ", and if its forward takes a dict, annotate that parameter as one (batch: dict) to get all values"
+                f", and if its forward takes a {kind}, annotate that parameter as one (batch: {kind}) to get all values"
             )
         if _ABOUT_SIZE.search(str(own)):
             advice = as_passed(advice, option=f"{advice} (--resize and --crop for image files, --size for inspect)")
@@ -89,6 +89,13 @@ def why_not_traced(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     place = _place(error)
     cause, advice = _cause(error, place)
     return f"torch.export cannot trace {name} for an input of shape {inputs.shapes}: {cause}{place}. {advice}"
+
+
+def _container_expected(error: Exception) -> str:
+    """Return "dict" or "tuple" for the errors of a forward that takes a tensor for one; empty for others."""
+    if "too many indices" in str(error):  # as PyTorch says for tensor["image"]
+        return "dict"
+    return "tuple" if "values to unpack" in str(error) else ""
 
 
 def _run_once(model: nn.Module, inputs: Inputs) -> None:

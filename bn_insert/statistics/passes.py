@@ -312,7 +312,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return the batches if they are an iterable other than a path or a tensor, which is iterated image by image.
+    """Return the batches if they are an iterable of batches, not a path, a dataset or one batch.
 
     Raises:
         CalibrationError: If they are not.
@@ -341,4 +341,18 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
             f"batches is one tensor of shape {tuple(batches.shape)}, which would be iterated image by image; "
             "pass an iterable of batches, such as [images] or images.split(32)"
         )
+    if isinstance(batches, Mapping) or _is_one_batch(batches):
+        contents = "" if isinstance(batches, Mapping) else " of inputs and labels"
+        raise CalibrationError(
+            f"batches is {with_article(batches)}{contents}, perhaps one batch; pass an iterable of batches, such as a "
+            "DataLoader or [batch]"
+        )
     return batches
+
+
+def _is_one_batch(batches: Iterable[Any]) -> bool:
+    """Return whether these are images and their labels, as a loader returns them, instead of several batches."""
+    if not isinstance(batches, tuple | list) or not all(isinstance(each, Tensor) for each in batches):
+        return False
+    axes = [each.ndim for each in batches]
+    return len(axes) > 1 and axes[0] > 1 and min(axes[1:]) < 2

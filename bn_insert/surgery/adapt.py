@@ -26,7 +26,7 @@ from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
 from ..support.arguments import check_flags, check_progress
 from ..support.text import counted
-from .example_input import MOST_TRACED, peeked
+from .example_input import peeked
 from .fold import fold, warn_of_left, warn_of_untied
 from .insert import Insertion, insert_with
 
@@ -260,8 +260,7 @@ def adapt_inserted(
         return Adaptation(found.model, found.model, insertion, (), shifts, found.images, changed)
     try:
         # The result is checked on the example: on images rather than on zeros.
-        example = peek.example if peek.first is None else peek.first.rows(0, MOST_TRACED)
-        folds = fold(found.model, example, names=set(layer_of))
+        folds = fold(found.model, peek.first or peek.example, names=set(layer_of))
     except GraphError as error:
         raise _unless_kept(error) from error
     left = tuple(name for name in folds.left if name in layer_of)

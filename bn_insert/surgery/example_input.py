@@ -14,12 +14,9 @@ from torch.utils._pytree import tree_map_only
 from ..errors import GraphError
 from ..graph.copies import check_module
 from ..graph.inputs import Inputs, reference_tensor
-from ..graph.trace import Trace
+from ..graph.trace import MOST_TRACED, Trace
 from ..statistics.passes import checked, no_batches
 from ..support.processes import Ranks, on_every_rank
-
-# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
-MOST_TRACED = 7
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Peek:
         on_cpu = None if self.first is None else self.first.mapped(lambda tensor: tensor.cpu())
         batch = next(batch for batch in Ranks.current().gathered(on_cpu) if batch is not None)
         device = reference_tensor(model).device
-        return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)))
+        return Trace.of(model, batch.mapped(lambda tensor: tensor.to(device)), whole=True)
 
 
 def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int = 1) -> Peek:

@@ -403,7 +403,7 @@ def _with_norms(
     """Return a copy with a BatchNorm at each site, and those BatchNorms by the sites' names."""
     result = deep_copy(model)
     scaled = equalize_channels(result, edges, moments)
-    norms = {site: _norm_for(result.get_submodule(site.name), site, scaled[site.name], eps, momentum) for site in sites}
+    norms = {site: _norm_for(result, site, scaled[site.name], eps, momentum) for site in sites}
     spliced = cast(AnyModule, splice_after(result, norms))  # another class only if the model itself is a layer
     if sites:
         History.of(model).with_change(InsertedBatchNorms(tuple(sites))).keep_with(spliced)
@@ -414,11 +414,13 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
     return {name: each for name, each in unwrapped(model).named_modules() if isinstance(each, _DropoutNd)}
 
 
-def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
+def _norm_for(model: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
+    layer, container = model.get_submodule(site.name), model.get_submodule(site.name.rpartition(".")[0])
     weight = reference_tensor(layer)  # not always a parameter: it may be a buffer
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     try:
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
-    return norm.to(weight.device).train(layer.training)
+    # A layer that was built in a forward pass is in train mode, whatever the mode of the model.
+    return norm.to(weight.device).train(layer.training and container.training)

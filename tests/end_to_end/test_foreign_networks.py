@@ -960,3 +960,35 @@ def test_a_tree_among_the_attributes_is_looked_at_once() -> None:
         copied = deep_copy(model)
     assert copied[0].owner() is copied
     assert len(visits) < 1000
+
+
+class Vectorized(nn.Module):
+    """Layers that run on one image after the other, or on several views at once, as `torch.vmap` calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        views = torch.vmap(self.a)(torch.stack([x, x.flip(-1)])).mean(0)
+        return self.head(F.relu(self.c(torch.vmap(self.b)(F.relu(views)))))
+
+
+class FailsToExport(Vectorized):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * float(f"{x.mean():.3f}")
+
+
+@pytest.mark.parametrize("network", [Vectorized, FailsToExport])
+def test_layers_in_vmap_get_no_batchnorm_and_the_others_do(network: type[nn.Module]) -> None:
+    model, x = randomised(network()), images(4, 12)
+    insertion = insert(model, [x])
+    reason = "called in torch.vmap, where the values of a batch cannot be measured"
+    assert {layer.name: layer.reason for layer in insertion.layers} == {
+        "a": reason,
+        "b": reason,
+        "c": "",
+        "head": "output layer",
+    }
+    assert compare_outputs(model, insertion.model, [x]).bit_identical

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 import pytest
 import torch
@@ -224,6 +224,24 @@ def test_objects_that_a_function_refers_to_beside_modules_stay_the_same(tmp_path
         assert copied[name] is state[name]
     result(images(2, 9))
     assert copied["calls"] == 1 and "calls" not in state
+
+
+@pytest.mark.parametrize(
+    ("hold", "modules"),
+    [
+        (WeakSet, list),
+        (lambda layers: WeakKeyDictionary(dict.fromkeys(layers)), list),
+        (lambda layers: WeakValueDictionary(enumerate(layers)), lambda held: list(held.values())),
+    ],
+)
+def test_weak_containers_of_a_copy_hold_its_own_modules(
+    hold: Callable[[list[nn.Module]], Any], modules: Callable[[Any], list[nn.Module]]
+) -> None:
+    model = Block()
+    model.held = hold([model.first, model.second])
+    copied = deep_copy(model)
+    assert {*modules(copied.held)} == {copied.first, copied.second}
+    assert {*modules(model.held)} == {model.first, model.second}
 
 
 class Child(nn.Module):

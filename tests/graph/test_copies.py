@@ -26,6 +26,7 @@ from bn_insert import (
     fold_batchnorm,
     insert,
     insert_batchnorm,
+    inserted_batchnorms,
     load_checkpoint,
     recalibrate,
     save_checkpoint,
@@ -223,6 +224,33 @@ def test_a_model_that_builds_layers_for_evaluation_is_inserted_into_once_it_has_
             call()
     assert model.training and model[0].merged is None
     assert [site.name for site in find_sites(model.eval(), x)] == ["0.merged"]
+
+
+class BuildsInForward(nn.Module):
+    """Builds a layer once it knows the number of channels of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv: nn.Module | None = None
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.conv is None:
+            self.conv = nn.Conv2d(x.shape[1], 8, 1)
+        return self.head(self.conv(x).relu())
+
+
+def test_a_model_that_builds_layers_in_its_first_pass_is_inserted_into_once_it_has_them() -> None:
+    model, x = BuildsInForward().eval(), torch.rand(4, 3, 6, 6)
+    message = r"^BuildsInForward builds layers in its first forward pass \(conv\); call it once on a batch first"
+    for call in (lambda: insert_batchnorm(model, [x]), lambda: find_sites(model, x)):
+        with pytest.raises(GraphError, match=message):
+            call()
+    assert model.conv is None
+    expected = model(x)
+    result = insert_batchnorm(model, [x])
+    assert inserted_batchnorms(result) == ["conv.1"]
+    assert torch.equal(result(x), expected)  # the conv is in train mode, and its BatchNorm in eval mode as the model
 
 
 def test_a_train_method_that_returns_nothing_does_not_matter() -> None:

@@ -103,6 +103,23 @@ def test_a_dict_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_p
         insert(TakesDict(), [{"image": images(4, 16)}])
 
 
+class TakesPairs(TwoConvs):
+    def forward(self, batch: Any) -> Any:
+        image, labels = batch
+        return super().run(image, image[:, :1]) + labels.view(-1, 1)
+
+
+def test_a_tuple_for_a_parameter_that_is_not_annotated_as_one_is_told_how_to_be_passed() -> None:
+    class Annotated(TakesPairs):
+        def forward(self, batch: tuple[Tensor, Tensor]) -> Any:
+            return super().forward(batch)
+
+    batch = (images(4, 16), torch.zeros(4))
+    with pytest.raises(GraphError, match=r"if its forward takes a tuple, annotate that parameter .* \(batch: tuple\)"):
+        insert(TakesPairs(), [batch])
+    assert insert(Annotated(), [batch]).images == 4
+
+
 class SeveralViews(TwoConvs):
     def forward(self, views: list[Tensor]) -> Any:
         return sum(self.head(F.relu(self.conv(view)).mean((2, 3))) for view in views)
@@ -185,6 +202,21 @@ def test_what_is_no_batch_is_described_with_the_ways_to_make_batches_of_it(batch
         insert(small_vgg(), [batch])
 
 
+@pytest.mark.parametrize(
+    ("batch", "described"),
+    [
+        ({"path": ["a", "b"], "image": images(2, 16)}, r"a dict \(list, Tensor\)"),
+        ([None, images(2, 16)], r"a list \(NoneType, Tensor\)"),
+        (["a.png", "b.png"], r"a list \(str, str\)"),
+        ([[]], r"a list \(list\)"),
+        (np.array(1), "an ndarray"),
+    ],
+)
+def test_what_does_not_begin_with_a_tensor_is_described(batch: Any, described: str) -> None:
+    with pytest.raises(CalibrationError, match=rf"^batch 0 is {described}; .* whose first value is the input tensor"):
+        insert(small_vgg(), [batch])
+
+
 @pytest.mark.parametrize("batch", [[(ARRAY, 1), (ARRAY, 2)], (ARRAY, ARRAY), {"image": ARRAY, "mask": ARRAY}])
 def test_arrays_for_several_inputs_are_refused_with_the_ways_to_make_batches(batch: Any) -> None:
     message = (
@@ -213,3 +245,19 @@ def test_containers_with_batches_and_numbers_are_no_samples_and_the_first_one_is
     model, x = small_vgg(), images(4, 16)
     for batch in [[(x, 1), (x, 2)], ((x, "a"), (x, "b")), [{"image": x, "epoch": 3}] * 2]:
         assert insert(model, [batch]).images == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
+def test_inputs_get_the_dtype_of_the_first_weight_whatever_scale_is_before_it(dtype: torch.dtype) -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((1,), 2, dtype=dtype), requires_grad=False)
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(F.relu(self.conv(x))) / self.scale
+
+    model, x = Tempered().eval(), images(4, 8).double()
+    result = insert(model, [x]).model
+    assert torch.equal(result(x.float()), model(x.float()))

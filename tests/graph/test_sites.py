@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -7,7 +7,17 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from bn_insert import GraphError, Layer, Site, find_sites, survey
+from bn_insert import (
+    GraphError,
+    Layer,
+    Site,
+    dropouts_before_batchnorm,
+    find_edges,
+    find_sites,
+    fold,
+    fold_batchnorm,
+    survey,
+)
 from bn_insert.errors import messages_name_options
 from bn_insert.graph.sites import SiteOptions, layers_in
 from bn_insert.graph.trace import Trace
@@ -232,6 +242,42 @@ def test_a_normalization_counts_after_the_axes_have_moved(moved: Callable[[Tenso
 def test_a_normalization_of_all_images_together_does_not_count() -> None:
     model = Normalized(lambda x: x.flatten(0).view(2, -1), 288)
     assert names(find_sites(model, images(2, 8))) == ["conv"]
+
+
+class Joined(nn.Module):
+    """Two convs whose outputs meet before a normalization, as in a DenseNet."""
+
+    def __init__(self, joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.joined(self.first(x), self.second(x)).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("joined", "normalized"),
+    [
+        (lambda x, y: F.instance_norm(torch.cat([x, y.relu()], 1)), ["first", "second"]),
+        (lambda x, y: F.instance_norm(torch.concat([x, y], -3)) * y.mean(), ["first"]),
+        (lambda x, y: torch.cat([*map(F.instance_norm, x.chunk(2, 1)), y], 1), ["first"]),
+        (lambda x, y: torch.cat([F.instance_norm(x.split(2, 1)[0]), *x.split(2, 1)[1:], y], 1), []),
+        (lambda x, y: F.instance_norm(torch.cat([x, y])).view(-1, 8, 6, 6), []),
+    ],
+    ids=["both", "one is read elsewhere", "in halves", "half of it", "along the batch"],
+)
+def test_a_normalization_counts_after_a_concatenation_if_nothing_else_reads_the_channels(
+    joined: Callable[[Tensor, Tensor], Tensor], normalized: list[str]
+) -> None:
+    found = reasons(survey(Joined(joined), images(2, 8)))
+    reason = "already followed by a normalization: instance_norm"
+    assert [name for name in ("first", "second") if found[name] == reason] == normalized
+
+
+def test_in_torchvisions_densenet_every_conv_is_normalized() -> None:
+    model = torchvision.models.DenseNet(8, (2, 2), 8, num_classes=4)
+    assert find_sites(model, images(2, 64)) == []
 
 
 def test_layers_around_moved_axes_have_sites_without_a_normalization() -> None:
@@ -655,6 +701,37 @@ def test_a_model_in_train_mode_has_the_same_sites_and_stays_in_train_mode() -> N
 @pytest.mark.parametrize("batch", [1, 5])
 def test_sites_do_not_depend_on_the_batch_size(batch: int) -> None:
     assert find_sites(small_vgg(), images(batch, 16)) == find_sites(small_vgg(), images(2, 16))
+
+
+class Measured(nn.Module):
+    """A network that notes how many images it, or a copy of it, runs on."""
+
+    ran_on: ClassVar[set[int]] = set()
+
+    def __init__(self, size: int = -1) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.size = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor:  # else it is being traced
+            self.ran_on.add(len(x))
+        return self.head(self.norm(self.conv(x.view(self.size, 3, 8, 8))).relu())  # type: ignore[no-any-return]
+
+
+def test_of_a_large_example_a_few_images_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measured, "ran_on", set())
+    model, x = randomised(Measured()), images(40, 8)
+    found = survey(model, x)
+    find_edges(model, x, find_sites(model, x, skip="conv", include_output=True))
+    dropouts_before_batchnorm(model, x)
+    fold_batchnorm(model, x)
+    assert found[0].shape == (7, 8, 6, 6) and max(Measured.ran_on) == 7
+
+
+def test_a_large_example_is_traced_as_a_whole_where_a_few_images_cannot_run() -> None:
+    model, x = randomised(Measured(40)), images(40, 8)
+    assert reasons(survey(model, x))["conv"] == "already followed by a normalization: norm"
+    assert fold(model, x).folded == ("norm",)
 
 
 class DenseGate(nn.Module):

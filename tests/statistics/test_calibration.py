@@ -369,7 +369,7 @@ def test_an_overflow_in_a_narrow_dtype_names_the_dtype() -> None:
         ((), "an empty tuple"),
         ([], "an empty list"),
         ({}, "an empty dict"),
-        (("label", images(2, 16)), "a tuple"),
+        (("label", images(2, 16)), "a tuple (str, Tensor)"),
     ],
     ids=repr,
 )

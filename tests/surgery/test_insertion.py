@@ -653,6 +653,20 @@ def test_a_single_tensor_of_images_is_not_taken_for_batches() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "described"),
+    [
+        ([images(4, 16), torch.zeros(4)], "a list of inputs and labels"),
+        ((images(4, 16), torch.zeros(4), torch.arange(4)), "a tuple of inputs and labels"),
+        ({"image": images(4, 16)}, "a dict"),
+    ],
+)
+def test_a_single_batch_with_its_labels_is_not_taken_for_batches(batch: Any, described: str) -> None:
+    message = rf"^batches is {described}, perhaps one batch; pass an iterable of batches, such as a DataLoader or \["
+    with pytest.raises(CalibrationError, match=message):
+        insert_batchnorm(small_vgg(), batch)
+
+
 def test_a_first_batch_that_is_none_is_described() -> None:
     with pytest.raises(CalibrationError, match=r"^batch 0 is a str; a batch is a tensor, or a tuple, "):
         insert_batchnorm(small_vgg(), ["images"])

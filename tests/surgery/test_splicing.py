@@ -2,7 +2,7 @@ import copy
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ class ReachedElsewhere(nn.Module):
         self.held = hold(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.held.values() if isinstance(self.held, dict) else self.held:
+        for layer in self.held.values() if isinstance(self.held, Mapping) else self.held:
             x = (layer() if isinstance(layer, weakref.ref) else getattr(layer, "layer", layer))(x)
         return self.output(x)  # type: ignore[no-any-return]
 
@@ -150,8 +150,9 @@ class ReachedElsewhere(nn.Module):
         lambda layers: [Step(layer) for layer in layers],
         lambda layers: [SimpleNamespace(layer=layer) for layer in layers],
         lambda layers: [*map(weakref.ref, layers[::2])],
+        lambda layers: weakref.WeakValueDictionary(enumerate(layers[::2])),
     ],
-    ids=["list", "tuple", "dict", "slices", "partial", "deque", "dataclass", "namespace", "weak reference"],
+    ids=["list", "tuple", "dict", "slices", "partial", "deque", "dataclass", "namespace", "references", "weak dict"],
 )
 def test_layers_that_a_forward_reaches_in_a_plain_container_are_followed_by_their_batchnorm(
     among_features: bool, hold: Callable[[list[nn.Module]], Any], tmp_path: Path
@@ -204,11 +205,17 @@ def test_a_transposed_conv_may_be_called_with_an_output_size() -> None:
     assert set(fold(result, x).folded) == {"down.1", "up.1"}
 
 
-def test_layers_with_their_batchnorm_can_be_scripted() -> None:
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias) * scale
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d, Scaled])
+def test_layers_with_their_batchnorm_can_be_scripted(conv: type[nn.Conv2d]) -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, 2)
+            self.conv, self.up = conv(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.up(self.conv(x).relu()).relu()  # type: ignore[no-any-return]
