@@ -17,7 +17,8 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
-from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import Batch, for_each_batch, under_autocast
 from ..support.arguments import is_list, is_number, is_whole
 from ..support.processes import on_every_rank
 
@@ -105,7 +106,7 @@ def evaluate(
     classes: Sequence[str] = (),
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Run a classifier in eval mode on labeled images, and return its accuracy, loss and confusion matrix.
 
@@ -153,7 +154,7 @@ def predict(
     classes: Sequence[str] = (),
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
     """Run a classifier in eval mode on images, and return the most probable classes of each, in order.
 
@@ -205,7 +206,7 @@ def outcomes_of(
     *,
     classes: Sequence[str] = (),
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     smallest: int = 1,
 ) -> Outcomes:
     """Run a working copy of a classifier on labeled images, and return the outcomes for those of all ranks.

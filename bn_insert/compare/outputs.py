@@ -13,7 +13,8 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
-from ..statistics.passes import Batch, Progress, failures_named, for_each_batch, preserved_random_state
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import Batch, failures_named, for_each_batch, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Comparison:
 
 
 def compare_outputs(
-    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: ProgressCallback | None = None
 ) -> Comparison:
     """Run both models in eval mode on the same inputs, and return the differences of their outputs.
 

@@ -24,8 +24,7 @@ from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
 from ..support.text import with_article
 from .moments import Moments, merge
-
-Progress = Callable[[int], None]
+from .pass_options import ProgressCallback
 
 SINGLE_IMAGE = (
     "squeeze() in the forward may remove the batch dimension of a single image: use batches of at least two images, "
@@ -73,7 +72,7 @@ def for_each_batch(
     batches: Iterable[Any],
     run: Callable[[Batch], object],
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     enough: Callable[[], bool] = lambda: False,
     finish: Callable[[], object] = lambda: None,
 ) -> int:
