@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnneededKeyError, as_passed
-from ..support.safe_torch_load import MAX_TENSORS, IgnoredArray
+from ..support.file_limits import MAX_TENSORS
+from ..support.safe_torch_load import IgnoredArray
 from ..support.text import listed, printable, with_article
 
 # AveragedModel of PyTorch, which keeps moving averages of weights, has this key besides "module.*".
