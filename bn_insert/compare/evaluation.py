@@ -18,7 +18,7 @@ from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
 from ..statistics.pass_options import ProgressCallback
-from ..statistics.passes import Batch, for_each_batch, under_autocast
+from ..statistics.passes import NumberedBatch, for_each_batch, under_autocast
 from ..support.arguments import is_list, is_number, is_whole
 from ..support.processes import on_every_rank
 
@@ -186,7 +186,7 @@ def predict(
     network = working_copy(model, device)
     predictions: list[Prediction] = []
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         logits = _logits(network, batch, autocast)
         names = _names(classes, logits.shape[1], model)
         paths = getattr(batch.value, "paths", None) or [None] * len(logits)
@@ -226,7 +226,7 @@ def outcomes_of(
     def measure() -> Outcomes:
         parts: list[Outcomes] = []
 
-        def run(batch: Batch) -> None:
+        def run(batch: NumberedBatch) -> None:
             if len(batch.inputs) < smallest:
                 return
             logits = _logits(network, batch, autocast)
@@ -252,7 +252,9 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(loss, labels, torch.cat([part.predicted for part in parts]), parts[-1].classes)
 
 
-def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Float64[Tensor, "images classes"]:
+def _logits(
+    network: nn.Module, batch: NumberedBatch, autocast: torch.dtype | None
+) -> Float64[Tensor, "images classes"]:
     """Return the logits of a batch, on the CPU: other devices lack float64."""
     with under_autocast(network, autocast):
         logits = first_output(network, batch.inputs)
@@ -288,7 +290,7 @@ def first_tensor(outputs: Any) -> Tensor | None:
     return next(iter(tensors_of(outputs)), None)
 
 
-def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
+def _labels(batch: NumberedBatch, classes: int) -> Int64[Tensor, " images"]:
     labels = labels_in(batch)
     if labels is None:
         raise CalibrationError(
@@ -300,7 +302,7 @@ def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
     return labels
 
 
-def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
+def labels_in(batch: NumberedBatch) -> Int64[Tensor, " images"] | None:
     """Return the labels of a batch on the CPU, or None unless one integer per image follows the network's inputs."""
     labels = _after_inputs(batch)
     if not isinstance(labels, Tensor) or labels.shape != (len(batch.inputs),):
@@ -309,7 +311,7 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
     return labels.cpu().long() if whole else None
 
 
-def _instead_of_labels(batch: Batch) -> str:
+def _instead_of_labels(batch: NumberedBatch) -> str:
     """Describe what a batch contains instead of labels, to follow "has" in a message."""
     found = _after_inputs(batch)
     if isinstance(found, Tensor):
@@ -322,7 +324,7 @@ def _instead_of_labels(batch: Batch) -> str:
     return f"labels of type {type(found).__name__}" if numbers or isinstance(found, np.ndarray) else "no labels"
 
 
-def _after_inputs(batch: Batch) -> Any:
+def _after_inputs(batch: NumberedBatch) -> Any:
     """Return the first value of a batch after the network's inputs; None without one."""
     value, inputs = batch.value, batch.inputs
     others: Sequence[Any] = ()

@@ -14,7 +14,7 @@ from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
 from ..statistics.pass_options import ProgressCallback
-from ..statistics.passes import Batch, failures_named, for_each_batch, preserved_random_state
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compare_outputs(
     reference, candidate = working_copy(reference), working_copy(candidate)  # a forward may change its module
     differences = _Differences()
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         with preserved_random_state():
             before = _random_states()
             expected = _outputs("reference", reference, batch)
@@ -152,7 +152,7 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
-def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:
+def _outputs(role: str, model: nn.Module, batch: NumberedBatch) -> list[Tensor]:
     inputs = Inputs.of(batch.value, batch.number, model)
     with failures_named(f"the {role} ({type(model).__name__})", batch):
         outputs = inputs.run(model)

@@ -14,7 +14,7 @@ from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..statistics.pass_options import ProgressCallback
-from ..statistics.passes import Batch, failures_named, for_each_batch
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch
 from .evaluation import first_output, labels_in
 
 
@@ -109,7 +109,7 @@ def compare_predictions(
         networks["changed network"] = working_copy(changed)
     totals = _Totals()
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         logits = []
         for role, network in networks.items():
             inputs = Inputs.of(batch.value, batch.number, network)

@@ -17,7 +17,7 @@ from ..errors import CalibrationError, as_passed, values_as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
 from ..statistics.pass_options import ProgressCallback
-from ..statistics.passes import Batch, failures_named, for_each_batch
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch
 from ..support.arguments import as_tuple, check_flags, is_whole
 from ..support.text import counted
 from .evaluation import first_output, first_tensor
@@ -117,7 +117,7 @@ def train_mode_agreement(
     _use_batch_statistics(trained)
     totals = [_Totals(size) for size in dict.fromkeys(sizes)]
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         images = _only_tensor(batch.inputs)
         with failures_named("the model in eval mode", batch), protected_parameters(evaluated):
             outputs = first_output(evaluated, batch.inputs.mapped(torch.clone))  # it may change them in place

@@ -49,7 +49,7 @@ _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class Batch:
+class NumberedBatch:
     """One batch of a pass.
 
     Attributes:
@@ -70,7 +70,7 @@ class Batch:
 def for_each_batch(
     model: nn.Module,
     batches: Iterable[Any],
-    run: Callable[[Batch], object],
+    run: Callable[[NumberedBatch], object],
     *,
     progress: ProgressCallback | None = None,
     enough: Callable[[], bool] = lambda: False,
@@ -96,8 +96,8 @@ def for_each_batch(
     images = 0
     reader = InputReader(model)
     with preserved_random_state(), torch.no_grad():
-        for number, value in enumerate(checked(batches)):
-            batch = Batch(number, value, reader.inputs(value, number))
+        for number, value in enumerate(checked_batches(batches)):
+            batch = NumberedBatch(number, value, reader.inputs(value, number))
             if len(batch.inputs) == 0:
                 continue
             with failures_named("the model", batch):
@@ -121,7 +121,7 @@ class JoinedBatches:
 
     def __init__(
         self,
-        run: Callable[[Batch], None],
+        run: Callable[[NumberedBatch], None],
         run_whole: Callable[[Inputs, int], None],
         rehearse: Callable[[Inputs], Mapping[str, Moments]],
         split: Callable[[int], None],
@@ -145,11 +145,11 @@ class JoinedBatches:
         self._largest_input: int | None = None  # bytes of a pass; 0: batches run one by one; None: not tested yet
         self._batches_run = 0
         self._images_run = 0
-        self._waiting: list[Batch] = []
+        self._waiting: list[NumberedBatch] = []
         self._images = torch.empty(0)  # of the batches that wait
         self._filled = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: NumberedBatch) -> None:
         """Run a batch, at once or later together with others."""
         images = _images_of(batch)
         if images is None or not self._has_room_for(images):
@@ -232,7 +232,7 @@ def _very_different(images: Tensor) -> Tensor:
     return (lowest + 0.6 * (highest - lowest) - 0.5 * (images - lowest)).to(images.dtype)
 
 
-def _images_of(batch: Batch) -> Tensor | None:
+def _images_of(batch: NumberedBatch) -> Tensor | None:
     """Return the images of a batch that has nothing else, or None."""
     images = batch.inputs.only_tensor
     return images if images is not None and images.numel() and images.layout is torch.strided else None
@@ -255,9 +255,9 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
     except CalibrationError:
         raise
     except Exception as error:  # the user's forward may raise anything; here it gains its context
-        one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
+        one_image = isinstance(batch, NumberedBatch) and len(batch.inputs) == 1
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
-        if isinstance(batch, Batch) and batch.inputs.conversion:
+        if isinstance(batch, NumberedBatch) and batch.inputs.conversion:
             advice = f". {batch.inputs.conversion}"
         if gradients := gradients_advice(error):
             advice = f". {gradients}"
@@ -310,7 +310,7 @@ def preserved_random_state() -> Iterator[None]:
         yield
 
 
-def checked(batches: Iterable[Any]) -> Iterable[Any]:
+def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
     """Return the batches if they are an iterable other than a path or a tensor, which is iterated image by image.
 
     Raises:

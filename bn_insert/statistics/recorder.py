@@ -20,7 +20,7 @@ from ..graph.inputs import Inputs
 from ..support.processes import Ranks
 from .moments import MOST_BY_IMAGE, Moments, merge, moments_by_image, moments_of
 from .pass_options import PassOptions
-from .passes import Batch, JoinedBatches, NotFiniteError, for_each_batch, under_autocast
+from .passes import JoinedBatches, NotFiniteError, NumberedBatch, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
 
@@ -140,7 +140,7 @@ class Recorder:
             stack.enter_context(under_autocast(network, options.autocast))
             stack.enter_context(uncompiled())
 
-            def run(batch: Batch) -> None:
+            def run(batch: NumberedBatch) -> None:
                 try:
                     passes.run(batch.inputs)
                 except NotFiniteError as error:
@@ -289,7 +289,7 @@ def _copy_in_channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
-def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
+def _cause(network: nn.Module, batch: NumberedBatch, error: NotFiniteError) -> str:
     """Describe the parameter or image because of which the activations of a layer are not finite."""
     for name in _modules_called(network, batch.inputs):
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):

@@ -15,7 +15,7 @@ from ..errors import GraphError
 from ..graph.copies import check_module
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.trace import Trace
-from ..statistics.passes import checked, no_batches
+from ..statistics.passes import checked_batches, no_batches
 from ..support.processes import Ranks, on_every_rank
 
 # A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
@@ -83,7 +83,7 @@ def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int
 
     def read() -> tuple[Inputs | None, int]:
         nonlocal iterator
-        iterator = iter(checked(batches))
+        iterator = iter(checked_batches(batches))
         first.extend(islice(iterator, most))
         if not first:
             return None, 0

@@ -58,7 +58,7 @@ def fault_of(
     return next(filter(None, faults), None)
 
 
-def runs_on(model: nn.Module, batch: Inputs) -> bool:
+def can_run(model: nn.Module, batch: Inputs) -> bool:
     """Return whether a model runs on the first images of a batch."""
     with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)), suppress(Exception):
         batch.rows(0, _CHECKED_ROWS).run(working_copy(model))
