@@ -16,20 +16,10 @@ from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
-from .inputs import (
-    ImageOptions,
-    is_tensor_file,
-    layer_kinds,
-    note_unreadable,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-    print_assumptions,
-    print_preprocessing,
-    shape_to_store,
-    share_of,
-)
+from .inputs import note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
 from .interruption import signals
+from .named_checkpoints import print_assumptions
+from .option_values import ImageOptions, layer_kinds, open_device
 from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
@@ -44,6 +34,7 @@ from .output_checks import (
     warn_of_untied,
     write_checkpoint,
 )
+from .preprocessing import is_tensor_file, print_preprocessing
 from .tables import accuracy_table, comparison_table, shift_table
 
 if TYPE_CHECKING:

@@ -12,16 +12,9 @@ from bn_insert.support.text import counted
 from . import shared_options as opt
 from .console import print_note, print_result, print_table, print_warning
 from .input_shapes import input_shape
-from .inputs import (
-    ImageOptions,
-    check_one_input,
-    open_calibration,
-    open_checkpoint,
-    shape_to_store,
-    side_of,
-    transform_to_store,
-)
+from .inputs import check_one_input, open_calibration, open_checkpoint, shape_to_store
 from .interruption import signals
+from .option_values import ImageOptions
 from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
@@ -32,6 +25,7 @@ from .output_checks import (
     warn_of_untied,
     write_checkpoint,
 )
+from .preprocessing import side_of, transform_to_store
 from .tables import comparison_table
 
 if TYPE_CHECKING:

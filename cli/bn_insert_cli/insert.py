@@ -14,21 +14,10 @@ from bn_insert.support.text import counted
 
 from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
-from .inputs import (
-    ImageOptions,
-    has_more_images,
-    is_tensor_file,
-    layer_kinds,
-    note_unreadable,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-    print_assumptions,
-    print_preprocessing,
-    shape_to_store,
-    share_of,
-)
+from .inputs import has_more_images, note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
 from .interruption import signals
+from .named_checkpoints import print_assumptions
+from .option_values import ImageOptions, layer_kinds, open_device
 from .output_checks import (
     CHECK_FAILED,
     CHECK_IMAGES,
@@ -43,6 +32,7 @@ from .output_checks import (
     warn_of_random_outputs,
     write_checkpoint,
 )
+from .preprocessing import is_tensor_file, print_preprocessing
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import LEAST_BATCHES, REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 

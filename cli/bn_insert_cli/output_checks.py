@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from bn_insert.support.text import counted, listed, untied_layers
 
 from .console import print_note, print_warning
-from .inputs import check_checkpoint, is_tensor_file, transform_to_store
 from .interruption import signals
+from .named_checkpoints import check_checkpoint
+from .preprocessing import is_tensor_file, transform_to_store
 from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
 if TYPE_CHECKING:
