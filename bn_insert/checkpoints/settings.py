@@ -178,7 +178,7 @@ class Settings:
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
-        return format_document(self.to_document())
+        return _format_document(self.to_document())
 
     def without_prefix(self, prefix: str) -> Settings:
         """Return the settings with a prefix removed from the names of layers, as from the keys of a state dict."""
@@ -226,7 +226,7 @@ def parse_document(text: str | bytes) -> Any:
         raise CheckpointError(f"invalid JSON: {error}") from error
 
 
-def format_document(document: Mapping[str, Any]) -> str:
+def _format_document(document: Mapping[str, Any]) -> str:
     """Return a document as JSON text; raises CheckpointError for values that JSON cannot represent."""
     try:
         return json.dumps(document, indent=2, allow_nan=False) + "\n"

@@ -209,7 +209,7 @@ def _eval_class(module: nn.Module) -> type[nn.Module]:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class _Stretch:
     """Modules of a sequence that follow each other and run on the same micro-batches.
 
     Attributes:
@@ -259,7 +259,7 @@ class _MicroBatchedForward:
                 return []
         return [values * images.element_size() for values in self._values_per_image[shape]]
 
-    def _run_stretch(self, stretch: Stretch, images: Tensor) -> Tensor:
+    def _run_stretch(self, stretch: _Stretch, images: Tensor) -> Tensor:
         outputs: list[Tensor] = []
         start = 0
         for micro_batch in images.tensor_split(stretch.micro_batches):
@@ -272,11 +272,11 @@ class _MicroBatchedForward:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _stretches(modules: Sequence[nn.Module], bytes_per_image: Sequence[int], images: int) -> Iterator[Stretch]:
+def _stretches(modules: Sequence[nn.Module], bytes_per_image: Sequence[int], images: int) -> Iterator[_Stretch]:
     """Yield the stretches of a sequence for a batch of this many images."""
     counts = [ceil(images / max(1, _MICRO_BATCH_BYTES // size)) or 1 for size in bytes_per_image]
     for micro_batches, members in groupby(zip(counts, modules, strict=True), key=lambda pair: pair[0]):
-        yield Stretch(tuple(module for _, module in members), micro_batches)
+        yield _Stretch(tuple(module for _, module in members), micro_batches)
 
 
 def _values_per_image(modules: Sequence[nn.Module], shape: torch.Size) -> list[int]:

@@ -17,10 +17,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.identity_parameters import BATCHNORMS
+from ..batchnorm.identity_parameters import BATCHNORMS, batchnorm_dtype
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
-from ..graph.inputs import reference_tensor
 from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.schema import Extent, SchemaError, checked
@@ -59,8 +58,7 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
             _submodule(network, site.anchor)
             if layer_kind(layer) is None:
                 raise CheckpointError(f"{site.name} is {with_article(layer)}, not a conv or dense layer")
-            dtype = torch.float64 if reference_tensor(layer).dtype == torch.float64 else torch.float32
-            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
+            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=batchnorm_dtype(layer))
         return splice_after(network, norms)
 
     def outline(self, network: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropout_functions_upstream, dropouts_upstream
 from ..batchnorm.dropout_calls import dropout_calls
-from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
+from ..batchnorm.identity_parameters import batchnorm_dtype, check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
@@ -387,10 +387,9 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
 
 
 def _norm_for(layer: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
-    weight = reference_tensor(layer)  # not always a parameter: it may be a buffer
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = batchnorm_dtype(layer)
     try:
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
-    return norm.to(weight.device).train(layer.training)
+    return norm.to(reference_tensor(layer).device).train(layer.training)

@@ -146,7 +146,7 @@ def has_more_images(source: Path, model: nn.Module, transform: Transform, option
 def _opened(source: Path, model: nn.Module, transform: Transform, options: ImageOptions, *, shuffle: bool) -> Batches:
     from bn_insert.images import open_batches  # noqa: PLC0415
 
-    inputs = several_inputs(model)
+    inputs = _several_inputs(model)
     channels, *size = input_shape(model) if is_tensor_file(source) else image_shape(model, side_of(transform))
     return open_batches(
         source,
@@ -186,7 +186,7 @@ def share_of(batches: Batches, ranks: Ranks, device: torch.device) -> Batches:
     return share.with_pinned_memory() if device.type == "cuda" else share
 
 
-def several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:
+def _several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:
     """Return the names of the inputs that a network's forward takes if there are several; "all" if it takes a dict."""
     from bn_insert import forward_inputs  # noqa: PLC0415
 
@@ -205,6 +205,6 @@ def check_one_input(model: nn.Module, way_out: str) -> None:
     """
     from bn_insert import GraphError  # noqa: PLC0415
 
-    if names := several_inputs(model):
+    if names := _several_inputs(model):
         taken = "a dict of inputs" if names == "all" else f"several inputs ({', '.join(names)})"
         raise GraphError(f"{type(model).__name__} takes {taken}: {way_out}")
