@@ -16,12 +16,10 @@ from .inputs import check_one_input, open_calibration, open_checkpoint, shape_to
 from .interruption import signals
 from .option_values import ImageOptions
 from .output_checks import (
-    CHECK_FAILED,
     CHECK_IMAGES,
     CHECK_VOLUMES,
-    allowed,
     check_files,
-    warn_of_random_outputs,
+    exit_if_different,
     warn_of_untied,
     write_checkpoint,
 )
@@ -112,10 +110,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No images given: the result is checked on {len(inputs[0])} random inputs of {shown}.")
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
-    warn_of_random_outputs([comparison], network, checkpoint, inputs[:1], atol=atol, rtol=rtol)
-    if not comparison.within(atol, rtol):
-        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
-        raise typer.Exit(CHECK_FAILED)
+    exit_if_different([comparison], network, checkpoint, inputs[:1], atol=atol, rtol=rtol)
     write_checkpoint(
         result.model,
         output,
