@@ -114,12 +114,12 @@ def build_network(
             network, changes, prefix, unexpected = _filled(given, checkpoint, ignore_unexpected=ignore_unexpected)
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
-        way_out = ""
+        advice = ""
         if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
-            way_out = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
+            advice = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
         if given is None and not ignore_unexpected and _needs_no_model(checkpoint, ignore_unexpected=True):
-            way_out = f", or ignore tensors that do not belong to the network ({as_passed('ignore_unexpected', True)})"
-        raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
+            advice = f", or ignore tensors that do not belong to the network ({as_passed('ignore_unexpected', True)})"
+        raise CheckpointError(f"{path}: {printable(error)}{advice}") from error
     if ignore_unexpected:
         _warn_of_ignored(checkpoint, prefix, unexpected)
     if history != History():

@@ -52,7 +52,7 @@ class _Parts:
     merged: Path
     missing: str
 
-    def way_out(self, *, is_safetensors: bool) -> str:
+    def advice(self, *, is_safetensors: bool) -> str:
         """Return, in words and code, how to merge the parts into one file."""
         module, load, save = "torch", "torch.load(part, map_location='cpu')", "torch.save"
         if is_safetensors:
@@ -77,8 +77,8 @@ def check_is_no_index(path: Path) -> None:
         only = printable(path.parent / names[0])
         raise CheckpointError(f"{path} is the index of a checkpoint; name the file in it: {only}")
     is_safetensors = found["whole"].lower().endswith("safetensors")
-    way_out = _listed_parts(path, names).way_out(is_safetensors=is_safetensors)
-    raise CheckpointError(f"{path} is the index of a checkpoint in parts; {way_out}")
+    advice = _listed_parts(path, names).advice(is_safetensors=is_safetensors)
+    raise CheckpointError(f"{path} is the index of a checkpoint in parts; {advice}")
 
 
 def check_is_whole(
@@ -94,8 +94,8 @@ def check_is_whole(
     """
     for index in _indices_in(path.parent):
         if path.name in (names := _names_in(index, path.name)) and len(names) > 1:
-            way_out = _listed_parts(index, names).way_out(is_safetensors=is_safetensors)
-            raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {way_out}")
+            advice = _listed_parts(index, names).advice(is_safetensors=is_safetensors)
+            raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {advice}")
     if (found := _PART.fullmatch(path.name) or _COUNTED.fullmatch(path.name)) is None:
         return
     number, total = int(found["number"]), int(found["total"])
@@ -108,7 +108,7 @@ def check_is_whole(
         shown_by = f"its name and {printable(other.name)} beside it, which has other keys"
     raise CheckpointError(
         f"{path} is part {number} of {total} of a checkpoint, by {shown_by} (if it is a whole one, rename it); "
-        f"{_numbered_parts(path, found).way_out(is_safetensors=is_safetensors)}"
+        f"{_numbered_parts(path, found).advice(is_safetensors=is_safetensors)}"
     )
 
 

@@ -205,11 +205,11 @@ def _way_to_tensors(key: str, found: Found) -> str:
     # With weights_only=True, torch.load would refuse objects that are passed over here.
     loaded = f"torch.load(path, weights_only=False){''.join(f'[{each!r}]' for each in found.path)}"
     if any(isinstance(value, IgnoredArray) for value in dict.values(found.state_dict)):
-        way_out, items = "convert the arrays", f"{{key: torch.as_tensor(value) for key, value in {loaded}.items()}}"
+        advice, items = "convert the arrays", f"{{key: torch.as_tensor(value) for key, value in {loaded}.items()}}"
     else:
         condition = "isinstance(value, torch.Tensor)"
-        way_out, items = "leave it out", f"{{key: value for key, value in {loaded}.items() if {condition}}}"
-    return f"{way_out}; if you trust the file, since this could run code from it: torch.save({items}, other_path)"
+        advice, items = "leave it out", f"{{key: value for key, value in {loaded}.items() if {condition}}}"
+    return f"{advice}; if you trust the file, since this could run code from it: torch.save({items}, other_path)"
 
 
 def checked_tensors(path: Path, found: Found) -> dict[str, Tensor]:

@@ -338,11 +338,11 @@ def adapt_statistics(
     )
     if not adaptation.changed:
         several = adaptation.target_images > 1
-        way_out = ", or shrink=False to take their statistics as they are" if several else ""
+        advice = ", or shrink=False to take their statistics as they are" if several else ""
         warnings.warn(
             f"nothing was adapted: with {counted(adaptation.target_images, 'target image')}, the difference from the "
             f"source is within sampling error{', or due to a single unusual image' * several}; if the images are of "
-            f"another kind, pass more of them{way_out}",
+            f"another kind, pass more of them{advice}",
             stacklevel=2,
         )
     warn_of_left(adaptation.left, stacklevel=2)

@@ -186,15 +186,15 @@ def _verified(
         fault = _fault_beyond_rounding(model, result, plan, inputs)
     if fault:
         what = "returns different outputs than with them" if fault.runs else fault.text
-        way_out = ""
+        advice = ""
         if names is None:
             apart = any(was_there_before(model, each.norm) for each in plan)
             inserted_only = as_passed("names", option="--inserted-only")
             option = inserted_only if apart else as_passed("names", option="in Python: fold(model, example, names=...)")
-            way_out = f", or leave in place the BatchNorms that it refers to ({option})"
+            advice = f", or leave in place the BatchNorms that it refers to ({option})"
         raise GraphError(
             f"{type(model).__name__} without the folded BatchNorms {what}. Its forward accesses BatchNorms or layers "
-            f"other than by calling them (by index, attribute or list): change it to only call them{way_out}"
+            f"other than by calling them (by index, attribute or list): change it to only call them{advice}"
         )
     return result, untied
 

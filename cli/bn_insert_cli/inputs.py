@@ -196,15 +196,15 @@ def _several_inputs(model: nn.Module) -> tuple[str, ...] | Literal["all"]:
     return inputs.names if inputs.several else ()
 
 
-def check_one_input(model: nn.Module, way_out: str) -> None:
+def check_one_input(model: nn.Module, advice: str) -> None:
     """Raise GraphError for a network with several inputs, where only one can be provided.
 
     Args:
         model: The network.
-        way_out: What to do instead.
+        advice: What to do instead.
     """
     from bn_insert import GraphError  # noqa: PLC0415
 
     if names := _several_inputs(model):
         taken = "a dict of inputs" if names == "all" else f"several inputs ({', '.join(names)})"
-        raise GraphError(f"{type(model).__name__} takes {taken}: {way_out}")
+        raise GraphError(f"{type(model).__name__} takes {taken}: {advice}")
