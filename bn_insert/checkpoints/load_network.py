@@ -269,7 +269,7 @@ def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     in_memory: dict[int, list[tuple[str, Tensor]]] = {}
     for name, own in chain(network.named_parameters(), network.named_buffers()):
-        if own.layout == torch.strided and not is_traceable_wrapper_subclass(own):  # else in memory of another kind
+        if own.layout == torch.strided and not is_traceable_wrapper_subclass(own):  # others have no plain storage
             in_memory.setdefault(own.untyped_storage().data_ptr(), []).append((name, own))
     for sharing in in_memory.values():
         for name, own in sharing if len(sharing) > 1 else ():

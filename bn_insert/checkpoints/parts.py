@@ -30,7 +30,7 @@ _PART = re.compile(
 _COUNTED = re.compile(rf"(?P<before>.*?(?<!\d)){_NUMBER}", re.IGNORECASE)
 # Hugging Face's libraries may put the precision into the name: model.safetensors.index.fp16.json.
 _INDEX = re.compile(r"(?P<whole>.+)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
-_MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor that is read
+_MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor of the largest checkpoint that is read
 _MAX_INDICES = 16
 _MOST_ENTRIES = 10_000  # of a folder, which may have millions
 _NAMES_SHOWN = 4
@@ -141,7 +141,7 @@ def _names_in(index: Path, name: str | None = None) -> list[str]:
     with suppress(OSError, ValueError, RecursionError):
         if index.is_file() and index.stat().st_size <= _MAX_INDEX_BYTES:
             text = index.read_bytes()
-            # Those of other checkpoints in the folder are not worth parsing.
+            # Indices of other checkpoints in the folder are not worth parsing.
             if name and not any(json.dumps(name, ensure_ascii=each).encode() in text for each in (True, False)):
                 return []
             document = json.loads(text)

@@ -275,7 +275,7 @@ def first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
     alone = len(inputs) == 1
     try:
         output = first_tensor(inputs.run(network))
-    except Exception:  # of any kind: a BatchNorm or a concatenation may miss the axis
+    except Exception:  # a BatchNorm or a concatenation may raise anything without the axis
         if not alone:
             raise
         output = None

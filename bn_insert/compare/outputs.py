@@ -129,7 +129,7 @@ class _Differences:
                 continue
             wide = torch.complex128 if reference.is_complex() else torch.float64
             values, others = (tensor.to(wide).reshape(len(tensor), -1) for tensor in (reference, candidate))
-            difference = torch.where(values == others, 0, others - values)  # of equal infinities, it would be NaN
+            difference = torch.where(values == others, 0, others - values)  # for equal infinities, it would be NaN
             # An output that is NaN exceeds every bound.
             largest = difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1)
             scale = torch.where(values.isfinite(), values, 0).abs().amax(1)

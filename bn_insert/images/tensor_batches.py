@@ -155,7 +155,7 @@ def read_tensors(path: Path, names: _Names = ()) -> dict[str, Tensor]:
     saved, only = ("tensors", "a dict of tensors") if names else ("tensor", "a tensor")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those about old formats do not help the user here
+            warnings.simplefilter("ignore")  # warnings about old formats do not help the user here
             tensors = reader(path, names)
     except ImageError:
         raise

@@ -36,12 +36,12 @@ _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's
 # Input of a pass, and its largest activations: these stay in a CPU's last-level cache. In a network with more
 # parameters, which each pass reads from memory, activations may be as large as all of them.
 _BYTES_AT_A_TIME = 8 << 20
-# Images are tested for depending on each other: up to this many and one more, after this many others. Together, these
-# are an odd number, which a network cannot take that compares images in pairs.
+# Whether images depend on each other is tested on this many and one more, after this many others. Together these are an
+# odd number, which a network that compares images in pairs cannot take.
 _IMAGES_TESTED = 2
 _IMAGES_BEFORE_TEST = 128
-# The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass is
-# limited to an eighth of the batches before it.
+# The sampling error is estimated from the spread between passes, of which there must be several: a pass has at most an
+# eighth of the batches before it.
 _EARLIER_PASSES = 8
 # Largest change of the statistics of a deep network, relative to std, that rounding may cause where batches have other
 # sizes.

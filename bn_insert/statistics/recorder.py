@@ -62,14 +62,14 @@ class Recorder:
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
-        # Only of this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
+        # Only in this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             plain = values.detach().as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
             moments = moments_of(plain)
             few = self.images + len(values) <= MOST_BY_IMAGE
             if by_image and few and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))
-            finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
+            finite = isfinite(float(moments.m2.sum()))  # then the mean is finite too
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)

@@ -35,8 +35,8 @@ _GLOBALS = re.compile(
     r"|(__builtin__|builtins)\.(set|complex|bytearray|dict|list|tuple|int|float|bool|str|bytes)"
     r"|_codecs\.encode"
 )
-# What training scripts save beside the weights: arguments, paths, dates, ranges, numbers of numpy. An object without
-# content takes the place of each, so that no code of these types runs.
+# What training scripts save besides the weights: arguments, paths, dates, ranges, NumPy scalars and arrays. Each is
+# replaced by an empty object, so that no code of these types runs.
 _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|decimal\.Decimal|uuid\.UUID|fractions\.Fraction"
     r"|(__builtin__|builtins)\.(x?range|slice|frozenset|Ellipsis)"

@@ -28,7 +28,7 @@ from .pickle_check import check_pickle
 from .zip_layout import check_end, check_members
 
 _ARCHIVE = b"PK\x03\x04"
-# What torch.jit.save writes in addition; torch.load refuses such an archive with a message that names the way out.
+# What torch.jit.save writes in addition; torch.load refuses such an archive with a message that says what to do.
 _PROGRAM = "constants.pkl"
 
 

@@ -166,7 +166,7 @@ def adapt(
             progress(of_source + images)
 
     if source is None:
-        if with_statistics(model):  # else a source is missing, which is said below
+        if with_statistics(model):  # otherwise a source is missing, which is reported below
             _check_nothing_chosen(
                 layers=layers,
                 include_output=include_output,

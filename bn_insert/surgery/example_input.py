@@ -18,7 +18,7 @@ from ..graph.trace import Trace
 from ..statistics.passes import checked_batches, no_batches
 from ..support.processes import Ranks, on_every_rank
 
-# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
+# Most images that a trace runs the network on: not 2 or 3, which could also be a number of channels.
 MOST_TRACED = 7
 
 
@@ -54,7 +54,7 @@ class Peek:
         """
         try:
             trace = Trace.of(model, self.example)
-        except GraphError:  # as where a forward takes lengths, or checks values
+        except GraphError:  # as when a forward takes lengths, or checks values
             pass
         else:
             if not trace.obstacle:

@@ -31,7 +31,7 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
-_MOST_CHILDREN = 512  # of a VGG's features: VGG19 with BatchNorm after every conv has 53
+_MOST_CHILDREN = 512  # in a VGG's features: VGG19 with BatchNorm after every conv has 53
 WIDEST_HEAD = 1 << 16
 """Maximum number of hidden channels of a new head."""
 
@@ -278,7 +278,7 @@ class History:
     def keep_with(self, model: nn.Module) -> None:
         """Keep this history with a model, in place of its previous one."""
         attributes = vars(model)
-        if isinstance(model, fx.GraphModule):  # a copy of it is built anew, and takes only this attribute along
+        if isinstance(model, fx.GraphModule):  # copying it builds a new module, which keeps only this attribute
             attributes = attributes.setdefault("meta", {})
         attributes[_ATTRIBUTE] = self
 

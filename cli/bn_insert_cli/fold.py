@@ -135,7 +135,7 @@ def _inserted(network: nn.Module, checkpoint: str) -> list[str]:
     from bn_insert import GraphError, inserted_batchnorms  # noqa: PLC0415
 
     names = inserted_batchnorms(network)
-    if names or not any(isinstance(module, _BatchNorm) for module in network.modules()):  # no matter whose
+    if names or not any(isinstance(module, _BatchNorm) for module in network.modules()):  # without any, `fold` says so
         return names
     raise GraphError(
         f"according to its history, {checkpoint} contains no BatchNorm inserted by bn-insert (see bn-insert inspect); "

@@ -30,11 +30,11 @@ def check_checkpoint(checkpoint: str) -> None:
     """Raise CheckpointError unless the argument is an existing path or the name of a torchvision network."""
     try:
         named = is_torchvision_name(checkpoint) or Path(checkpoint).exists()
-    except OSError:  # no permission to look, or too long a name: reading it tells
+    except OSError:  # no permission, or too long a name: reading the file reports it
         return
     if not named:
         _check_run_has_epoch(Path(checkpoint))
-        read_named_checkpoint(checkpoint)  # which says what may be meant
+        read_named_checkpoint(checkpoint)  # whose error suggests similar names
     if checkpoint and _has_only_images(Path(checkpoint)):  # the empty path would be the current folder
         raise CheckpointError(
             f"{checkpoint} is a folder of images, not a checkpoint file; pass the checkpoint first, and the images "

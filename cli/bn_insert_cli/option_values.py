@@ -75,7 +75,7 @@ def open_device(name: str | None) -> torch.device:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # Of a kind that is not part of this build of PyTorch, the message names an operator.
+        # For a kind of device that this build of PyTorch lacks, the message names an operator.
         said = "" if isinstance(error, NotImplementedError) else f" ({first_line(error).split('. ')[0]})"
         raise typer.BadParameter(
             f"the device {name!r} cannot be used on this machine{said}; use {usable_devices()}", param_hint="--device"
