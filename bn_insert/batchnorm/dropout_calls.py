@@ -34,7 +34,7 @@ def dropout_calls(network: nn.Module, example: Any) -> dict[str, float]:
         if isinstance(module, _DropoutNd | _NormBase):
             module.eval()
     calls = _Calls()
-    # A forward that fails does so again in the first step, with its context.
+    # A failing forward fails again in the first training step, with its context.
     with preserved_random_state(), torch.no_grad(), unchanged_attributes(network), suppress(Exception), calls:
         Inputs.of(example, 0, copy).run(copy)
     return calls.found

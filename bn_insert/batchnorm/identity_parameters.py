@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, as_passed
+from ..graph.inputs import reference_tensor
 from ..statistics.moments import Moments
 from ..support.arguments import check_dtype, is_number
 from ..support.text import with_article
@@ -86,6 +87,12 @@ def identity_batchnorm(
     norm.running_mean = mean.clone()  # in float64, `mean` is the moments' own tensor
     norm.running_var = var
     return norm
+
+
+def batchnorm_dtype(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of a BatchNorm that is inserted after a layer: float32, also in half precision, or float64."""
+    weight = reference_tensor(layer)  # not always a parameter: it may be a buffer
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def check_eps(eps: float) -> None:

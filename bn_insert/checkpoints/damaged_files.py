@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..support.safe_torch_load import RefusedError
+from ..support.file_limits import RefusedError
 from ..support.text import printable
 
 # Files that bn-insert finetune writes into a folder, and save_pretrained of Hugging Face's libraries, timm, accelerate.

@@ -114,12 +114,12 @@ def build_network(
             network, changes, prefix, unexpected = _filled(given, checkpoint, ignore_unexpected=ignore_unexpected)
             history = History(model if isinstance(model, str) else None, changes)
     except CheckpointError as error:
-        way_out = ""
+        advice = ""
         if given is not None and _needs_no_model(checkpoint, ignore_unexpected=ignore_unexpected):
-            way_out = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
+            advice = f"; without {as_passed('model')}, the architecture is read from the checkpoint"
         if given is None and not ignore_unexpected and _needs_no_model(checkpoint, ignore_unexpected=True):
-            way_out = f", or ignore tensors that do not belong to the network ({as_passed('ignore_unexpected', True)})"
-        raise CheckpointError(f"{path}: {printable(error)}{way_out}") from error
+            advice = f", or ignore tensors that do not belong to the network ({as_passed('ignore_unexpected', True)})"
+        raise CheckpointError(f"{path}: {printable(error)}{advice}") from error
     if ignore_unexpected:
         _warn_of_ignored(checkpoint, prefix, unexpected)
     if history != History():
@@ -269,7 +269,7 @@ def _separate(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     in_memory: dict[int, list[tuple[str, Tensor]]] = {}
     for name, own in chain(network.named_parameters(), network.named_buffers()):
-        if own.layout == torch.strided and not is_traceable_wrapper_subclass(own):  # else in memory of another kind
+        if own.layout == torch.strided and not is_traceable_wrapper_subclass(own):  # others have no plain storage
             in_memory.setdefault(own.untyped_storage().data_ptr(), []).append((name, own))
     for sharing in in_memory.values():
         for name, own in sharing if len(sharing) > 1 else ():

@@ -30,7 +30,7 @@ _PART = re.compile(
 _COUNTED = re.compile(rf"(?P<before>.*?(?<!\d)){_NUMBER}", re.IGNORECASE)
 # Hugging Face's libraries may put the precision into the name: model.safetensors.index.fp16.json.
 _INDEX = re.compile(r"(?P<whole>.+)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
-_MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor that is read
+_MAX_INDEX_BYTES = 1 << 22  # 200 for each tensor of the largest checkpoint that is read
 _MAX_INDICES = 16
 _MOST_ENTRIES = 10_000  # of a folder, which may have millions
 _NAMES_SHOWN = 4
@@ -52,7 +52,7 @@ class _Parts:
     merged: Path
     missing: str
 
-    def way_out(self, *, is_safetensors: bool) -> str:
+    def advice(self, *, is_safetensors: bool) -> str:
         """Return, in words and code, how to merge the parts into one file."""
         module, load, save = "torch", "torch.load(part, map_location='cpu')", "torch.save"
         if is_safetensors:
@@ -77,8 +77,8 @@ def check_is_no_index(path: Path) -> None:
         only = printable(path.parent / names[0])
         raise CheckpointError(f"{path} is the index of a checkpoint; name the file in it: {only}")
     is_safetensors = found["whole"].lower().endswith("safetensors")
-    way_out = _listed_parts(path, names).way_out(is_safetensors=is_safetensors)
-    raise CheckpointError(f"{path} is the index of a checkpoint in parts; {way_out}")
+    advice = _listed_parts(path, names).advice(is_safetensors=is_safetensors)
+    raise CheckpointError(f"{path} is the index of a checkpoint in parts; {advice}")
 
 
 def check_is_whole(
@@ -94,8 +94,8 @@ def check_is_whole(
     """
     for index in _indices_in(path.parent):
         if path.name in (names := _names_in(index, path.name)) and len(names) > 1:
-            way_out = _listed_parts(index, names).way_out(is_safetensors=is_safetensors)
-            raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {way_out}")
+            advice = _listed_parts(index, names).advice(is_safetensors=is_safetensors)
+            raise CheckpointError(f"{path} is one of {len(names)} parts of a checkpoint, listed in {index}; {advice}")
     if (found := _PART.fullmatch(path.name) or _COUNTED.fullmatch(path.name)) is None:
         return
     number, total = int(found["number"]), int(found["total"])
@@ -108,7 +108,7 @@ def check_is_whole(
         shown_by = f"its name and {printable(other.name)} beside it, which has other keys"
     raise CheckpointError(
         f"{path} is part {number} of {total} of a checkpoint, by {shown_by} (if it is a whole one, rename it); "
-        f"{_numbered_parts(path, found).way_out(is_safetensors=is_safetensors)}"
+        f"{_numbered_parts(path, found).advice(is_safetensors=is_safetensors)}"
     )
 
 
@@ -141,7 +141,7 @@ def _names_in(index: Path, name: str | None = None) -> list[str]:
     with suppress(OSError, ValueError, RecursionError):
         if index.is_file() and index.stat().st_size <= _MAX_INDEX_BYTES:
             text = index.read_bytes()
-            # Those of other checkpoints in the folder are not worth parsing.
+            # Indices of other checkpoints in the folder are not worth parsing.
             if name and not any(json.dumps(name, ensure_ascii=each).encode() in text for each in (True, False)):
                 return []
             document = json.loads(text)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, out_of_memory
 from ..support.arguments import check_flags
+from ..support.file_limits import RefusedError, check_expansion
 from ..support.files import StrPath, real_path
 from ..support.near_names import did_you_mean
-from ..support.safe_torch_load import RefusedError, check_expansion, check_same_file, load_torch_file
+from ..support.safe_torch_load import check_same_file, load_torch_file
 from ..support.text import printable
 from .damaged_files import START, file_in, guess, unreadable
 from .legacy_sidecar import read_sidecar, sidecar_path

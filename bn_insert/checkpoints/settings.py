@@ -32,7 +32,7 @@ METADATA_KEY = "bn_insert"  # in `_metadata[""]` of a state dict
 HEADER_KEY = "bn-insert"  # in the header of a safetensors file
 _MAX_CHARACTERS = 1 << 24  # the settings of thousands of layers are shorter
 _NAMES_SHOWN = 3
-_MAX_VALUES = 1 << 30  # of one input: color images of 16384 x 16384 have fewer
+_MAX_VALUES = 1 << 30  # of values in one input: color images of 16384 x 16384 have fewer
 
 
 def stored_metadata(state_dict: dict[Any, Any]) -> dict[Any, Any]:
@@ -49,7 +49,7 @@ class BatchNormSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     momentum: Finite | None = 0.1
 
 
-# The name of a folder has at most 255 characters; of ImageNet there are 21,841 classes.
+# A folder name has at most 255 characters, and ImageNet 21,841 classes.
 _ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 _ClassNames = Annotated[tuple[_ClassName, ...], msgspec.Meta(max_length=100_000)]
 
@@ -178,7 +178,7 @@ class Settings:
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""
-        return format_document(self.to_document())
+        return _format_document(self.to_document())
 
     def without_prefix(self, prefix: str) -> Settings:
         """Return the settings with a prefix removed from the names of layers, as from the keys of a state dict."""
@@ -226,7 +226,7 @@ def parse_document(text: str | bytes) -> Any:
         raise CheckpointError(f"invalid JSON: {error}") from error
 
 
-def format_document(document: Mapping[str, Any]) -> str:
+def _format_document(document: Mapping[str, Any]) -> str:
     """Return a document as JSON text; raises CheckpointError for values that JSON cannot represent."""
     try:
         return json.dumps(document, indent=2, allow_nan=False) + "\n"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnneededKeyError, as_passed
-from ..support.safe_torch_load import MAX_TENSORS, IgnoredArray
+from ..support.file_limits import MAX_TENSORS
+from ..support.safe_torch_load import IgnoredArray
 from ..support.text import listed, printable, with_article
 
 # AveragedModel of PyTorch, which keeps moving averages of weights, has this key besides "module.*".
@@ -54,9 +55,9 @@ _WRAPPED_SECTION = re.compile(r"(^|\.)(features|classifier)\.(module|_orig_mod)\
 _NEXT_NAME = re.compile(r"[^.]+\.(?=.*\.)")  # of a module, not of a tensor
 _KEYS_SHOWN = 12
 _NETWORKS_SHOWN = 4
-_MAX_KEY = 100  # characters of a key that is worth naming
-_MAX_DEPTH = 4  # dicts in dicts in which a state dict is looked for
-_MAX_ENTRIES = 500_000  # of these dicts together
+_MAX_KEY = 100  # characters; messages do not suggest longer keys
+_MAX_DEPTH = 4  # levels of nested dicts that are searched for a state dict
+_MAX_ENTRIES = 500_000  # in all of these dicts together
 
 
 class Found(NamedTuple):
@@ -149,7 +150,7 @@ def _has_another_network(content: dict[Any, Any], prefix: str) -> bool:
 
 
 def _warn_of_others(path: Path, found: Found, wrapper: str) -> None:
-    """Warn if there is another state dict beside the one that is read: moving averages of the weights, mostly."""
+    """Warn if there is another state dict next to the one that is read, mostly moving averages of the weights."""
     others = [name for name in WRAPPERS if name != wrapper and _is_state_dict(dict.get(found.state_dict, name))]
     if others:
         warnings.warn(
@@ -201,14 +202,14 @@ def _way_to_tensors(key: str, found: Found) -> str:
         return "save the weights as a state dict: torch.save(model.state_dict(), path)"
     if _largest(found.content) != found.path:
         return _way_to_largest(found.content)
-    # With weights_only=True, torch.load would refuse objects that are passed over here.
+    # With weights_only=True, torch.load would refuse objects that are ignored here.
     loaded = f"torch.load(path, weights_only=False){''.join(f'[{each!r}]' for each in found.path)}"
     if any(isinstance(value, IgnoredArray) for value in dict.values(found.state_dict)):
-        way_out, items = "convert the arrays", f"{{key: torch.as_tensor(value) for key, value in {loaded}.items()}}"
+        advice, items = "convert the arrays", f"{{key: torch.as_tensor(value) for key, value in {loaded}.items()}}"
     else:
         condition = "isinstance(value, torch.Tensor)"
-        way_out, items = "leave it out", f"{{key: value for key, value in {loaded}.items() if {condition}}}"
-    return f"{way_out}; if you trust the file, since this could run code from it: torch.save({items}, other_path)"
+        advice, items = "leave it out", f"{{key: value for key, value in {loaded}.items() if {condition}}}"
+    return f"{advice}; if you trust the file, since this could run code from it: torch.save({items}, other_path)"
 
 
 def checked_tensors(path: Path, found: Found) -> dict[str, Tensor]:
@@ -291,7 +292,7 @@ def without_prefix(
     """
     if not any(_WRAPPED_SECTION.search(each) for each in wanted or ()):
         plain = {_WRAPPED_SECTION.sub(r"\1\2.", each): tensor for each, tensor in tensors.items()}
-        if len(plain) == len(tensors):  # of two keys that become one, neither is the right one
+        if len(plain) == len(tensors):  # if two keys become one, neither is right
             tensors = plain
     prefixes = _prefixes_of_vggs(tensors) if wanted is None else _prefixes_that_fit(tensors, wanted)
     if len(prefixes) > 1 and "" not in prefixes:

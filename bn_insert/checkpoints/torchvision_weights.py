@@ -26,7 +26,7 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
     if name not in NAMES:
         raise CheckpointError(
             f"{name!r:.60} is not one of the networks whose weights can be downloaded ({', '.join(NAMES)}); "
-            + _way_out(name)
+            + _advice(name)
         )
     import torchvision  # noqa: PLC0415 - takes a second, and only this function needs it
 
@@ -45,7 +45,7 @@ def torchvision_checkpoint(name: str, *, progress: bool = False) -> Checkpoint:
     return Checkpoint(Path(name), "torch", state_dict)
 
 
-def _way_out(name: str) -> str:
+def _advice(name: str) -> str:
     """Return in words what to use in place of a name that is not in NAMES."""
     if not isinstance(name, str):
         return "pass a name"

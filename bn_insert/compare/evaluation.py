@@ -17,7 +17,8 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
-from ..statistics.passes import Batch, Progress, for_each_batch, under_autocast
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import NumberedBatch, for_each_batch, under_autocast
 from ..support.arguments import is_list, is_number, is_whole
 from ..support.processes import on_every_rank
 
@@ -105,7 +106,7 @@ def evaluate(
     classes: Sequence[str] = (),
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Run a classifier in eval mode on labeled images, and return its accuracy, loss and confusion matrix.
 
@@ -153,7 +154,7 @@ def predict(
     classes: Sequence[str] = (),
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
     """Run a classifier in eval mode on images, and return the most probable classes of each, in order.
 
@@ -185,7 +186,7 @@ def predict(
     network = working_copy(model, device)
     predictions: list[Prediction] = []
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         logits = _logits(network, batch, autocast)
         names = _names(classes, logits.shape[1], model)
         paths = getattr(batch.value, "paths", None) or [None] * len(logits)
@@ -205,7 +206,7 @@ def outcomes_of(
     *,
     classes: Sequence[str] = (),
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     smallest: int = 1,
 ) -> Outcomes:
     """Run a working copy of a classifier on labeled images, and return the outcomes for those of all ranks.
@@ -225,7 +226,7 @@ def outcomes_of(
     def measure() -> Outcomes:
         parts: list[Outcomes] = []
 
-        def run(batch: Batch) -> None:
+        def run(batch: NumberedBatch) -> None:
             if len(batch.inputs) < smallest:
                 return
             logits = _logits(network, batch, autocast)
@@ -251,7 +252,9 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(loss, labels, torch.cat([part.predicted for part in parts]), parts[-1].classes)
 
 
-def _logits(network: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Float64[Tensor, "images classes"]:
+def _logits(
+    network: nn.Module, batch: NumberedBatch, autocast: torch.dtype | None
+) -> Float64[Tensor, "images classes"]:
     """Return the logits of a batch, on the CPU: other devices lack float64."""
     with under_autocast(network, autocast):
         logits = first_output(network, batch.inputs)
@@ -272,7 +275,7 @@ def first_output(network: nn.Module, inputs: Inputs) -> Tensor | None:
     alone = len(inputs) == 1
     try:
         output = first_tensor(inputs.run(network))
-    except Exception:  # of any kind: a BatchNorm or a concatenation may miss the axis
+    except Exception:  # a BatchNorm or a concatenation may raise anything without the axis
         if not alone:
             raise
         output = None
@@ -287,7 +290,7 @@ def first_tensor(outputs: Any) -> Tensor | None:
     return next(iter(tensors_of(outputs)), None)
 
 
-def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
+def _labels(batch: NumberedBatch, classes: int) -> Int64[Tensor, " images"]:
     labels = labels_in(batch)
     if labels is None:
         raise CalibrationError(
@@ -299,7 +302,7 @@ def _labels(batch: Batch, classes: int) -> Int64[Tensor, " images"]:
     return labels
 
 
-def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
+def labels_in(batch: NumberedBatch) -> Int64[Tensor, " images"] | None:
     """Return the labels of a batch on the CPU, or None unless one integer per image follows the network's inputs."""
     labels = _after_inputs(batch)
     if not isinstance(labels, Tensor) or labels.shape != (len(batch.inputs),):
@@ -308,7 +311,7 @@ def labels_in(batch: Batch) -> Int64[Tensor, " images"] | None:
     return labels.cpu().long() if whole else None
 
 
-def _instead_of_labels(batch: Batch) -> str:
+def _instead_of_labels(batch: NumberedBatch) -> str:
     """Describe what a batch contains instead of labels, to follow "has" in a message."""
     found = _after_inputs(batch)
     if isinstance(found, Tensor):
@@ -321,7 +324,7 @@ def _instead_of_labels(batch: Batch) -> str:
     return f"labels of type {type(found).__name__}" if numbers or isinstance(found, np.ndarray) else "no labels"
 
 
-def _after_inputs(batch: Batch) -> Any:
+def _after_inputs(batch: NumberedBatch) -> Any:
     """Return the first value of a batch after the network's inputs; None without one."""
     value, inputs = batch.value, batch.inputs
     others: Sequence[Any] = ()

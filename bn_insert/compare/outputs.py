@@ -13,7 +13,8 @@ from ..errors import CalibrationError, as_passed
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
 from ..graph.outputs import tensors_of
-from ..statistics.passes import Batch, Progress, failures_named, for_each_batch, preserved_random_state
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Comparison:
 
 
 def compare_outputs(
-    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any], *, progress: ProgressCallback | None = None
 ) -> Comparison:
     """Run both models in eval mode on the same inputs, and return the differences of their outputs.
 
@@ -72,7 +73,7 @@ def compare_outputs(
     reference, candidate = working_copy(reference), working_copy(candidate)  # a forward may change its module
     differences = _Differences()
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         with preserved_random_state():
             before = _random_states()
             expected = _outputs("reference", reference, batch)
@@ -128,7 +129,7 @@ class _Differences:
                 continue
             wide = torch.complex128 if reference.is_complex() else torch.float64
             values, others = (tensor.to(wide).reshape(len(tensor), -1) for tensor in (reference, candidate))
-            difference = torch.where(values == others, 0, others - values)  # of equal infinities, it would be NaN
+            difference = torch.where(values == others, 0, others - values)  # for equal infinities, it would be NaN
             # An output that is NaN exceeds every bound.
             largest = difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1)
             scale = torch.where(values.isfinite(), values, 0).abs().amax(1)
@@ -151,7 +152,7 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
-def _outputs(role: str, model: nn.Module, batch: Batch) -> list[Tensor]:
+def _outputs(role: str, model: nn.Module, batch: NumberedBatch) -> list[Tensor]:
     inputs = Inputs.of(batch.value, batch.number, model)
     with failures_named(f"the {role} ({type(model).__name__})", batch):
         outputs = inputs.run(model)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..graph.copies import working_copy
 from ..graph.inputs import Inputs
-from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch
 from .evaluation import first_output, labels_in
 
 
@@ -81,7 +82,7 @@ class PredictionComparison:
 
 
 def compare_predictions(
-    original: nn.Module, changed: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+    original: nn.Module, changed: nn.Module, batches: Iterable[Any], *, progress: ProgressCallback | None = None
 ) -> PredictionComparison:
     """Run two networks in eval mode on the same images, and return how their predictions differ.
 
@@ -108,7 +109,7 @@ def compare_predictions(
         networks["changed network"] = working_copy(changed)
     totals = _Totals()
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         logits = []
         for role, network in networks.items():
             inputs = Inputs.of(batch.value, batch.number, network)

@@ -16,7 +16,8 @@ from ..batchnorm.modes import set_batchnorm_mode, uses_batch_statistics
 from ..errors import CalibrationError, as_passed, values_as_passed
 from ..graph.copies import protected_parameters, working_copy
 from ..graph.inputs import Inputs
-from ..statistics.passes import Batch, Progress, failures_named, for_each_batch
+from ..statistics.pass_options import ProgressCallback
+from ..statistics.passes import NumberedBatch, failures_named, for_each_batch
 from ..support.arguments import as_tuple, check_flags, is_whole
 from ..support.text import counted
 from .evaluation import first_output, first_tensor
@@ -69,7 +70,7 @@ def train_mode_agreement(
     *,
     renorm: bool = False,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[TrainModeAgreement]:
     """Return, for each batch size, how much a model in train mode differs from itself in eval mode.
 
@@ -116,7 +117,7 @@ def train_mode_agreement(
     _use_batch_statistics(trained)
     totals = [_Totals(size) for size in dict.fromkeys(sizes)]
 
-    def run(batch: Batch) -> None:
+    def run(batch: NumberedBatch) -> None:
         images = _only_tensor(batch.inputs)
         with failures_named("the model in eval mode", batch), protected_parameters(evaluated):
             outputs = first_output(evaluated, batch.inputs.mapped(torch.clone))  # it may change them in place

@@ -30,7 +30,7 @@ _TRANSPARENT = (Role.ACTIVATION, Role.SQUASHING, Role.GATING, Role.DROPOUT, Role
 # These move values as a whole: whatever normalizes them afterwards normalizes what the layer computed.
 _MOVES = {"copy", *MOVING_AXES}
 
-# A trace may run the network on as many images. Not the 2 or 3 that numbers of channels may be as well.
+# Most images that a trace runs the network on: not 2 or 3, which could also be a number of channels.
 MOST_TRACED = 7
 
 # These place channels next to others, or take some of them, by their argument `dim`.

@@ -189,7 +189,7 @@ class ImageReader:
             ImageError: When images in one batch differ in size, when a worker process is killed, and with `strict`
                 for the first unreadable file.
         """
-        # A single batch is ready no earlier with a second process, and is read here without reading ahead.
+        # A second process would not make a single batch ready earlier; here, nothing is read ahead.
         workers = 0 if (len(paths) if wanted is None else wanted) <= size else self.workers
         chunks = _decode(_Chunks(paths, size, self), workers)
         with closing(chunks):

@@ -139,7 +139,7 @@ def _check_memory() -> None:
     """Raise MemoryError unless the largest picture could be read, decoded and converted."""
     try:
         np.empty(3 * _MAX_BYTES, np.uint8)
-    except MemoryError:  # of NumPy, which another process could not pass on
+    except MemoryError:  # NumPy's own error cannot be sent to another process
         raise MemoryError("a picture cannot be decoded") from None
 
 

@@ -155,7 +155,7 @@ def read_tensors(path: Path, names: _Names = ()) -> dict[str, Tensor]:
     saved, only = ("tensors", "a dict of tensors") if names else ("tensor", "a tensor")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those about old formats do not help the user here
+            warnings.simplefilter("ignore")  # warnings about old formats do not help the user here
             tensors = reader(path, names)
     except ImageError:
         raise
@@ -261,23 +261,23 @@ def _not_one_tensor(path: Path, names: Sequence[Any]) -> ImageError:
     shown = ", ".join(f"{printable(name):.60}" for name in names[:4])
     found = f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
     if any(str(name).endswith((".weight", ".bias")) for name in names):
-        way_out = "it looks like a checkpoint, and images are expected: a folder of them, or a file with one tensor"
+        advice = "it looks like a checkpoint, and images are expected: a folder of them, or a file with one tensor"
     else:
-        way_out = "save only the one with the images"
-    return ImageError(f"{path} contains {len(names)} tensors{found}; {way_out}")
+        advice = "save only the one with the images"
+    return ImageError(f"{path} contains {len(names)} tensors{found}; {advice}")
 
 
 def _check_shape(path: Path, values: Tensor, channels: int | None, layout: str) -> None:
     found, dimensions = f"{path} has the shape {shape_text(values)}", len(layout.split(" x "))
     if values.ndim != dimensions:
-        way_out = "; save one image as image[None]" if values.ndim == dimensions - 1 else ""
-        raise ImageError(f"{found}, but {layout} is expected{way_out}")
+        advice = "; save one image as image[None]" if values.ndim == dimensions - 1 else ""
+        raise ImageError(f"{found}, but {layout} is expected{advice}")
     if values.numel() == 0:
         raise ImageError(f"{found}: it contains no images")
     if channels is not None and values.shape[1] != channels:
         last_first = ", ".join(map(str, (0, dimensions - 1, *range(1, dimensions - 1))))
-        way_out = f"; save tensor.permute({last_first})" if values.shape[-1] == channels else ""
-        raise ImageError(f"{found}, {layout}, but the network takes C = {channels}{way_out}")
+        advice = f"; save tensor.permute({last_first})" if values.shape[-1] == channels else ""
+        raise ImageError(f"{found}, {layout}, but the network takes C = {channels}{advice}")
 
 
 def shape_text(values: Tensor) -> str:

@@ -108,7 +108,7 @@ class Transform:
         if self.resize is not None:
             image = _resized(image, self.resize)
         if self.crop is not None:
-            # Pillow fills with 0 what lies outside the picture.
+            # Pillow fills everything outside the picture with 0.
             left, top = _offset(image.width, self.crop), _offset(image.height, self.crop)
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = np.array(image)

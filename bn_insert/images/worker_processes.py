@@ -30,10 +30,10 @@ def signals_held_back() -> Iterator[None]:
 def begin_worker(_number: int) -> None:
     """Prepare a worker process: one thread, and no signals that are for the main process."""
     torch.set_num_threads(1)
-    # A batch that cannot be sent, for lack of memory, would be waited for forever.
+    # Otherwise the main process would wait forever for a batch that cannot be sent for lack of memory.
     Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]
     # Signals to a whole process group (Ctrl-C, or from a scheduler) are for the main process, which ends the workers
-    # when its results are complete: a worker that dies of one would end it with a traceback from PyTorch.
+    # when its results are complete: a worker that a signal kills would end it with a traceback from PyTorch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         os.setpgrp()

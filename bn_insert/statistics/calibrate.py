@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import ceil
 from typing import Any
@@ -28,9 +28,10 @@ from ..graph.operator_rules import PER_IMAGE_MODULES
 from ..graph.sites import Site, checked_sites
 from ..support.text import with_article
 from .moments import Moments
-from .passes import SINGLE_IMAGE, NotFiniteError, Progress
+from .pass_options import PassOptions, ProgressCallback
+from .passes import SINGLE_IMAGE, NotFiniteError
 from .pooled_statistics import Statistics, pooled_over_ranks
-from .recorder import Recorder, check_tolerance
+from .recorder import Recorder
 
 # Size of the input or output of a module for one micro-batch: half of a usual last-level cache, and small enough for
 # the memory allocator to reuse, which returns larger blocks to the system.
@@ -45,7 +46,7 @@ def calibrate(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of each site's activations over the whole calibration set, by the site's name.
 
@@ -71,65 +72,34 @@ def calibrate(
             parameter or image), or if the model cannot run on a batch.
         GraphError: If `sites` are not sites of the model, or the model is not a module.
     """
-    return calibrate_sites(
-        model,
-        checked_sites(model, sites),
-        batches,
-        device=device,
-        autocast=autocast,
-        tolerance=tolerance,
-        progress=progress,
-    )
+    options = PassOptions(device, autocast, tolerance, progress, join_batches=True)
+    return calibrate_sites(model, checked_sites(model, sites), batches, options)[1]
 
 
 def calibrate_sites(
-    model: nn.Module,
-    sites: Sequence[Site],
-    batches: Iterable[Any],
-    *,
-    device: torch.device | str | None,
-    autocast: torch.dtype | None,
-    tolerance: float | None,
-    progress: Progress | None,
-    join_batches: bool = True,
-) -> dict[str, Moments]:
-    """Do what `calibrate` does.
-
-    Args:
-        model: As for `calibrate`.
-        sites: Sites of the model.
-        batches: As for `calibrate`.
-        device: As for `calibrate`.
-        autocast: As for `calibrate`.
-        tolerance: As for `calibrate`.
-        progress: As for `calibrate`.
-        join_batches: Whether small batches may run as one.
-    """
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], options: PassOptions
+) -> tuple[int, dict[str, Moments]]:
+    """Return the number of images, over all processes, and what `calibrate` returns for sites of the model."""
     if not sites:
-        return {}
-    check_tolerance(tolerance)
+        return 0, {}
+    options.check_tolerance()
+    if not all(site.calls for site in sites):  # the path through the network depends on the values of a batch
+        options = replace(options, join_batches=False)
     recorder = _PassRecorder(sites)
 
     def measure() -> tuple[int, Statistics]:
-        network = working_copy(model, device)
+        network = working_copy(model, options.device)
         with _recording_outputs(sites, network, recorder):
-            images = recorder.run(
-                network,
-                batches,
-                # A site without a number of calls is one whose path depends on the values of a batch.
-                gather=join_batches and all(site.calls for site in sites),
-                autocast=autocast,
-                tolerance=tolerance,
-                progress=progress,
-            )
+            images = recorder.run(network, batches, options)
         recorder.check_complete()
         return images, recorder.statistics()
 
-    moments = pooled_over_ranks("calibrate", measure)[1].moments()
+    images, statistics = pooled_over_ranks("calibrate", measure)
+    moments = statistics.moments()
     not_called = [site.name for site in sites if site.name not in moments]
     if not_called:
         raise CalibrationError(f"the layer {not_called[0]} was never called on the calibration set")
-    return moments
+    return images, moments
 
 
 class _PassRecorder(Recorder):
@@ -239,7 +209,7 @@ def _eval_class(module: nn.Module) -> type[nn.Module]:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class _Stretch:
     """Modules of a sequence that follow each other and run on the same micro-batches.
 
     Attributes:
@@ -289,7 +259,7 @@ class _MicroBatchedForward:
                 return []
         return [values * images.element_size() for values in self._values_per_image[shape]]
 
-    def _run_stretch(self, stretch: Stretch, images: Tensor) -> Tensor:
+    def _run_stretch(self, stretch: _Stretch, images: Tensor) -> Tensor:
         outputs: list[Tensor] = []
         start = 0
         for micro_batch in images.tensor_split(stretch.micro_batches):
@@ -302,11 +272,11 @@ class _MicroBatchedForward:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _stretches(modules: Sequence[nn.Module], bytes_per_image: Sequence[int], images: int) -> Iterator[Stretch]:
+def _stretches(modules: Sequence[nn.Module], bytes_per_image: Sequence[int], images: int) -> Iterator[_Stretch]:
     """Yield the stretches of a sequence for a batch of this many images."""
     counts = [ceil(images / max(1, _MICRO_BATCH_BYTES // size)) or 1 for size in bytes_per_image]
     for micro_batches, members in groupby(zip(counts, modules, strict=True), key=lambda pair: pair[0]):
-        yield Stretch(tuple(module for _, module in members), micro_batches)
+        yield _Stretch(tuple(module for _, module in members), micro_batches)
 
 
 def _values_per_image(modules: Sequence[nn.Module], shape: torch.Size) -> list[int]:

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from ..support.processes import Ranks
-from .passes import checked
+from .passes import checked_batches
 from .recorder import Recorder
 
 _STOPPED = "stopped"
@@ -31,7 +31,7 @@ def in_step(
         images_in: Returns the number of images in a batch; the second argument is its number.
         few: Batches with fewer images are small.
     """
-    ranks, iterator = Ranks.current(), iter(checked(batches))
+    ranks, iterator = Ranks.current(), iter(checked_batches(batches))
     waited_for = True  # by the other ranks
 
     def exchanged(value: Any) -> list[Any]:

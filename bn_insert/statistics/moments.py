@@ -30,7 +30,7 @@ _LARGEST_MEAN_IN_STDS = 4.0
 # Below this variance, float32 squares are subnormal and lose bits.
 _SMALLEST_VARIANCE = 1e-30
 
-# Of more images than this, the moments of each are not kept: one image hardly changes those of all.
+# With more images than this, the moments of each are not kept: one image hardly changes those of all.
 MOST_BY_IMAGE = 128
 # To tell images apart, about so many positions of each are enough; reading all would take as long as the moments.
 _POSITIONS_BY_IMAGE = 1024

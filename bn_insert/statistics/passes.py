@@ -24,8 +24,7 @@ from ..graph.inputs import InputReader, Inputs, reference_tensor
 from ..support.arguments import check_dtype, check_progress
 from ..support.text import with_article
 from .moments import Moments, merge
-
-Progress = Callable[[int], None]
+from .pass_options import ProgressCallback
 
 SINGLE_IMAGE = (
     "squeeze() in the forward may remove the batch dimension of a single image: use batches of at least two images, "
@@ -37,12 +36,12 @@ _MISSING_AXIS = re.compile(r"\(got \dD input\)")  # in the messages of PyTorch's
 # Input of a pass, and its largest activations: these stay in a CPU's last-level cache. In a network with more
 # parameters, which each pass reads from memory, activations may be as large as all of them.
 _BYTES_AT_A_TIME = 8 << 20
-# Images are tested for depending on each other: up to this many and one more, after this many others. Together, these
-# are an odd number, which a network cannot take that compares images in pairs.
+# Whether images depend on each other is tested on this many and one more, after this many others. Together these are an
+# odd number, which a network that compares images in pairs cannot take.
 _IMAGES_TESTED = 2
 _IMAGES_BEFORE_TEST = 128
-# The sampling error is estimated from the spread between passes, so that there has to be a number of them: a pass is
-# limited to an eighth of the batches before it.
+# The sampling error is estimated from the spread between passes, of which there must be several: a pass has at most an
+# eighth of the batches before it.
 _EARLIER_PASSES = 8
 # Largest change of the statistics of a deep network, relative to std, that rounding may cause where batches have other
 # sizes.
@@ -50,7 +49,7 @@ _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class Batch:
+class NumberedBatch:
     """One batch of a pass.
 
     Attributes:
@@ -71,9 +70,9 @@ class Batch:
 def for_each_batch(
     model: nn.Module,
     batches: Iterable[Any],
-    run: Callable[[Batch], object],
+    run: Callable[[NumberedBatch], object],
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     enough: Callable[[], bool] = lambda: False,
     finish: Callable[[], object] = lambda: None,
 ) -> int:
@@ -97,8 +96,8 @@ def for_each_batch(
     images = 0
     reader = InputReader(model)
     with preserved_random_state(), torch.no_grad():
-        for number, value in enumerate(checked(batches)):
-            batch = Batch(number, value, reader.inputs(value, number))
+        for number, value in enumerate(checked_batches(batches)):
+            batch = NumberedBatch(number, value, reader.inputs(value, number))
             if len(batch.inputs) == 0:
                 continue
             with failures_named("the model", batch):
@@ -122,7 +121,7 @@ class JoinedBatches:
 
     def __init__(
         self,
-        run: Callable[[Batch], None],
+        run: Callable[[NumberedBatch], None],
         run_whole: Callable[[Inputs, int], None],
         rehearse: Callable[[Inputs], Mapping[str, Moments]],
         split: Callable[[int], None],
@@ -146,11 +145,11 @@ class JoinedBatches:
         self._largest_input: int | None = None  # bytes of a pass; 0: batches run one by one; None: not tested yet
         self._batches_run = 0
         self._images_run = 0
-        self._waiting: list[Batch] = []
+        self._waiting: list[NumberedBatch] = []
         self._images = torch.empty(0)  # of the batches that wait
         self._filled = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: NumberedBatch) -> None:
         """Run a batch, at once or later together with others."""
         images = _images_of(batch)
         if images is None or not self._has_room_for(images):
@@ -233,7 +232,7 @@ def _very_different(images: Tensor) -> Tensor:
     return (lowest + 0.6 * (highest - lowest) - 0.5 * (images - lowest)).to(images.dtype)
 
 
-def _images_of(batch: Batch) -> Tensor | None:
+def _images_of(batch: NumberedBatch) -> Tensor | None:
     """Return the images of a batch that has nothing else, or None."""
     images = batch.inputs.only_tensor
     return images if images is not None and images.numel() and images.layout is torch.strided else None
@@ -256,9 +255,9 @@ def failures_named(model: str, batch: object) -> Iterator[None]:
     except CalibrationError:
         raise
     except Exception as error:  # the user's forward may raise anything; here it gains its context
-        one_image = isinstance(batch, Batch) and len(batch.inputs) == 1
+        one_image = isinstance(batch, NumberedBatch) and len(batch.inputs) == 1
         advice = f". {SINGLE_IMAGE}" if one_image and _MISSING_AXIS.search(str(error)) else ""
-        if isinstance(batch, Batch) and batch.inputs.conversion:
+        if isinstance(batch, NumberedBatch) and batch.inputs.conversion:
             advice = f". {batch.inputs.conversion}"
         if gradients := gradients_advice(error):
             advice = f". {gradients}"
@@ -311,7 +310,7 @@ def preserved_random_state() -> Iterator[None]:
         yield
 
 
-def checked(batches: Iterable[Any]) -> Iterable[Any]:
+def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
     """Return the batches if they are an iterable of batches, not a path, a dataset or one batch.
 
     Raises:

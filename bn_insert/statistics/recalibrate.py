@@ -19,9 +19,10 @@ from ..graph.inputs import InputReader
 from ..support.processes import Ranks
 from .in_step import in_step
 from .moments import Moments
-from .passes import NotFiniteError, Progress
+from .pass_options import PassOptions, ProgressCallback
+from .passes import NotFiniteError
 from .pooled_statistics import Statistics, pooled_over_ranks
-from .recorder import Recorder, check_tolerance
+from .recorder import Recorder
 from .shrinkage import Prior
 
 Earlier = Literal["batch", "running"]
@@ -52,7 +53,7 @@ def recalibrate(
     earlier: Earlier = "batch",
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> AnyModule:
     """Return a copy of the model whose BatchNorms have the statistics of these batches as running statistics.
 
@@ -95,23 +96,19 @@ def recalibrate(
         >>> torch.allclose(result[1].running_var, model[0](x).var(0))
         True
     """
-    return reestimate(
-        model, batches, earlier=earlier, device=device, autocast=autocast, progress=progress, function="recalibrate"
-    ).model
+    options = PassOptions(device, autocast, progress=progress)
+    return reestimate(model, batches, options, earlier=earlier, function="recalibrate").model
 
 
 def reestimate(
     model: AnyModule,
     batches: Iterable[Any],
+    options: PassOptions,
     *,
     names: Collection[str] | None = None,
     earlier: Earlier = "batch",
     priors: Mapping[str, Prior] | None = None,
     single_batch: bool = False,
-    device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
-    tolerance: float | None = None,
-    progress: Progress | None = None,
     function: str,
 ) -> Reestimation[AnyModule]:
     """Return what `recalibrate` returns, with the moments that were measured.
@@ -119,6 +116,7 @@ def reestimate(
     Args:
         model: As for `recalibrate`.
         batches: As for `recalibrate`.
+        options: How to run them.
         names: Qualified names of the BatchNorms; the others normalize by their running statistics. None for all.
         earlier: As for `recalibrate`.
         priors: By the BatchNorm's name: statistics that those of all batches are moved towards, as far as they may
@@ -127,10 +125,6 @@ def reestimate(
             statistics that the result will have. Of several batches, those with few images normalize by the statistics
             of all images so far, moved towards the prior; larger ones by their own, as those of many images will
             hardly be moved.
-        device: Where to run; by default the model's device.
-        autocast: Dtype for the forward pass.
-        tolerance: Stop early, as for `calibrate`.
-        progress: Called after each batch with the number of images so far.
         function: Name of the public function, for messages.
 
     Raises:
@@ -138,8 +132,8 @@ def reestimate(
     """
     if earlier not in get_args(Earlier):
         raise CalibrationError(f"earlier must be one of {', '.join(get_args(Earlier))}, not {earlier!r}")
-    check_tolerance(tolerance)
-    network = working_copy(model, device)
+    options.check_tolerance()
+    network = working_copy(model, options.device)
     norms = with_statistics(network, names)
     if not norms:
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
@@ -152,14 +146,14 @@ def reestimate(
         few = inf if single_batch else _FEW_IMAGES
         with ExitStack() as stack:
             shares = batches
-            if Ranks.current().count > 1 and priors and not single_batch and tolerance is None:
+            if Ranks.current().count > 1 and priors and not single_batch and options.tolerance is None:
                 reader = InputReader(network)
                 in_turn = in_step(
                     batches, recorder, lambda batch, number: len(reader.inputs(batch, number)), _FEW_IMAGES
                 )
                 shares = stack.enter_context(closing(in_turn))
             stack.enter_context(_recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few))
-            images = recorder.run(network, shares, autocast=autocast, tolerance=tolerance, progress=progress)
+            images = recorder.run(network, shares, options)
         return images, recorder.statistics()
 
     images, statistics = pooled_over_ranks(function, measure)

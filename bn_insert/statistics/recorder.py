@@ -7,20 +7,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, GraphError, as_passed
+from ..errors import CalibrationError, GraphError
 from ..graph.compiled import uncompiled
 from ..graph.copies import parameter_bytes, protected_passes
 from ..graph.inputs import Inputs
-from ..support.arguments import is_number
 from ..support.processes import Ranks
 from .moments import MOST_BY_IMAGE, Moments, merge, moments_by_image, moments_of
-from .passes import Batch, JoinedBatches, NotFiniteError, Progress, for_each_batch, under_autocast
+from .pass_options import PassOptions
+from .passes import JoinedBatches, NotFiniteError, NumberedBatch, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
 from .sampling_error import batch_spread
 
@@ -28,14 +28,6 @@ _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batch
 _CHANNELS_WITHIN = 0.99
 # Memory stays constant over any number of batches; merging fewer at a time takes longer.
 _PASSES_TO_MERGE = 64
-
-
-def check_tolerance(tolerance: float | None) -> None:
-    """Raise CalibrationError for a tolerance that no error can be compared with."""
-    if tolerance is not None and not (is_number(tolerance) and 0 < tolerance < inf):
-        raise CalibrationError(
-            f"{as_passed('tolerance')} must be a finite number above 0, such as 0.1, not {tolerance!r:.40}"
-        )
 
 
 class Recorder:
@@ -70,14 +62,14 @@ class Recorder:
         Raises:
             NotFiniteError: If there are values that are not finite.
         """
-        # Only of this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
+        # Only in this thread, unlike `_disable_current_modes`: another thread may be exporting a model.
         with torch._C._DisableTorchDispatch():  # `protected_parameters` would intercept each operation
             plain = values.detach().as_subclass(Tensor)  # of another class, such as MONAI's MetaTensor
             moments = moments_of(plain)
             few = self.images + len(values) <= MOST_BY_IMAGE
             if by_image and few and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))
-            finite = isfinite(float(moments.m2.sum()))  # and so is the mean then
+            finite = isfinite(float(moments.m2.sum()))  # then the mean is finite too
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)
@@ -128,29 +120,16 @@ class Recorder:
                 lists[name].append(moments)
         self._images_elsewhere, self._elsewhere = numbers, merged_moments(lists)
 
-    def run(
-        self,
-        network: nn.Module,
-        batches: Iterable[Any],
-        *,
-        gather: bool = False,
-        autocast: torch.dtype | None = None,
-        tolerance: float | None = None,
-        progress: Progress | None = None,
-    ) -> int:
+    def run(self, network: nn.Module, batches: Iterable[Any], options: PassOptions) -> int:
         """Run batches through a network whose hooks record here, and return the number of images.
 
         Images run in channels_last where the forward allows it, and in smaller batches where memory runs out.
         PyTorch's random state is restored afterwards.
 
         Args:
-            network: A working copy in eval mode.
+            network: A working copy in eval mode, on the device of the options.
             batches: As for `insert_batchnorm`.
-            gather: Run several small batches as one where that changes nothing but the time. With a tolerance, batches
-                run one by one.
-            autocast: Dtype for the forward pass; None runs it in the network's own dtype.
-            tolerance: Stop early, once `precise_enough` returns True for it.
-            progress: Called after each batch with the number of images so far.
+            options: How to run them.
 
         Raises:
             CalibrationError: If the network cannot run on a batch, or its activations are not finite. The message names
@@ -158,10 +137,10 @@ class Recorder:
         """
         with ExitStack() as stack:
             passes = _Passes(network, self, stack.enter_context(protected_passes(network)))
-            stack.enter_context(under_autocast(network, autocast))
+            stack.enter_context(under_autocast(network, options.autocast))
             stack.enter_context(uncompiled())
 
-            def run(batch: Batch) -> None:
+            def run(batch: NumberedBatch) -> None:
                 try:
                     passes.run(batch.inputs)
                 except NotFiniteError as error:
@@ -177,9 +156,9 @@ class Recorder:
             return for_each_batch(
                 network,
                 batches,
-                joined.add if gather and tolerance is None else run,
-                progress=progress,
-                enough=lambda: self.precise_enough(tolerance),
+                joined.add if options.join_batches and options.tolerance is None else run,
+                progress=options.progress,
+                enough=lambda: self.precise_enough(options.tolerance),
                 finish=joined.finish,
             )
 
@@ -310,7 +289,7 @@ def _copy_in_channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
-def _cause(network: nn.Module, batch: Batch, error: NotFiniteError) -> str:
+def _cause(network: nn.Module, batch: NumberedBatch, error: NotFiniteError) -> str:
     """Describe the parameter or image because of which the activations of a layer are not finite."""
     for name in _modules_called(network, batch.inputs):
         for parameter_name, parameter in network.get_submodule(name).named_parameters(name, recurse=False):

@@ -85,7 +85,7 @@ def usable_device(device: torch.device | str, error: type[BNInsertError] = Calib
     try:
         torch.zeros(1, device=found).item()
     except (AssertionError, ImportError, RuntimeError) as reason:
-        # Of a kind that is not part of this build of PyTorch, the message names an operator.
+        # For a kind of device that this build of PyTorch lacks, the message names an operator.
         said = "" if isinstance(reason, NotImplementedError) else f" ({first_line(reason).split('. ')[0]})"
         raise error(f"{given}, which cannot be used on this machine{said}; use {usable_devices()}") from None
     return found

@@ -129,7 +129,7 @@ def check_folder(folder: Path) -> None:
 def _check_takes_files(folder: Path, path: StrPath) -> None:
     """Raise CheckpointError if no file can be created in a folder, as in /proc, where permissions do not tell."""
     try:
-        with tempfile.TemporaryFile(dir=folder):  # on Linux without a name, so that nobody sees it
+        with tempfile.TemporaryFile(dir=folder):  # on Linux it has no name, so that nobody sees it
             pass
     except OSError as error:
         raise _cannot_write(path, error) from error

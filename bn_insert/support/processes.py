@@ -102,7 +102,7 @@ class Ranks:
             store.wait([f"{place}/{meeting}"], _LONGEST_WAIT)
         except RuntimeError as error:  # of a subclass that differs between stores
             arrived = store.add(place, 0) - meeting * self.count
-            store.add(place, -1)  # a later call meets anew
+            store.add(place, -1)  # a later call starts a new meeting
             raise CalibrationError(
                 f"{function} was called on {arrived} of {self.count} ranks (this is rank {self.rank}), and waited "
                 f"{_LONGEST_WAIT.total_seconds():.0f} s for the others. Call it on every rank of the process group, "

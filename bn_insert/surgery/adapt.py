@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isnan, nan
 from statistics import median
 from typing import Any, Generic, cast, get_args
@@ -21,7 +21,8 @@ from ..graph.copies import AnyModule, check_values, unwrapped
 from ..graph.layers import Kind
 from ..graph.sites import Placement, SiteOptions
 from ..statistics.moments import Moments
-from ..statistics.passes import Progress, preserved_random_state
+from ..statistics.pass_options import PassOptions, ProgressCallback
+from ..statistics.passes import preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
 from ..support.arguments import check_flags, check_progress
@@ -132,7 +133,7 @@ def adapt(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Adaptation[AnyModule]:
     """Adapt a model as `adapt_statistics` does, and return it together with everything measured on the way.
 
@@ -152,6 +153,7 @@ def adapt(
     model = unwrapped(model)
     insertion = None
     of_source = 0  # images of this process
+    options = PassOptions(device, autocast, tolerance, progress)
 
     def count_source(images: int) -> None:
         nonlocal of_source
@@ -164,7 +166,7 @@ def adapt(
             progress(of_source + images)
 
     if source is None:
-        if with_statistics(model):  # else a source is missing, which is said below
+        if with_statistics(model):  # otherwise a source is missing, which is reported below
             _check_nothing_chosen(
                 layers=layers,
                 include_output=include_output,
@@ -181,38 +183,22 @@ def adapt(
             model,
             source,
             SiteOptions.checked(layers, include_output, skip, placement),
+            replace(options, progress=count_source),
             eps=eps,
             momentum=momentum,
-            device=device,
-            autocast=autocast,
-            tolerance=tolerance,
-            progress=count_source,
-            join_batches=False,
         )
-    return adapt_inserted(
-        model,
-        insertion,
-        target,
-        keep_batchnorm=keep_batchnorm,
-        shrink=shrink,
-        device=device,
-        autocast=autocast,
-        tolerance=tolerance,
-        progress=count_target,
-    )
+    options = replace(options, progress=count_target)
+    return adapt_inserted(model, insertion, target, options, keep_batchnorm=keep_batchnorm, shrink=shrink)
 
 
 def adapt_inserted(
     model: AnyModule,
     insertion: Insertion[AnyModule] | None,
     target: Iterable[Any],
+    options: PassOptions = PassOptions(),  # noqa: B008 - it is frozen
     *,
     keep_batchnorm: bool = False,
     shrink: bool = True,
-    device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
-    tolerance: float | None = None,
-    progress: Progress | None = None,
 ) -> Adaptation[AnyModule]:
     """Do the second half of `adapt`, after the insertion: one insertion serves several targets.
 
@@ -220,12 +206,9 @@ def adapt_inserted(
         model: The model that BatchNorm was inserted into.
         insertion: What `insert` returned for it; None for a model that is adapted with its own BatchNorms.
         target: As for `adapt_statistics`.
+        options: How to run the batches of the target.
         keep_batchnorm: As for `adapt_statistics`.
         shrink: As for `adapt_statistics`.
-        device: As for `adapt_statistics`.
-        autocast: As for `adapt_statistics`.
-        tolerance: As for `adapt_statistics`.
-        progress: Called after each batch with the number of target images so far.
 
     Raises:
         GraphError: As for `adapt_statistics`.
@@ -246,12 +229,9 @@ def adapt_inserted(
         found = reestimate(
             inserted,
             peek.batches,
+            options,
             priors=priors,
             single_batch=peek.read == 1,
-            device=device,
-            autocast=autocast,
-            tolerance=tolerance,
-            progress=progress,
             function="adapt_statistics",
         )
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
@@ -285,7 +265,7 @@ def adapt_statistics(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> AnyModule:
     """Return a copy of the model adapted to new images, without labels and without training.
 
@@ -357,11 +337,11 @@ def adapt_statistics(
     )
     if not adaptation.changed:
         several = adaptation.target_images > 1
-        way_out = ", or shrink=False to take their statistics as they are" if several else ""
+        advice = ", or shrink=False to take their statistics as they are" if several else ""
         warnings.warn(
             f"nothing was adapted: with {counted(adaptation.target_images, 'target image')}, the difference from the "
             f"source is within sampling error{', or due to a single unusual image' * several}; if the images are of "
-            f"another kind, pass more of them{way_out}",
+            f"another kind, pass more of them{advice}",
             stacklevel=2,
         )
     warn_of_left(adaptation.left, stacklevel=2)

@@ -187,7 +187,7 @@ def _keeps_channels_apart(node: fx.Node, channels: _Channels) -> bool:
     """Return whether a homogeneous operation on positions never combines values of different channels."""
     shape = _shape_of(channels.node)
     if has_role(node, Role.PADDING):
-        # Constant padding puts nothing but zeros next to a channel; any other repeats values of neighbors.
+        # Constant padding puts only zeros next to a channel; any other padding repeats values of its neighbors.
         copies_values = operation(node) == "pad" and argument(node, "mode") != "constant"
         return fits_positions(node, shape) and (channels.repeat == 1 or not copies_values)
     if channels.repeat != 1:

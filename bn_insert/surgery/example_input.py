@@ -15,7 +15,7 @@ from ..errors import GraphError
 from ..graph.copies import check_module
 from ..graph.inputs import Inputs, reference_tensor
 from ..graph.trace import MOST_TRACED, Trace
-from ..statistics.passes import checked, no_batches
+from ..statistics.passes import checked_batches, no_batches
 from ..support.processes import Ranks, on_every_rank
 
 
@@ -51,7 +51,7 @@ class Peek:
         """
         try:
             trace = Trace.of(model, self.example)
-        except GraphError:  # as where a forward takes lengths, or checks values
+        except GraphError:  # as when a forward takes lengths, or checks values
             pass
         else:
             if not trace.obstacle:
@@ -80,7 +80,7 @@ def peeked(model: nn.Module, batches: Iterable[Any], function: str, *, most: int
 
     def read() -> tuple[Inputs | None, int]:
         nonlocal iterator
-        iterator = iter(checked(batches))
+        iterator = iter(checked_batches(batches))
         first.extend(islice(iterator, most))
         if not first:
             return None, 0

@@ -26,7 +26,7 @@ from .fold_plan import Fold, other_batchnorms, plan_folds, was_there_before
 from .fold_weights import merge_into_inputs, merge_into_outputs
 from .history import FoldedBatchNorms, History
 from .splice import inserted_batchnorms, splice_out
-from .verification import Fault, fault_here, runs_on
+from .verification import Fault, can_run, fault_here
 
 _NAMES_SHOWN = 20
 # Relative to the largest output; folding changed those of networks of 1 to 60 layers by up to 1.3% in bfloat16.
@@ -186,15 +186,15 @@ def _verified(
         fault = _fault_beyond_rounding(model, result, plan, inputs)
     if fault:
         what = "returns different outputs than with them" if fault.runs else fault.text
-        way_out = ""
+        advice = ""
         if names is None:
             apart = any(was_there_before(model, each.norm) for each in plan)
             inserted_only = as_passed("names", option="--inserted-only")
             option = inserted_only if apart else as_passed("names", option="in Python: fold(model, example, names=...)")
-            way_out = f", or leave in place the BatchNorms that it refers to ({option})"
+            advice = f", or leave in place the BatchNorms that it refers to ({option})"
         raise GraphError(
             f"{type(model).__name__} without the folded BatchNorms {what}. Its forward accesses BatchNorms or layers "
-            f"other than by calling them (by index, attribute or list): change it to only call them{way_out}"
+            f"other than by calling them (by index, attribute or list): change it to only call them{advice}"
         )
     return result, untied
 
@@ -216,7 +216,7 @@ def _fault_beyond_rounding(model: nn.Module, result: nn.Module, plan: Sequence[F
         inputs_in_float64 = inputs.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     except (TypeError, RuntimeError):  # the device lacks float64
         exact = None
-    if exact is None or not runs_on(exact, inputs_in_float64):
+    if exact is None or not can_run(exact, inputs_in_float64):
         # The forward casts to another dtype or runs under autocast, perhaps in 16 bits.
         return fault_here(model, result, inputs, largest=_UNEXPLAINED_BY_16_BITS)
     return fault_here(exact, _without_batchnorms(exact, plan)[0], inputs_in_float64)

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..batchnorm.identity_parameters import kernel_factor
 
-_WEIGHTS_AT_A_TIME = 1 << 20  # the first dense layer of a VGG16 has a hundred million
+_WEIGHTS_AT_A_TIME = 1 << 20  # the first dense layer of a VGG16 has a hundred million weights
 
 
 @dataclass(frozen=True, eq=False)

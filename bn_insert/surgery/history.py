@@ -17,10 +17,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.identity_parameters import BATCHNORMS
+from ..batchnorm.identity_parameters import BATCHNORMS, batchnorm_dtype
 from ..errors import CheckpointError
 from ..graph.copies import unwrapped
-from ..graph.inputs import reference_tensor
 from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
 from ..support.schema import Extent, SchemaError, checked
@@ -32,7 +31,7 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _ATTRIBUTE = "_bn_insert_history"
 _MAX_CHANGES = 1000  # each one walks the whole network, and a hostile file could list millions
-_MOST_CHILDREN = 512  # of a VGG's features: VGG19 with BatchNorm after every conv has 53
+_MOST_CHILDREN = 512  # in a VGG's features: VGG19 with BatchNorm after every conv has 53
 WIDEST_HEAD = 1 << 16
 """Maximum number of hidden channels of a new head."""
 
@@ -59,8 +58,7 @@ class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
             _submodule(network, site.anchor)
             if layer_kind(layer) is None:
                 raise CheckpointError(f"{site.name} is {with_article(layer)}, not a conv or dense layer")
-            dtype = torch.float64 if reference_tensor(layer).dtype == torch.float64 else torch.float32
-            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=dtype)
+            norms[site] = BATCHNORMS[site.dims](site.channels, device="meta", dtype=batchnorm_dtype(layer))
         return splice_after(network, norms)
 
     def outline(self, network: nn.Module) -> None:
@@ -280,7 +278,7 @@ class History:
     def keep_with(self, model: nn.Module) -> None:
         """Keep this history with a model, in place of its previous one."""
         attributes = vars(model)
-        if isinstance(model, fx.GraphModule):  # a copy of it is built anew, and takes only this attribute along
+        if isinstance(model, fx.GraphModule):  # copying it builds a new module, which keeps only this attribute
             attributes = attributes.setdefault("meta", {})
         attributes[_ATTRIBUTE] = self
 

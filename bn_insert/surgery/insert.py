@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm.dropout_before_batchnorm import dropout_functions_upstream, dropouts_upstream
 from ..batchnorm.dropout_calls import dropout_calls
-from ..batchnorm.identity_parameters import check_eps, check_momentum, identity_batchnorm
+from ..batchnorm.identity_parameters import batchnorm_dtype, check_eps, check_momentum, identity_batchnorm
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, deep_copy, unwrapped
 from ..graph.inputs import reference_tensor
@@ -30,16 +30,16 @@ from ..graph.sites import (
 )
 from ..statistics.calibrate import calibrate_sites
 from ..statistics.moments import Moments
-from ..statistics.passes import SINGLE_IMAGE, Progress, preserved_random_state
+from ..statistics.pass_options import PassOptions, ProgressCallback
+from ..statistics.passes import SINGLE_IMAGE, preserved_random_state
 from ..support.arguments import check_flags, check_progress
-from ..support.processes import Ranks
 from .equalize import Edge, check_moments, edges_in
 from .equalize import equalize as equalize_channels
 from .example_input import peeked
 from .history import History, InsertedBatchNorms
 from .report_data import layer_statistics
 from .splice import splice_after
-from .verification import error_on_one_image, fault_of
+from .verification import Fault, error_on_one_image, fault_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def insert(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Insertion[AnyModule]:
     """Like `insert_batchnorm`, but return the model with all measurements.
 
@@ -123,98 +123,67 @@ def insert(
         model,
         batches,
         SiteOptions.checked(layers, include_output, skip, placement),
+        PassOptions(device, autocast, tolerance, progress, join_batches=True),
         equalize=equalize,
         eps=eps,
         momentum=momentum,
         dropout_before_batchnorm=dropout_before_batchnorm,
-        device=device,
-        autocast=autocast,
-        tolerance=tolerance,
-        progress=progress,
     )
 
 
 def insert_with(
     model: AnyModule,
     batches: Iterable[Any],
-    options: SiteOptions,
+    site_options: SiteOptions,
+    pass_options: PassOptions,
     *,
     equalize: bool = False,
     eps: float,
     momentum: float | None,
     dropout_before_batchnorm: bool = True,
-    device: torch.device | str | None,
-    autocast: torch.dtype | None,
-    tolerance: float | None,
-    progress: Progress | None,
-    join_batches: bool = True,
 ) -> Insertion[AnyModule]:
     """Do what `insert` does.
 
     Args:
         model: As for `insert_batchnorm`.
         batches: As for `insert_batchnorm`.
-        options: Which layers get a BatchNorm, and where.
+        site_options: Which layers get a BatchNorm, and where.
+        pass_options: How to calibrate.
         equalize: As for `insert_batchnorm`.
         eps: As for `insert_batchnorm`.
         momentum: As for `insert_batchnorm`.
         dropout_before_batchnorm: As for `insert_batchnorm`.
-        device: As for `insert_batchnorm`.
-        autocast: As for `insert_batchnorm`.
-        tolerance: As for `insert_batchnorm`.
-        progress: As for `insert_batchnorm`.
-        join_batches: Whether small batches may run as one. The sampling error is estimated from the spread between
-            passes: if each batch is one, the estimate does not depend on how the batches are shared among processes.
     """
     check_eps(eps)
     check_momentum(momentum)
-    check_progress(progress)
+    check_progress(pass_options.progress)
     check_flags(GraphError, equalize=equalize, dropout_before_batchnorm=dropout_before_batchnorm)
-    images = 0
-
-    def count(done: int) -> None:
-        nonlocal images
-        images = done
-        if progress:
-            progress(done)
-
     with preserved_random_state():
         peek = peeked(model, batches, "insert_batchnorm")
         trace = peek.trace_of(model)
-        found = layers_in(trace, options)
+        found = layers_in(trace, site_options)
         sites = [layer.site for layer in found if layer.site is not None]
-        moments = calibrate_sites(
-            model,
-            sites,
-            peek.batches,
-            device=device,
-            autocast=autocast,
-            tolerance=tolerance,
-            progress=count,
-            join_batches=join_batches,
-        )
+        images, moments = calibrate_sites(model, sites, peek.batches, pass_options)
     edges = edges_in(trace, sites) if equalize else []
     anchors = {site.anchor for site in sites}
     dropouts, functions = dropouts_upstream(trace, anchors), dropout_functions_upstream(trace, anchors)
-    result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-    fault = fault_of(model, result, peek.first, _by_anchor(sites, norms)) if sites else None
+
+    def inserted(sites: Sequence[Site]) -> tuple[AnyModule, dict[str, nn.Module], Fault | None]:
+        result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
+        by_anchor = {site.anchor: norms[site.name] for site in sites}
+        return result, norms, fault_of(model, result, peek.first, by_anchor) if sites else None
+
+    result, norms, fault = inserted(sites)
     # A forward may refer to children of a Sequential by number, as in `self.features[2].weight`, or hold them in a
     # list: then they keep their numbers.
     if fault and any(site.in_sequence for site in sites):
         sites = [replace(site, in_sequence=False) for site in sites]
-        result, norms = _with_norms(model, sites, moments, edges, eps=eps, momentum=momentum)
-        fault = fault_of(model, result, peek.first, _by_anchor(sites, norms))
+        result, norms, fault = inserted(sites)
         by_name = {site.name: site for site in sites}
         found = [replace(layer, site=by_name.get(layer.name)) for layer in found]
-    message = ""
-    if fault:
-        message = (
-            f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward accesses layers "
-            "other than by calling them (by index, attribute or list); skip those layers (skip), or change it to only "
-            "call them"
-        )
-        if not fault.runs:
-            raise GraphError(message)
+    message = _fault_text(model, fault) if fault else ""
+    if fault and not fault.runs:
+        raise GraphError(message)
     on_one_image = error_on_one_image(model, result, peek.first) if sites and not fault else ""
     # An insertion renumbers the children of an nn.Sequential, but keeps their order.
     renamed = dict(zip(_dropouts(model), _dropouts(result).items(), strict=True))
@@ -227,18 +196,21 @@ def insert_with(
         moments,
         norms,
         tuple(edges),
-        images=sum(Ranks.current().gathered(images)),
+        images=images,
         dropouts_before_batchnorm={renamed[name][0]: name for name in dropouts},
         dropout_functions=_dropout_functions_text(model, functions, peek.first or peek.example),
         nothing="" if sites else reasons_without_sites(found, trace),
         fault=message,
-        others=layers_of_other_classes(trace, options) if sites else "",
+        others=layers_of_other_classes(trace, site_options) if sites else "",
         one_image=_one_image_text(model, on_one_image) if on_one_image else "",
     )
 
 
-def _by_anchor(sites: Iterable[Site], norms: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {site.anchor: norms[site.name] for site in sites}
+def _fault_text(model: nn.Module, fault: Fault) -> str:
+    return (
+        f"{type(unwrapped(model)).__name__} with BatchNorm inserted {fault.text}. Its forward accesses layers other "
+        "than by calling them (by index, attribute or list); skip those layers (skip), or change it to only call them"
+    )
 
 
 def _one_image_text(model: nn.Module, error: str) -> str:
@@ -279,7 +251,7 @@ def insert_batchnorm(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     tolerance: float | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> AnyModule:
     """Return a copy of the model with BatchNorm after its conv and dense layers and unchanged outputs in eval mode.
 
@@ -416,11 +388,10 @@ def _dropouts(model: nn.Module) -> dict[str, _DropoutNd]:
 
 def _norm_for(model: nn.Module, site: Site, moments: Moments, eps: float, momentum: float | None) -> nn.Module:
     layer, container = model.get_submodule(site.name), model.get_submodule(site.name.rpartition(".")[0])
-    weight = reference_tensor(layer)  # not always a parameter: it may be a buffer
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = batchnorm_dtype(layer)
     try:
         norm = identity_batchnorm(moments, site.dims, eps=eps, momentum=momentum, dtype=dtype)
     except CalibrationError as error:
         raise CalibrationError(f"{site.kind} layer {site.name}: {error}") from None
     # A layer that was built in a forward pass is in train mode, whatever the mode of the model.
-    return norm.to(weight.device).train(layer.training and container.training)
+    return norm.to(reference_tensor(layer).device).train(layer.training and container.training)

@@ -169,7 +169,7 @@ def _check_classes(classes: int) -> None:
 
 
 def _check_whole(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):  # one of NumPy cannot be stored in a checkpoint
+    if isinstance(value, bool) or not isinstance(value, int):  # a NumPy integer cannot be stored in a checkpoint
         raise TrainingError(f"{what} is {value!r:.40}, not a whole number (int)")
 
 

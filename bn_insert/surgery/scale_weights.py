@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .fold_weights import broadcast_channels, groups_of, parameters_of
 
-_WEIGHTS_AT_A_TIME = 1 << 22  # the first dense layer of a VGG16 has a hundred million
+_WEIGHTS_AT_A_TIME = 1 << 22  # the first dense layer of a VGG16 has a hundred million weights
 
 
 def number_of_inputs(layer: nn.Module) -> int:

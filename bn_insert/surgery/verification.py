@@ -58,7 +58,7 @@ def fault_of(
     return next(filter(None, faults), None)
 
 
-def runs_on(model: nn.Module, batch: Inputs) -> bool:
+def can_run(model: nn.Module, batch: Inputs) -> bool:
     """Return whether a model runs on the first images of a batch."""
     with preserved_random_state(), torch.no_grad(), unchanged_attributes(unwrapped(model)), suppress(Exception):
         batch.rows(0, _CHECKED_ROWS).run(working_copy(model))
@@ -128,13 +128,13 @@ def fault_here(
         tolerance = max(largest or _LARGEST_DIFFERENCE, _ROUNDINGS * rounding)
         if not _same_outputs(expected, actual, tolerance) and _repeats(model, part, expected, rounding):
             return Fault("returns different outputs than without", runs=True)
-        # Of a class with a `__call__` of its own, no calls are seen.
+        # Calls of a class with its own `__call__` are not seen.
         skipped = [norm for anchor, norm in norm_of.items() if 0 < called[anchor] != norms_called[norm]]
         if skipped:
             return Fault(f"does not call {listed(skipped, _NAMES_SHOWN)} whenever it calls the layer", runs=True)
         if any(tensor.is_floating_point() for tensor in tensors_of(expected)):
             break
-        # Of two images, the classes alone may stay the same.
+        # For two images, the classes may be the same by chance.
     return None
 
 

@@ -18,7 +18,7 @@ from ..batchnorm.modes import needs_several_values
 from ..compare.evaluation import outcomes_of
 from ..errors import TrainingError
 from ..graph.copies import check_module, unwrapped, working_copy
-from ..statistics.passes import Progress
+from ..statistics.pass_options import ProgressCallback
 from ..support.arguments import check_progress
 from ..support.processes import Ranks, on_every_rank
 from ..surgery.replace_output import output_layer
@@ -35,7 +35,7 @@ def fit_output(
     *,
     example: Any = None,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> bool:
     """Fit a dense output layer, in place, to the features that the network computes in training.
 
@@ -101,7 +101,7 @@ def fit_layer(
     validation: Iterable[Any],
     *,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> str:
     """Fit the output layer of this name, as `fit_output` does; return why it was not fitted, empty if it was.
 
@@ -178,7 +178,7 @@ def _features(
     batches: Iterable[Any],
     *,
     autocast: torch.dtype | None,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     before: int = 0,
 ) -> tuple[_Examples, int]:
     """Return the examples of all ranks, and the number of this rank's images so far.

@@ -10,6 +10,7 @@ from torch import nn
 from ..batchnorm.modes import uses_batch_statistics
 from ..errors import DivergenceError
 from ..images.class_folders import LabelledBatch
+from ..statistics.pass_options import PassOptions
 from ..statistics.passes import NotFiniteError
 from ..statistics.recalibrate import reestimate
 from .classifier import Classifier
@@ -46,16 +47,9 @@ def reestimate_statistics(classifier: Classifier, batches: Iterable[LabelledBatc
     if not names:
         return
     inputs = (images for images, _ in classifier.each_input(batches))
-    autocast = torch.bfloat16 if classifier.amp else None
+    options = PassOptions(autocast=torch.bfloat16 if classifier.amp else None, progress=lambda _images: stop.check())
     try:
-        result = reestimate(
-            network,
-            inputs,
-            names=names,
-            autocast=autocast,
-            progress=lambda _images: stop.check(),
-            function="finetune",
-        ).model
+        result = reestimate(network, inputs, options, names=names, function="finetune").model
     except NotFiniteError as error:
         raise DivergenceError(f"the running statistics could not be estimated: {error}") from error
     with torch.no_grad():

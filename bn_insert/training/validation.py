@@ -10,7 +10,7 @@ from ..compare.evaluation import Outcomes, outcomes_of
 from ..graph.copies import working_copy
 from ..images.batch_interface import sample
 from ..images.class_folders import ClassFolders
-from ..statistics.passes import Progress
+from ..statistics.pass_options import ProgressCallback
 from ..support.processes import Ranks
 from .classifier import Classifier
 from .stopping import StopCheck
@@ -30,7 +30,7 @@ def validate(
     ranks: Ranks,
     stop: StopCheck,
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Outcomes:
     """Run a network in eval mode on all validation images that can be read; every image counts once.
 

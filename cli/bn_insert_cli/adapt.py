@@ -16,34 +16,23 @@ from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
-from .inputs import (
-    ImageOptions,
-    is_tensor_file,
-    layer_kinds,
-    note_unreadable,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-    print_assumptions,
-    print_preprocessing,
-    shape_to_store,
-    share_of,
-)
+from .inputs import note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
 from .interruption import signals
+from .named_checkpoints import print_assumptions
+from .option_values import ImageOptions, layer_kinds, open_device
 from .output_checks import (
-    CHECK_FAILED,
     CHECK_IMAGES,
-    allowed,
     check_files,
     compare_on_devices,
+    exit_if_different,
     note_calibration,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
-    warn_of_random_outputs,
     warn_of_untied,
     write_checkpoint,
 )
+from .preprocessing import is_tensor_file, print_preprocessing
 from .tables import accuracy_table, comparison_table, shift_table
 
 if TYPE_CHECKING:
@@ -202,10 +191,7 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
         }
         with saying_what_is_written(output if accepted else None):
             _write_report(report, facts | findings, checkpoint, output if accepted else None, force=force)
-    warn_of_random_outputs(comparisons.values(), network, checkpoint, target.head(CHECK_IMAGES), atol=atol, rtol=rtol)
-    if not accepted:
-        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
-        raise typer.Exit(CHECK_FAILED)
+    exit_if_different(comparisons.values(), network, checkpoint, target.head(CHECK_IMAGES), atol=atol, rtol=rtol)
     _warn_of_other_architecture(adaptation, output)
     kept = f", with {counted(len(adaptation.shifts), 'BatchNorm layer')}" if not adaptation.folded else ""
     done = f"adapted to {counted(adaptation.target_images, 'image')}" if adaptation.changed else "nothing was adapted"

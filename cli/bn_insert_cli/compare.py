@@ -12,19 +12,11 @@ from bn_insert.errors import CheckpointError, UnneededKeyError
 
 from . import shared_options as opt
 from .console import image_progress, print_json, print_result, print_table
-from .inputs import (
-    ImageOptions,
-    Opened,
-    check_checkpoint,
-    is_torchvision_name,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-    print_assumptions,
-    print_preprocessing,
-    read_named_checkpoint,
-)
+from .inputs import Opened, open_calibration, open_checkpoint
+from .named_checkpoints import check_checkpoint, is_torchvision_name, print_assumptions, read_named_checkpoint
+from .option_values import ImageOptions, open_device
 from .output_checks import CHECK_FAILED, CHECK_IMAGES, allowed, warn_of_random_outputs
+from .preprocessing import print_preprocessing
 from .tables import comparison_table
 
 

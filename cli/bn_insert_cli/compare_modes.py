@@ -10,7 +10,9 @@ import typer
 
 from . import shared_options as opt
 from .console import print_json, print_result, print_table
-from .inputs import ImageOptions, batch_sizes, check_checkpoint, open_calibration, open_checkpoint, open_device
+from .inputs import open_calibration, open_checkpoint
+from .named_checkpoints import check_checkpoint
+from .option_values import ImageOptions, batch_sizes, open_device
 from .tables import agreement_table
 from .train_mode import measure_train_mode
 

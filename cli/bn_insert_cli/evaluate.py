@@ -14,17 +14,12 @@ from bn_insert.support.text import counted, listed
 from . import shared_options as opt
 from .console import image_progress, print_json, print_note, print_result, print_table
 from .input_shapes import image_shape
-from .inputs import (
-    ImageOptions,
-    check_checkpoint,
-    check_one_input,
-    note_unreadable,
-    open_checkpoint,
-    open_device,
-    side_of,
-)
+from .inputs import check_one_input, note_unreadable, open_checkpoint
 from .interruption import signals
+from .named_checkpoints import check_checkpoint
+from .option_values import ImageOptions, open_device
 from .output_checks import CHECK_FAILED
+from .preprocessing import side_of
 from .tables import class_table
 
 _NAMES_SHOWN = 20

@@ -19,18 +19,11 @@ from . import shared_options as opt
 from .console import print_error, print_note, print_warning
 from .finetune_display import FinetuneDisplay, warn_of_classes_not_validated
 from .input_shapes import image_shape
-from .inputs import (
-    ImageOptions,
-    check_checkpoint,
-    check_one_input,
-    in_order_of_outputs,
-    note_unreadable,
-    open_checkpoint,
-    open_device,
-    side_of,
-    warn_of_other_normalization,
-)
+from .inputs import check_one_input, in_order_of_outputs, note_unreadable, open_checkpoint, warn_of_other_normalization
 from .interruption import StopRequest, signals, stop_on_signals
+from .named_checkpoints import check_checkpoint
+from .option_values import ImageOptions, open_device
+from .preprocessing import side_of
 
 if TYPE_CHECKING:
     from bn_insert.images import ClassFolders, Unreadable

@@ -12,26 +12,18 @@ from bn_insert.support.text import counted
 from . import shared_options as opt
 from .console import print_note, print_result, print_table, print_warning
 from .input_shapes import input_shape
-from .inputs import (
-    ImageOptions,
-    check_one_input,
-    open_calibration,
-    open_checkpoint,
-    shape_to_store,
-    side_of,
-    transform_to_store,
-)
+from .inputs import check_one_input, open_calibration, open_checkpoint, shape_to_store
 from .interruption import signals
+from .option_values import ImageOptions
 from .output_checks import (
-    CHECK_FAILED,
     CHECK_IMAGES,
     CHECK_VOLUMES,
-    allowed,
     check_files,
-    warn_of_random_outputs,
+    exit_if_different,
     warn_of_untied,
     write_checkpoint,
 )
+from .preprocessing import side_of, transform_to_store
 from .tables import comparison_table
 
 if TYPE_CHECKING:
@@ -118,10 +110,7 @@ def fold(  # noqa: PLR0917 - options are keyword-only on the command line
         print_note(f"No images given: the result is checked on {len(inputs[0])} random inputs of {shown}.")
     comparison = compare_outputs(network, result.model, inputs)
     print_table(comparison_table({"cpu": comparison}))
-    warn_of_random_outputs([comparison], network, checkpoint, inputs[:1], atol=atol, rtol=rtol)
-    if not comparison.within(atol, rtol):
-        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
-        raise typer.Exit(CHECK_FAILED)
+    exit_if_different([comparison], network, checkpoint, inputs[:1], atol=atol, rtol=rtol)
     write_checkpoint(
         result.model,
         output,
@@ -146,7 +135,7 @@ def _inserted(network: nn.Module, checkpoint: str) -> list[str]:
     from bn_insert import GraphError, inserted_batchnorms  # noqa: PLC0415
 
     names = inserted_batchnorms(network)
-    if names or not any(isinstance(module, _BatchNorm) for module in network.modules()):  # no matter whose
+    if names or not any(isinstance(module, _BatchNorm) for module in network.modules()):  # without any, `fold` says so
         return names
     raise GraphError(
         f"according to its history, {checkpoint} contains no BatchNorm inserted by bn-insert (see bn-insert inspect); "

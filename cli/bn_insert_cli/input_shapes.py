@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 
-_COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, where nothing says it
+_COMMON_SIDES = (224, 32, 28, 64, 84, 96, 112, 128, 256, 299, 16)  # of images, tried in this order
 _FRAMES = 16
 _IMAGE_DIMS = 3  # channels, height and width; volumes have more
-_BATCH_SIZES = (2, 4)  # the axis of an output that has both has the inputs of a batch; even, as some networks need
+_BATCH_SIZES = (2, 4)  # an output axis that has both sizes is the batch axis; even, since some networks need that
 _WITHOUT_CACHES = {"torch", "torchvision", "bn_insert"}  # packages whose modules keep nothing outside of themselves
 
 
@@ -159,7 +159,7 @@ def _candidates(model: nn.Module, sides: Shape) -> Iterator[Shape]:
         likely = (declared[0], min(declared))
         extents = [(side,) * dims for side in sides]
         if dims == 3:
-            # The smallest first, and next to cubes the clips of 16 frames that networks for videos take.
+            # The smallest first; besides cubes, the clips of 16 frames that video networks take.
             extents = sorted({*extents, *((_FRAMES, *extent[1:]) for extent in extents)}, key=prod)
         for extent in extents:
             for channels in dict.fromkeys((3, 1, *likely) if dims == 2 else (*likely, 1, 3)):

@@ -13,36 +13,24 @@ import typer
 from bn_insert.support.text import counted
 
 from . import shared_options as opt
-from .console import image_progress, print_note, print_result, print_table, print_warning
-from .inputs import (
-    ImageOptions,
-    has_more_images,
-    is_tensor_file,
-    layer_kinds,
-    note_unreadable,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-    print_assumptions,
-    print_preprocessing,
-    shape_to_store,
-    share_of,
-)
+from .console import image_progress, print_note, print_table, print_warning
+from .inputs import has_more_images, note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
 from .interruption import signals
+from .named_checkpoints import print_assumptions
+from .option_values import ImageOptions, layer_kinds, open_device
 from .output_checks import (
-    CHECK_FAILED,
     CHECK_IMAGES,
-    allowed,
     check_files,
     compare_on_devices,
+    exit_if_different,
     note_calibration,
     note_recording,
     report_facts,
     saying_what_is_written,
     warn_of_other_layers,
-    warn_of_random_outputs,
     write_checkpoint,
 )
+from .preprocessing import is_tensor_file, print_preprocessing
 from .tables import comparison_table, edge_table, site_table
 from .train_mode import LEAST_BATCHES, REPORT_SECONDS, REPORT_SIZES, TRAIN_MODE_IMAGES, TrainMode, measure_train_mode
 
@@ -205,10 +193,7 @@ def insert(  # noqa: PLR0917 - options are keyword-only on the command line
             _write_report(
                 report, facts, insertion, comparisons, train_images, device=target, started=started, force=force
             )
-    warn_of_random_outputs(comparisons.values(), network, checkpoint, batches.head(CHECK_IMAGES), atol=atol, rtol=rtol)
-    if not accepted:
-        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
-        raise typer.Exit(CHECK_FAILED)
+    exit_if_different(comparisons.values(), network, checkpoint, batches.head(CHECK_IMAGES), atol=atol, rtol=rtol)
     # Printed by the caller: not by the demo, which deletes this file.
     return f"Wrote {output}: {counted(len(insertion.sites), 'BatchNorm layer')} inserted."
 

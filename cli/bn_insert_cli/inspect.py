@@ -14,7 +14,9 @@ from bn_insert.support.text import counted, listed
 from . import shared_options as opt
 from .console import plain, print_json, print_line, print_result, print_table, stdout, table
 from .input_shapes import input_shape
-from .inputs import check_one_input, layer_kinds, print_assumptions, read_named_checkpoint
+from .inputs import check_one_input
+from .named_checkpoints import print_assumptions, read_named_checkpoint
+from .option_values import layer_kinds
 from .output_checks import note_recording
 from .tables import NARROW, keep_whole
 

@@ -11,11 +11,14 @@ from math import ceil, isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from bn_insert.support.text import counted, listed, untied_layers
 
-from .console import print_note, print_warning
-from .inputs import check_checkpoint, is_tensor_file, transform_to_store
+from .console import print_note, print_result, print_warning
 from .interruption import signals
+from .named_checkpoints import check_checkpoint
+from .preprocessing import is_tensor_file, transform_to_store
 from .tables import FEWEST_BATCHES, GOOD_ERROR, as_shown
 
 if TYPE_CHECKING:
@@ -172,6 +175,32 @@ def warn_of_random_outputs(
                 f"the outputs of {name} itself differ between two runs on the same inputs, and not by PyTorch's random "
                 "numbers, which were the same; check what else its forward depends on in eval mode."
             )
+
+
+def exit_if_different(
+    comparisons: Iterable[Comparison],
+    original: nn.Module,
+    name: str,
+    inputs: Iterable[Any],
+    *,
+    atol: float | None,
+    rtol: float | None,
+) -> None:
+    """End a command that has written nothing if outputs differ by more than is allowed.
+
+    Args:
+        comparisons: As for `warn_of_random_outputs`, which is called first.
+        original: As for `warn_of_random_outputs`.
+        name: As for `warn_of_random_outputs`.
+        inputs: As for `warn_of_random_outputs`.
+        atol: --atol.
+        rtol: --rtol.
+    """
+    comparisons = list(comparisons)
+    warn_of_random_outputs(comparisons, original, name, inputs, atol=atol, rtol=rtol)
+    if not all(comparison.within(atol, rtol) for comparison in comparisons):
+        print_result(f"The outputs differ by more than {allowed(atol, rtol)} allows: nothing was written.", good=False)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def write_checkpoint(

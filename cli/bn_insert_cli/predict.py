@@ -12,14 +12,9 @@ from bn_insert.support.text import counted
 
 from . import shared_options as opt
 from .console import image_progress, print_error, print_json, print_line, print_note
-from .inputs import (
-    ImageOptions,
-    check_checkpoint,
-    note_unreadable,
-    open_calibration,
-    open_checkpoint,
-    open_device,
-)
+from .inputs import note_unreadable, open_calibration, open_checkpoint
+from .named_checkpoints import check_checkpoint
+from .option_values import ImageOptions, open_device
 from .output_checks import CHECK_FAILED
 
 

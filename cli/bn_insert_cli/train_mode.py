@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TRAIN_MODE_IMAGES = 64
 REPORT_SIZES = (8, 16, 32)  # around the 32 images that `finetune` uses by default
 REPORT_SECONDS = 60.0  # for both measurements of a report
-LEAST_BATCHES = 2  # fewer say little
+LEAST_BATCHES = 2  # fewer are not conclusive
 
 
 class TrainMode(NamedTuple):

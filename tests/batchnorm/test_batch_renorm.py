@@ -83,10 +83,10 @@ def formula(norm: Any, x: Tensor) -> Tensor:
     return normalized * norm.weight.view(shape) + norm.bias.view(shape)
 
 
-def gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, seed: int = 3) -> list[Tensor]:
+def gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     output = function(x)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     # Squared, so that the gradient is not the same for whatever output.
     return list(torch.autograd.grad((output.square() * weights.to(output)).sum(), [x, *module.parameters()]))
 

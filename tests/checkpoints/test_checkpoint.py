@@ -38,8 +38,8 @@ BOTH_FORMATS = pytest.mark.parametrize("name", ["network.pth", "network.pt", "ne
 StateDict = dict[str, Tensor]
 
 
-def plain_state(spec: Spec = SPEC) -> StateDict:
-    return dict(vgg_of(spec).state_dict())
+def plain_state() -> StateDict:
+    return dict(vgg_of(SPEC).state_dict())
 
 
 def assert_same(actual: nn.Module, expected: nn.Module) -> None:

@@ -16,7 +16,8 @@ import torch
 from bn_insert import CheckpointError, load_checkpoint
 from bn_insert.errors import ImageError
 from bn_insert.images.tensor_batches import tensor_batches
-from bn_insert.support.safe_torch_load import RefusedError, load_torch_file
+from bn_insert.support.file_limits import RefusedError
+from bn_insert.support.safe_torch_load import load_torch_file
 
 MANY = b"\x8a\x08" + struct.pack("<q", 10**12)  # a number of 8 bytes
 STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00zX\x03\x00\x00\x00cpu" + MANY

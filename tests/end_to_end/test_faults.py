@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bn_insert import CalibrationError, calibrate, find_sites, insert_batchnorm
 from bn_insert.checkpoints.save import save_checkpoint
 from bn_insert.images.batch_interface import Batch
-from bn_insert.statistics.passes import checked
+from bn_insert.statistics.passes import checked_batches
 from support.commands import AS_STORED, assert_refused, run
 from support.networks import images, sequential, small_vgg
 
@@ -172,10 +172,10 @@ def test_a_path_is_not_taken_for_batches_and_the_message_says_how_to_read_it(
     batches: Any, unchecked: Callable[..., Any]
 ) -> None:
     with pytest.raises(CalibrationError, match=r"^batches is a path, 'photographs'.* DataLoader.*open_batches\("):
-        unchecked(checked)(batches)
+        unchecked(checked_batches)(batches)
 
 
 @pytest.mark.parametrize(("batches", "what"), [(None, "None"), (3, "an int")])
 def test_what_holds_no_batches_is_not_taken_for_them(batches: Any, what: str, unchecked: Callable[..., Any]) -> None:
     with pytest.raises(CalibrationError, match=f"^batches is {what}, not an iterable of batches; pass a DataLoader"):
-        unchecked(checked)(batches)
+        unchecked(checked_batches)(batches)

@@ -88,13 +88,13 @@ def narrow_vgg(name: str) -> VGG:
     return randomised(vgg.to_empty(device="cpu"))
 
 
-def small_vgg(dropout: float = 0.5, seed: int = 0) -> VGG:
+def small_vgg(dropout: float = 0.5) -> VGG:
     """Return a VGG of torchvision's class and layout for images of 16 x 16, two convs deep and a few channels wide."""
     with torch.device("meta"):
         vgg = VGG(make_layers([8, "M", 12, "M"]), init_weights=False, dropout=dropout)
         vgg.avgpool = nn.AdaptiveAvgPool2d(2)
         _replace_dense(vgg, flat=12 * 2 * 2, widths=(24, 16, 10))
-    return randomised(vgg.to_empty(device="cpu"), seed)
+    return randomised(vgg.to_empty(device="cpu"))
 
 
 def _replace_dense(vgg: VGG, flat: int, widths: tuple[int, ...]) -> None:

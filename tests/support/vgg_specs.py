@@ -60,11 +60,11 @@ def vgg_of(spec: Spec = Spec(), seed: int = 0) -> VGG:
     return vgg.eval()
 
 
-def images_for(spec: Spec = Spec(), count: int = 2) -> Tensor:
+def images_for(spec: Spec = Spec()) -> Tensor:
     """Return images large enough for all poolings of a VGG."""
     pools = sum(conv.pool for conv in spec.convs[:-1]) + 1
     size = 2**pools * 2
-    return torch.rand(count, spec.channels, size, size, generator=torch.Generator().manual_seed(1))
+    return torch.rand(2, spec.channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def _features(spec: Spec) -> list[nn.Module]:

@@ -38,9 +38,9 @@ from support.networks import images, narrow_vgg, randomised, sequential, torchvi
 PLACEMENTS: tuple[Placement, ...] = ("before_activation", "after_activation")
 
 
-def spread(model: nn.Module, decades: float = 3.0, seed: int = 3) -> nn.Module:
+def spread(model: nn.Module, decades: float = 3.0) -> nn.Module:
     """Give the channels of every layer scales between 10**-decades and 10**decades."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -296,14 +296,14 @@ def test_random_stacks_stay_bit_identical_and_fold_back(widths: list[int], activ
     assert torch.equal(fold_batchnorm(result, x)(x), model(x))
 
 
-def balanced(model: nn.Sequential, decades: float = 3.0, seed: int = 3) -> nn.Sequential:
-    """Give the channels between neighbouring convs scales up to 10**decades apart, without blowing up their product."""
-    generator = torch.Generator().manual_seed(seed)
+def balanced(model: nn.Sequential) -> nn.Sequential:
+    """Give the channels between neighboring convs scales up to 10**3 apart, without blowing up their product."""
+    generator = torch.Generator().manual_seed(3)
     convs = [module for module in model if isinstance(module, nn.Conv2d)]
     with torch.no_grad():
         for layer, reader in pairwise(convs):
             assert layer.bias is not None
-            scale = 10 ** (decades * (2 * torch.rand(layer.out_channels, generator=generator) - 1))
+            scale = 10 ** (3.0 * (2 * torch.rand(layer.out_channels, generator=generator) - 1))
             layer.weight.mul_(scale[:, None, None, None])
             layer.bias.mul_(scale)
             reader.weight.div_(scale[None, :, None, None])

@@ -29,6 +29,7 @@ from bn_insert.demo import network_path
 from bn_insert.demo.training import demo_network
 from bn_insert.graph.inputs import Inputs
 from bn_insert.statistics.calibrate import calibrate_sites
+from bn_insert.statistics.pass_options import PassOptions
 from bn_insert.surgery.verification import fault_of
 from support.idioms import DecidesByValues
 from support.networks import (
@@ -782,9 +783,9 @@ def test_an_insertion_has_the_model_and_all_that_was_measured_on_the_way(equaliz
 def test_a_forward_that_depends_on_values_is_calibrated_where_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
 
-    def calibrate_on(*arguments: Any, device: object, **options: Any) -> Any:
-        devices.append(device)
-        return calibrate_sites(*arguments, device=device, **options)
+    def calibrate_on(model: nn.Module, sites: Any, batches: Any, options: PassOptions) -> Any:
+        devices.append(options.device)
+        return calibrate_sites(model, sites, batches, options)
 
     monkeypatch.setattr("bn_insert.surgery.insert.calibrate_sites", calibrate_on)
     insert(DecidesByValues(), [torch.rand(4, 3, 12, 12)])

@@ -78,7 +78,7 @@ def replaced(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
 WRONG = [
     *(("epoch", value) for value in (1e18, 10**18, -1, "1", True, torch.tensor(1), ...)),
     *(("step", value) for value in (10**18, -1, 0, "x", ...)),
