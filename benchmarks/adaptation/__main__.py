@@ -36,8 +36,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from bn_insert import insert, load_checkpoint
+from bn_insert import Insertion, load_checkpoint
+from bn_insert.graph.layers import Kind
+from bn_insert.graph.sites import SiteOptions
+from bn_insert.statistics.pass_options import PassOptions
 from bn_insert.surgery.adapt import adapt_inserted
+from bn_insert.surgery.insert import insert_with
 
 from ..machine import machine
 from ..record import Record
@@ -75,7 +79,7 @@ def main() -> None:
         train, _ = load_part(options.folder, "train")
         val, labels = load_part(options.folder, "val")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SOURCE_IMAGES]
-        insertion = insert(network, preprocess(train[order]).split(BATCH))
+        insertion = inserted_on_source(network, preprocess(train[order]).split(BATCH))
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
         test, pool = order[:TEST_IMAGES], order[TEST_IMAGES : TEST_IMAGES + max(TARGETS)]
         for name, severity in missing:
@@ -99,6 +103,18 @@ def main() -> None:
             print(name, severity, line["original"], line["adapted"], flush=True)
     (options.output / f"{options.name}.md").write_text(report(lines, options.name))
     figure(lines).savefig(options.output / f"{options.name}.png", dpi=150)
+
+
+def inserted_on_source(
+    network: nn.Module,
+    source: Sequence[Tensor],
+    *,
+    layers: Sequence[Kind] = ("conv", "dense"),
+    skip: Sequence[str] = (),
+) -> Insertion[Any]:
+    """Return what `adapt` inserts for batches of the source: one insertion serves several targets."""
+    sites = SiteOptions.checked(layers, include_output=False, skip=skip, placement="before_activation")
+    return insert_with(network, source, sites, PassOptions(spread_by_image=True), eps=1e-5, momentum=0.1)
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from bn_insert.surgery.adapt import adapt_inserted
 from ..machine import machine
 from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
-from .__main__ import BATCH, CLEAN, RESULTS, SOURCE_IMAGES, accuracy
+from .__main__ import BATCH, CLEAN, RESULTS, SOURCE_IMAGES, accuracy, inserted_on_source
 from .corruptions import FOR_CHOOSING, corrupted
 
 CLEAN_DRAWS = 12
@@ -125,7 +125,7 @@ def main() -> None:
         names = [site.name for site in insert(network, source[:1]).sites]
         first = int(layers.removeprefix("first ")) if layers.startswith("first") else len(names)
         kinds: tuple[Kind, ...] = ("conv",) if layers == "conv" else ("conv", "dense")
-        return insert(network, source, layers=kinds, skip=names[first:])
+        return inserted_on_source(network, source, layers=kinds, skip=names[first:])
 
     with torch.autocast("cpu", torch.bfloat16):
         before = {case: accuracy(network, images, labels[test]) for case, images in tests.items()}

@@ -22,13 +22,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from bn_insert import insert, load_checkpoint
+from bn_insert import load_checkpoint
 from bn_insert.surgery.adapt import adapt_inserted
 
 from ..finetuning.images import clothing
 from ..machine import machine
 from ..renorm.cifar_network import preprocess
-from .__main__ import BATCH, SOURCE_IMAGES, accuracy
+from .__main__ import BATCH, SOURCE_IMAGES, accuracy, inserted_on_source
 from .corruptions import SEVERITIES, corrupted
 
 TARGETS = (8, 32, 128, 1000)
@@ -63,7 +63,7 @@ def main() -> None:
     split = clothing(options.folder, 32)
     pool = torch.cat([split.train.pixels, split.validation.pixels])
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
-    insertion = insert(network, preprocess(pool[:SOURCE_IMAGES]).split(BATCH))
+    insertion = inserted_on_source(network, preprocess(pool[:SOURCE_IMAGES]).split(BATCH))
     table = [
         ["photographs", "original", *(f"adapted, {count:,}" for count in TARGETS)],
         ["---", *["---:"] * (len(TARGETS) + 1)],

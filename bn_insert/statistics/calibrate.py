@@ -85,7 +85,7 @@ def calibrate_sites(
     options.check_tolerance()
     if not all(site.calls for site in sites):  # the path through the network depends on the values of a batch
         options = replace(options, join_batches=False)
-    recorder = _PassRecorder(sites)
+    recorder = _PassRecorder(sites, spread_by_image=options.spread_by_image)
 
     def measure() -> tuple[int, Statistics]:
         network = working_copy(model, options.device)
@@ -105,8 +105,8 @@ def calibrate_sites(
 class _PassRecorder(Recorder):
     """A recorder that counts the batches for which each site was called."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        super().__init__()
+    def __init__(self, sites: Sequence[Site], *, spread_by_image: bool) -> None:
+        super().__init__(spread_by_image=spread_by_image)
         self._batches_of = Counter({site.name: 0 for site in sites if site.calls})
 
     def commit(self, batches: int, images: int) -> None:

@@ -25,8 +25,11 @@ class PassOptions:
         tolerance: Stop early, once the statistics are this accurate; see `calibrate`. None for all batches.
         progress: Called after each batch with the number of images so far.
         join_batches: Run several small batches as one where that changes nothing but the time; with a tolerance,
-            batches run one by one. The sampling error is estimated from the spread between passes: if each batch is
-            one, the estimate does not depend on how the batches are shared among processes.
+            batches run one by one. Statistics then depend, by rounding errors, on how batches are shared among
+            processes.
+        spread_by_image: Estimate the sampling error from the spread between images instead of that between batches,
+            which is larger if images of one class follow each other. It takes a little longer. Layers that are called
+            several times for an image are an exception.
     """
 
     device: torch.device | str | None = None
@@ -34,6 +37,7 @@ class PassOptions:
     tolerance: float | None = None
     progress: ProgressCallback | None = None
     join_batches: bool = False
+    spread_by_image: bool = False
 
     def check_tolerance(self) -> None:
         """Raise CalibrationError for a tolerance that no error can be compared with."""

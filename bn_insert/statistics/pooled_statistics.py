@@ -18,8 +18,9 @@ class Statistics:
 
     Attributes:
         pooled: Moments of all values.
-        spread: What `batch_spread` returns for all forward passes.
-        passes: How many forward passes values were recorded in, each of them over one batch or several.
+        spread: What `batch_spread` returns for all forward passes, or `image_spread` for all images.
+        passes: How many forward passes values were recorded in, each of them over one batch or several; of a spread
+            between images, how many images there are.
         calls: How many times values were recorded.
     """
 

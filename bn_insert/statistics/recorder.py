@@ -22,7 +22,7 @@ from .moments import MOST_BY_IMAGE, Moments, merge, moments_by_image, moments_of
 from .pass_options import PassOptions
 from .passes import JoinedBatches, NotFiniteError, NumberedBatch, for_each_batch, under_autocast
 from .pooled_statistics import Statistics, merged_moments
-from .sampling_error import batch_spread
+from .sampling_error import batch_spread, image_spread
 
 _FEWEST_BATCHES = 8  # fewer are not enough to estimate the spread between batches
 _CHANNELS_WITHIN = 0.99
@@ -33,8 +33,16 @@ _PASSES_TO_MERGE = 64
 class Recorder:
     """Pools the moments of the values passed to it, under the name of their place in a model."""
 
-    def __init__(self) -> None:
-        """Start with nothing recorded."""
+    def __init__(self, *, spread_by_image: bool = False) -> None:
+        """Start with nothing recorded.
+
+        Args:
+            spread_by_image: As in `PassOptions`.
+        """
+        self._spread_by_image = spread_by_image
+        self._uncommitted_spreads: defaultdict[str, list[Moments]] = defaultdict(list)
+        self._image_spreads: dict[str, Moments] = {}
+        self._without_image_spread: set[str] = set()
         self._uncommitted: defaultdict[str, list[Moments]] = defaultdict(list)
         self._of_passes: defaultdict[str, list[tuple[Moments, int]]] = defaultdict(list)  # with their batches
         self._moments: dict[str, Moments] = {}  # of all earlier passes
@@ -70,6 +78,8 @@ class Recorder:
             if by_image and few and moments.count:
                 moments = replace(moments, by_image=moments_by_image(plain))
             finite = isfinite(float(moments.m2.sum()))  # then the mean is finite too
+            if self._spread_by_image and finite and moments.count:
+                self._uncommitted_spreads[name].append(image_spread(plain))
         if not finite:
             message = f"the activations of {name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)
@@ -88,13 +98,20 @@ class Recorder:
             self._of_passes[name].append((of_pass, batches))
             if len(self._of_passes[name]) >= _PASSES_TO_MERGE:
                 self._merge_passes(name)
+        for name, spreads in self._uncommitted_spreads.items():
+            spread = merge(spreads)
+            if spread.count != images:  # the layer has several calls or rows for each image, which depend on each other
+                self._without_image_spread.add(name)
+            earlier = self._image_spreads.get(name)
+            self._image_spreads[name] = merge([earlier, spread]) if earlier else spread
         self.batches += batches
         self.images += images
-        self._uncommitted.clear()
+        self.discard()
 
     def discard(self) -> None:
         """Forget what was recorded during a forward pass that will be run again."""
         self._uncommitted.clear()
+        self._uncommitted_spreads.clear()
 
     def pooled(self, name: str) -> Moments:
         """Return the moments of all values at a place so far: here, in the current pass, and elsewhere."""
@@ -164,10 +181,14 @@ class Recorder:
 
     def statistics(self) -> Statistics:
         """Return what was recorded at all places, in host memory."""
+        recorded = self.recorded()
+        by_image = {
+            name: spread for name, spread in self._image_spreads.items() if name not in self._without_image_spread
+        }
         return Statistics(
-            self.recorded(),
-            {name: spread.cpu() for name, spread in self._spreads.items()},
-            Counter(self._passes),
+            recorded,
+            {name: spread.cpu() for name, spread in (self._spreads | by_image).items()},
+            Counter(self._passes | {name: spread.count for name, spread in by_image.items()}),
             Counter(self._calls),
         )
 

@@ -1,14 +1,14 @@
-"""Sampling error of the statistics, estimated from the spread between batches."""
+"""Sampling error of the statistics, estimated from the spread between batches or between images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .moments import GroupMoments, Moments
+from .moments import GroupMoments, Moments, moments_by_image
 
 
 def batch_spread(passes: Sequence[tuple[Moments, int]]) -> Moments:
@@ -28,8 +28,21 @@ def batch_spread(passes: Sequence[tuple[Moments, int]]) -> Moments:
     counts = torch.tensor([moments.count for moments, _ in passes], dtype=torch.float64)
     mean = torch.stack([moments.mean for moments, _ in passes])
     square = torch.stack([moments.m2 for moments, _ in passes]) / counts.to(mean.device)[:, None] + mean.square()
+    return _spread(mean, square, torch.tensor([batches for _, batches in passes], dtype=torch.float64))
+
+
+def image_spread(values: Float[Tensor, "batch channels *positions"]) -> Moments:
+    """Return what `batch_spread` returns for batches of one image each, whose order then does not matter."""
+    images = moments_by_image(values)
+    return _spread(images.means, images.variances + images.means.square(), 1)
+
+
+def _spread(
+    mean: Float64[Tensor, "groups channels"],
+    square: Float64[Tensor, "groups channels"],
+    batches: int | Float64[Tensor, " groups"],
+) -> Moments:
     numbers = torch.cat([mean, square, mean + square], 1)
-    batches = torch.tensor([batches for _, batches in passes], dtype=torch.float64)
     return GroupMoments(batches, numbers, torch.zeros_like(numbers)).pooled()
 
 

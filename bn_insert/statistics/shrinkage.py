@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float, Float64
@@ -12,6 +13,8 @@ from .moments import GroupMoments
 
 # Of two variances of one channel: a channel that is constant on the few images need not be so on others.
 _SMALLEST_RATIO = 1e-6
+# Fewer do not show how much images differ.
+_FEWEST_IMAGES = 8
 # How steeply the part of a shift that is taken grows where the shift exceeds chance.
 POWER = 4
 
@@ -25,11 +28,13 @@ class Prior:
         var: Variance of each channel.
         image_variance: Variance, between images, of the mean and the standard deviation of one image (the larger of the
             two), for each channel and relative to `var`.
+        images: Number of images that mean and variance were measured on; infinite where they count as exact.
     """
 
     mean: Float[Tensor, " channels"]
     var: Float[Tensor, " channels"]
     image_variance: Float64[Tensor, " channels"]
+    images: int | float
 
     @classmethod
     def of(
@@ -38,19 +43,20 @@ class Prior:
         var: Float[Tensor, " channels"],
         *,
         standard_error: Float64[Tensor, " channels"] | None = None,
-        images: int = 1,
+        images: int | float = inf,
     ) -> Prior:
         """Return a prior whose variance between images follows from the standard error of its statistics.
 
         Args:
             mean: Mean of each channel.
             var: Variance of each channel.
-            standard_error: As in `Moments`. Where it is None, the variance between images is taken as 1, which that of
-                the images' means cannot exceed.
-            images: Number of images that the statistics were measured on.
+            standard_error: As in `Moments`. Where it is None, or of fewer than 8 images, the variance between images is
+                taken as 1, which that of the images' means cannot exceed.
+            images: As in the attributes.
         """
-        known = torch.ones(len(mean), dtype=torch.float64) if standard_error is None else standard_error
-        return cls(mean, var, known.square() * (1 if standard_error is None else images))
+        if standard_error is None or images < _FEWEST_IMAGES:
+            return cls(mean, var, torch.ones(len(mean), dtype=torch.float64), images)
+        return cls(mean, var, standard_error.square() * images, images)
 
     def shrunk(
         self,
@@ -64,7 +70,8 @@ class Prior:
         Means and logarithms of standard deviations are each moved by one factor for the whole layer. Let D be the sum,
         over the channels, of the squared differences from the prior (those of the means in units of its standard
         deviations), and E the value expected of D for images like those of the prior. The difference is multiplied by
-        1 - (c E / D)^POWER, but at least by 0; c is that of `caution`.
+        1 - ((c E + S) / D)^POWER, but at least by 0; c is that of `caution`, and S the value expected of D for the
+        sampling error of the prior.
 
         D is the smallest that is left when any one of the images is left out: a single outlier, which can make it
         ten times its expectation, is not a shift.
@@ -88,8 +95,8 @@ class Prior:
         others = None
         if by_image is not None and 1 < images == len(by_image.means):
             others = by_image.without_each()
-        spread = float(self.image_variance.to(mean)[varying].sum()) / images
-        by_chance = caution(images, leave_one_out=others is not None) * spread
+        spread = float(self.image_variance.to(mean)[varying].sum())
+        by_chance = spread * (caution(images, leave_one_out=others is not None) / images + 1 / self.images)
         if others is not None:
             means = torch.cat([means, others.means])
             # One or two values, after a dense layer, do not show any difference of variances.

@@ -183,7 +183,7 @@ def adapt(
             model,
             source,
             SiteOptions.checked(layers, include_output, skip, placement),
-            replace(options, progress=count_source),
+            replace(options, progress=count_source, spread_by_image=True),
             eps=eps,
             momentum=momentum,
         )

@@ -1,4 +1,5 @@
-from math import exp, log, sqrt
+from dataclasses import replace
+from math import exp, inf, log, sqrt
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from bn_insert.statistics.moments import moments_by_image, moments_of
 from bn_insert.statistics.shrinkage import Prior
 
 CHANNELS = 400
+SOURCE_IMAGES = 10_000
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -17,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def prior() -> Prior:
     """Return the statistics of channels whose values differ between images alone."""
     mean, var = random(CHANNELS, seed=1), random(CHANNELS, seed=2).exp()
-    return Prior.of(mean, var, standard_error=torch.full_like(mean, 0.01), images=10_000)
+    return Prior.of(mean, var, standard_error=torch.full_like(mean, 0.01), images=SOURCE_IMAGES)
 
 
 def test_images_like_those_of_the_prior_leave_it_as_it_is_or_almost() -> None:
@@ -34,7 +36,7 @@ def test_nothing_of_a_shift_below_the_threshold_is_taken_and_nearly_all_far_abov
     times_threshold: float, share: float
 ) -> None:
     known, images = prior(), 16
-    shift = sqrt(times_threshold * (1.75 + 16 / images) / images)
+    shift = sqrt(times_threshold * ((1.75 + 16 / images) / images + 1 / SOURCE_IMAGES))
     mean, var = known.shrunk(known.mean + shift * known.var.sqrt(), known.var * exp(2 * shift), images)
     torch.testing.assert_close((mean - known.mean) / known.var.sqrt(), torch.full_like(mean, share * shift))
     torch.testing.assert_close((var / known.var).log() / 2, torch.full_like(var, share * shift))
@@ -45,7 +47,7 @@ def test_it_is_the_formula_in_float64_channel_by_channel() -> None:
     known = Prior.of(prior().mean, prior().var, standard_error=error, images=1000)
     mean, var = known.mean + random(CHANNELS, seed=4) / 5.3, known.var * (random(CHANNELS, seed=5) / 2).exp()
     channels = list(zip(known.mean.tolist(), known.var.tolist(), mean.tolist(), var.tolist(), strict=True))
-    threshold = (1.75 + 16 / 32) * sum(1000 * each**2 / 32 for each in error.tolist())
+    threshold = ((1.75 + 16 / 32) * 1000 / 32 + 1) * sum(each**2 for each in error.tolist())
     of_mean = 1 - (threshold / sum((m - k) ** 2 / v for k, v, m, _ in channels)) ** 4
     of_std = 1 - (threshold / sum((log(w / v) / 2) ** 2 for _, v, _, w in channels)) ** 4
     assert min(of_mean, of_std) > 0.1
@@ -53,6 +55,20 @@ def test_it_is_the_formula_in_float64_channel_by_channel() -> None:
     found = known.shrunk(mean, var, 32)
     torch.testing.assert_close(found[0].tolist(), [k + of_mean * (m - k) for k, _, m, _ in channels])
     torch.testing.assert_close(found[1].tolist(), [exp(log(v) + of_std * log(w / v)) for _, v, _, w in channels])
+
+
+def test_many_images_do_not_take_what_the_few_of_the_prior_may_differ_by_chance() -> None:
+    # By a little less than the standard error of 64 images.
+    few, x = replace(prior(), images=64), random(5000, CHANNELS, seed=9)
+    known = replace(
+        few, mean=few.mean + 0.1 * few.var.sqrt() * random(CHANNELS, seed=10)
+    )  # by less than a standard error
+    values = few.mean + few.var.sqrt() * x
+    mean, var = known.shrunk(values.mean(0), values.var(0), len(x))
+    assert torch.equal(mean, known.mean)
+    torch.testing.assert_close(var, known.var)
+    exact = replace(known, images=inf).shrunk(values.mean(0), values.var(0), len(x))
+    torch.testing.assert_close(exact[0], values.mean(0), rtol=0, atol=0.01)
 
 
 def test_a_shift_far_beyond_chance_is_taken_whole() -> None:
@@ -71,8 +87,10 @@ def test_the_more_images_the_closer_to_what_was_measured() -> None:
     assert found[-1] < 1e-3 * found[0]
 
 
-def test_without_a_standard_error_images_may_differ_by_a_whole_standard_deviation() -> None:
+def test_without_a_standard_error_or_with_a_few_images_they_may_differ_by_a_whole_standard_deviation() -> None:
     assert Prior.of(torch.zeros(3), torch.ones(3)).image_variance.tolist() == [1.0, 1.0, 1.0]
+    few = Prior.of(torch.zeros(3), torch.ones(3), standard_error=torch.zeros(3).double(), images=7)
+    assert few.image_variance.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_channel_that_the_prior_has_as_constant_takes_what_was_measured() -> None:
@@ -144,7 +162,7 @@ def test_a_shift_of_all_images_is_taken_as_without_knowing_each() -> None:
 @pytest.mark.parametrize(("times_threshold", "share"), [(0.99, 0.0), (1.01, 1 - 1.01**-4)])
 def test_where_single_images_are_known_the_threshold_is_lower(times_threshold: float, share: float) -> None:
     known, images = prior(), 16
-    shift = sqrt(times_threshold * (1.75 + 10 / images) / images)
+    shift = sqrt(times_threshold * ((1.75 + 10 / images) / images + 1 / SOURCE_IMAGES))
     values = (known.mean + shift * known.var.sqrt()).expand(images, CHANNELS)[..., None] + 0 * random(1, 1, 10)
     mean, _ = known.shrunk(values[0, :, 0], known.var, images, moments_by_image(values))
     torch.testing.assert_close((mean - known.mean) / known.var.sqrt(), torch.full_like(mean, share * shift))

@@ -66,6 +66,16 @@ def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them()
     assert accuracy(unchanged, x, y) > accuracy(model, x, y) - 0.01
 
 
+@pytest.mark.parametrize("batch", [32, 120])
+def test_a_source_in_the_order_of_its_classes_or_in_one_batch_is_as_good_as_a_shuffled_one(batch: int) -> None:
+    model, x, y, dark, order = digits_of_low_contrast()
+    shuffled, sorted_ = (adapt(model, source.split(batch), dark[order[:8]].split(8)) for source in (x[order], x))
+    assert accuracy(shuffled.model, dark, y) > 0.78
+    assert accuracy(sorted_.model, dark, y) == accuracy(shuffled.model, dark, y)
+    errors = [adaptation.insertion.moments["features.0"].standard_error for adaptation in (shuffled, sorted_)]
+    torch.testing.assert_close(errors[0], errors[1])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_small_batches_adapt_as_well_as_large_ones(batch: int) -> None:
     model, x, y, dark, order = digits_of_low_contrast()
