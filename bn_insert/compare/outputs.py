@@ -41,7 +41,12 @@ class Comparison:
     random: bool = False
 
     def within(self, atol: float | None = None, rtol: float | None = None) -> bool:
-        """Return whether max_abs and max_rel are within these bounds; None means no bound."""
+        """Return whether no difference is larger than is allowed.
+
+        Args:
+            atol: Bound on `max_abs`; None for no bound.
+            rtol: Bound on `max_rel`; None for no bound.
+        """
         return (atol is None or self.max_abs <= atol) and (rtol is None or self.max_rel <= rtol)
 
 
@@ -93,6 +98,9 @@ def finite_part(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the part of a model whose parameters are finite, and a remark for the user.
 
     torchvision has VGG16 weights with a NaN classifier, which are meant for their features (IMAGENET1K_FEATURES).
+
+    Args:
+        model: Any network; it is not changed.
 
     Returns:
         For a VGG whose classifier contains NaN or Inf, everything before it, with a remark that says so; for any other

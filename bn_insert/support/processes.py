@@ -88,6 +88,9 @@ class Ranks:
         Through the group's key-value store, not by a collective: one would pair with whatever collective the other
         ranks run instead, such as that of DistributedDataParallel, or wait for the group's own timeout.
 
+        Args:
+            function: Name of the function, the same on all ranks, for messages too.
+
         Raises:
             CalibrationError: If some ranks have not called it by then.
         """
