@@ -199,11 +199,12 @@ def _filled(
     """Load the tensors of a checkpoint into the network, in place and strictly.
 
     The changes in the checkpoint's history are replayed first, unless the network already has its keys and shapes.
-    Returns the network, the changes made, the prefix removed from the keys, and the keys that are not in the network.
+    Returns the network, the changes made (or only its adaptations, if none had to be), the prefix removed from the
+    keys, and the keys that are not in the network.
     """
     device, described = reference_tensor(network).device, type(network).__name__
-    changes: tuple[Change, ...] = ()
     history = checkpoint.settings.history if checkpoint.settings else History()
+    changes: tuple[Change, ...] = history.adaptations
     stripped = partial(without_prefix, checkpoint.tensors, others=ignore_unexpected, key=checkpoint.key)
     prefix, named = stripped(network.state_dict())
     if history.changes and (not _has_all_of(network, named) or (history.unties and _differing(network, named))):

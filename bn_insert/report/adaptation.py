@@ -17,8 +17,10 @@ _HARDLY = 0.1  # standard deviations, and relative difference of standard deviat
 _MORE_CERTAIN = 0.05  # of the entropy of a guess: by so much lower than on source images
 _LITTLE = 0.01  # of the entropy of a guess: the entropies of two sets of certain predictions differ by less
 _FEW_IMAGES = 8  # whose predictions say nothing about others
+_MANY_IMAGES = 200  # more of them hardly change the statistics
 _MORE_CLASSES = 1.5  # times as many as before
 _MOSTLY = 0.9  # of the predictions
+_RIGHT = "source, target and preprocessing are right (see above)"
 _HARDLY_ABOVE_GUESSING = 1.5  # times the accuracy of a guess
 # Of the entropy of a guess among all classes.
 _UNDECIDED = 0.5
@@ -34,6 +36,7 @@ def adaptation_report(
     source_entropy: float | None = None,
     target_images: int = 0,
     changed: bool = True,
+    adapted_before: str = "",
 ) -> dict[str, Any]:
     """Return the findings of an adaptation as one JSON-ready dictionary.
 
@@ -49,6 +52,7 @@ def adaptation_report(
         source_entropy: Mean entropy of the original's predictions on source images, in nats; None if it is not known.
         target_images: Number of images that the network was adapted to, if the predictions may be on fewer of them.
         changed: Whether any statistics were changed; if not, the network is the original.
+        adapted_before: As in `Adaptation`.
     """
     predictions = {name: _finite(value) for name, value in predictions.items()} | {"entropy_source": source_entropy}
     per_class = [dict(each) for each in predictions["per_class"]]
@@ -63,7 +67,8 @@ def adaptation_report(
         "changed": changed,
         "versions": versions(),
     }
-    return data | {"verdicts": [verdict._asdict() for verdict in _verdicts(data, target_images, changed=changed)]}
+    found = _verdicts(data, target_images, changed=changed, adapted_before=adapted_before)
+    return data | {"verdicts": [verdict._asdict() for verdict in found]}
 
 
 def _finite(value: Any) -> Any:
@@ -71,16 +76,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _verdicts(data: Mapping[str, Any], target_images: int, *, changed: bool) -> list[Verdict]:
+def _verdicts(data: Mapping[str, Any], target_images: int, *, changed: bool, adapted_before: str) -> list[Verdict]:
     shifts, predictions = data["shifts"], data["predictions"]
     found = [_moved(shifts) if changed else _unchanged(shifts, target_images)]
+    doubts = [Verdict("check", "Source", f"{adapted_before[0].upper()}{adapted_before[1:]}.")] if adapted_before else []
     if predictions["classes"]:
         found.append(_certainty(predictions, target_images))
-        found += _swapped(predictions)
+        doubts += _swapped(predictions)
+        found += doubts
         if predictions["per_class"]:
-            found.append(_accuracy(predictions["per_class"], predictions["classes"], changed=changed))
+            found.append(_accuracy(predictions, target_images, changed=changed, doubtful=bool(doubts)))
         elif changed:
-            found.append(_unmeasured(shifts, predictions))
+            found.append(_unmeasured(shifts, predictions, doubtful=bool(doubts)))
+    else:
+        found += doubts
     return found
 
 
@@ -110,7 +119,8 @@ def _unchanged(shifts: Sequence[Mapping[str, Any]], target_images: int) -> Verdi
     text = (
         f"Nothing was adapted: the means of a layer differ by {farthest['mean_size']:.2g} standard deviations "
         f"({farthest['layer']}), which may be due to chance{' or to one unusual image' * several} with "
-        f"{counted(target_images, 'target image')}. Use more"
+        f"{counted(target_images, 'target image')}. If the target is of the kind that the network knows, there is "
+        "nothing to gain; if not, use more images"
     )
     if several:  # one alone has no variance after dense layers
         text += f", or {as_passed('shrink', False, '--no-shrink')} to take their statistics as they are"
@@ -164,7 +174,8 @@ def _swapped(predictions: Mapping[str, Any]) -> list[Verdict]:
     text = (
         f"The original is more certain on target images than on source images (mean entropy {before:.2g} and "
         f"{source:.2g} nats). The source should be images of the kind that it was trained on, the target images of the "
-        "new kind: check that the two are not swapped."
+        f"new kind: check that the two are not swapped. Another possible cause is {_preprocessing()}: check that it is "
+        "that of the training."
     )
     return [Verdict("check", "Source and target", text)]
 
@@ -182,7 +193,7 @@ def _spreads(predictions: Mapping[str, Any]) -> bool:
     return before is not None and after is not None and after > _MORE_CLASSES * before
 
 
-def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any]) -> Verdict:
+def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, Any], *, doubtful: bool) -> Verdict:
     """Return whether the adapted network is probably better, as far as that can be known without labels."""
     before, after = predictions["entropy_before"], predictions["entropy_after"]
     because = f"because the entropy {_went(before, after)} nats"
@@ -216,8 +227,10 @@ def _unmeasured(shifts: Sequence[Mapping[str, Any]], predictions: Mapping[str, A
         option="run bn-insert evaluate with the original and the adapted checkpoint on some target images, in one "
         "folder for each of the network's classes",
     )
+    if good and doubtful:
+        guess += f"; provided that {_RIGHT}"
     text = f"Not measured; {guess}. Only labels can tell: {labels}."
-    return Verdict("open" if good else "check", "Accuracy", text)
+    return Verdict("open" if good and not doubtful else "check", "Accuracy", text)
 
 
 def _went(before: float, after: float) -> str:
@@ -235,7 +248,8 @@ def total(per_class: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": images, **accuracies}
 
 
-def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int, *, changed: bool) -> Verdict:
+def _accuracy(predictions: Mapping[str, Any], target_images: int, *, changed: bool, doubtful: bool) -> Verdict:
+    per_class, classes = predictions["per_class"], predictions["classes"]
     images, before, after = total(per_class).values()
     text = f"{before:.1%} before and {after:.1%} after, on {counted(images, 'labeled target image')}."
     guess = 1 / classes
@@ -255,12 +269,18 @@ def _accuracy(per_class: Sequence[Mapping[str, Any]], classes: int, *, changed: 
         return Verdict("open", "Accuracy", text)
     if images < _FEW_IMAGES:
         return Verdict("open", "Accuracy", f"{text} So few cannot show whether it is better than before.")
-    advice = "use images of all classes" if lacking else "use more target images"
+    advice = ""
+    if doubtful:
+        advice = f", or adapt it again once {_RIGHT}"
+    elif lacking:
+        advice = ", or use images of all classes"
+    elif max(images, target_images) < _MANY_IMAGES:
+        advice = ", or use more target images"
     if after < before - 0.01:
-        text += f" Adapting made it worse: keep the original, or {advice}."
+        text += f" Adapting made it worse: keep the original{advice}."
         return Verdict("bad", "Accuracy", text)
     if after <= before and after < 1:
-        text += f" Adapting did not improve it: keep the original, or {advice}."
+        text += f" Adapting did not improve it: keep the original{advice}."
         return Verdict("check", "Accuracy", text)
     return Verdict("check" if lacking else "good", "Accuracy", text)
 

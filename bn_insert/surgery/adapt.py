@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.identity_parameters import check_momentum
+from ..batchnorm.identity_parameters import check_eps, check_momentum
 from ..errors import CalibrationError, GraphError, as_passed
 from ..graph.copies import AnyModule, check_values, unwrapped
 from ..graph.layers import Kind
@@ -25,13 +26,16 @@ from ..statistics.pass_options import PassOptions, ProgressCallback
 from ..statistics.passes import preserved_random_state
 from ..statistics.recalibrate import reestimate, with_statistics
 from ..statistics.shrinkage import Prior
-from ..support.arguments import check_flags, check_progress
-from ..support.text import counted
+from ..support.arguments import check_dtype, check_flags, check_progress, usable_device
+from ..support.text import counted, listed
 from .example_input import peeked
 from .fold import fold, warn_of_left, warn_of_untied
+from .history import AdaptedStatistics, History
 from .insert import Insertion, insert_with
 
 _EPS, _MOMENTUM = 1e-5, 0.1  # the defaults of the arguments
+_NEARLY_CONSTANT = 0.01  # of the standard deviation on the source: images of one gray left 0 to 0.0002 of a dense layer
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +103,9 @@ class Adaptation(Generic[AnyModule]):
         left: Qualified names, in `with_batchnorm`, of inserted BatchNorms that could not be folded into any layer, and
             stay.
         untied: As in `FoldResult`.
+        target_moments: Moments of the activations on the target, by the names in `shifts`, as measured.
+        adapted_before: What the source must be, because the model had been adapted before; empty if it had not, or if
+            the source was not needed.
     """
 
     model: AnyModule = field(repr=False)
@@ -110,11 +117,27 @@ class Adaptation(Generic[AnyModule]):
     changed: bool = field(repr=False)
     left: tuple[str, ...] = field(default=(), repr=False)
     untied: tuple[str, ...] = field(default=(), repr=False)
+    target_moments: Mapping[str, Moments] = field(default_factory=dict, repr=False)
+    adapted_before: str = field(default="", repr=False)
 
     @property
     def source_images(self) -> int:
         """Number of images of the source, over all processes; 0 without a source."""
         return self.insertion.images if self.insertion else 0
+
+    @property
+    def constant(self) -> str:
+        """What is wrong with a target on which activations hardly vary, although they did on the source; or empty."""
+        names = [shift.layer for shift in self.shifts if shift.std_median < _NEARLY_CONSTANT]
+        if not names or not self.changed:
+            return ""
+        inserted = self.insertion is not None and bool(self.insertion.sites)
+        skip = as_passed("skip", names, " ".join(f"--skip {name}" for name in names))
+        return (
+            f"the activations of {listed(names, _NAMES_SHOWN)} hardly vary on the target images (their standard "
+            f"deviation is below {_NEARLY_CONSTANT:.0%} of that on the source), so that adapting magnifies rounding "
+            f"errors; use images that differ from each other{f', or leave out these layers ({skip})' * inserted}"
+        )
 
 
 def adapt(
@@ -165,6 +188,7 @@ def adapt(
         if progress:
             progress(of_source + images)
 
+    _check_arguments(eps, momentum, options)
     if source is None:
         if with_statistics(model):  # otherwise a source is missing, which is reported below
             _check_nothing_chosen(
@@ -179,14 +203,10 @@ def adapt(
         if not keep_batchnorm:
             _check_no_momentum(momentum)
             source = _checked_to_fold(model, source)
-        insertion = insert_with(
-            model,
-            source,
-            SiteOptions.checked(layers, include_output, skip, placement),
-            replace(options, progress=count_source, spread_by_image=True),
-            eps=eps,
-            momentum=momentum,
-        )
+        site_options = SiteOptions.checked(layers, include_output, skip, placement)
+        source_options = replace(options, progress=count_source, spread_by_image=True)
+        with _naming("source"):
+            insertion = insert_with(model, source, site_options, source_options, eps=eps, momentum=momentum)
     options = replace(options, progress=count_target)
     return adapt_inserted(model, insertion, target, options, keep_batchnorm=keep_batchnorm, shrink=shrink)
 
@@ -226,27 +246,42 @@ def adapt_inserted(
     with preserved_random_state():
         with _naming("target"):
             peek = peeked(inserted, target, "adapt_statistics", most=2)
-        found = reestimate(
-            inserted,
-            peek.batches,
-            options,
-            priors=priors,
-            single_batch=peek.read == 1,
-            function="adapt_statistics",
-        )
-    shifts = tuple(_shift(layer_of.get(name, name), norms[name], moments) for name, moments in found.moments.items())
+        try:
+            found = reestimate(
+                inserted,
+                peek.batches,
+                options,
+                priors=priors,
+                single_batch=peek.read == 1,
+                function="adapt_statistics",
+            )
+        except CalibrationError as error:
+            raise _of_target(error, layer_of, shrink=shrink) from error
+    moments = {layer_of.get(name, name): each for name, each in found.moments.items()}
+    shifts = tuple(_shift(layer_of.get(name, name), norms[name], each) for name, each in found.moments.items())
     changed = any(not _same_statistics(norms[name], norm) for name, norm in with_statistics(found.model).items())
+    if changed:
+        History.of(found.model).with_change(AdaptedStatistics(found.images)).keep_with(unwrapped(found.model))
+    result = Adaptation(
+        found.model,
+        found.model,
+        insertion,
+        (),
+        shifts,
+        found.images,
+        changed,
+        target_moments=moments,
+        adapted_before=_adapted_before(model, insertion),
+    )
     if insertion is None or keep_batchnorm:
-        return Adaptation(found.model, found.model, insertion, (), shifts, found.images, changed)
+        return result
     try:
         # The result is checked on the example: on images rather than on zeros.
         folds = fold(found.model, peek.first or peek.example, names=set(layer_of))
     except GraphError as error:
-        raise _unless_kept(error) from error
+        raise _unless_kept(f"{error}; {result.constant}" if result.constant else error) from error
     left = tuple(name for name in folds.left if name in layer_of)
-    return Adaptation(
-        folds.model, found.model, insertion, folds.folded, shifts, found.images, changed, left, folds.untied
-    )
+    return replace(result, model=folds.model, folded=folds.folded, left=left, untied=folds.untied)
 
 
 def adapt_statistics(
@@ -340,10 +375,12 @@ def adapt_statistics(
         advice = ", or shrink=False to take their statistics as they are" if several else ""
         warnings.warn(
             f"nothing was adapted: with {counted(adaptation.target_images, 'target image')}, the difference from the "
-            f"source is within sampling error{', or due to a single unusual image' * several}; if the images are of "
-            f"another kind, pass more of them{advice}",
+            f"source is within sampling error{', or due to a single unusual image' * several}. If the images are of "
+            f"the kind that the model knows, there is nothing to gain; if of another kind, pass more of them{advice}",
             stacklevel=2,
         )
+    for text in filter(None, (adaptation.adapted_before, adaptation.constant)):
+        warnings.warn(text, stacklevel=2)
     warn_of_left(adaptation.left, stacklevel=2)
     warn_of_untied(adaptation.untied, stacklevel=2)
     return adaptation.model
@@ -375,9 +412,19 @@ def _check_nothing_chosen(
         )
 
 
+def _check_arguments(eps: float, momentum: float | None, options: PassOptions) -> None:
+    """Raise CalibrationError for values that are wrong whatever the batches: later errors name source or target."""
+    check_eps(eps)
+    check_momentum(momentum)
+    options.check_tolerance()
+    if options.device is not None:
+        usable_device(options.device)
+    if options.autocast:
+        check_dtype("autocast", options.autocast)
+
+
 def _check_no_momentum(momentum: float | None) -> None:
     """Raise GraphError for a momentum of BatchNorms that do not stay."""
-    check_momentum(momentum)
     if momentum != _MOMENTUM:
         raise GraphError(
             f"leave out {as_passed('momentum')}, which matters only to BatchNorms that stay: those that are inserted "
@@ -401,6 +448,34 @@ def _naming(argument: str) -> Iterator[None]:
         yield
     except CalibrationError as error:
         raise CalibrationError(f"{as_passed(argument, option=argument.upper())}: {error}") from error
+
+
+def _of_target(error: CalibrationError, layer_of: Mapping[str, str], *, shrink: bool) -> CalibrationError:
+    """Return the error of a pass over the target with the names of the user's layers instead of inserted BatchNorms."""
+
+    def named(found: re.Match[str]) -> str:
+        layer = layer_of.get(found["norm"])
+        what = "the BatchNorm after" if found["what"] == "BatchNorm" else found["what"]
+        return found[0] if layer is None else f"{what} {layer}"
+
+    text = re.sub(r"\b(?P<what>BatchNorm|activations of) (?P<norm>[\w.]*\w)", named, str(error))
+    if "at least two values" in text and not shrink:
+        only = f"adapt only conv layers ({as_passed('layers', 'conv')}), or " if layer_of else ""
+        text += f"; or {only}leave out {as_passed('shrink', False, '--no-shrink')}"
+    return CalibrationError(f"{as_passed('target', option='TARGET')}: {text}")
+
+
+def _adapted_before(model: nn.Module, insertion: Insertion[Any] | None) -> str:
+    """Return what the source must be if a model was adapted before; empty where no statistics of it were used."""
+    earlier = History.of(model).adaptations
+    if not earlier or insertion is None or not insertion.sites:
+        return ""
+    # Training on labeled images changes what the network knows, but is no part of its history.
+    return (
+        f"this network was already {earlier[-1].description}: {as_passed('source', option='SOURCE')} must be images of "
+        "the kind that it was adapted to (or fine-tuned on since then), not of the kind that the original was trained "
+        "on, which would make it worse. To adapt to other images, adapt the original instead"
+    )
 
 
 def _unless_kept(obstacle: object) -> GraphError:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..graph.copies import unwrapped
 from ..graph.layers import layer_kind, outputs_of
 from ..graph.sites import Site
-from ..support.schema import Extent, SchemaError, checked
+from ..support.schema import Count, Extent, SchemaError, checked
 from ..support.text import counted, with_article
 from .splice import marked, marked_modules, splice_after, splice_out, splice_over
 
@@ -37,7 +37,7 @@ WIDEST_HEAD = 1 << 16
 
 
 class _Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A change to the modules of a network, and the schema of the JSON object that describes it."""
+    """A change to a network, mostly to its modules, and the schema of the JSON object that describes it."""
 
 
 class InsertedBatchNorms(_Change, frozen=True, rename={"sites": "insert"}):
@@ -198,7 +198,29 @@ class ReplacedHead(_Change, frozen=True, rename={"layers": "new_head"}):
         splice_over(network, *self.layers, head)
 
 
-Change = InsertedBatchNorms | FoldedBatchNorms | RemovedBatchNorms | ReplacedOutput | ReplacedHead
+class AdaptedStatistics(_Change, frozen=True, rename={"images": "adapt"}):
+    """The statistics of the BatchNorm layers were re-estimated on images of another kind.
+
+    Attributes:
+        images: Number of these images.
+    """
+
+    images: Count
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words."""
+        return f"adapted to {counted(self.images, 'image')}"
+
+    def replay(self, network: nn.Module) -> nn.Module:
+        """Return the network: only values were changed."""
+        return network
+
+    def outline(self, network: nn.Module) -> None:
+        """Leave a network whose layers are placeholders as it is: nothing moves."""
+
+
+Change = InsertedBatchNorms | FoldedBatchNorms | RemovedBatchNorms | ReplacedOutput | ReplacedHead | AdaptedStatistics
 
 _KINDS: dict[str, type[Change]] = {
     "insert": InsertedBatchNorms,
@@ -206,6 +228,7 @@ _KINDS: dict[str, type[Change]] = {
     "remove": RemovedBatchNorms,
     "new_output": ReplacedOutput,
     "new_head": ReplacedHead,
+    "adapt": AdaptedStatistics,
 }
 
 
@@ -261,7 +284,7 @@ class History:
 
     Attributes:
         function: "package.module:function" that builds the original network, or None if the caller named none.
-        changes: Changes to its modules since, in order.
+        changes: Changes since, in order.
     """
 
     function: str | None = None
@@ -286,6 +309,11 @@ class History:
     def unties(self) -> bool:
         """Whether a change gave layers that shared a parameter their own."""
         return any(isinstance(change, FoldedBatchNorms) and change.untied for change in self.changes)
+
+    @property
+    def adaptations(self) -> tuple[AdaptedStatistics, ...]:
+        """The changes that only values show: keys and shapes of a network are the same with and without them."""
+        return tuple(change for change in self.changes if isinstance(change, AdaptedStatistics))
 
     def with_change(self, change: Change) -> History:
         """Return the history with one more change."""

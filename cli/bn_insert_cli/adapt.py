@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from math import isnan, nan
 from pathlib import Path
@@ -16,7 +18,7 @@ from bn_insert.support.text import counted, listed
 
 from . import shared_options as opt
 from .console import image_progress, print_note, print_result, print_table, print_warning
-from .inputs import note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
+from .inputs import has_more_images, note_unreadable, open_calibration, open_checkpoint, shape_to_store, share_of
 from .interruption import signals
 from .named_checkpoints import print_assumptions
 from .option_values import ImageOptions, layer_kinds, open_device
@@ -79,7 +81,14 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     placement: opt.Placement = "before-activation",
     eps: opt.Eps = 1e-5,
     momentum: opt.Momentum = 0.1,
-    images: opt.Images = opt.DEFAULT_IMAGES,
+    images: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum number of images of SOURCE, and of TARGET, each sampled at random (--seed).",
+            rich_help_panel=opt.PIXELS,
+        ),
+    ] = opt.DEFAULT_IMAGES,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 32,
     workers: opt.Workers = 2,
@@ -155,7 +164,9 @@ def adapt(  # noqa: PLR0917 - options are keyword-only on the command line
     if not ranks.first:
         return  # one process checks and writes
     note_unreadable([file for files in skipped for file in files])
-    _note_source(adaptation, batch_size, tolerance)
+    more = partial(has_more_images, model=network, transform=transform, options=image_options)
+    _note_source(adaptation, batch_size, tolerance, limited=lambda: source_folder is not None and more(source_folder))
+    _note_target(adaptation, batch_size, tolerance, limited=lambda: more(target_folder))
     comparisons = _check(network, adaptation, target.head(CHECK_IMAGES), place)
     accepted = all(comparison.within(atol, rtol) for comparison in comparisons.values())
     if accepted:
@@ -208,7 +219,9 @@ def _warn_of_other_architecture(adaptation: Adaptation[Any], output: Path) -> No
     warn_of_untied(adaptation.untied, output)
 
 
-def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float | None) -> None:
+def _note_source(
+    adaptation: Adaptation[Any], batch_size: int, tolerance: float | None, *, limited: Callable[[], bool]
+) -> None:
     """Print what SOURCE was used for, and how exact its statistics are."""
     if not adaptation.insertion:
         return
@@ -216,7 +229,22 @@ def _note_source(adaptation: Adaptation[Any], batch_size: int, tolerance: float 
         print_note(f"No BatchNorm was inserted, so SOURCE is used only to judge the result: {nothing}.")
     warn_of_other_layers(adaptation.insertion)
     batches = -(-adaptation.source_images // batch_size)
-    note_calibration(adaptation.insertion.moments, adaptation.source_images, tolerance, batches, trainable=False)
+    note_calibration(
+        adaptation.insertion.moments, adaptation.source_images, tolerance, batches, of="source", limited=limited
+    )
+
+
+def _note_target(
+    adaptation: Adaptation[Any], batch_size: int, tolerance: float | None, *, limited: Callable[[], bool]
+) -> None:
+    """Print whether the statistics of TARGET are as exact as was asked for, and that they hardly vary if so."""
+    if tolerance is not None:
+        count = adaptation.target_images
+        note_calibration(
+            adaptation.target_moments, count, tolerance, -(-count // batch_size), of="target", limited=limited
+        )
+    if adaptation.constant:
+        print_warning(f"{adaptation.constant}.")
 
 
 def _findings(
@@ -243,6 +271,7 @@ def _findings(
         source_entropy=source_entropy,
         target_images=adaptation.target_images,
         changed=adaptation.changed,
+        adapted_before=adaptation.adapted_before,
     )
     for verdict in findings["verdicts"]:
         print_verdict = print_note if verdict["state"] in {"good", "open"} else print_warning
@@ -274,6 +303,13 @@ def _source_and_target(folders: list[Path]) -> tuple[Path | None, Path, Path]:
             "BatchNorm",
             param_hint="[SOURCE] TARGET",
         )
+    with suppress(OSError):  # what does not exist is reported where it is opened
+        if len(folders) == 2 and folders[0].samefile(folders[1]):
+            raise typer.BadParameter(
+                f"{folders[0]} and {folders[1]} are the same {'file' if folders[0].is_file() else 'folder'}; pass "
+                "images of the kind that the network was trained on as SOURCE, and those to adapt to as TARGET",
+                param_hint="[SOURCE] TARGET",
+            )
     pictures = next((each for each in folders if not is_tensor_file(each)), folders[-1])
     return (folders[0] if len(folders) == 2 else None), folders[-1], pictures
 
@@ -349,13 +385,15 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
     classes = stored or folders
     unknown = [name for name in folders if name not in classes]
     reason = ""
-    if len(classes) != outputs:
+    if "val" in folders and "val" not in stored and folder_classes(folder / "val"):
+        reason = f"{folder} has its class folders in {' and '.join(folders)}; to measure it, pass {folder / 'val'}"
+    elif len(classes) != outputs:
         source = "the checkpoint stores {} class names" if stored else f"{folder} has {{}} folders"
         reason = f"{source.format(len(classes))}, and the network has {outputs} classes"
     elif len(unknown) == len(folders):
         reason = (
             f"the folders of {folder} ({listed(folders, _NAMES_SHOWN)}) do not match the class names stored in the "
-            f"checkpoint ({listed(classes, _NAMES_SHOWN)})"
+            f"checkpoint ({listed(classes, _NAMES_SHOWN)}){_other_case(unknown, classes)}"
         )
     if reason:
         print_note(f"The accuracy was not measured: {reason}.")
@@ -363,9 +401,16 @@ def _target_classes(folder: Path, stored: Sequence[str], outputs: int) -> Sequen
     if unknown:
         print_warning(
             f"Folders of {folder} that are not classes of the checkpoint ({listed(classes, _NAMES_SHOWN)}) are not "
-            f"counted in the accuracy: {listed(unknown, _NAMES_SHOWN)}."
+            f"counted in the accuracy: {listed(unknown, _NAMES_SHOWN)}{_other_case(unknown, classes)}."
         )
     return classes
+
+
+def _other_case(folders: Sequence[str], classes: Sequence[str]) -> str:
+    """Return the advice to rename folders that have the name of a class except for upper and lower case, or ""."""
+    by_key = {name.casefold(): name for name in classes}
+    pairs = [f"{name} to {by_key[name.casefold()]}" for name in folders if name.casefold() in by_key]
+    return f"; upper and lower case matter: rename {listed(pairs, _NAMES_SHOWN)}" if pairs else ""
 
 
 def _check(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from math import ceil, isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -65,7 +65,7 @@ def note_calibration(
     tolerance: float | None,
     batches: int,
     *,
-    trainable: bool = True,
+    of: Literal["", "source", "target"] = "",
     limited: Callable[[], bool] = lambda: False,
 ) -> None:
     """Print the number of images, and what to do if the statistics are not as exact as they should be.
@@ -75,7 +75,8 @@ def note_calibration(
         images: How many images they were measured on.
         tolerance: The sampling error that was asked for; None means that all images were used.
         batches: How many batches the images came in.
-        trainable: Whether the result is made for `finetune`, which re-estimates the statistics.
+        of: Which images they are where there are two kinds; "" where the result is made for `finetune`, which
+            re-estimates the statistics.
         limited: Returns whether `--images` left images out.
     """
     if not moments:
@@ -83,21 +84,26 @@ def note_calibration(
     errors = {name: each.error_of(0.99) for name, each in moments.items()}
     error = nan if any(map(isnan, errors.values())) else max(errors.values())
     reached = f", with an error of {error:.3g} standard deviations" if tolerance is not None and error >= 0 else ""
-    kind = "image" if trainable else "source image"
+    kind = f"{of} image" if of else "image"
     print_note(f"Calibrated on {counted(images, kind)}{reached}.")
+    on_them = f" on {kind}s" if of else ""
     if tolerance is not None and isnan(error):
-        print_note("One batch is too few to estimate the error: use more images, or smaller batches (-b).")
+        print_note(f"One batch is too few to estimate the error{on_them}: use more images, or smaller batches (-b).")
     elif tolerance is not None and batches < FEWEST_BATCHES:
         print_note(
-            f"An error estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more batches, use "
-            "more images (--images), or smaller batches (-b)."
+            f"An error{on_them} estimated from {batches} batches is not reliable. For {FEWEST_BATCHES} or more "
+            "batches, use more images (--images), or smaller batches (-b)."
         )
     elif tolerance is not None and error > tolerance:
-        print_note(f"The tolerance {tolerance:g} was not reached: use more images (--images), or accept this error.")
-    elif tolerance is None and batches < FEWEST_BATCHES and images < _FEW_IMAGES:
         print_note(
-            f"With so few images, the statistics may be far from those of other images: use at least {_FEW_IMAGES}. "
-            f"Their sampling error is estimated from {FEWEST_BATCHES} or more batches (-b sets the batch size)."
+            f"The tolerance {tolerance:g} was not reached{on_them}: use more images (--images), or accept this error."
+        )
+    elif tolerance is None and batches < FEWEST_BATCHES and images < _FEW_IMAGES:
+        hint = " (see --images)" if limited() else ""
+        print_note(
+            f"With so few {kind}s, the statistics may be far from those of other images: use at least "
+            f"{_FEW_IMAGES}{hint}. Their sampling error is estimated from {FEWEST_BATCHES} or more batches (-b sets "
+            "the batch size)."
         )
     elif tolerance is None and batches >= FEWEST_BATCHES and as_shown(error) > GOOD_ERROR:
         inexact = [name for name, each in errors.items() if as_shown(each) > GOOD_ERROR]
@@ -105,12 +111,11 @@ def note_calibration(
         hint = " (see --images)" if limited() else ""
         harmless = (
             " This does not change the outputs, and finetune re-estimates the running statistics anyway."
-            if trainable
+            if not of
             else " Adapting usually works anyway."
         )
-        source = "" if trainable else " on source images"
         print_note(
-            f"Sampling error{source} above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images "
+            f"Sampling error{on_them} above {GOOD_ERROR:g} in {listed(inexact, _NAMES_SHOWN)}.{harmless} More images "
             f"would reduce the error: about {needed:,} instead of {images:,} for an error of {GOOD_ERROR:g}{hint}."
         )
 

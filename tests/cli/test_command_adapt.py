@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,13 @@ def test_a_source_for_a_checkpoint_with_batchnorm_is_said_not_to_be_needed(run: 
     assert "insertion compared" not in result.stdout
 
 
+def copied(folder: Path) -> Path:
+    """Return a copy of a folder: SOURCE and TARGET must not be the same."""
+    return Path(shutil.copytree(folder, folder.with_name("copied")))
+
+
 def test_images_of_the_same_kind_are_said_to_gain_little(run: Run, digits: Path) -> None:
-    result = run("adapt", network_path(), digits, digits, "-o", "out.pth", *AS_STORED)
+    result = run("adapt", network_path(), digits, copied(digits), "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert "Nothing was adapted: the statistics of the target differ from those of the source" in text_of(result.stderr)
 
@@ -143,7 +149,7 @@ def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run
     save_checkpoint(model, "net.pth", transform=IDENTITY_TRANSFORM.to_dict(), classes=names)
     for folder in list(digits.iterdir()):
         folder.rename(digits / f"digit {folder.name}")
-    result = run("adapt", "net.pth", digits, digits, "-o", "out.pth", "-j", 0)
+    result = run("adapt", "net.pth", digits, copied(digits), "-o", "out.pth", "-j", 0)
     assert result.exit_code == 0, result.output
     assert re.search(r"^ *digit 9 +2 +100.0% +100.0%", result.stdout, re.MULTILINE), result.stdout
     assert re.search(r"^ *all +18 +100.0%", result.stdout, re.MULTILINE), result.stdout
@@ -156,7 +162,7 @@ def test_folders_are_matched_by_name_with_the_classes_in_the_checkpoint(run: Run
 
 
 def test_preprocessing_is_suspected_where_the_network_only_guesses(run: Run, digits: Path) -> None:
-    result = run("adapt", network_path(), digits, digits, "-o", "out.pth", "-j", 0, "--mean", 30, "--std", 9)
+    result = run("adapt", network_path(), digits, copied(digits), "-o", "out.pth", "-j", 0, "--mean", 30, "--std", 9)
     assert result.exit_code == 0, result.output
     message = (
         "Neither is much better than guessing among 10 classes (10.0%). Check the preprocessing (--resize, --crop, "
@@ -172,7 +178,8 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
     result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert "Skipped 19 unreadable files: " in text_of(result.stderr)
-    assert "which may be due to chance with 1 target image. Use more." in text_of(result.stderr)
+    assert "which may be due to chance with 1 target image. If the target is of the kind" in text_of(result.stderr)
+    assert "nothing to gain; if not, use more images." in text_of(result.stderr)
     assert "Wrote out.pth: nothing was adapted." in result.stdout
     assert run("compare", network_path(), "out.pth", digits, *AS_STORED).exit_code == 0
     first.write_bytes(b"")
@@ -218,3 +225,87 @@ def test_an_existing_file_is_replaced_with_force_alone(run: Run, tmp_path: Path,
     assert_refused(run(*command), "out.pth")
     assert Path("out.pth").read_text() == "precious"
     assert run(*command, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("keep", [(), ("--keep-batchnorm", "--layers", "conv")])
+def test_an_adapted_file_says_so_and_a_source_for_it_is_warned_of(
+    run: Run, digits: Path, dark: Path, keep: tuple[str, ...]
+) -> None:
+    words = ("adapt", network_path(), digits, dark, "-o", "out.pth", *keep, *AS_STORED)
+    first = run(*words)
+    assert first.exit_code == 0 and "already adapted" not in first.stderr
+    assert "inserted; adapted to 20 images" in text_of(run("inspect", "out.pth").stdout)
+    again = run("adapt", "out.pth", dark, digits, "-o", "again.pth")
+    assert again.exit_code == 0, again.output
+    assert "warning: Source: This network was already adapted to 20 images: SOURCE must be" in text_of(again.stderr)
+
+
+def test_source_and_target_that_are_the_same_are_refused(run: Run, digits: Path) -> None:
+    link = digits.with_name("link")
+    link.symlink_to(digits)
+    for other in (digits, link, digits / ".." / digits.name):
+        refused = run("adapt", network_path(), digits, other, "-o", "out.pth", *AS_STORED)
+        assert_refused(refused, "are the same folder; pass images of the kind that the network was trained on")
+        assert refused.exit_code == 2
+    torch.save(torch.rand(4, 3, 32, 32), "x.pt")
+    assert_refused(run("adapt", network_path(), "x.pt", "./x.pt", "-o", "out.pth"), "are the same file;")
+
+
+def test_a_failed_check_on_images_of_one_gray_names_the_layers(run: Run, digits: Path) -> None:
+    Path("gray").mkdir()
+    for number in range(16):
+        Image.new("L", (32, 32), 128).save(f"gray/{number}.png")
+    result = run("adapt", network_path(), digits, "gray", "-o", "out.pth", "--rtol", 0, *AS_STORED)
+    assert result.exit_code == 1, result.output
+    said = text_of(result.stderr)
+    assert re.search(r"warning: the activations of .*classifier\.\d.* hardly vary on the target images", said), said
+    assert "or leave out these layers (--skip " in said
+
+
+def test_a_single_image_is_refused_with_the_ways_that_help(run: Run, digits: Path) -> None:
+    torch.save(torch.rand(1, 3, 32, 32), "one.pt")
+    words = ("-o", "out.pth", "--no-shrink", *AS_STORED)
+    refused = run("adapt", network_path(), digits, "one.pt", *words)
+    assert_refused(refused, "TARGET: a variance needs", "(--layers conv), or leave out --no-shrink")
+    assert_refused(run("adapt", network_path(), "one.pt", digits, *words), "SOURCE: dense layer classifier.0: a")
+
+
+def test_the_folder_that_has_the_class_folders_is_suggested(run: Run, digits: Path, dark: Path) -> None:
+    target = digits.with_name("target")
+    for part in ("train", "val"):
+        shutil.copytree(dark, target / part)
+    for network in (network_path(), save_plain_network(Path("plain.pth"))):
+        result = run("adapt", network, digits, target, "-o", "out.pth", "--force", *AS_STORED)
+        assert result.exit_code == 0, result.output
+        said = f"{target} has its class folders in train and val; to measure it, pass {target / 'val'}."
+        assert said in text_of(result.stderr)
+
+
+def test_folders_that_differ_from_classes_in_case_are_hinted_at(run: Run, digits: Path, dark: Path) -> None:
+    names = [f"digit{number}" for number in range(10)]
+    save_checkpoint(load_checkpoint(network_path()), "net.pth", transform=IDENTITY_TRANSFORM.to_dict(), classes=names)
+    for number in range(10):
+        (dark / f"{number}").rename(dark / f"Digit{number}")
+    result = run("adapt", "net.pth", digits, dark, "-o", "out.pth", "-j", 0)
+    assert "upper and lower case matter: rename Digit0 to digit0, Digit1 to digit1," in text_of(result.stderr)
+    for number in range(1, 10):
+        (dark / f"Digit{number}").rename(dark / f"digit{number}")
+    result = run("adapt", "net.pth", digits, dark, "-o", "other.pth", "-j", 0)
+    assert "in the accuracy: Digit0; upper and lower case matter: rename Digit0 to digit0." in text_of(result.stderr)
+
+
+def test_a_tolerance_that_is_not_reached_is_said_for_source_and_target(run: Run, digits: Path, dark: Path) -> None:
+    words = ("adapt", network_path(), digits, dark, "-o", "out.pth", "-b", 2, *AS_STORED)
+    result = run(*words, "--tolerance", "0.0001")
+    assert result.exit_code == 0, result.output
+    for which in ("source", "target"):
+        assert f"The tolerance 0.0001 was not reached on {which} images: use more images" in text_of(result.stderr)
+    assert "target images, with an error" not in run(*words, "--force").stderr
+
+
+def test_few_source_images_are_put_down_to_an_option_that_limits_them(run: Run, digits: Path, dark: Path) -> None:
+    for count, hint in ((10, "use at least 128 (see --images)."), (20, "use at least 128. ")):
+        result = run("adapt", network_path(), digits, dark, "-o", f"{count}.pth", "--images", count, *AS_STORED)
+        assert "With so few source images, " in text_of(result.stderr)
+        assert hint in text_of(result.stderr)
+    assert "Maximum number of images of SOURCE, and of TARGET" in text_of(run("adapt", "--help").stdout)

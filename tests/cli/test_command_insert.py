@@ -69,12 +69,13 @@ def test_conv_alone_gives_torchvisions_own_batchnorm_network(run: Run, tmp_path:
 
 def test_a_default_preprocessing_that_no_images_were_read_with_is_not_stored(run: Run) -> None:
     torch.save(small_vgg().state_dict(), "network.pth")
-    torch.save(torch.rand(8, 3, 16, 16), "inputs.pt")
+    for name in ("inputs.pt", "others.pt"):
+        torch.save(torch.rand(8, 3, 16, 16), name)
     for command in (
         ("insert", "network.pth", "inputs.pt", "-o", "bn.pth"),
         ("fold", "bn.pth", "inputs.pt", "-o", "folded.pth"),
         ("fold", "bn.pth", "-o", "unseen.pth"),
-        ("adapt", "network.pth", "inputs.pt", "inputs.pt", "-o", "adapted.pth"),
+        ("adapt", "network.pth", "inputs.pt", "others.pt", "-o", "adapted.pth"),
     ):
         assert run(*command).exit_code == 0
         settings = read_checkpoint(command[command.index("-o") + 1]).settings

@@ -467,6 +467,7 @@ def test_a_tensor_file_may_have_any_channels_that_the_network_runs_on(shapes: Ru
 
 def test_features_in_a_tensor_file_are_inputs_of_a_network_that_begins_with_a_dense_layer(shapes: Run) -> None:
     torch.save(torch.rand(64, 20), "x.pt")
+    torch.save(torch.rand(64, 20), "others.pt")
     torch.save(torch.rand(64, 21), "wider.pt")
     model = of_other_shapes("Dense")
     for words in (
@@ -474,7 +475,7 @@ def test_features_in_a_tensor_file_are_inputs_of_a_network_that_begins_with_a_de
         ("insert", "Dense.pth", "x.pt", "-o", "bn.pth"),
         ("compare", "Dense.pth", "bn.pth", "x.pt"),
         ("compare-modes", "bn.pth", "x.pt"),
-        ("adapt", "Dense.pth", "x.pt", "x.pt", "-o", "adapted.pth"),
+        ("adapt", "Dense.pth", "x.pt", "others.pt", "-o", "adapted.pth"),
         ("predict", "bn.pth", "x.pt"),
         ("fold", "bn.pth", "-o", "folded.pth"),
     ):
@@ -533,12 +534,13 @@ def test_a_size_that_nothing_tells_is_one_that_the_network_runs_on(shapes: Run) 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_several_inputs_are_a_dict_of_tensors_in_a_file(shapes: Run, suffix: str) -> None:
     inputs = {"left": torch.rand(6, 3, 8, 8), "right": torch.arange(6), "label": torch.zeros(2)}
-    (save_file if suffix == ".safetensors" else torch.save)(inputs, f"x{suffix}")
+    for name in ("x", "others"):
+        (save_file if suffix == ".safetensors" else torch.save)(inputs, f"{name}{suffix}")
     for words in (
         ("insert", "TwoInputs.pth", f"x{suffix}", "-o", "bn.pth", "-b", 4),
         ("compare", "TwoInputs.pth", "bn.pth", f"x{suffix}", "-b", 4),
         ("fold", "bn.pth", f"x{suffix}", "-o", "folded.pth"),
-        ("adapt", "TwoInputs.pth", f"x{suffix}", f"x{suffix}", "-o", "adapted.pth"),
+        ("adapt", "TwoInputs.pth", f"x{suffix}", f"others{suffix}", "-o", "adapted.pth"),
         ("predict", "folded.pth", f"x{suffix}"),
     ):
         result = shapes(*words, *of_other_shapes("TwoInputs"))
@@ -610,9 +612,12 @@ def test_several_inputs_that_are_not_there_are_named(shapes: Run) -> None:
         assert_refused(shapes(*words, *model), f"{names}class folders contain only images")
 
 
-@pytest.mark.parametrize("words", [("insert", "WithOwnConv.pth", "x.pt"), ("adapt", "WithOwnConv.pth", "x.pt", "x.pt")])
+@pytest.mark.parametrize(
+    "words", [("insert", "WithOwnConv.pth", "x.pt"), ("adapt", "WithOwnConv.pth", "x.pt", "others.pt")]
+)
 def test_layers_that_get_no_batchnorm_for_their_class_are_warned_of(shapes: Run, words: tuple[str, ...]) -> None:
-    torch.save(torch.rand(4, 3, 8, 8), "x.pt")
+    for name in ("x.pt", "others.pt"):
+        torch.save(torch.rand(4, 3, 8, 8), name)
     result = shapes(*words, "-o", "out.pth", *of_other_shapes("WithOwnConv"))
     assert result.exit_code == 0, result.output
     assert "warning: no BatchNorm was inserted after layers that are not modules of torch.nn: 2" in text_of(
@@ -646,6 +651,8 @@ def test_a_network_that_squeezes_a_batch_of_one_is_traced_with_two_images(shapes
         predicted = shapes("predict", network, "one.pt", *of_other_shapes("Squeezed"))
         assert predicted.exit_code == 0, predicted.output
     words = ("adapt", "Squeezed.pth", "x.pt", "one.pt", "-o", "out.pth", *of_other_shapes("Squeezed"))
-    assert_refused(shapes(*words), "BatchNorm hidden.1 needs a batch", "use batches of at least two images")
+    assert_refused(
+        shapes(*words), "TARGET: ", "the BatchNorm after hidden needs a batch", "use batches of at least two images"
+    )
     folded = shapes("fold", "bn.pth", "x.pt", "-o", "folded.pth", *of_other_shapes("Squeezed"))
     assert "2 BatchNorm layers folded" in folded.stdout

@@ -100,9 +100,10 @@ def test_small_batches_are_adapted_to_in_the_order_of_one_process_and_an_error_o
         alone, *shared = (torch.load(tmp_path / f"{name}{rank}.pth") for rank in ("", 0, 1))
         for each in shared:
             assert_within_a_float_step(each, alone)
-    assert "rank 0: rank 1 failed: the activations of features.1 are not finite" in done.stdout
-    assert "rank 1: the activations of features.1 are not finite" in done.stdout
-    assert "rank 0: rank 1 failed: batch 3 is None;" in done.stdout and "rank 1: batch 3 is None;" in done.stdout
+    assert "rank 0: target: rank 1 failed: the activations of features.0 are not finite" in done.stdout
+    assert "rank 1: target: the activations of features.0 are not finite" in done.stdout
+    assert "rank 0: target: rank 1 failed: batch 3 is None;" in done.stdout
+    assert "rank 1: target: batch 3 is None;" in done.stdout
 
 
 ALONE = """

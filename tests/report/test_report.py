@@ -235,6 +235,41 @@ def accuracy_verdict(before: float, after: float, *, labelled: int = 10) -> dict
     return found
 
 
+def test_more_images_are_not_advised_where_there_are_hundreds_or_source_and_target_are_in_doubt() -> None:
+    labels = tuple(ClassAccuracy(number, 5, 0.9, 0.6) for number in range(10))
+    predictions = asdict(PredictionComparison(50, 10, 0.4, 0.9, 0.7, labels))
+    for source, count, advice in (
+        (0.4, 50, "keep the original, or use more target images."),
+        (0.4, 200, "keep the original."),
+        (0.9, 50, "keep the original, or adapt it again once source, target and preprocessing are right (see above)."),
+    ):
+        found = adaptation_report(
+            shifts(0.2, 1.0),
+            predictions,
+            {},
+            classes=list("0123456789"),
+            source_entropy=source,
+            target_images=count,
+        )
+        assert found["verdicts"][-1]["text"].endswith(f"Adapting made it worse: {advice}")
+
+
+def test_a_network_that_is_more_certain_on_the_target_may_also_get_other_preprocessing_than_in_training() -> None:
+    predictions = asdict(PredictionComparison(256, 10, 0.1, 0.2, 0.7))
+    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, source_entropy=0.6)["verdicts"][2]
+    assert "Another possible cause is the preprocessing (resize, crop, mean, std): check that it is" in found["text"]
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_a_network_that_was_adapted_before_is_a_verdict_and_makes_the_guess_depend_on_the_source(classes: int) -> None:
+    predictions = asdict(PredictionComparison(256, classes, 0.46, 0.025, 0.7))
+    found = adaptation_report(shifts(0.2, 1.0), predictions, {}, adapted_before="this was adapted")["verdicts"]
+    assert {"state": "check", "subject": "Source", "text": "This was adapted."} in found
+    if classes:
+        assert "; provided that source, target and preprocessing are right (see above)." in found[-1]["text"]
+        assert found[-1]["state"] == "check"
+
+
 def test_labels_decide_instead_of_the_certainty_of_predictions() -> None:
     labels = tuple(ClassAccuracy(number, 25, 0.2, 0.6) for number in range(10))
     predictions = asdict(PredictionComparison(250, 10, 2.2, 1.9, 0.7, labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from bn_insert import (
     insert_batchnorm,
     load_checkpoint,
     recalibrate,
+    save_checkpoint,
 )
 from bn_insert.demo import images_path, network_path
+from bn_insert.surgery.history import History
 from support.digits import images_of
 from support.networks import images, randomised, sequential, small_vgg
 
@@ -61,7 +64,7 @@ def test_a_network_works_on_images_of_low_contrast_again_also_with_few_of_them()
     for count, least in ((len(x), 0.94), (32, 0.88), (8, 0.78)):
         adapted = adapt_statistics(model, x[order].split(32), dark[order[:count]].split(32))
         assert accuracy(adapted, dark, y) > least, count
-    with pytest.warns(UserWarning, match="nothing was adapted: with 8 target images, the difference"):
+    with pytest.warns(UserWarning, match="nothing was adapted: with 8 target .* knows, there is nothing to gain;"):
         unchanged = adapt_statistics(model, x[order].split(32), x[order[:8]].split(8))
     assert accuracy(unchanged, x, y) > accuracy(model, x, y) - 0.01
 
@@ -309,3 +312,61 @@ def test_a_layer_that_cannot_be_folded_into_is_refused_with_the_way_to_keep_its_
     model = sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
     with pytest.raises(GraphError, match=r"the parametrization WeightNorm.* Or keep .*\(keep_batchnorm=True\)"):
         adapt(model, [source()], [shifted(source())], include_output=True)
+
+
+def test_a_single_image_is_refused_with_the_name_of_the_users_layer_and_of_source_or_target() -> None:
+    one = [shifted(source())[:1]]
+    ways = r"; or adapt only conv layers \(layers='conv'\), or leave out shrink=False$"
+    message = r"^target: a variance needs at least two values .* the BatchNorm after classifier\.0 received 1; .*"
+    with pytest.raises(CalibrationError, match=message + ways):
+        adapt_statistics(small_vgg(), source().split(16), one, shrink=False)
+    with pytest.raises(CalibrationError, match=r"^source: dense layer classifier\.0: a variance needs at least two"):
+        adapt_statistics(small_vgg(), one, source().split(16))
+    adapt_statistics(small_vgg(), source().split(16), one, shrink=False, layers="conv")
+
+
+def test_arguments_that_are_wrong_for_any_batches_are_not_said_to_be_those_of_the_source() -> None:
+    with pytest.raises(CalibrationError, match=r"^tolerance must be"):
+        adapt_statistics(small_vgg(), [source()], [source()], tolerance=-1.0)
+
+
+# What is recorded, and what is warned of
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_file_records_that_it_was_adapted_also_where_its_keys_are_those_of_the_original(
+    keep: bool, tmp_path: Path
+) -> None:
+    adapted = adapt_statistics(
+        small_vgg(), source().split(16), shifted(source()).split(16), keep_batchnorm=keep, layers="conv"
+    )
+    save_checkpoint(adapted, tmp_path / "adapted.pth")
+    for model in (None, small_vgg):
+        loaded = load_checkpoint(tmp_path / "adapted.pth", model=model)
+        assert [change.description for change in History.of(loaded).adaptations] == ["adapted to 96 images"]
+
+
+def test_a_source_for_a_network_that_was_adapted_before_is_warned_of_until_the_original_is_adapted() -> None:
+    x, dark, darker = source().split(16), shifted(source()).split(16), shifted(shifted(source())).split(16)
+    adapted = adapt_statistics(small_vgg(), x, dark)
+    message = r"^this network was already adapted to 96 images: source must be images of the kind that it was adapted"
+    with pytest.warns(UserWarning, match=message):
+        twice = adapt_statistics(adapted, dark, darker)
+    assert len(History.of(twice).adaptations) == 2
+    assert History.of(small_vgg()).adaptations == ()
+    kept = adapt_statistics(small_vgg(), x, dark, keep_batchnorm=True)
+    adapt_statistics(kept, None, darker)  # its own statistics are those of what it was adapted to
+
+
+def test_a_network_that_was_not_changed_is_not_recorded_as_adapted() -> None:
+    found = adapt(small_vgg(), source().split(16), [source()])
+    assert not found.changed
+    assert History.of(found.model).adaptations == ()
+
+
+def test_layers_whose_activations_hardly_vary_on_the_target_are_warned_of() -> None:
+    gray = [torch.full((32, 3, 16, 16), 0.1)]
+    message = r"^the activations of classifier\.0.* hardly vary on the target images .*\(skip=\['classifier\.0'"
+    with pytest.warns(UserWarning, match=message):
+        adapt_statistics(small_vgg(), source().split(16), gray)
+    assert adapt(small_vgg(), source().split(16), shifted(source()).split(16)).constant == ""

@@ -27,7 +27,14 @@ from bn_insert import (
     save_checkpoint,
 )
 from bn_insert.graph.copies import unwrapped
-from bn_insert.surgery.history import FoldedBatchNorms, History, InsertedBatchNorms, ReplacedHead, ReplacedOutput
+from bn_insert.surgery.history import (
+    AdaptedStatistics,
+    FoldedBatchNorms,
+    History,
+    InsertedBatchNorms,
+    ReplacedHead,
+    ReplacedOutput,
+)
 from support.networks import AWKWARD, HeldAsAttributes, images, randomised, small_vgg
 from support.vgg_specs import Conv, Dense, Spec, vgg_of
 
@@ -309,6 +316,7 @@ SITE = {
         ({"changes": [HEAD | {"new_head": ["stem", "heads.logits"]}]}, "new_head names layers of two modules"),
         ({"changes": [HEAD | {"width": 1 << 17}]}, "width is wrong: expected int <= 65536, got 131072"),
         ({"changes": [HEAD | {"classes": 0}]}, "classes is wrong: expected int >= 1, got 0"),
+        ({"changes": [{"adapt": -1}]}, "architecture.changes[0].adapt is wrong: expected int >= 0, got -1"),
         ({"changes": [HEAD | {"depth": 2}]}, "unknown field architecture.changes[0].depth"),
         ({"changes": [HEAD | {"new_head": ["stem", "stem"]}]}, "stem and stem are not both dense layers"),
         ({"changes": [HEAD | {"new_head": ["gone", "gone"]}]}, "there is no layer 'gone'"),
@@ -370,5 +378,5 @@ def test_the_history_that_is_stored_is_the_one_that_is_read() -> None:
         ReplacedHead,
         FoldedBatchNorms,
     ]
-    named = History("some.nets:make", history.changes)
+    named = History("some.nets:make", history.changes).with_change(AdaptedStatistics(12))
     assert History.from_document(json.loads(json.dumps(named.to_document()))) == named
