@@ -175,9 +175,13 @@ def test_unreadable_images_are_skipped_and_an_image_alone_is_enough(run: Run, di
     first, *others = sorted(dark.rglob("*.png"))
     for file in others:
         file.write_bytes(b"not an image")
-    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
+    result = run("adapt", network_path(), digits, dark, "-o", "dark.pth", *AS_STORED)
     assert result.exit_code == 0, result.output
     assert "Skipped 19 unreadable files: " in text_of(result.stderr)
+    assert "nothing was adapted" not in result.stdout
+    first.write_bytes((digits / first.relative_to(dark)).read_bytes())
+    result = run("adapt", network_path(), digits, dark, "-o", "out.pth", *AS_STORED)
+    assert result.exit_code == 0, result.output
     assert "which may be due to chance with 1 target image. If the target is of the kind" in text_of(result.stderr)
     assert "nothing to gain; if not, use more images." in text_of(result.stderr)
     assert "Wrote out.pth: nothing was adapted." in result.stdout

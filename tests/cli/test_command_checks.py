@@ -41,7 +41,7 @@ def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         ("insert vgg16 digits -o out.pth --mean grey", "'grey' is not a number"),
         ("insert vgg16 digits -o out.pth --layers all", "'all' is not one of: conv, dense"),
         ("adapt vgg16 digits digit -o out.pth", "digit does not exist"),
-        ("adapt vgg16 digits digits -o old.pth", "old.pth already exists"),
+        ("adapt vgg16 digits digits/0 -o old.pth", "old.pth already exists"),
         ("fold vgg16 digit -o out.pth", "digit does not exist"),
         ("compare vgg16 vgg16 digit", "digit does not exist"),
         ("compare-modes vgg16 digit", "digit does not exist"),
