@@ -115,9 +115,9 @@ def finetune(
             `overwrite`.
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
-            an uninterrupted run. Of a complete run, all results are written once more that follow from state.pth: not
-            best.pth, unless the last epoch is the best. A run that is not complete needs its
-            best.pth, unless the last epoch is the best. A run is started if the folder has no results.
+            an uninterrupted run. Resuming a complete run rewrites every file that can be derived from state.pth:
+            best.pth only if the last epoch is the best. Unless it is, an incomplete run needs its best.pth. A run is
+            started if the folder has no results.
         resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
