@@ -38,7 +38,7 @@ Key = Annotated[
     typer.Option(
         "--key",
         metavar="NAME",
-        help="Key of the state dict in CHECKPOINT (a.b if it is nested); if it holds several networks, the prefix of one.",
+        help="Key of the state dict in CHECKPOINT (a.b if it is nested), or the prefix of one network if it holds several.",
         show_default=False,
         rich_help_panel=CHECKPOINT,
     ),
