@@ -38,7 +38,7 @@ Key = Annotated[
     typer.Option(
         "--key",
         metavar="NAME",
-        help="Key of the state dict in CHECKPOINT (a.b if it is nested), or the prefix of one network if it holds several.",
+        help="Key of the state dict in CHECKPOINT (a.b if it is nested); of several networks in it, the prefix of one.",
         show_default=False,
         rich_help_panel=CHECKPOINT,
     ),
