@@ -109,6 +109,7 @@ def reestimate(
     earlier: Earlier = "batch",
     priors: Mapping[str, Prior] | None = None,
     single_batch: bool = False,
+    layers: Mapping[str, str] | None = None,
     function: str,
 ) -> Reestimation[AnyModule]:
     """Return what `recalibrate` returns, with the moments that were measured.
@@ -125,6 +126,7 @@ def reestimate(
             statistics that the result will have. Of several batches, those with few images normalize by the statistics
             of all images so far, moved towards the prior; larger ones by their own, as those of many images will
             hardly be moved.
+        layers: By the BatchNorm's name: the name of the layer that it follows in the caller's model, for messages.
         function: Name of the public function, for messages.
 
     Raises:
@@ -139,7 +141,7 @@ def reestimate(
         raise CalibrationError(f"{type(model).__name__} has no BatchNorm with running statistics to re-estimate")
     if earlier == "running":
         _check_finite(norms)
-    priors = priors or {}
+    priors, layers = priors or {}, layers or {}
     recorder = Recorder()
 
     def measure() -> tuple[int, Statistics]:
@@ -152,7 +154,9 @@ def reestimate(
                     batches, recorder, lambda batch, number: len(reader.inputs(batch, number)), _FEW_IMAGES
                 )
                 shares = stack.enter_context(closing(in_turn))
-            stack.enter_context(_recording_inputs(norms, priors, recorder, by_batch=earlier == "batch", few=few))
+            stack.enter_context(
+                _recording_inputs(norms, priors, recorder, layers, by_batch=earlier == "batch", few=few)
+            )
             images = recorder.run(network, shares, options)
         return images, recorder.statistics()
 
@@ -161,7 +165,7 @@ def reestimate(
         result = deep_copy(model)
         for name, norm in with_statistics(result, names).items():
             if name in statistics.pooled:
-                _set_statistics(norm, name, statistics.pooled[name], priors.get(name), images)
+                _set_statistics(norm, _place(name, layers), statistics.pooled[name], priors.get(name), images)
                 calls = statistics.calls[name]
                 norm.num_batches_tracked = torch.full_like(cast(Tensor, norm.num_batches_tracked), calls)
     return Reestimation(result, statistics.moments(), images)
@@ -193,7 +197,13 @@ def _check_finite(norms: Mapping[str, _BatchNorm]) -> None:
 
 @contextmanager
 def _recording_inputs(
-    norms: Mapping[str, _BatchNorm], priors: Mapping[str, Prior], recorder: Recorder, *, by_batch: bool, few: float
+    norms: Mapping[str, _BatchNorm],
+    priors: Mapping[str, Prior],
+    recorder: Recorder,
+    layers: Mapping[str, str],
+    *,
+    by_batch: bool,
+    few: float,
 ) -> Iterator[None]:
     """Record the input of each BatchNorm, and with by_batch make it normalize by that input's statistics.
 
@@ -208,13 +218,14 @@ def _recording_inputs(
         def record(norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values: Tensor = next(chain(args, kwargs.values()))
             if values.ndim < 2:
-                raise ValueError(f"BatchNorm {name} needs a batch (got {values.ndim}D input)")
-            moments, images = recorder.record(name, values, by_image=name in priors), len(values)
+                raise ValueError(f"{_place(name, layers)} needs a batch (got {values.ndim}D input)")
+            layer = layers.get(name, name)
+            moments, images = recorder.record(name, values, by_image=name in priors, layer=layer), len(values)
             if by_batch and moments.count:
                 prior = priors.get(name) if len(values) < few else None
                 if prior is not None or moments.count == 1:
                     moments, images = recorder.pooled(name), recorder.images_everywhere + len(values)
-                _set_statistics(norm, name, moments, prior, images, unbiased=False)
+                _set_statistics(norm, _place(name, layers), moments, prior, images, unbiased=False)
 
         return record
 
@@ -224,12 +235,17 @@ def _recording_inputs(
         yield
 
 
+def _place(name: str, layers: Mapping[str, str]) -> str:
+    """Return which BatchNorm it is, in words: an inserted one by the layer that it follows."""
+    return f"the BatchNorm after {layers[name]}" if name in layers else f"BatchNorm {name}"
+
+
 def _set_statistics(
-    norm: _BatchNorm, name: str, moments: Moments, prior: Prior | None, images: int, *, unbiased: bool = True
+    norm: _BatchNorm, place: str, moments: Moments, prior: Prior | None, images: int, *, unbiased: bool = True
 ) -> None:
     if moments.count < 2 and prior is None:
         raise CalibrationError(
-            f"a variance needs at least two values per channel and BatchNorm {name} received {moments.count}; "
+            f"a variance needs at least two values per channel and {place} received {moments.count}; "
             "use more images, or larger batches"
         )
     mean, var = moments.mean, moments.var if unbiased and moments.count > 1 else moments.m2 / moments.count
@@ -239,5 +255,5 @@ def _set_statistics(
     old = _statistics(norm)[0]
     mean, var = mean.to(old.device, old.dtype), var.to(old.device, old.dtype)
     if not (mean.isfinite().all() and var.isfinite().all()):
-        raise NotFiniteError(f"mean or variance of the input of BatchNorm {name} is not finite in {old.dtype}")
+        raise NotFiniteError(f"mean or variance of the input of {place} is not finite in {old.dtype}")
     norm.running_mean, norm.running_var = mean, var

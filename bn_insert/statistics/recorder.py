@@ -59,13 +59,14 @@ class Recorder:
         """Number of images so far, including those that `set_elsewhere` added."""
         return self.images + self._images_elsewhere
 
-    def record(self, name: str, values: Tensor, *, by_image: bool = False) -> Moments:
+    def record(self, name: str, values: Tensor, *, by_image: bool = False, layer: str = "") -> Moments:
         """Record and return the moments of values at a place.
 
         Args:
             name: Name of the place.
             values: A batch of them.
             by_image: Record those of each image as well, unless there are too many by now.
+            layer: Name of the layer whose output they are, for messages; by default the name of the place.
 
         Raises:
             NotFiniteError: If there are values that are not finite.
@@ -81,7 +82,7 @@ class Recorder:
             if self._spread_by_image and finite and moments.count:
                 self._uncommitted_spreads[name].append(image_spread(plain))
         if not finite:
-            message = f"the activations of {name} are not finite in {values.dtype}"
+            message = f"the activations of {layer or name} are not finite in {values.dtype}"
             raise NotFiniteError(message, _first_bad_row(values), values.dtype)
         self._uncommitted[name].append(moments)
         return moments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,9 +242,8 @@ def adapt_inserted(
     check_values(inserted)
     layer_of = _layers_of(norms, insertion)
     priors = {name: _prior(norm, insertion, layer_of.get(name)) for name, norm in norms.items()} if shrink else {}
-    with preserved_random_state():
-        with _naming("target"):
-            peek = peeked(inserted, target, "adapt_statistics", most=2)
+    with preserved_random_state(), _naming("target"):
+        peek = peeked(inserted, target, "adapt_statistics", most=2)
         try:
             found = reestimate(
                 inserted,
@@ -253,10 +251,11 @@ def adapt_inserted(
                 options,
                 priors=priors,
                 single_batch=peek.read == 1,
+                layers=layer_of,
                 function="adapt_statistics",
             )
         except CalibrationError as error:
-            raise _of_target(error, layer_of, shrink=shrink) from error
+            raise CalibrationError(f"{error}{_for_one_image(error, inserted=bool(layer_of), shrink=shrink)}") from error
     moments = {layer_of.get(name, name): each for name, each in found.moments.items()}
     shifts = tuple(_shift(layer_of.get(name, name), norms[name], each) for name, each in found.moments.items())
     changed = any(not _same_statistics(norms[name], norm) for name, norm in with_statistics(found.model).items())
@@ -443,26 +442,19 @@ def _checked_to_fold(model: nn.Module, source: Iterable[Any]) -> Iterable[Any]:
 
 @contextmanager
 def _naming(argument: str) -> Iterator[None]:
-    """Let the error for batches that cannot be read say which batches."""
+    """Let the error for batches say which batches."""
     try:
         yield
     except CalibrationError as error:
         raise CalibrationError(f"{as_passed(argument, option=argument.upper())}: {error}") from error
 
 
-def _of_target(error: CalibrationError, layer_of: Mapping[str, str], *, shrink: bool) -> CalibrationError:
-    """Return the error of a pass over the target with the names of the user's layers instead of inserted BatchNorms."""
-
-    def named(found: re.Match[str]) -> str:
-        layer = layer_of.get(found["norm"])
-        what = "the BatchNorm after" if found["what"] == "BatchNorm" else found["what"]
-        return found[0] if layer is None else f"{what} {layer}"
-
-    text = re.sub(r"\b(?P<what>BatchNorm|activations of) (?P<norm>[\w.]*\w)", named, str(error))
-    if "at least two values" in text and not shrink:
-        only = f"adapt only conv layers ({as_passed('layers', 'conv')}), or " if layer_of else ""
-        text += f"; or {only}leave out {as_passed('shrink', False, '--no-shrink')}"
-    return CalibrationError(f"{as_passed('target', option='TARGET')}: {text}")
+def _for_one_image(error: CalibrationError, *, inserted: bool, shrink: bool) -> str:
+    """Return what else helps where a single image has no variance; empty for other errors."""
+    if shrink or "at least two values" not in str(error):
+        return ""
+    only = f"adapt only conv layers ({as_passed('layers', 'conv')}), or " if inserted else ""
+    return f"; or {only}leave out {as_passed('shrink', False, '--no-shrink')}"
 
 
 def _adapted_before(model: nn.Module, insertion: Insertion[Any] | None) -> str:
