@@ -76,10 +76,8 @@ def main() -> None:
     missing = [case for case in cases if case not in done]
     if missing:
         network = load_checkpoint(options.network).eval()
-        train, _ = load_part(options.folder, "train")
         val, labels = load_part(options.folder, "val")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SOURCE_IMAGES]
-        insertion = inserted_on_source(network, preprocess(train[order]).split(BATCH))
+        insertion = inserted_on_source(network, source_batches(options.folder))
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
         test, pool = order[:TEST_IMAGES], order[TEST_IMAGES : TEST_IMAGES + max(TARGETS)]
         for name, severity in missing:
@@ -105,16 +103,25 @@ def main() -> None:
     figure(lines).savefig(options.output / f"{options.name}.png", dpi=150)
 
 
+def source_batches(folder: Path) -> Sequence[Tensor]:
+    """Return batches of the training images that BatchNorm is inserted with."""
+    train, _ = load_part(folder, "train")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SOURCE_IMAGES]
+    return preprocess(train[order]).split(BATCH)
+
+
 def inserted_on_source(
     network: nn.Module,
     source: Sequence[Tensor],
     *,
     layers: Sequence[Kind] = ("conv", "dense"),
     skip: Sequence[str] = (),
+    spread_by_image: bool = True,
 ) -> Insertion[Any]:
     """Return what `adapt` inserts for batches of the source: one insertion serves several targets."""
     sites = SiteOptions.checked(layers, include_output=False, skip=skip, placement="before_activation")
-    return insert_with(network, source, sites, PassOptions(spread_by_image=True), eps=1e-5, momentum=0.1)
+    options = PassOptions(spread_by_image=spread_by_image)
+    return insert_with(network, source, sites, options, eps=1e-5, momentum=0.1)
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from bn_insert.surgery.adapt import adapt_inserted
 from ..machine import machine
 from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
-from .__main__ import BATCH, CLEAN, RESULTS, SOURCE_IMAGES, accuracy, inserted_on_source
+from .__main__ import BATCH, CLEAN, RESULTS, accuracy, inserted_on_source, source_batches
 from .corruptions import FOR_CHOOSING, corrupted
 
 CLEAN_DRAWS = 12
@@ -111,10 +111,8 @@ def main() -> None:
     torch.set_num_threads(1)
     record = Record(options.output / "choosing.jsonl")
     network = load_checkpoint(options.network).eval()
-    train, _ = load_part(options.folder, "train")
     val, labels = load_part(options.folder, "val")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SOURCE_IMAGES]
-    source = preprocess(train[order]).split(BATCH)
+    source = source_batches(options.folder)
     test, pool = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[-LAST:].split(LAST // 2)
     sets = {case: val if case[0] == CLEAN else corrupted(val, *case) for case in CASES}
     tests = {case: preprocess(pixels[test]) for case, pixels in sets.items()}

@@ -28,16 +28,13 @@ from zlib import crc32
 import torch
 
 from bn_insert import load_checkpoint
-from bn_insert.graph.sites import SiteOptions
-from bn_insert.statistics.pass_options import PassOptions
 from bn_insert.statistics.shrinkage import Prior
 from bn_insert.surgery.adapt import adapt_inserted
-from bn_insert.surgery.insert import insert_with
 
 from ..machine import machine
 from ..record import Record
 from ..renorm.cifar_network import load_part, preprocess
-from .__main__ import BATCH, RESULTS, SOURCE_IMAGES, TEST_IMAGES, accuracy
+from .__main__ import BATCH, RESULTS, TEST_IMAGES, accuracy, inserted_on_source, source_batches
 from .corruptions import CORRUPTIONS, corrupted
 
 TARGETS = (8, 32, 1000)
@@ -54,13 +51,10 @@ def main() -> None:
     torch.set_num_threads(1)
     record = Record(options.output / "spread.jsonl")
     network = load_checkpoint(options.network).eval()
-    train, _ = load_part(options.folder, "train")
     val, labels = load_part(options.folder, "val")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SOURCE_IMAGES]
-    source = preprocess(train[order]).split(BATCH)
-    sites = SiteOptions.checked(("conv", "dense"), include_output=False, skip=(), placement="before_activation")
+    source = source_batches(options.folder)
     insertions = {
-        estimate: insert_with(network, source, sites, PassOptions(spread_by_image=by_image), eps=1e-5, momentum=0.1)
+        estimate: inserted_on_source(network, source, spread_by_image=by_image)
         for estimate, by_image in ESTIMATES.items()
     }
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))

@@ -25,8 +25,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -59,6 +59,14 @@ WARM_UP = ("--lr-warmup-epochs", "0.5")
 LOWEST = -10  # index of the lowest learning rate, 1e-5
 
 
+# With inserted BatchNorm: the defaults, which are compared, and another optimizer.
+INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
+# Over hundreds of steps, a higher learning rate may be better than the one that trials of 20 steps find.
+INSERTED_LONG = INSERTED | {"inserted, a higher learning rate": ("--lr", "0.003")}
+# For batches of fewer than 8 images, the default is Batch Renormalization.
+INSERTED_SMALL_BATCHES = INSERTED | {"inserted, batch statistics": ("--batchnorm", "train")}
+
+
 @dataclass(frozen=True)
 class Task:
     """A checkpoint and the images that it is fine-tuned on.
@@ -72,6 +80,7 @@ class Task:
         options: Options of every run besides.
         guessing: Validation accuracy of a network that has learned nothing, with a margin.
         source: Returns images like those that the network was trained on, for a task on a different kind of images.
+        inserted: Options of `finetune` with inserted BatchNorm, by method.
     """
 
     title: str
@@ -82,6 +91,7 @@ class Task:
     options: tuple[str, ...] = ()
     guessing: float = 0.15  # ten classes
     source: Callable[[argparse.Namespace], Part] | None = None
+    inserted: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: INSERTED)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,13 @@ _NOISE = Task(
     options=("-b", "16"),
     source=_clean,
 )
-_SMALL_BATCHES = replace(_NOISE, title="the same with batches of 4, 100 steps", epochs=1, options=("-b", "4"))
+_SMALL_BATCHES = replace(
+    _NOISE,
+    title="the same with batches of 4, 100 steps",
+    epochs=1,
+    options=("-b", "4"),
+    inserted=INSERTED_SMALL_BATCHES,
+)
 _AGAIN = "another CIFAR-10 network, of the same program after 20 of its 30 epochs"
 _FOLDED = "CIFAR-10 network whose own BatchNorm is folded, {}"
 _DEEP = "CIFAR-10 network of thirteen convs, its own BatchNorm folded, 400 CIFAR-10 images with noise (sigma 0.2), {}"
@@ -207,7 +223,12 @@ TASKS = {
         checkpoint="cifar_folded",
     ),
     "all photographs": Task(
-        f"{_AGAIN}, 2,848 photographs of clothing, 32 px", "cifar_vgg", _all_photographs, _CIFAR, epochs=3
+        f"{_AGAIN}, 2,848 photographs of clothing, 32 px",
+        "cifar_vgg",
+        _all_photographs,
+        _CIFAR,
+        epochs=3,
+        inserted=INSERTED_LONG,
     ),
     "own images": Task(
         f"{_AGAIN}, 5,000 of the CIFAR-10 images that it was trained on",
@@ -237,12 +258,6 @@ OPPONENTS = (
     Opponent("AdamW, the checkpoint's dropout", ("--opt", "adamw"), -8),
     Opponent("AdamW, no dropout, output layer not fitted", ("--opt", "adamw", "--dropout", "0", "--no-fit-output"), -8),
 )
-# With inserted BatchNorm: the defaults, which are compared, and another optimizer.
-INSERTED = {"inserted": (), "inserted, SGD": ("--opt", "sgd")}
-# Over hundreds of steps, a higher learning rate may be better than the one that trials of 20 steps find.
-INSERTED_LONG = INSERTED | {"inserted, a higher learning rate": ("--lr", "0.003")}
-# For batches of fewer than 8 images, the default is Batch Renormalization.
-INSERTED_SMALL_BATCHES = INSERTED | {"inserted, batch statistics": ("--batchnorm", "train")}
 # Until it was seen what it costs, `finetune` left on the dropout between the last BatchNorm and the output layer. The
 # methods of runs from then end in these words, and the last table compares them with those of today.
 EARLIER = "with the dropout before the output layer"
@@ -337,9 +352,7 @@ def _command(*arguments: object, check: bool = False) -> subprocess.CompletedPro
 
 def run_task(record: Comparison, name: str, seeds: int, opponents: Sequence[Opponent]) -> None:
     """Run what is missing of a task: both sides with seed 0, then what is best without BatchNorm with other seeds."""
-    inserted = INSERTED_SMALL_BATCHES if TASKS[name].options == ("-b", "4") else INSERTED
-    inserted = INSERTED_LONG if name == "all photographs" else inserted
-    for (method, options), seed in product(inserted.items(), range(seeds)):
+    for (method, options), seed in product(TASKS[name].inserted.items(), range(seeds)):
         record.run(name, method, options, seed)
     for opponent in opponents:
         if TASKS[name].source and "--no-fit-output" in opponent.options:
