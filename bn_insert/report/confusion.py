@@ -80,11 +80,12 @@ def _families(characters: set[str]) -> tuple[list[str], set[str]]:
     from matplotlib import font_manager, rcParams  # noqa: PLC0415 - with matplotlib, half a second
 
     families, missing = list(rcParams["font.family"]), set(characters)
-    installed = sorted({font.name for font in font_manager.fontManager.ttflist if not _BOXES.search(font.name)})
-    for family in [*families, *installed]:
+    usual = {name: font_manager.findfont(font_manager.FontProperties(family=[name])) for name in families}
+    # Not by findfont, which logs a warning for each family that has no regular face.
+    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist if not _BOXES.search(font.name)}
+    for family, path in [*usual.items(), *sorted(installed.items())]:
         if not missing:
             break
-        path = font_manager.findfont(font_manager.FontProperties(family=[family]))
         glyphs = font_manager.get_font(path).get_charmap()
         if found := {character for character in missing if ord(character) in glyphs}:
             families.append(family)

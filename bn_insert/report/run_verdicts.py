@@ -194,7 +194,7 @@ def _trial_loss(rate: float, trials: Mapping[float, float]) -> float:
 
 
 def _fewer_epochs(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the phrase that fewer epochs might help, where some more than those up to the best one are fewer."""
+    """Return the phrase that fewer epochs might help, if the run can be shortened to one epoch past its best."""
     enough = _best(epochs)["epoch"] + 1
     return [f"fewer epochs ({as_passed('epochs', enough)})"] if enough < len(epochs) else []
 

@@ -27,8 +27,8 @@ class PassOptions:
         join_batches: Run several small batches as one where that changes nothing but the time; with a tolerance,
             batches run one by one. Statistics then depend, by rounding errors, on how batches are shared among
             processes.
-        spread_by_image: Estimate the sampling error from the spread between images instead of that between batches,
-            which is larger if images of one class follow each other. It takes a little longer. Layers that are called
+        spread_by_image: Estimate the sampling error from the spread between images instead of between batches, which
+            overestimates it if images of one class follow each other. It takes a little longer. Layers that are called
             several times for an image are an exception.
     """
 

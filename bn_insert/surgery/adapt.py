@@ -130,12 +130,13 @@ class Adaptation(Generic[AnyModule]):
         names = [shift.layer for shift in self.shifts if shift.std_median < _NEARLY_CONSTANT]
         if not names or not self.changed:
             return ""
-        inserted = self.insertion is not None and bool(self.insertion.sites)
-        skip = as_passed("skip", names, " ".join(f"--skip {name}" for name in names))
+        inserted = [name for name in names if self.insertion and name in self.insertion.norms]
+        skip = as_passed("skip", inserted, " ".join(f"--skip {name}" for name in inserted))
+        leave_out = f", or leave out these layers ({skip})" if inserted else ""
         return (
             f"the activations of {listed(names, _NAMES_SHOWN)} hardly vary on the target images (their standard "
             f"deviation is below {_NEARLY_CONSTANT:.0%} of that on the source), so that adapting magnifies rounding "
-            f"errors; use images that differ from each other{f', or leave out these layers ({skip})' * inserted}"
+            f"errors; use images that differ from each other{leave_out}"
         )
 
 

@@ -86,8 +86,8 @@ def finetune(
     (`settings.fit_output`, see `fit_output`) if it is new, or if it is little better than guessing on the validation
     images, for example because the checkpoint was trained on the same number of other classes. In the latter case, the
     original layer is kept if the fit does not raise the validation accuracy. The output layer of a new head
-    (`settings.head`) is not fitted. The network is then validated once more with the running statistics of the training
-    images, which those of a few images may spoil.
+    (`settings.head`) is not fitted. The network is then validated once more with running statistics re-estimated on the
+    training images, because a few images may spoil them.
 
     The learning rate is chosen next if `settings.lr` is None: copies of the network are trained for 20 steps each at
     several learning rates, starting at 0.0003 (0.003 for SGD) and moving in the direction in which the loss is clearly
@@ -116,8 +116,8 @@ def finetune(
         settings: Settings of the run; None uses the defaults.
         resume: Continue from state.pth, with the same settings and images; on a CPU the weights are exactly those of
             an uninterrupted run. Resuming a complete run rewrites every file that can be derived from state.pth:
-            best.pth only if the last epoch is the best. Unless it is, an incomplete run needs its best.pth. A run is
-            started if the folder has no results.
+            best.pth only if the last epoch is the best. An incomplete run whose last epoch is not its best needs its
+            best.pth. A run is started if the folder has no results.
         resume_epochs: Resume the run with its original number of epochs, instead of `settings.epochs`.
         overwrite: Replace the results in the folder, as soon as this run has results.
         device: Where to train.
@@ -441,10 +441,11 @@ def _check_best(progress: Progress, settings: TrainingSettings, folder: Path, ex
     best = None if BEST in existing else progress.best
     last = LAST in existing or progress.step == 0
     if best and not progress.complete(settings) and not (progress.last_is_best and last):
+        copy = f", copy {LAST} to it to continue without that network," if LAST in existing else ""
         raise TrainingError(
             f"{folder / BEST} is missing: it was the network after epoch {best.epoch}, with the best validation "
             f"accuracy so far, {best.val_accuracy:.2%}, and only a later epoch that is better would write it again. "
-            f"Put it back, copy {LAST} to it to continue without that network, or start again with "
+            f"Put it back{copy} or start again with "
             f"{as_passed('overwrite', True, '--force')}"
         )
 

@@ -11,7 +11,7 @@ from ..errors import TrainingError
 from ..graph.copies import check_module
 from ..support.arguments import is_number
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            group = norms if isinstance(module, _NORMS) else biases if "bias" in name else weights
+            group = norms if isinstance(module, NORMS) else biases if "bias" in name else weights
             group.append(parameter)
     groups = ((weights, weight_decay), (norms, norm_weight_decay), (biases, 0.0))
     result = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]

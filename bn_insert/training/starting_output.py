@@ -68,7 +68,7 @@ def fit_starting_output(
 def accuracy_after_reestimation(
     classifier: Classifier, training_set: TrainingSet, images: ClassFolders, stop: StopCheck
 ) -> float | None:
-    """Return the validation accuracy of a network with running statistics of the training images, which it then loses.
+    """Return the validation accuracy with running statistics re-estimated on training images, which are not kept.
 
     A few images may have others than those that the network was trained with, and so spoil it before any training.
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..batchnorm.modes import BatchNormMode
 from ..errors import as_passed
 from ..support.text import counted
+from .parameter_groups import NORMS
 from .reestimation import reestimated_layers
 from .training_set import TrainingSet
 
@@ -43,7 +44,10 @@ def _of_batchnorm(
         yield as_passed("batchnorm", given_mode), why
     if not settings.recalibrate and not by_batch:
         yield as_passed("recalibrate", False, "--no-recalibrate"), why
-    if settings.norm_weight_decay and not trained:
+    decayed = (
+        parameter for module in network.modules() if isinstance(module, NORMS) for parameter in module.parameters()
+    )
+    if settings.norm_weight_decay and not any(parameter.requires_grad for parameter in decayed):
         yield as_passed("norm_weight_decay", settings.norm_weight_decay), why
     if settings.sync_bn and not by_batch:
         yield as_passed("sync_bn", True), why

@@ -237,7 +237,7 @@ def _note_source(
 def _note_target(
     adaptation: Adaptation[Any], batch_size: int, tolerance: float | None, *, limited: Callable[[], bool]
 ) -> None:
-    """Print whether the statistics of TARGET are as exact as was asked for, and that they hardly vary if so."""
+    """Print whether the statistics of TARGET are as exact as was asked for; warn if activations hardly vary on it."""
     if tolerance is not None:
         count = adaptation.target_images
         note_calibration(

@@ -34,12 +34,15 @@ def test_names_with_characters_that_no_font_has_are_shown_by_number(
     assert confusion._labels(["dog", "\u5bb6\u732b"])[0] == ["dog", "#1"]
 
 
-def test_another_installed_font_is_used_for_characters_that_the_usual_one_lacks() -> None:
+def test_another_installed_font_is_used_for_characters_that_the_usual_one_lacks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     character = "\u2a0c"  # in fonts that come with matplotlib
     with rc_context({"font.family": ["cmr10"]}):
         families, missing = confusion._families({"a", character, "\U000e0fff"})
     assert (families[0], missing) == ("cmr10", {"\U000e0fff"})
     assert len(families) == 2
+    assert not [record for record in caplog.records if record.name.startswith("matplotlib")]
     assert ord(character) in get_font(findfont(FontProperties(family=families[1:]))).get_charmap()
 
 

@@ -370,3 +370,11 @@ def test_layers_whose_activations_hardly_vary_on_the_target_are_warned_of() -> N
     with pytest.warns(UserWarning, match=message):
         adapt_statistics(small_vgg(), source().split(16), gray)
     assert adapt(small_vgg(), source().split(16), shifted(source()).split(16)).constant == ""
+
+
+def test_only_layers_that_a_batchnorm_was_inserted_after_are_named_as_ones_to_skip() -> None:
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 196, 8), nn.ReLU())
+    model = nn.Sequential(*layers, nn.Linear(8, 4)).eval()
+    found = adapt(model, source().split(16), [torch.full((32, 3, 16, 16), 0.1)], keep_batchnorm=True).constant
+    assert found.startswith("the activations of 1, 4 hardly vary")
+    assert "(skip=['4'])" in found

@@ -232,8 +232,11 @@ def test_a_run_without_its_best_network_is_not_trained_on_unless_that_is_the_las
     assert all(torch.equal(value, best[key]) for key, value in weights_in(tmp_path, "best.pth").items())
     (tmp_path / "best.pth").unlink()
     (tmp_path / "last.pth").unlink()
-    with pytest.raises(TrainingError, match=r"best.pth is missing: it was the network after epoch 1, .* Put it back"):
+    with pytest.raises(
+        TrainingError, match=r"best.pth is missing: it was the network after epoch 1, .* Put it back"
+    ) as e:
         finetune(network, digits, tmp_path, BRIEF, resume=True, on_step=lambda _: pytest.fail("it trains"))
+    assert "last.pth" not in str(e.value)
 
 
 def test_resuming_in_an_empty_folder_begins(digits: ClassFolders, tmp_path: Path) -> None:

@@ -347,6 +347,16 @@ def test_the_summary_says_which_settings_have_no_effect(
     assert list(seen[0].unused) == expected
 
 
+def test_weight_decay_has_an_effect_on_other_normalizations_than_batchnorm(
+    digits: ClassFolders, tmp_path: Path
+) -> None:
+    seen: list[RunSummary] = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
+    settings = replace(BRIEF, norm_weight_decay=0.01)
+    finetune(model, digits, tmp_path, settings, on_start=seen.append, stop=lambda: True)
+    assert seen[0].unused == ()
+
+
 def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("bn_insert.training.remaining_time.time.monotonic", lambda: now)
